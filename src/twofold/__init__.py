@@ -1,0 +1,25 @@
+"""Twofold: the weight matrices of Transformer models, each as the product of two smaller ones.
+
+Importing this package lets plain ``transformers`` load factored checkpoints.
+"""
+
+from twofold.checkpoint import TwofoldConfig
+from twofold.errors import TwofoldError
+from twofold.nn import FactoredLinear
+from twofold.pipeline import compress, factorize
+from twofold.plan import Plan
+from twofold.recipe import Recipe
+from twofold.targets import find_targets
+from twofold.version import __version__
+
+__all__ = [
+    "FactoredLinear",
+    "Plan",
+    "Recipe",
+    "TwofoldConfig",
+    "TwofoldError",
+    "__version__",
+    "compress",
+    "factorize",
+    "find_targets",
+]

@@ -1,0 +1,12 @@
+"""Allocations by name, one file each: (spectra, budget) → a rank for every target."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from twofold.allocate.base import ALLOCATIONS, Candidate, Choice, allocation, get_allocation
+
+for _module in iter_modules(__path__):
+    if _module.name not in ("base", "cost"):
+        import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["ALLOCATIONS", "Candidate", "Choice", "allocation", "get_allocation"]

@@ -1,0 +1,76 @@
+"""What an allocation is: a function from candidates and a budget to a rank, or dense, for every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twofold.errors import TwofoldError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One weight and what each of its ranks costs and loses.
+
+    ``ranks`` (c,) are those that may be chosen, ascending; ``costs`` (c,) what each stores and ``losses`` (c,) what each
+    loses. ``dense_cost`` is that of leaving the weight as it is, at no loss; None where that is not allowed.
+    """
+
+    name: str
+    ranks: NDArray[np.int64]
+    costs: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    dense_cost: float | None
+    full_cost: float  # m · n in the unit of the costs
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one weight: an index into its ranks, or None for dense."""
+
+    index: int | None
+
+    def cost(self, candidate: Candidate) -> float:
+        if self.index is None:
+            assert candidate.dense_cost is not None
+            return candidate.dense_cost
+        return float(candidate.costs[self.index])
+
+    def loss(self, candidate: Candidate) -> float:
+        return 0.0 if self.index is None else float(candidate.losses[self.index])
+
+
+Allocate = Callable[[list[Candidate], float], list[Choice]]
+ALLOCATIONS: dict[str, Allocate] = {}
+
+
+def allocation(name: str) -> Callable[[Allocate], Allocate]:
+    """Register a function (candidates, budget) → choices as an allocation."""
+
+    def register(function: Allocate) -> Allocate:
+        ALLOCATIONS[name] = function
+        return function
+
+    return register
+
+
+def get_allocation(name: str) -> Allocate:
+    """The allocation of a name.
+
+    Raises:
+        TwofoldError: if there is none.
+    """
+    if name not in ALLOCATIONS:
+        raise TwofoldError(f"there is no allocation {name!r}; choose one of {', '.join(sorted(ALLOCATIONS))}")
+    return ALLOCATIONS[name]
+
+
+def cheapest(candidate: Candidate) -> Choice:
+    """The choice that stores least."""
+    smallest = int(candidate.costs.argmin()) if len(candidate.costs) else None
+    if smallest is None or (candidate.dense_cost is not None and candidate.dense_cost <= candidate.costs[smallest]):
+        return Choice(None)
+    return Choice(smallest)

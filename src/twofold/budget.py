@@ -1,0 +1,112 @@
+"""Budgets: a share of the targeted weights (--keep), or a size of the whole model (--budget 90M, 180MB, 70%)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from twofold.errors import TwofoldError
+
+Unit = Literal["parameters", "bytes"]
+_SCALE = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+_BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the targeted weights may store, in parameters or in bytes."""
+
+    amount: float
+    unit: Unit
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a budget is measured against."""
+
+    target_numbers: int  # parameters of the targeted weights
+    dense_numbers: int  # parameters of all the rest
+    element_bytes: int  # of one parameter on disk
+    smallest: float  # parameters of the targets at their smallest possible ranks
+
+
+def parse_budget(text: str) -> tuple[float, Literal["parameters", "bytes", "share"]]:
+    """Read 90M, 1.2B (parameters), 180MB, 1.5GiB (bytes), 70% or 0.7 (share of the whole model).
+
+    >>> parse_budget("90M")
+    (90000000.0, 'parameters')
+    >>> parse_budget("180MB")
+    (180000000.0, 'bytes')
+    >>> parse_budget("70%")
+    (0.7, 'share')
+
+    Raises:
+        TwofoldError: if the text is none of these.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
+    if found:
+        number, unit = float(found.group(1)), found.group(2)
+        if unit == "%":
+            return number / 100, "share"
+        if unit == "" and 0 < number <= 1:
+            return number, "share"
+        if unit.upper() in _SCALE:
+            return number * _SCALE[unit.upper()], "parameters"
+        if unit.upper() in _BYTES:
+            return number * _BYTES[unit.upper()], "bytes"
+    raise TwofoldError(
+        f"the budget {text!r} is not understood: give parameters (90M), bytes (180MB) or a share of the whole model (70%)"
+    )
+
+
+def target_budget(keep: float | None, budget: str | None, size: ModelSize, order_numbers: int = 0) -> Budget:
+    """What is left for the targeted weights.
+
+    Args:
+        keep: share of the targeted weights, in (0, 1].
+        budget: size of the whole model; exactly one of the two is given.
+        order_numbers: the integers (of four bytes) that the gauge form adds at the most.
+
+    Raises:
+        TwofoldError: if the budget is below what the dense parts and the smallest ranks need; it says the smallest possible.
+    """
+    if (keep is None) == (budget is None):
+        raise TwofoldError("give either --keep (share of the factorized weights) or --budget (size of the whole model)")
+    if keep is not None:
+        if not 0 < keep <= 1:
+            raise TwofoldError(f"--keep must be above 0 and at most 1, got {keep:g}")
+        allowed = keep * size.target_numbers
+        if allowed < size.smallest:
+            least = size.smallest / size.target_numbers
+            raise TwofoldError(f"--keep {keep:g} is below the smallest possible, {_up(least, 4):g}: every weight keeps rank 1 at least")
+        return Budget(allowed, "parameters")
+    assert budget is not None
+    number, unit = parse_budget(budget)
+    whole = size.target_numbers + size.dense_numbers
+    if unit == "share":
+        if not 0 < number <= 1:
+            raise TwofoldError(f"a budget of {budget} of the whole model must be above 0 and at most 100%")
+        number, unit = number * whole, "parameters"
+    if unit == "parameters":
+        if number < size.dense_numbers + size.smallest:
+            least = size.dense_numbers + size.smallest
+            raise TwofoldError(
+                f"the budget {budget} can't be met: the smallest possible is {_up(least / 1e6, 2):g}M parameters "
+                f"({_up(100 * least / whole, 1):g}%), of which {size.dense_numbers / 1e6:.2f}M are in parts that stay dense"
+            )
+        return Budget(min(number - size.dense_numbers, size.target_numbers), "parameters")
+    fixed = size.dense_numbers * size.element_bytes
+    least = fixed + size.smallest * size.element_bytes + 4 * order_numbers
+    if number < least:
+        raise TwofoldError(
+            f"the budget {budget} can't be met: the smallest possible is {_up(least / 1e6, 2):g}MB, "
+            f"of which {fixed / 1e6:.2f}MB are in parts that stay dense"
+        )
+    return Budget(min(number - fixed, size.target_numbers * size.element_bytes), "bytes")
+
+
+def _up(value: float, digits: int) -> float:
+    """Round up, so that the number that is named is really possible."""
+    scale = 10.0**digits
+    return float(-(-value * scale // 1) / scale)

@@ -1,0 +1,18 @@
+"""From texts to token windows to moments."""
+
+from twofold.calibrate.collect import collect_moments
+from twofold.calibrate.moments import Moments, Request, request_statistics
+from twofold.calibrate.sample import sample_texts
+from twofold.calibrate.texts import TokenWindows, read_texts, token_windows, wikitext_rows
+
+__all__ = [
+    "Moments",
+    "Request",
+    "TokenWindows",
+    "collect_moments",
+    "read_texts",
+    "request_statistics",
+    "sample_texts",
+    "token_windows",
+    "wikitext_rows",
+]

@@ -1,0 +1,160 @@
+"""The plug-in by which transformers loads and saves factored models: ``quant_method: twofold`` in config.json.
+
+It serves every architecture and Auto class: before the weights are loaded, the linear layers that the configuration names are
+replaced, on the meta device, by ``FactoredLinear`` of the stored rank and form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from twofold.errors import TwofoldError
+from twofold.nn import FactoredLinear
+from twofold.targets import replace_module
+
+METHOD = "twofold"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Which modules are factored, and how: name → {"rank": r, "form": "rows" | "columns" | "plain"}."""
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        twofold_version: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.modules = modules or {}
+        self.format_version = format_version
+        self.twofold_version = twofold_version
+        if format_version > FORMAT_VERSION:
+            raise TwofoldError(
+                f"this checkpoint has format version {format_version}, this Twofold reads up to {FORMAT_VERSION}; "
+                "update it: pip install -U twofold"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": METHOD,
+            "format_version": self.format_version,
+            "twofold_version": self.twofold_version,
+            "modules": self.modules,
+        }
+
+
+@register_quantizer(METHOD)
+class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts factored layers where the configuration says, and dense ones back on ``dequantize``."""
+
+    requires_calibration = True
+    quantization_config: TwofoldConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        prefix = str(getattr(model, "base_model_prefix", ""))
+        modules = dict(model.named_modules())
+        for stored, settings in self.quantization_config.modules.items():
+            name = _find(stored, modules, prefix)
+            if name is None:
+                raise TwofoldError(
+                    f"the checkpoint factorizes {stored}, which {type(model).__name__} does not have; "
+                    "its config.json does not fit this model"
+                )
+            replace_module(model, name, _skeleton(modules[name], name, settings))
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, FactoredLinear):
+                replace_module(model, name, dense_module(module, dtype))
+        return model
+
+
+def _find(stored: str, modules: dict[str, nn.Module], prefix: str) -> str | None:
+    """The module of a stored name, in this model, its base model, or a model with another head."""
+    if stored in modules:
+        return stored
+    if prefix and stored.startswith(f"{prefix}.") and stored.removeprefix(f"{prefix}.") in modules:
+        return stored.removeprefix(f"{prefix}.")
+    if prefix and f"{prefix}.{stored}" in modules:
+        return f"{prefix}.{stored}"
+    return None
+
+
+def _skeleton(module: nn.Module, name: str, settings: dict[str, Any]) -> FactoredLinear:
+    """An empty factored layer in the place of a dense one, on its device."""
+    if isinstance(module, Conv1D):
+        in_features, out_features = module.weight.shape
+    elif isinstance(module, nn.Linear):
+        out_features, in_features = module.weight.shape
+    else:
+        raise TwofoldError(f"the checkpoint factorizes {name}, which is a {type(module).__name__} and no linear layer")
+    try:
+        return FactoredLinear(
+            in_features,
+            out_features,
+            rank=int(settings["rank"]),
+            form=settings.get("form", "plain"),
+            bias=module.bias is not None,
+            transposed=isinstance(module, Conv1D),
+            device=module.weight.device,
+            dtype=module.weight.dtype,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise TwofoldError(f"the plan of {name} in the checkpoint does not fit: {error}") from error
+
+
+def dense_module(layer: FactoredLinear, dtype: torch.dtype | None = None) -> nn.Module:
+    """The dense layer that computes the same, of the kind that the architecture has at that place."""
+    weight = layer.to_dense().to(dtype or layer.weight.dtype)
+    dense: nn.Module
+    if layer.transposed:
+        dense = Conv1D(layer.out_features, layer.in_features).to(weight.device, weight.dtype)
+        dense.weight = nn.Parameter(weight.T.contiguous())
+        if layer.bias is not None:
+            dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
+        return dense
+    dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=weight.dtype)
+    dense.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
+    return dense
+
+
+def attach(model: Any) -> None:
+    """Make a model with factored layers save, reload and dequantize as transformers' models do."""
+    from twofold.version import __version__
+
+    modules = {
+        name: {"rank": module.rank, "form": module.form}
+        for name, module in model.named_modules()
+        if isinstance(module, FactoredLinear)
+    }
+    config = TwofoldConfig(modules, twofold_version=__version__)
+    model.config.quantization_config = config
+    model.hf_quantizer = TwofoldQuantizer(config)
+    model.is_quantized = True
+    model.quantization_method = METHOD

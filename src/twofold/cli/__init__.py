@@ -1,0 +1,56 @@
+"""One command, one file a subcommand; nothing but arguments and printing."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from twofold.cli import compress, eval, inspect, plan
+
+app = typer.Typer(
+    name="twofold",
+    help="Factorize the weight matrices of Transformer models: smaller, faster, and explained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _module in (compress, plan, inspect, eval):
+    app.command(name=_module.__name__.rpartition(".")[2], no_args_is_help=True)(_module.command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from twofold.version import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version.")) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command; 0 if it did what was asked, 2 if the user can put something right, 1 for a failure of ours."""
+    from twofold.errors import TwofoldError
+
+    try:
+        app()
+    except TwofoldError as error:
+        print(f"twofold: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("twofold: stopped; run the same command again to go on from the saved moments", file=sys.stderr)
+        sys.exit(130)
+    except MemoryError:
+        print("twofold: not enough memory; use a smaller --batch-size or --window", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        print(f"twofold: this is a failure of ours ({type(error).__name__}: {error}); please report it", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,86 @@
+"""The recipe's fields as flags: made from the one pydantic model, so that they can't drift apart."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from twofold.errors import TwofoldError
+from twofold.recipe import Recipe, make_recipe, parse_override, read_recipe
+
+
+def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command a flag for each field of the recipe, and --recipe; the function gets ``recipe`` in their place.
+
+    A flag that is not given leaves the value of the YAML file, or else the default.
+    """
+    own = inspect.signature(function).parameters
+    hints = get_type_hints(function, include_extras=True)
+    annotations: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+
+    def add(name: str, annotation: Any, default: Any) -> None:
+        annotations[name] = annotation
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
+
+    add("model", Annotated[str | None, typer.Argument(help=Recipe.model_fields["model"].description)], None)
+    for name, field in Recipe.model_fields.items():
+        if name == "model":
+            continue
+        flag = "--override" if name == "overrides" else "--" + name.replace("_", "-")
+        shown = "" if field.default in (None, [], {}) else f"[default: {_plain(field.default)}]"
+        description = f"{field.description} {shown}".strip().replace("[", "\\[")
+        option = typer.Option(flag, help=description, show_default=False)
+        if name in ("trust_remote_code",):
+            option = typer.Option(flag, help=description, show_default=False)
+            add(name, Annotated[bool, option], False)
+        else:
+            add(name, Annotated[_flag_type(field.annotation), option], None)
+    recipe_help = "A YAML file with any of these settings; flags come first."
+    add("recipe", Annotated[Path | None, typer.Option("--recipe", help=recipe_help)], None)
+    for parameter in own.values():
+        if parameter.name != "recipe":
+            add(parameter.name, hints[parameter.name], parameter.default)
+
+    def command(**given: Any) -> None:
+        rest = {name: given.pop(name) for name in own if name != "recipe"}
+        file = given.pop("recipe")
+        settings = read_recipe(file) if file is not None else {}
+        for name, value in given.items():
+            if value is None or value is False or value == []:
+                continue
+            if name == "overrides":
+                settings[name] = dict(parse_override(text) for text in value)
+            else:
+                settings[name] = value
+        if given.get("keep") is not None:
+            settings.pop("budget", None) if given.get("budget") is None else None
+        elif given.get("budget") is not None:
+            settings.pop("keep", None)
+        if not settings.get("model"):
+            raise TwofoldError("name a model: a folder, a hub id, a .gguf file, or smollm2")
+        function(recipe=make_recipe(settings), **rest)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = annotations
+    command.__doc__ = function.__doc__
+    return command
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _flag_type(annotation: Any) -> Any:
+    """The type of a flag for the type of a field; each may be left out. Pydantic checks the values."""
+    arguments = [a for a in get_args(annotation) if a is not type(None)]
+    origin = get_origin(annotation)
+    if origin in (list, dict):
+        return list[str] | None
+    inner = arguments[0] if arguments else annotation
+    return (inner if inner in (int, float, str) else str) | None

@@ -1,0 +1,91 @@
+"""Perplexity of a model, and its divergence from the original, over windows that are each scored alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from twofold.progress import progress
+
+ROWS = 256  # positions whose log-probabilities are held at once
+
+Logits = Callable[[Tensor], Tensor]  # (1, window) → (1, window, vocabulary)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured of one model; the last two against the first model, None for that one itself."""
+
+    perplexity: float  # exp(total negative log-likelihood / predicted tokens)
+    loss: float  # nats per predicted token
+    tokens: int  # predicted tokens
+    divergence: float | None = None  # KL(first ‖ this), nats per token
+    agreement: float | None = None  # share of positions with the same most likely token
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure_quality(
+    models: Sequence[Logits],
+    windows: Tensor,  # (count, window)
+    *,
+    quiet: bool = False,
+) -> list[Quality]:
+    """Measure models side by side on the same windows, in one pass.
+
+    Args:
+        models: functions from token ids (1, window) to logits; the first is the one that the others are compared with.
+    """
+    count, window = windows.shape
+    losses = [0.0] * len(models)
+    divergences = [0.0] * len(models)
+    agreed = [0] * len(models)
+    with progress("Measuring", count * len(models), unit="windows", quiet=quiet) as tick:
+        for ids in windows[:, None]:
+            reference: Tensor | None = None
+            for i, model in enumerate(models):
+                logits = model(ids)[0, :-1]  # (window − 1, vocabulary)
+                labels = ids[0, 1:].to(logits.device)
+                losses[i] += _nll(logits, labels)
+                if i == 0:
+                    reference = logits if len(models) > 1 else None
+                else:
+                    assert reference is not None
+                    divergence, same = _divergence(reference, logits)
+                    divergences[i] += divergence
+                    agreed[i] += same
+                del logits
+                tick()
+    predicted = count * (window - 1)
+    return [
+        Quality(
+            math.exp(min(losses[i] / predicted, 700.0)),
+            losses[i] / predicted,
+            predicted,
+            None if i == 0 else divergences[i] / predicted,
+            None if i == 0 else agreed[i] / predicted,
+        )
+        for i in range(len(models))
+    ]
+
+
+def _nll(logits: Tensor, labels: Tensor) -> float:
+    total = 0.0
+    for rows, expected in zip(logits.split(ROWS), labels.split(ROWS), strict=True):
+        total += float(torch.nn.functional.cross_entropy(rows.float(), expected, reduction="sum"))
+    return total
+
+
+def _divergence(first: Tensor, second: Tensor) -> tuple[float, int]:
+    total, same = 0.0, 0
+    for a, b in zip(first.split(ROWS), second.split(ROWS), strict=True):
+        p, q = torch.log_softmax(a.float(), -1), torch.log_softmax(b.float(), -1)
+        total += float((p.exp() * (p - q)).sum())
+        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+    return max(total, 0.0), same

@@ -1,0 +1,36 @@
+"""Sizes of a model: parameters, bytes in memory, bytes on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is."""
+
+    parameters: int
+    memory: int  # bytes of parameters and buffers
+    disk: int | None  # bytes of the weight files, None if it is on no disk
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers, shared ones counted once."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def disk_bytes(folder: Path | None) -> int | None:
+    """Bytes of the safetensors files in a folder."""
+    if folder is None or not folder.is_dir():
+        return None
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def model_size(model: nn.Module, folder: Path | None = None) -> Size:
+    """The three sizes of a model."""
+    parameters = {id(p): p.numel() for p in model.parameters()}
+    return Size(sum(parameters.values()), memory_bytes(model), disk_bytes(folder))

@@ -1,0 +1,48 @@
+"""Windows to measure on, by the protocol that published WikiText-2 figures use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twofold.calibrate import read_texts
+from twofold.errors import TwofoldError
+
+
+def evaluation_windows(
+    source: str | Path | Iterable[str | Path],
+    tokenizer: Any,
+    *,
+    window: int = 1024,
+    windows: int | None = 16,
+) -> Tensor:  # (windows, window), int64
+    """Non-overlapping windows of a text, tokenized without special tokens.
+
+    Args:
+        source: text files or a data set name; wiki.*.raw files are joined row by row as the published tables do.
+        windows: how many; None for all. A text that is shorter gives what it has, at least one.
+
+    Raises:
+        TwofoldError: if the text is empty or shorter than one window.
+    """
+    names = [str(source)] if isinstance(source, str | Path) else [str(one) for one in source]
+    text = "\n\n".join(read_texts(names, tokenizer=tokenizer))
+    if not text.strip():
+        raise TwofoldError(f"the evaluation text is empty ({', '.join(names)})")
+    limit = None if windows is None else windows * window
+    # A token has at least one byte, so this many characters hold enough; whole texts are tokenized when all is asked for.
+    piece = text if limit is None else text[: limit * 16]
+    ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(ids) // window
+    if windows is not None:
+        count = min(count, windows)
+    if count == 0:
+        raise TwofoldError(
+            f"the evaluation text has {len(ids)} tokens, fewer than one window of {window} ({', '.join(names)}); "
+            "give more text, or a smaller --window"
+        )
+    return torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)

@@ -1,0 +1,92 @@
+"""Models measured side by side, with all that the numbers depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from torch import Tensor
+
+from twofold.errors import TwofoldError
+from twofold.evaluate import evaluation_windows, measure_quality, model_size
+from twofold.models import load_model, need_tokenizer
+
+
+class EvaluatedModel(pydantic.BaseModel, extra="forbid"):
+    """One row."""
+
+    name: str
+    perplexity: float
+    loss: float  # nats per predicted token
+    divergence: float | None  # from the first model, nats per token
+    agreement: float | None
+    parameters: int
+    memory: int  # bytes
+    disk: int | None  # bytes
+
+
+class Evaluation(pydantic.BaseModel, extra="forbid"):
+    """The original first, if it was given."""
+
+    text: str
+    windows: int
+    window: int
+    predicted_tokens: int
+    models: list[EvaluatedModel]
+
+
+def evaluate_models(
+    model: str,
+    text: str | Sequence[str],
+    *,
+    against: str | None = None,
+    windows: int | None = 16,
+    window: int = 1024,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> Evaluation:
+    """Measure a model, and the original beside it.
+
+    Raises:
+        TwofoldError: if a model or the text can't be used, or the two models do not share a vocabulary.
+    """
+    names = ([against] if against else []) + [model]
+    loaded = [
+        load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for name in names
+    ]
+    longest = getattr(loaded[-1].model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and window > longest:
+        raise TwofoldError(f"--window {window} is longer than this model's {longest} positions; use --window {longest}")
+    sizes = {one.model.config.get_text_config().vocab_size for one in loaded}
+    if len(sizes) > 1:
+        raise TwofoldError(f"{names[0]} and {names[-1]} have different vocabularies, so their predictions can't be compared")
+    ids = evaluation_windows(text, need_tokenizer(loaded[-1]), window=window, windows=windows)
+
+    def logits(one: Any) -> Any:
+        def run(batch: Tensor) -> Tensor:
+            output = one.model(input_ids=batch.to(one.model.device))
+            if getattr(output, "logits", None) is None or output.logits.dim() != 3:
+                raise TwofoldError(f"{one.name} gives no token logits, so it has no perplexity")
+            return output.logits  # type: ignore[no-any-return]
+
+        return run
+
+    qualities = measure_quality([logits(one) for one in loaded], ids, quiet=quiet)
+    rows = []
+    for one, quality in zip(loaded, qualities, strict=True):
+        size = model_size(one.model, one.source)
+        rows.append(
+            EvaluatedModel(
+                name=one.name, perplexity=quality.perplexity, loss=quality.loss, divergence=quality.divergence,
+                agreement=quality.agreement, parameters=size.parameters, memory=size.memory, disk=size.disk,
+            )
+        )
+    sources = [text] if isinstance(text, str) else list(text)
+    return Evaluation(
+        text=", ".join(Path(one).name for one in sources), windows=ids.shape[0], window=ids.shape[1],
+        predicted_tokens=qualities[0].tokens, models=rows,
+    )

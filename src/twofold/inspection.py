@@ -1,0 +1,99 @@
+"""What a model is made of: every weight, what can be done with it, and which weights share an input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pydantic
+import torch
+from torch import nn
+
+from twofold.models import load_model
+from twofold.nn import FactoredLinear
+from twofold.targets import Targets, find_groups, list_weights
+
+
+class Weight(pydantic.BaseModel, extra="forbid"):
+    """One parameter, or one factored layer."""
+
+    name: str
+    kind: str
+    shape: list[int]
+    numbers: int
+    what: str  # "can be factorized", "factored, rank r", or why not
+    group: str | None  # the first weight that gets the same input
+
+
+class Inspection(pydantic.BaseModel, extra="forbid"):
+    """A model as Twofold sees it."""
+
+    model: str
+    architecture: str
+    weights: list[Weight]
+    shared: list[str]  # kinds that share an input, in words
+    factored: int
+    target_numbers: int
+    total_numbers: int
+
+
+def inspect_model(
+    name: str, include: Iterable[str] = (), exclude: Iterable[str] = (), *, trust_remote_code: bool = False
+) -> Inspection:
+    """Load a model and list its weights.
+
+    Raises:
+        TwofoldError: if it can't be loaded, or a pattern matches nothing.
+    """
+    loaded = load_model(name, trust_remote_code=trust_remote_code)
+    model = loaded.model
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLinear)}
+    weights: list[Weight] = []
+    shared: dict[str, None] = {}
+    numbers = 0
+    targets = list_weights(model, include, exclude)
+    groups = _groups(model, targets)
+    members: dict[str, list[str]] = {}
+    for target in targets.targets:
+        group = groups.get(target.name)
+        members.setdefault(group or target.name, []).append(target.kind)
+        weights.append(
+            Weight(
+                name=f"{target.name}.weight", kind=target.kind, shape=[target.out_features, target.in_features],
+                numbers=target.size, what="can be factorized", group=group,
+            )
+        )
+    numbers = targets.target_numbers
+    shared = {", ".join(kinds): None for kinds in members.values() if len(kinds) > 1}
+    for layer_name, layer in layers.items():
+        weights.append(
+            Weight(
+                name=layer_name, kind=layer_name.rpartition(".")[2], shape=[layer.out_features, layer.in_features],
+                numbers=layer.numbers, what=f"factored, {layer.form}, rank {layer.rank}, keeps {layer.keep:.1%}", group=None,
+            )
+        )
+        numbers += layer.numbers
+    factors = tuple(f"{n}.{child}." for n in layers for child in ("reduce", "expand"))
+    for entry in targets.dense:
+        if entry.name.startswith(factors):
+            continue
+        parts = entry.name.rpartition(".")[0].rpartition(".")[2] or entry.name
+        weights.append(
+            Weight(name=entry.name, kind=parts, shape=list(entry.shape), numbers=entry.size, what=entry.reason, group=None)
+        )
+    return Inspection(
+        model=name, architecture=type(model).__name__, weights=weights, shared=list(shared), factored=len(layers),
+        target_numbers=numbers, total_numbers=sum(w.numbers for w in weights),
+    )
+
+
+def _groups(model: nn.Module, targets: Targets) -> dict[str, str]:
+    """Which targets share an input; nothing if the model can't be run on its own example input."""
+    example = getattr(model, "dummy_inputs", None)
+    if not isinstance(example, dict):
+        return {}
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in example.items() if isinstance(value, torch.Tensor)}
+    try:
+        return find_groups(model, targets.targets, lambda: model(**inputs))
+    except Exception:  # an architecture with other inputs: the groups are found when it is calibrated
+        return {}

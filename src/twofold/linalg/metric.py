@@ -1,0 +1,81 @@
+"""Metrics: the positive semidefinite weights on either side of a matrix, and their roots.
+
+A metric over k directions is one of
+- None: the identity;
+- a vector (..., k): a diagonal metric;
+- a matrix (..., k, k): a full one, symmetric and positive semidefinite.
+The leading dimensions are a batch of problems of one shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Metric = Tensor | None
+
+
+def is_full(
+    metric: Tensor,  # (..., k) or (..., k, k)
+    size: int,  # k
+    batch: int = 0,  # the number of leading batch dimensions
+) -> bool:
+    """Say whether a metric over ``size`` directions is a full matrix.
+
+    Raises:
+        ValueError: if the shape is neither that of a diagonal nor of a full metric.
+    """
+    shape = tuple(metric.shape)
+    if len(shape) == batch + 2 and shape[-2:] == (size, size):
+        return True
+    if len(shape) == batch + 1 and shape[-1] == size:
+        return False
+    raise ValueError(f"a metric over {size} directions must have shape (..., {size}) or (..., {size}, {size}), got {shape}")
+
+
+def damp(
+    moment: Tensor,  # (..., k, k) or (..., k)
+    damping: float,
+    *,
+    full: bool = True,
+) -> Tensor:
+    """Add ``damping`` × the mean of the diagonal to the diagonal of a moment.
+
+    It keeps directions that the calibration never met from having no weight at all, so that
+    a rank-deficient moment still gives a metric. A moment of zeros becomes the identity: with nothing
+    measured, every direction weighs the same.
+    """
+    diagonal = moment.diagonal(dim1=-2, dim2=-1) if full else moment
+    mean = diagonal.mean(-1, keepdim=True)  # (..., 1)
+    added = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
+    if not full:
+        return moment + added
+    return moment + torch.diag_embed(added.expand_as(diagonal))
+
+
+def roots(
+    metric: Tensor,  # (..., k, k)
+) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a full metric and its pseudo-inverse, each (..., k, k).
+
+    By eigendecomposition with a relative cutoff, λ_max · k · eps: directions below it count as null,
+    so a rank-deficient metric gives a pseudo-inverse and never fails, unlike Cholesky and an inverse.
+    """
+    values, vectors = torch.linalg.eigh((metric + metric.mT) / 2)  # (..., k), (..., k, k)
+    cutoff = values[..., -1:].clamp_min(0) * metric.shape[-1] * torch.finfo(metric.dtype).eps
+    kept = values > cutoff
+    root = torch.where(kept, values, 0).clamp_min(0).sqrt()
+    inverse = torch.where(kept, 1 / root.clamp_min(torch.finfo(metric.dtype).tiny), 0)
+    return (vectors * root[..., None, :]) @ vectors.mT, (vectors * inverse[..., None, :]) @ vectors.mT
+
+
+def metric_product(
+    metric: Metric,  # over k directions
+    matrix: Tensor,  # (..., k, p)
+) -> Tensor:  # (..., k, p)
+    """The product of a metric of any kind with a matrix."""
+    if metric is None:
+        return matrix
+    if is_full(metric, matrix.shape[-2], matrix.dim() - 2):
+        return metric @ matrix
+    return metric[..., None] * matrix

@@ -1,0 +1,178 @@
+"""Weighted low-rank approximation, decomposed on the smaller side only.
+
+    min over rank r of ‖G^½ (W − W′) C^½‖_F,    W (m, n), C (n, n), G (m, m).
+
+With M = G^½ W C^½ = U Σ Vᵀ the answer is W′ = G^-½ U_r Σ_r V_rᵀ C^-½, at a loss of exactly Σ_{i>r} σ_i².
+Only the smaller side is decomposed:
+- rows (m ≤ n): U are the eigenvectors of G^½ (W C Wᵀ) G^½, and W′ = (G^-½ U_r)(U_rᵀ G^½ W). No root of C.
+- columns (m > n): V are those of C^½ (Wᵀ G W) C^½, and W′ = (W C^½ V_r)(V_rᵀ C^-½). No root of G.
+So one kernel serves both sides: a *metric* whose root is taken, and the *gram* of the weight in the other
+metric. Source: Eckart & Young 1936; section 1 of docs/design.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from twofold.linalg.metric import Metric, is_full, metric_product, roots
+
+Side = Literal["rows", "columns"]
+
+
+def smaller_side(out_features: int, in_features: int) -> Side:
+    """The side that is decomposed: rows (outputs) if m ≤ n, else columns (inputs)."""
+    return "rows" if out_features <= in_features else "columns"
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The decomposition of one weight (or of a batch of one shape); any rank can be read from it.
+
+    ``values`` (..., k) are σ², largest first, k = min(m, n); those below the numerical cutoff are zero.
+    ``inner`` and ``outer`` (..., k, k) give the projector of rank r, inner[:, :r] @ outer[:, :r].T:
+    it acts on W from the left on the side "rows", and transposed from the right on "columns".
+    """
+
+    values: Tensor  # (..., k)
+    inner: Tensor  # (..., k, k), metric^-½ U
+    outer: Tensor  # (..., k, k), metric^½ U
+    side: Side
+
+    def __getitem__(self, index: int) -> Spectrum:
+        """One problem of a batch."""
+        return Spectrum(self.values[index], self.inner[index], self.outer[index], self.side)
+
+    @property
+    def tails(self) -> Tensor:  # (..., k + 1)
+        """The loss of keeping rank 0, 1, …, k: the sums of the values left out."""
+        backwards = self.values.flip(-1).cumsum(-1).flip(-1)
+        return torch.cat([backwards, backwards.new_zeros(*backwards.shape[:-1], 1)], -1)
+
+    @property
+    def numerical_rank(self) -> int:
+        """How many values are above zero; more rank than that buys nothing."""
+        return int((self.values > 0).sum(-1).max())
+
+
+def gram(
+    weight: Tensor,  # (..., m, n)
+    other: Metric,  # the metric on the larger side: over n if m ≤ n, else over m
+) -> Tensor:  # (..., k, k)
+    """W C Wᵀ on the side "rows", Wᵀ G W on the side "columns"."""
+    wide = weight if weight.shape[-2] <= weight.shape[-1] else weight.mT  # (..., k, p)
+    product = wide @ metric_product(other, wide.mT)
+    return (product + product.mT) / 2
+
+
+def decompose(
+    metric: Metric,  # over the k directions of the smaller side
+    gram: Tensor,  # (..., k, k), of the weight in the metric of the larger side
+    side: Side,
+) -> Spectrum:
+    """Decompose one weight, or a batch of them, for every rank at once.
+
+    The dtype of ``gram`` is the working dtype; a Gram matrix squares the condition number, so form it in
+    float64 where the device has it.
+
+    Raises:
+        ValueError: if the gram matrix or the metric holds NaN or infinity.
+    """
+    k = gram.shape[-1]
+    if not torch.isfinite(gram).all() or (metric is not None and not torch.isfinite(metric).all()):
+        raise ValueError("the weight or its moments hold NaN or infinity")
+    if metric is None:
+        root = inverse = torch.eye(k, dtype=gram.dtype, device=gram.device).expand_as(gram)
+        middle = gram
+    elif is_full(metric, k, gram.dim() - 2):
+        root, inverse = roots(metric.to(gram.dtype))
+        middle = root @ gram @ root
+    else:
+        values = metric.to(gram.dtype).clamp_min(0).sqrt()
+        inverse_values = torch.where(values > 0, 1 / values.clamp_min(torch.finfo(gram.dtype).tiny), 0)
+        root, inverse = torch.diag_embed(values), torch.diag_embed(inverse_values)
+        middle = values[..., :, None] * gram * values[..., None, :]
+    values, vectors = torch.linalg.eigh((middle + middle.mT) / 2)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    cutoff = values[..., :1].clamp_min(0) * k * torch.finfo(gram.dtype).eps
+    values = torch.where(values > cutoff, values, 0)
+    return Spectrum(values, inverse @ vectors, root @ vectors, side)
+
+
+def truncate(
+    weight: Tensor,  # (m, n)
+    spectrum: Spectrum,
+    rank: int,
+) -> tuple[Tensor, Tensor]:  # (m, rank), (rank, n)
+    """The two factors of the best approximation of ``weight`` of a rank, in the spectrum's dtype.
+
+    Raises:
+        ValueError: if the rank is not between 1 and min(m, n).
+    """
+    if not 1 <= rank <= min(weight.shape):
+        raise ValueError(f"the rank must be between 1 and {min(weight.shape)}, got {rank}")
+    weight = weight.to(spectrum.values.dtype)
+    inner, outer = spectrum.inner[:, :rank], spectrum.outer[:, :rank]
+    if spectrum.side == "rows":
+        return inner, outer.mT @ weight
+    return weight @ outer, inner.mT
+
+
+def truncation_loss(
+    weight: Tensor,  # (m, n)
+    approximation: Tensor,  # (m, n), the product of the two factors
+    metric: Metric,  # over the smaller side
+    gram: Tensor,  # (k, k), of the weight in the other metric
+) -> float:
+    """‖G^½ (W − W′) C^½‖², measured from the stored product and not from the spectrum.
+
+    On the side "rows" the approximation is P W with some P (m, m), found by least squares, so that the loss
+    is tr(G (1 − P)(W C Wᵀ)(1 − P)ᵀ); on "columns" it is the mirror image. Only moments of the smaller
+    side are needed.
+    """
+    wide, wide_approximation = (
+        (weight, approximation) if weight.shape[0] <= weight.shape[1] else (weight.T, approximation.T)
+    )
+    wide, wide_approximation = wide.to(gram.dtype), wide_approximation.to(gram.dtype)
+    missing = torch.eye(wide.shape[0], dtype=gram.dtype, device=gram.device) - _left_factor(wide, wide_approximation)
+    return float((metric_product(metric, missing @ gram) * missing).sum())
+
+
+def _left_factor(
+    wide: Tensor,  # W (k, p), k ≤ p
+    approximation: Tensor,  # (k, p)
+) -> Tensor:  # P (k, k), the least-squares solution of P W = approximation
+    normal = wide @ wide.T
+    right = wide @ approximation.T
+    factor, info = torch.linalg.cholesky_ex(normal)
+    if int(info) == 0:
+        diagonal = factor.diagonal()
+        if float(diagonal.min() / diagonal.max()) > 1e-6:
+            return torch.cholesky_solve(right, factor).T
+    # A weight that lacks full rank, or nearly so.
+    return (torch.linalg.pinv(normal, hermitian=True) @ right).T
+
+
+def weighted_low_rank(
+    weight: Tensor,  # (m, n)
+    rank: int,
+    left: Metric = None,  # over m
+    right: Metric = None,  # over n
+) -> tuple[Tensor, Tensor]:  # (m, rank), (rank, n)
+    """The best approximation of one weight in the norm ‖left^½ (W − W′) right^½‖_F, as two factors in float64.
+
+    >>> import torch
+    >>> weight = torch.randn(6, 8)                    # (m, n)
+    >>> left, right = weighted_low_rank(weight, 3)    # (6, 3), (3, 8)
+    >>> (left @ right).shape
+    torch.Size([6, 8])
+    """
+    side = smaller_side(*weight.shape)
+    weight = weight.double()
+    near, far = (left, right) if side == "rows" else (right, left)
+    far = None if far is None else far.double()
+    near = None if near is None else near.double()
+    return truncate(weight, decompose(near, gram(weight, far), side), rank)

@@ -1,0 +1,195 @@
+"""Models: a local folder, a hub id, a GGUF file, or the built-in alias; loaded by plain transformers, checked before use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from twofold import builtin
+from twofold.errors import TwofoldError
+
+
+@dataclass
+class LoadedModel:
+    """A model, its tokenizer (None if it has none), and where they came from."""
+
+    model: Any
+    tokenizer: Any
+    name: str  # as the user gave it
+    source: Path | None  # the folder, if it is a local one
+    stored_dtype: torch.dtype  # of the checkpoint's weights
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Keep transformers' own bars and notes out of our output."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def forget_gguf(model: Any) -> None:
+    """Drop what the dequantized GGUF leaves in a model, so that it can be saved as an ordinary one."""
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of a name; "auto" takes an accelerator if there is one.
+
+    Raises:
+        TwofoldError: if there is no such device.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except Exception as error:
+        raise TwofoldError(f"there is no device {device!r} here; use --device cpu") from error
+    return chosen
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model and its tokenizer, and check its weights.
+
+    Args:
+        name: a folder, a hub id, a .gguf file, or ``smollm2``.
+        dtype: of the computation; "auto" is float32 on a processor and the stored dtype elsewhere.
+
+    Raises:
+        TwofoldError: if there is no such model, it is not whole, or a weight is NaN or infinite.
+    """
+    chosen_device = choose_device(device)
+    path = builtin.smollm2_folder() if name == builtin.ALIAS else Path(name).expanduser()
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source: str | Path = path if path.exists() else name
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise TwofoldError(f"{name} is a file but no .gguf; name the folder of a Transformers checkpoint")
+        where["gguf_file"], source = path.name, path.parent
+    elif path.is_dir():
+        _check_folder(path, name)
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise TwofoldError(f"there is no folder {name}; name a folder, a hub id, a .gguf file, or {builtin.ALIAS}")
+    try:
+        config = AutoConfig.from_pretrained(source, **where)
+        stored = getattr(config, "dtype", None)
+        stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
+        compute = _compute_dtype(dtype, stored, chosen_device)
+        model_class = _model_class(config, trust_remote_code)
+        with quiet_bars():
+            model, report = model_class.from_pretrained(
+                source, dtype=compute, use_safetensors=None if "gguf_file" in where else True,
+                output_loading_info=True, **where,
+            )
+    except TwofoldError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, SafetensorError, KeyError …
+        raise TwofoldError(f"the model {name} can't be loaded: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise TwofoldError(
+            f"the checkpoint {name} is not whole: {len(missing)} weights are missing, first {missing[0]}; fetch it again"
+        )
+    if "gguf_file" in where:
+        forget_gguf(model)
+    model = model.to(chosen_device).eval()
+    check_finite(model, name)
+    tokenizer = None
+    try:
+        with quiet_bars():
+            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    except Exception:  # a model of another modality has none; who needs it says so
+        tokenizer = None
+    folder = path if path.is_dir() else None
+    return LoadedModel(model, tokenizer, name, folder, stored if isinstance(stored, torch.dtype) else compute)
+
+
+def need_tokenizer(loaded: LoadedModel) -> Any:
+    """The tokenizer.
+
+    Raises:
+        TwofoldError: if the model has none.
+    """
+    if loaded.tokenizer is None:
+        raise TwofoldError(f"the model {loaded.name} has no tokenizer that can be loaded; put its files beside the weights")
+    return loaded.tokenizer
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        TwofoldError: naming the first such weight.
+    """
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TwofoldError(f"the weight {key} of {name} holds NaN or infinity; the checkpoint is broken, fetch it again")
+
+
+def _compute_dtype(dtype: str, stored: Any, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
+    if device.type == "cpu" or not isinstance(stored, torch.dtype):
+        return torch.float32
+    return stored
+
+
+def _check_folder(path: Path, name: str) -> None:
+    if not (path / "config.json").is_file():
+        raise TwofoldError(f"{name} is no Transformers checkpoint: it has no config.json")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise TwofoldError(f"the index {index} can't be read; fetch the checkpoint again") from error
+        absent = sorted(shard for shard in shards if not (path / shard).is_file())
+        if absent:
+            raise TwofoldError(f"the checkpoint {name} lacks {len(absent)} of {len(shards)} shards, first {absent[0]}; fetch it again")
+    elif not list(path.glob("*.safetensors")):
+        raise TwofoldError(f"{name} has no weights in safetensors; Twofold loads no other format (pickles can run code)")
+
+
+def _model_class(config: Any, trust_remote_code: bool) -> Any:
+    """The class that the checkpoint names, so that any kind of head loads; else the causal language model."""
+    names = getattr(config, "architectures", None) or []
+    if names and not (trust_remote_code and getattr(config, "auto_map", None)):
+        found = getattr(transformers, str(names[0]), None)
+        if found is not None:
+            return found
+    return AutoModelForCausalLM
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,167 @@
+"""A linear layer whose weight is a product of two smaller matrices."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from twofold.linalg import gauge_form, gauge_storage, plain_storage
+
+Form = Literal["plain", "rows", "columns"]
+
+
+class FactoredLinear(nn.Module):
+    """y = W′x + b with W′ (out, in) of rank r, kept as two ``nn.Linear`` children, ``reduce`` and ``expand``.
+
+    The children are ordinary linear layers, so quantizers, adapters and exporters handle them with no code of ours.
+    Three forms hold the same kind of product (section 1 of docs/design.md):
+
+    - plain:   W′ = expand · reduce, r(m + n) numbers;
+    - rows:    r outputs are computed by ``reduce`` (r, n), the other outputs from them by ``expand`` (m − r, r);
+    - columns: ``reduce`` (r, n − r) folds the other inputs into r of them, ``expand`` (m, r) gives the output.
+
+    The last two store r(m + n − r) numbers and an integer ``order``. The one-element buffer ``weight`` is a guard:
+    a program that does not know this layer finds a weight of the wrong shape in the checkpoint and stops, where it would
+    otherwise start from random weights; code that asks for ``layer.weight.dtype`` or ``.device`` gets the right answer.
+
+    Args:
+        in_features, out_features: n and m.
+        rank: r, between 1 and min(m, n); below m for rows and below n for columns.
+        form: "plain", "rows" or "columns".
+        bias: whether there is a bias (m,).
+        transposed: whether the dense layer that this one replaces keeps its weight as (in, out), as GPT-2's Conv1D does.
+
+    >>> import torch
+    >>> layer = FactoredLinear(8, 6, rank=3, form="rows")
+    >>> layer(torch.randn(2, 8)).shape
+    torch.Size([2, 6])
+    """
+
+    weight: Tensor
+    order: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        form: Form = "plain",
+        bias: bool = True,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        largest = {
+            "plain": min(in_features, out_features),
+            "rows": min(in_features, out_features - 1),
+            "columns": min(in_features - 1, out_features),
+        }.get(form)
+        if largest is None:
+            raise ValueError(f"the form must be one of plain, rows, columns, got {form!r}")
+        if not 1 <= rank <= largest:
+            raise ValueError(
+                f"the rank of a factored layer ({out_features}, {in_features}) in the form {form} "
+                f"must be between 1 and {largest}, got {rank}"
+            )
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.form: Form = form
+        self.transposed = transposed
+        inner = in_features - rank if form == "columns" else in_features
+        outer = out_features - rank if form == "rows" else out_features
+        self.reduce = nn.Linear(inner, rank, bias=False, device=device, dtype=dtype)
+        self.expand = nn.Linear(rank, outer, bias=False, device=device, dtype=dtype)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
+        permuted = {"plain": 0, "rows": out_features, "columns": in_features}[form]
+        self.register_buffer("order", torch.arange(permuted, device=device, dtype=torch.int32) if permuted else None)
+
+    @classmethod
+    def from_factors(
+        cls,
+        left: Tensor,  # (m, r)
+        right: Tensor,  # (r, n)
+        bias: Tensor | None = None,  # (m,)
+        form: Literal["auto", "plain", "rows", "columns"] = "auto",
+        transposed: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> FactoredLinear:
+        """Build the layer from two factors; "auto" takes the gauge form if its coefficients are bounded, else plain.
+
+        ``dtype`` is that of the stored numbers (the factors' own by default); give the factors in float64 if you can, since
+        the gauge is fixed in theirs.
+        """
+        m, r = left.shape
+        n = right.shape[1]
+        gauge = None if form == "plain" else gauge_form(left, right, form)
+        chosen: Form = "plain" if gauge is None else gauge.form
+        dtype = dtype or left.dtype
+        layer = cls(n, m, r, chosen, bias is not None, transposed, device="meta", dtype=dtype)
+        layer = layer.to_empty(device=left.device)
+        with torch.no_grad():
+            if gauge is None:
+                # Share the scale between the factors: neither overflows a narrow dtype.
+                balance = (left.norm(dim=0) / right.norm(dim=1).clamp_min(1e-30)).clamp(1e-30, 1e30).sqrt()
+                layer.reduce.weight.copy_(right * balance[:, None])
+                layer.expand.weight.copy_(left / balance)
+            else:
+                layer.reduce.weight.copy_(gauge.reduce)
+                layer.expand.weight.copy_(gauge.expand)
+                assert layer.order is not None
+                layer.order.copy_(gauge.order)
+            layer.weight.zero_()
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(bias)
+        return layer
+
+    @property
+    def numbers(self) -> int:
+        """The numbers that represent the weight: r(m + n) or r(m + n − r)."""
+        count = plain_storage if self.form == "plain" else gauge_storage
+        return count(self.out_features, self.in_features, self.rank)
+
+    @property
+    def keep(self) -> float:
+        """The numbers that represent the weight over m · n."""
+        return self.numbers / (self.out_features * self.in_features)
+
+    def forward(
+        self,
+        x: Tensor,  # (..., in)
+    ) -> Tensor:  # (..., out)
+        if self.form == "rows":
+            pivots = self.reduce(x)
+            y = torch.cat([pivots, self.expand(pivots)], -1).index_select(-1, self.order)
+        elif self.form == "columns":
+            x = x.index_select(-1, self.order)
+            y = self.expand(x[..., : self.rank] + self.reduce(x[..., self.rank :]))
+        else:
+            y = self.expand(self.reduce(x))
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:  # (out, in)
+        """The weight as one matrix, multiplied in float64 where the device has it; in the layer's dtype or the given one."""
+        dtype = dtype or self.weight.dtype
+        wide = torch.float32 if self.weight.device.type == "mps" else torch.float64
+        reduce, expand = self.reduce.weight.to(wide), self.expand.weight.to(wide)
+        if self.form == "rows":
+            assert self.order is not None
+            return torch.cat([reduce, expand @ reduce]).index_select(0, self.order).to(dtype)
+        if self.form == "columns":
+            assert self.order is not None
+            dense = torch.empty(self.out_features, self.in_features, dtype=wide, device=expand.device)
+            dense[:, self.order.long()] = torch.cat([expand, expand @ reduce], 1)
+            return dense.to(dtype)
+        return (expand @ reduce).to(dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"form={self.form}, bias={self.bias is not None}, keep={self.keep:.3f}"
+        )

@@ -1,0 +1,117 @@
+"""What an objective is: the two metrics of min ‖left^½ (W − W′) right^½‖_F, made from the moments of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from twofold.errors import TwofoldError
+from twofold.linalg import Side, damp, gram, smaller_side
+
+Statistic = Literal["input", "input_abs", "gradient", "fisher_rows"]
+Loss = Literal["nats", "output", "weight"]
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """The moments of one layer, averaged over the calibration tokens; what was not asked for is None.
+
+    For W (m, n) and C = E[x xᵀ], G = E[g gᵀ]; of each pair one side suffices (section 1 of docs/design.md).
+    """
+
+    input: Tensor | None = None  # C (n, n)
+    output: Tensor | None = None  # W C Wᵀ (m, m)
+    gradient: Tensor | None = None  # G (m, m)
+    input_gradient: Tensor | None = None  # Wᵀ G W (n, n)
+    input_trace: float = 0.0  # tr C
+    gradient_trace: float = 0.0  # tr G
+    input_abs: Tensor | None = None  # E|x| (n,)
+    fisher_rows: Tensor | None = None  # Σ_j E[(g_i x_j)²] (m,)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the kernel decomposes: a metric over the smaller side, and the weight's Gram matrix in the other metric."""
+
+    metric: Tensor | None  # (k, k) or (k,)
+    gram: Tensor  # (k, k)
+    side: Side
+
+
+Build = Callable[[Tensor, LayerMoments, float], Problem]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective under its published name.
+
+    ``loss`` is the unit of σ²: "nats" (twice an estimate of the model's loss per token, one scale for every layer),
+    "output" (energy of the layer's output) or "weight" (energy of the weight); the last two differ in scale from layer to layer.
+    """
+
+    name: str
+    source: str
+    needs: frozenset[Statistic]
+    loss: Loss
+    build: Build
+
+
+OBJECTIVES: dict[str, Objective] = {}
+
+
+def objective(name: str, *, source: str, needs: set[Statistic], loss: Loss) -> Callable[[Build], Build]:
+    """Register a function (weight (m, n) in float64, moments, damping) → Problem as an objective."""
+
+    def register(build: Build) -> Build:
+        OBJECTIVES[name] = Objective(name, source, frozenset(needs), loss, build)
+        return build
+
+    return register
+
+
+def get_objective(name: str) -> Objective:
+    """The objective of a name.
+
+    Raises:
+        TwofoldError: if there is none.
+    """
+    if name not in OBJECTIVES:
+        raise TwofoldError(f"there is no objective {name!r}; choose one of {', '.join(sorted(OBJECTIVES))}")
+    return OBJECTIVES[name]
+
+
+def input_side(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:
+    """The damped C where it is the metric (m > n), else the damped W C Wᵀ.
+
+    Damping C by δ·mean(diag C) adds δ·mean(diag C)·W Wᵀ to W C Wᵀ, so the two ways to measure agree.
+    """
+    m, n = weight.shape
+    if smaller_side(m, n) == "columns":
+        assert moments.input is not None
+        return damp(moments.input.to(weight), damping)
+    if moments.input is not None:
+        return gram(weight, damp(moments.input.to(weight), damping))
+    assert moments.output is not None
+    return _damped_product(weight, moments.output.to(weight), damping * moments.input_trace / n)
+
+
+def gradient_side(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:
+    """The damped G where it is the metric (m ≤ n), else the damped Wᵀ G W."""
+    m, n = weight.shape
+    if smaller_side(m, n) == "rows":
+        assert moments.gradient is not None
+        return damp(moments.gradient.to(weight), damping)
+    if moments.gradient is not None:
+        return gram(weight, damp(moments.gradient.to(weight), damping))
+    assert moments.input_gradient is not None
+    return _damped_product(weight.T, moments.input_gradient.to(weight), damping * moments.gradient_trace / m)
+
+
+def _damped_product(wide: Tensor, moment: Tensor, added: float) -> Tensor:
+    if added == 0.0 and not torch.any(moment):
+        added = 1.0  # nothing was measured: every direction weighs the same, as damp() does
+    return moment + added * (wide @ wide.T)

@@ -1,0 +1,19 @@
+"""Both sides: min tr(G ΔW C ΔWᵀ), the Kronecker-factored second-order estimate of the model's loss. The default.
+
+σ²/2 is an estimate of the divergence per token, in nats, that leaving a component out costs, on one scale for every layer.
+Source: the K-FAC metric (Martens & Grosse 2015); OBD-LLM (arXiv 2604.00821), GFWSVD, IO-SVD, 2025–26.
+"""
+
+from torch import Tensor
+
+from twofold.linalg import smaller_side
+from twofold.objectives.base import LayerMoments, Problem, gradient_side, input_side, objective
+
+
+@objective("two-sided", source="K-FAC metric; arXiv 2604.00821", needs={"input", "gradient"}, loss="nats")
+def two_sided(weight: Tensor, moments: LayerMoments, damping: float) -> Problem:
+    inputs = input_side(weight, moments, damping)
+    gradients = gradient_side(weight, moments, damping)
+    if smaller_side(*weight.shape) == "rows":
+        return Problem(gradients, inputs, "rows")
+    return Problem(inputs, gradients, "columns")

@@ -1,0 +1,314 @@
+"""The plan: every weight of a model with its rank, or with the reason why it stays dense. Made of spectra and a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+
+from twofold.allocate import Candidate, Choice, get_allocation
+from twofold.allocate.base import cheapest
+from twofold.budget import Budget, ModelSize, parse_budget, target_budget
+from twofold.errors import TwofoldError
+from twofold.linalg import gauge_rank, gauge_storage, plain_storage
+from twofold.objectives import get_objective
+from twofold.recipe import Override, Recipe
+from twofold.targets import Target, Targets, matches
+
+
+class PlanEntry(pydantic.BaseModel, extra="forbid"):
+    """One targeted weight W (out, in)."""
+
+    name: str
+    kind: str
+    layer: int | None
+    out_features: int
+    in_features: int
+    group: str  # the first target that shares its input
+    rank: int | None  # None: dense
+    form: Literal["plain", "rows", "columns", "gauge"] | None  # "gauge": rows or columns, chosen when it is factorized
+    transposed: bool
+    bias: bool
+    numbers_before: int  # m · n
+    numbers_after: int
+    predicted_loss: float | None  # Σ σ² left out, None if no spectrum was taken
+    total_loss: float | None  # Σ σ²
+    measured_loss: float | None = None  # the same, measured from the stored factors
+    reason: str
+
+    @property
+    def keep(self) -> float:
+        return self.numbers_after / self.numbers_before
+
+
+class DenseEntry(pydantic.BaseModel, extra="forbid"):
+    """A parameter that is no target."""
+
+    name: str
+    shape: list[int]
+    numbers: int
+    reason: str
+
+
+class Plan(pydantic.BaseModel, extra="forbid"):
+    """What is to be done with every parameter of a model."""
+
+    version: int = 1
+    model: str
+    objective: str
+    allocate: str
+    loss_unit: str
+    element_bytes: int
+    entries: list[PlanEntry]
+    dense: list[DenseEntry]
+    notes: list[str] = []
+
+    @property
+    def target_before(self) -> int:
+        return sum(entry.numbers_before for entry in self.entries)
+
+    @property
+    def target_after(self) -> int:
+        return sum(entry.numbers_after for entry in self.entries)
+
+    @property
+    def dense_numbers(self) -> int:
+        return sum(entry.numbers for entry in self.dense)
+
+    @property
+    def model_before(self) -> int:
+        return self.target_before + self.dense_numbers
+
+    @property
+    def model_after(self) -> int:
+        return self.target_after + self.dense_numbers
+
+    @property
+    def order_numbers(self) -> int:
+        """The integers (four bytes each) that the gauge form adds, and the guards."""
+        return sum(order_length(e.form, e.out_features, e.in_features) for e in self.entries if e.rank is not None)
+
+    @property
+    def bytes_before(self) -> int:
+        return self.model_before * self.element_bytes
+
+    @property
+    def bytes_after(self) -> int:
+        guards = sum(1 for entry in self.entries if entry.rank is not None)
+        return (self.model_after + guards) * self.element_bytes + 4 * self.order_numbers
+
+    @property
+    def keep(self) -> float:
+        """Share of the targeted weights."""
+        return self.target_after / self.target_before
+
+    @property
+    def keep_model(self) -> float:
+        """Share of the whole model."""
+        return self.model_after / self.model_before
+
+    @property
+    def predicted_divergence(self) -> float | None:
+        """Half of the loss left out, in nats per token: a second-order estimate of the divergence from the original."""
+        losses = [entry.predicted_loss for entry in self.entries]
+        if self.loss_unit != "nats" or any(loss is None for loss in losses):
+            return None
+        return sum(loss for loss in losses if loss is not None) / 2
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            TwofoldError: if the file is missing or is no plan.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise TwofoldError(f"there is no plan {path}") from error
+        except (pydantic.ValidationError, UnicodeDecodeError) as error:
+            raise TwofoldError(f"{path} is not a plan of this version of Twofold: {str(error).splitlines()[0]}") from error
+
+
+def order_length(form: str | None, out_features: int, in_features: int) -> int:
+    """The length of the integer order that a form stores; for a form not chosen yet, the longer of the two."""
+    return {"rows": out_features, "columns": in_features, "gauge": max(out_features, in_features)}.get(form or "", 0)
+
+
+def rank_cost(form: str, target: Target, rank: int) -> int:
+    """The numbers that a rank stores."""
+    count = plain_storage if form == "plain" else gauge_storage
+    return count(target.out_features, target.in_features, rank)
+
+
+def possible_ranks(
+    target: Target,
+    form: str,
+    multiple: int,
+    min_rank: int,
+    numerical_rank: int | None = None,
+) -> NDArray[np.int64]:  # (c,), ascending
+    """The ranks at which a factored weight stores no more than the dense one; at least one if it can be factored at all.
+
+    In the gauge form a square weight has no full rank: dense stores the same numbers.
+    """
+    m, n = target.out_features, target.in_features
+    largest = (m * n - 1) // (m + n) if form == "plain" else min(m, n) - (1 if m == n else 0)
+    if numerical_rank is not None:
+        largest = min(largest, max(numerical_rank, 1))
+    lowest = min(max(min_rank, 1), largest)
+    ranks = np.arange(max(lowest, 1), largest + 1)
+    aligned = ranks[ranks % multiple == 0]
+    return aligned if len(aligned) else ranks[:1]
+
+
+def make_plan(
+    model_name: str,
+    targets: Targets,
+    spectra: Mapping[str, NDArray[np.float64]] | None,  # σ² (k,), largest first
+    recipe: Recipe,
+    element_bytes: int,
+) -> Plan:
+    """Choose a rank for every target.
+
+    Args:
+        spectra: of every target; None for ranks that need no loss (allocate "uniform").
+
+    Raises:
+        TwofoldError: if the budget can't be met, or an override fits no target.
+    """
+    notes: list[str] = []
+    allocate = recipe.allocate
+    if spectra is None and allocate != "uniform":
+        raise TwofoldError(f"the allocation {allocate!r} needs spectra; use --allocate uniform or give a calibration text")
+    unit_loss = get_objective(recipe.objective).loss
+    relative = spectra is not None and allocate == "global" and unit_loss != "nats"
+    if relative:
+        notes.append(
+            f"the losses of {recipe.objective} differ in scale from layer to layer, so the global allocation compares "
+            "the share of each layer's own total that is left out"
+        )
+    multiple, form = recipe.rank_multiple, recipe.form
+    candidates: list[Candidate] = []
+    overrides: dict[str, Choice] = {}
+    tails_of: dict[str, NDArray[np.float64]] = {}
+    bytes_budget = recipe.budget is not None and _is_bytes(recipe.budget)
+    scale = element_bytes if bytes_budget else 1
+    for target in targets.targets:
+        values = None if spectra is None else np.asarray(spectra[target.name], dtype=np.float64)
+        numerical = None if values is None else int((values > 0).sum())
+        override = _override_of(target, recipe.overrides)
+        ranks = possible_ranks(target, form, multiple, recipe.min_rank, numerical)
+        if values is None:
+            tails = np.zeros(min(target.out_features, target.in_features) + 1)
+        else:
+            tails = np.append(np.cumsum(values[::-1])[::-1], 0.0)
+        tails_of[target.name] = tails
+        weight = 1.0 / tails[0] if relative and tails[0] > 0 else 1.0
+        extra = 4.0 * max(target.out_features, target.in_features) + scale if bytes_budget and form != "plain" else 0.0
+        costs = np.array([rank_cost(form, target, int(r)) for r in ranks], dtype=np.float64) * scale + extra
+        candidate = Candidate(
+            target.name, ranks, costs, tails[ranks] * weight, float(target.size * scale), float(target.size * scale)
+        )
+        candidates.append(candidate)
+        if override is not None:
+            overrides[target.name] = _forced(target, override, candidate, form)
+    for pattern in recipe.overrides:
+        if not any(matches(target.name, [pattern]) for target in targets.targets):
+            raise TwofoldError(f"the override {pattern!r} matches no weight that is factorized; list them with: twofold inspect")
+
+    fixed = sum(overrides[c.name].cost(c) for c in candidates if c.name in overrides)
+    free = [c for c in candidates if c.name not in overrides]
+    least = fixed + sum(cheapest(c).cost(c) for c in free)
+    order = sum(max(t.out_features, t.in_features) for t in targets.targets) if form != "plain" else 0
+    size = ModelSize(
+        targets.target_numbers, targets.total_numbers - targets.target_numbers, element_bytes,
+        (least - 4 * order) / scale if bytes_budget else least,
+    )
+    budget: Budget = target_budget(recipe.keep, recipe.budget, size, order if bytes_budget else 0)
+    choices = dict(overrides)
+    if free:
+        picked = get_allocation(allocate)(free, budget.amount - fixed)
+        choices |= {c.name: choice for c, choice in zip(free, picked, strict=True)}
+    entries = [
+        _entry(target, candidate, choices[target.name], tails_of[target.name], target.name in overrides, recipe, targets, spectra is not None)
+        for target, candidate in zip(targets.targets, candidates, strict=True)
+    ]
+    dense = [DenseEntry(name=d.name, shape=list(d.shape), numbers=d.size, reason=d.reason) for d in targets.dense]
+    return Plan(
+        model=model_name, objective=recipe.objective, allocate=allocate, loss_unit=unit_loss,
+        element_bytes=element_bytes, entries=entries, dense=dense, notes=notes,
+    )
+
+
+def _is_bytes(budget: str) -> bool:
+    return parse_budget(budget)[1] == "bytes"
+
+
+def _override_of(target: Target, overrides: Mapping[str, Override]) -> Override | None:
+    """The last override whose pattern matches."""
+    found = None
+    for pattern, override in overrides.items():
+        if matches(target.name, [pattern]):
+            found = override
+    return found
+
+
+def _forced(target: Target, override: Override, candidate: Candidate, form: str) -> Choice:
+    if override.dense:
+        return Choice(None)
+    if override.rank is not None:
+        wanted = override.rank
+        if wanted > min(target.out_features, target.in_features):
+            raise TwofoldError(
+                f"the override of {target.name} asks for rank {wanted}, above its full rank "
+                f"{min(target.out_features, target.in_features)}"
+            )
+        if wanted > candidate.ranks[-1]:
+            return Choice(None)  # it would store more than dense
+    else:
+        assert override.keep is not None
+        numbers = override.keep * target.size
+        wanted = (
+            int(numbers / (target.out_features + target.in_features)) if form == "plain"
+            else gauge_rank(target.out_features, target.in_features, numbers)
+        )
+        if wanted > candidate.ranks[-1]:
+            return Choice(None)
+    return Choice(max(int(np.searchsorted(candidate.ranks, max(wanted, 1), side="right")) - 1, 0))
+
+
+def _entry(
+    target: Target, candidate: Candidate, choice: Choice, tails: NDArray[np.float64],
+    forced: bool, recipe: Recipe, targets: Targets, measured: bool,
+) -> PlanEntry:
+    if choice.index is None:
+        rank, numbers, lost = None, target.size, 0.0
+        reason = (
+            "dense: an override says so" if forced
+            else "dense: at this budget every rank that saves numbers would lose more here than elsewhere"
+            if recipe.allocate != "uniform"
+            else "dense: full rank stores as much"
+        )
+    else:
+        rank = int(candidate.ranks[choice.index])
+        numbers = rank_cost(recipe.form, target, rank)
+        lost = float(tails[rank])
+        reason = "an override says so" if forced else f"{recipe.allocate} allocation"
+    return PlanEntry(
+        name=target.name, kind=target.kind, layer=target.layer,
+        out_features=target.out_features, in_features=target.in_features,
+        group=targets.groups.get(target.name, target.name),
+        rank=rank, form=None if rank is None else recipe.form,
+        transposed=target.transposed, bias=target.bias,
+        numbers_before=target.size, numbers_after=numbers,
+        predicted_loss=lost if measured else None, total_loss=float(tails[0]) if measured else None,
+        reason=reason,
+    )

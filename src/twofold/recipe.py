@@ -1,0 +1,144 @@
+"""The recipe: one model of settings that reads the command line, the YAML file and the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from twofold.errors import TwofoldError
+
+
+class Override(pydantic.BaseModel, extra="forbid"):
+    """What is forced on the weights that match a pattern: one of keep, rank, dense."""
+
+    keep: float | None = Field(None, gt=0, le=1)
+    rank: int | None = Field(None, ge=1)
+    dense: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _one(self) -> Override:
+        if (self.keep is not None) + (self.rank is not None) + self.dense != 1:
+            raise ValueError("an override needs exactly one of keep, rank, dense")
+        return self
+
+
+class Recipe(pydantic.BaseModel, extra="forbid"):
+    """How a model is factorized. The description of each field is also the help of its flag."""
+
+    model: Annotated[str, Field(description="a folder, a hub id, a .gguf file, or smollm2 (built in)")]
+    keep: Annotated[
+        float | None, Field(gt=0, le=1, description="share of the factorized weights' parameters to keep, in (0, 1]")
+    ] = None
+    budget: Annotated[
+        str | None, Field(description="size of the whole model: parameters (90M), bytes (180MB) or a share (70%)")
+    ] = None
+    calibration: Annotated[
+        list[str], Field(description="text files, or data set names; 'self' samples texts from the model")
+    ] = ["self"]
+    dataset_config: Annotated[str | None, Field(description="the configuration of the data set")] = None
+    dataset_split: Annotated[str, Field(description="the split of the data set")] = "train"
+    text_column: Annotated[str, Field(description="the field of a data set or .jsonl row that holds the text")] = "text"
+    tokens: Annotated[int, Field(ge=1, description="tokens to calibrate on")] = 65536
+    window: Annotated[int, Field(ge=2, description="tokens in a calibration window")] = 512
+    batch_size: Annotated[int, Field(ge=1, description="windows in a calibration batch; more takes more memory")] = 1
+    objective: Annotated[
+        str, Field(description="what a rank is chosen to preserve: two-sided, svd-llm, asvd, fwsvd, svd")
+    ] = "two-sided"
+    allocate: Annotated[str, Field(description="how ranks are shared out: global, uniform")] = "global"
+    form: Annotated[
+        Literal["gauge", "plain"], Field(description="how factors are stored: gauge r(m+n-r) numbers, plain r(m+n)")
+    ] = "gauge"
+    damping: Annotated[
+        float, Field(ge=0, le=1, description="added to the diagonal of each moment, relative to its mean")
+    ] = 1e-2
+    rank_multiple: Annotated[int, Field(ge=1, description="ranks are multiples of this")] = 1
+    min_rank: Annotated[int, Field(ge=1, description="the smallest rank")] = 1
+    include: Annotated[list[str], Field(description="factorize only the layers that match these patterns")] = []
+    exclude: Annotated[list[str], Field(description="leave the layers that match these patterns dense")] = []
+    overrides: Annotated[
+        dict[str, Override], Field(description="pattern=dense, pattern=rank:64 or pattern=keep:0.5; the last match wins")
+    ] = {}
+    seed: Annotated[int, Field(ge=0, description="of sampled texts and labels")] = 0
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "float64"],
+        Field(description="of the loaded weights; auto is float32 on a processor"),
+    ] = "auto"
+    device: Annotated[str, Field(description="where to run: cpu, cuda, mps, or auto")] = "auto"
+    revision: Annotated[str | None, Field(description="the revision of a hub model")] = None
+    trust_remote_code: Annotated[bool, Field(description="run code that comes with the checkpoint")] = False
+    eval_text: Annotated[
+        str | None, Field(description="text file to measure on; without it, held-out calibration text")
+    ] = None
+    eval_windows: Annotated[int, Field(ge=0, description="windows to measure on; 0 measures nothing")] = 8
+
+    @pydantic.model_validator(mode="after")
+    def _one_size(self) -> Recipe:
+        if (self.keep is None) == (self.budget is None):
+            raise ValueError("give either keep (share of the factorized weights) or budget (size of the whole model)")
+        return self
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML; what is at its default is left in, so that a stored recipe says all."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def read_recipe(path: Path) -> dict[str, object]:
+    """Read a YAML recipe as settings that flags may still override.
+
+    Raises:
+        TwofoldError: if the file is missing or holds no mapping.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TwofoldError(f"the recipe {path} can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TwofoldError(f"the recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(settings, dict):
+        raise TwofoldError(f"the recipe {path} holds no settings; write one as in: keep: 0.8")
+    return settings
+
+
+def make_recipe(settings: dict[str, object]) -> Recipe:
+    """Check settings and give the recipe.
+
+    Raises:
+        TwofoldError: naming the first setting that is wrong, what it must be, and what came.
+    """
+    try:
+        return Recipe.model_validate(settings)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            raise TwofoldError(f"there is no setting {where!r}; the settings are {', '.join(Recipe.model_fields)}") from error
+        if not where:
+            raise TwofoldError(message) from error
+        flag = "--" + where.replace("_", "-")
+        raise TwofoldError(f"{flag}: {message[0].lower()}{message[1:]}, got {first['input']!r}") from error
+
+
+def parse_override(text: str) -> tuple[str, dict[str, object]]:
+    """Read PATTERN=dense, PATTERN=rank:64 or PATTERN=keep:0.5.
+
+    Raises:
+        TwofoldError: if it is none of these.
+    """
+    pattern, equals, value = text.rpartition("=")
+    key, _, number = value.partition(":")
+    try:
+        if pattern and equals:
+            if key == "dense" and not number:
+                return pattern, {"dense": True}
+            if key == "rank":
+                return pattern, {"rank": int(number)}
+            if key == "keep":
+                return pattern, {"keep": float(number)}
+    except ValueError:
+        pass
+    raise TwofoldError(f"the override {text!r} is not understood: write PATTERN=dense, PATTERN=rank:64 or PATTERN=keep:0.5")

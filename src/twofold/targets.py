@@ -1,0 +1,237 @@
+"""Which weights of a model are factorized, and which modules share an input; every weight is listed with its reason.
+
+Targets are found from the modules themselves: every ``nn.Linear`` and every GPT-2 style ``Conv1D``. Nothing is looked up by
+the name of an architecture. Modules that receive the same tensor form a group, found by running the model once.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from twofold.errors import TwofoldError
+from twofold.nn import FactoredLinear
+
+SMALLEST = 8  # a weight with fewer rows or columns is left dense
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight W (m, n) of y = Wx + b that can be factorized."""
+
+    name: str
+    out_features: int  # m
+    in_features: int  # n
+    bias: bool
+    transposed: bool  # the module keeps its weight as (in, out)
+
+    @property
+    def size(self) -> int:
+        """m · n."""
+        return self.out_features * self.in_features
+
+    @property
+    def kind(self) -> str:
+        """The last part of the name: q_proj, fc1, …"""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """The first number in the name: which block the weight stands in."""
+        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.name)
+        return int(found.group(1)) if found else None
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A parameter that stays as it is, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+    @property
+    def size(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What in a model can be factorized, and all the rest."""
+
+    targets: list[Target]
+    dense: list[DenseWeight]
+    groups: dict[str, str] = field(default_factory=dict)  # target → the first target that shares its input
+
+    @property
+    def target_numbers(self) -> int:
+        """The parameters of the targeted weights."""
+        return sum(target.size for target in self.targets)
+
+    @property
+    def total_numbers(self) -> int:
+        """The parameters of the whole model, tied ones counted once."""
+        return self.target_numbers + sum(weight.size for weight in self.dense)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Say whether a module's name matches a pattern: a glob on the whole name or on its last parts."""
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
+
+
+def dense_weight(
+    module: nn.Module,
+) -> Tensor:  # (out, in)
+    """The weight of a target in the layout y = Wx, whatever layout the module keeps."""
+    if isinstance(module, FactoredLinear):
+        return module.to_dense()
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def find_targets(
+    model: nn.Module,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+) -> Targets:
+    """List every parameter of a model as ``list_weights`` does, and make sure that there is something to factorize.
+
+    Raises:
+        TwofoldError: if a pattern matches no linear layer, or nothing is left to factorize.
+    """
+    found = list_weights(model, include, exclude)
+    if not found.targets:
+        factored = any(isinstance(module, FactoredLinear) for module in model.modules())
+        raise TwofoldError(
+            "nothing to factorize: the model has no linear layer that is included and large enough"
+            + (" (it is factorized already)" if factored else "")
+        )
+    return found
+
+
+def list_weights(
+    model: nn.Module,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+) -> Targets:
+    """List every parameter of a model: those that are factorized, and those that stay dense with the reason.
+
+    Args:
+        model: any module with ``nn.Linear`` or ``Conv1D`` layers; its weights may be on the meta device.
+        include: globs; if any are given, only the modules that match one are targets.
+        exclude: globs; the modules that match one stay dense.
+
+    Raises:
+        TwofoldError: if a pattern matches no linear layer.
+    """
+    include, exclude = list(include), list(exclude)
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
+    factored = {name for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+    for pattern in [*include, *exclude]:
+        if not any(matches(name, [pattern]) for name in linear):
+            raise TwofoldError(f"the pattern {pattern!r} matches no linear layer of this model; list them with: twofold inspect")
+
+    targets: list[Target] = []
+    reasons: dict[str, str] = {}
+    for name, module in linear.items():
+        weight = dense_weight(module)
+        m, n = weight.shape
+        parent = name.rpartition(".")[0]
+        if parent in factored:
+            reason = "a factor: the layer is factorized already"
+        elif module is output:
+            reason = "output embedding: left dense for now"
+        elif len(owners[id(module.weight)]) > 1:
+            reason = "shared with " + next(o for o in owners[id(module.weight)] if o != f"{name}.weight")
+        elif type(module) is not nn.Linear and not isinstance(module, Conv1D):
+            reason = f"unsupported layer type {type(module).__name__}"
+        elif include and not matches(name, include):
+            reason = "not included"
+        elif matches(name, exclude):
+            reason = "excluded"
+        elif min(m, n) < SMALLEST:
+            reason = f"too small: {m} × {n}"
+        else:
+            bias = getattr(module, "bias", None) is not None
+            targets.append(Target(name, m, n, bias, isinstance(module, Conv1D)))
+            continue
+        reasons[f"{name}.weight"] = reason
+
+    chosen = {f"{target.name}.weight" for target in targets}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    dense = [
+        DenseWeight(name, tuple(parameter.shape), reasons.get(name) or _reason(name, parameter, id(parameter) in embeddings))
+        for name, parameter in model.named_parameters()
+        if name not in chosen
+    ]
+    return Targets(targets, dense)
+
+
+def _reason(name: str, parameter: Tensor, embedding: bool) -> str:
+    if embedding:
+        return "embedding: left dense for now"
+    if parameter.dim() < 2:
+        return "bias" if name.endswith("bias") else "vector (norm or scale)"
+    return f"unsupported layer type: a parameter of {parameter.dim()} dimensions outside of a linear layer"
+
+
+def find_groups(
+    model: nn.Module,
+    targets: Iterable[Target],
+    run: Callable[[], object],
+) -> dict[str, str]:
+    """Find the modules that receive the same tensor, by running the model once.
+
+    Args:
+        run: runs the model on a small batch.
+
+    Returns:
+        For each target the name of the first target that received the same tensor in that run (itself if it is alone or
+        was not called).
+    """
+    seen: dict[tuple[object, ...], str] = {}
+    groups = {target.name: target.name for target in targets}
+    alive: list[Tensor] = []  # keeps each input, so that no address is used twice during the run
+    handles = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            alive.append(x)
+            key = (x.data_ptr(), tuple(x.shape), x.stride(), x._version)
+            groups[name] = seen.setdefault(key, name)
+
+        return hook
+
+    for target in groups:
+        handles.append(model.get_submodule(target).register_forward_pre_hook(watch(target)))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return groups
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put a module in the place of another and give back the old one."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    old = getattr(parent, child)
+    module.train(old.training)
+    setattr(parent, child, module)
+    return old  # type: ignore[no-any-return]
