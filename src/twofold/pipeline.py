@@ -41,8 +41,8 @@ from twofold.targets import Targets, find_groups, find_targets
 
 HELD_OUT = 8  # windows set aside from the calibration text
 SAMPLE_TOKENS = 48
-PROMPTS = ("What is the capital of France, and why is it famous?", "Write one sentence about the sea.")
-PLAIN_PROMPTS = ("The history of the city begins", "In the morning, the children")
+QUESTION = "What is the capital of France, and why is it famous?"
+BEGINNINGS = ("The history of the city begins", "In the morning, the children")
 
 
 @dataclass
@@ -346,15 +346,12 @@ def _samples(loaded: LoadedModel, replaced: dict[str, nn.Module]) -> list[Sample
     model, tokenizer = loaded.model, loaded.tokenizer
     if tokenizer is None or not getattr(model, "can_generate", lambda: False)():
         return []
-    chat = bool(getattr(tokenizer, "chat_template", None))
+    prompts = [(text, text) for text in BEGINNINGS]
+    if getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": QUESTION}]
+        prompts[0] = (QUESTION, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     samples = []
-    for prompt in PROMPTS if chat else PLAIN_PROMPTS:
-        if chat:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        else:
-            text = prompt
+    for prompt, text in prompts:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
         answers = []
         for context in (dense_again(model, replaced), nullcontext()):

@@ -18,15 +18,16 @@ BISECTIONS = 100
 
 
 class _Options:
-    """The choices of one weight on the lower convex hull of (cost, loss), cheapest first, dense included."""
+    """The choices of one weight, dense included: what each costs and loses."""
 
     def __init__(self, candidate: Candidate) -> None:
         costs, losses = candidate.costs, candidate.losses
         indices: NDArray[np.int64] = np.arange(len(costs))
         if candidate.dense_cost is not None:
-            costs = np.append(costs, candidate.dense_cost)
-            losses = np.append(losses, 0.0)
-            indices = np.append(indices, -1)
+            # First, so that it wins a tie with full rank: it stores the same and is one product.
+            costs = np.append(candidate.dense_cost, costs)
+            losses = np.append(0.0, losses)
+            indices = np.append(-1, indices)
         self.costs, self.losses, self.indices = costs, losses, indices
 
     def best(self, multiplier: float) -> int:

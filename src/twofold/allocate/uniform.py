@@ -12,10 +12,11 @@ def uniform(candidates: list[Candidate], budget: float) -> list[Choice]:
     for candidate in candidates:
         allowed = share * candidate.full_cost * (1 + 1e-9)
         fits = int(np.searchsorted(candidate.costs, allowed, side="right")) - 1
-        if fits >= 0:
+        dense = candidate.dense_cost
+        if dense is not None and dense <= allowed and (fits < 0 or candidate.costs[fits] < dense):
+            choices.append(Choice(None))  # it fits, and no rank keeps as much
+        elif fits >= 0:
             choices.append(Choice(fits))
-        elif candidate.dense_cost is not None and candidate.dense_cost <= allowed:
-            choices.append(Choice(None))
         else:
             choices.append(cheapest(candidate))
     return choices

@@ -104,7 +104,8 @@ def fisher_gradient(
     generator: torch.Generator,
 ) -> Tensor:  # the same shape
     """The gradient of the cross-entropy, summed over positions, for labels drawn from the model: p − onehot(y)."""
-    probabilities = torch.softmax(logits.detach().float(), -1)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    probabilities = torch.softmax(logits.detach().to(wide), -1)
     flat = probabilities.view(-1, probabilities.shape[-1])
     for rows in flat.split(ROWS):
         labels = draw(rows if rows.device.type == "cpu" else rows.cpu(), generator).to(rows.device)

@@ -86,10 +86,12 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        if isinstance(dtype, str):  # a saved model's config holds the name
+            dtype = getattr(torch, dtype.removeprefix("torch."))
         for name, module in list(model.named_modules()):
             if isinstance(module, FactoredLinear):
-                replace_module(model, name, dense_module(module, dtype))
+                replace_module(model, name, dense_module(module, dtype))  # type: ignore[arg-type]
         return model
 
 

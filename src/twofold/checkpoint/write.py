@@ -66,6 +66,8 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=parent))
         staged.chmod(0o777 & ~_umask())
         yield staged
+        for file in staged.iterdir():
+            file.chmod(0o666 & ~_umask())
         if out.exists():
             old = out.with_name(f".{out.name}.{os.getpid()}.old")
             os.rename(out, old)

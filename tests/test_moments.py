@@ -1,0 +1,219 @@
+"""Moments equal those computed by autograd in float64; they are kept, resumed and refused as they should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TEXT, make_model, make_tokenizer
+from transformers.pytorch_utils import Conv1D
+
+from twofold.calibrate import Moments, collect_moments, request_statistics, sample_texts, token_windows, wikitext_rows
+from twofold.calibrate.collect import fisher_gradient
+from twofold.calibrate.sample import draw, user_turn_prefix
+from twofold.errors import TwofoldError
+from twofold.targets import dense_weight, find_groups, find_targets
+
+NEEDS = {"input", "gradient", "input_abs", "fisher_rows"}
+
+
+def windows(count=3, width=24):
+    return token_windows([TEXT], make_tokenizer(), tokens=count * width, window=width).ids
+
+
+def collect(model, ids, needs=NEEDS, both_sides=False, **settings):
+    targets = find_targets(model).targets
+    groups = find_groups(model, targets, lambda: model(input_ids=ids[:1]))
+    request = request_statistics(targets, groups, needs, both_sides=both_sides)
+    empty = Moments({}, 0, groups, "mark", {})
+    return targets, collect_moments(model, targets, request, ids, empty=empty, quiet=True, **settings)
+
+
+def by_autograd(model, ids, seed):
+    """C and G of every target, straight from their definition: retained activations and their gradients."""
+    kept: dict[str, list] = {}
+    targets = find_targets(model).targets
+    handles = []
+    for target in targets:
+
+        def keep(module, args, output, name=target.name):
+            output.retain_grad()
+            kept.setdefault(name, []).append((args[0], output))
+
+        handles.append(model.get_submodule(target.name).register_forward_hook(keep))
+    for i, window in enumerate(ids):
+        logits = model(input_ids=window[None]).logits
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        labels = draw(torch.softmax(logits.detach(), -1)[0], generator)
+        torch.nn.functional.cross_entropy(logits[0], labels, reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    tokens = ids.numel()
+    found = {}
+    for name, calls in kept.items():
+        x = torch.cat([a.detach().flatten(0, -2) for a, _ in calls])
+        g = torch.cat([o.grad.flatten(0, -2) for _, o in calls])
+        found[name] = (x, g, x.T @ x / tokens, g.T @ g / tokens)
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_moments_are_those_of_autograd(architecture):
+    model = make_model(architecture, dtype=torch.float64)
+    ids = windows()
+    truth = by_autograd(make_model(architecture, dtype=torch.float64), ids, seed=5)
+    for both in (False, True):
+        targets, moments = collect(model, ids, both_sides=both, seed=5)
+        for target in targets:
+            x, g, c, gg = truth[target.name]
+            w = dense_weight(model.get_submodule(target.name)).detach()
+            layer = moments.layer(target.name)
+            close = {"rtol": 1e-6, "atol": 1e-9}
+            if layer.input is not None:
+                torch.testing.assert_close(layer.input, c, **close)
+            if layer.output is not None:
+                torch.testing.assert_close(layer.output, w @ c @ w.T, rtol=1e-6, atol=1e-7)
+            if layer.gradient is not None:
+                torch.testing.assert_close(layer.gradient, gg, **close)
+            if layer.input_gradient is not None:
+                torch.testing.assert_close(layer.input_gradient, w.T @ gg @ w, rtol=1e-6, atol=1e-8)
+            assert (layer.input is not None) or (layer.output is not None)
+            assert (layer.gradient is not None) or (layer.input_gradient is not None)
+            assert layer.input_trace == pytest.approx(float(c.trace()), rel=1e-9)
+            assert layer.gradient_trace == pytest.approx(float(gg.trace()), rel=1e-6)
+            torch.testing.assert_close(layer.input_abs, x.abs().mean(0), **close)
+            rows = (g.square() * x.square().sum(1, keepdim=True)).mean(0)
+            torch.testing.assert_close(layer.fisher_rows, rows, **close)
+
+
+def test_the_smaller_side_is_collected():
+    model = make_model()
+    targets = find_targets(model).targets
+    groups = find_groups(model, targets, lambda: model(input_ids=torch.arange(8)[None]))
+    request = request_statistics(targets, groups, {"input", "gradient"})
+    assert max(request.sizes["input"].values()) == 32  # never the 80-wide input of down_proj
+    assert set(request.sizes["output"].values()) == {32}  # down_proj (32, 80)
+    assert {n.rpartition(".")[2] for n in request.sizes["input_gradient"]} == {"gate_proj", "up_proj"}
+    assert request.backward
+    assert not request_statistics(targets, groups, {"input"}).backward
+
+
+def test_sampled_labels_give_the_gradient_of_the_cross_entropy():
+    logits = torch.randn(1, 6, 11, requires_grad=True)
+    gradient = fisher_gradient(logits, torch.Generator().manual_seed(3))
+    labels = draw(torch.softmax(logits.detach()[0], -1), torch.Generator().manual_seed(3))
+    torch.nn.functional.cross_entropy(logits[0], labels, reduction="sum").backward()
+    torch.testing.assert_close(gradient, logits.grad)
+
+
+def test_draws_follow_the_distribution():
+    probabilities = torch.tensor([[0.5, 0.3, 0.0, 0.2]]).expand(20000, -1)
+    counts = torch.bincount(draw(probabilities, torch.Generator().manual_seed(0)), minlength=4) / 20000
+    torch.testing.assert_close(counts, probabilities[0], atol=0.02, rtol=0)
+    assert counts[2] == 0
+
+
+def test_no_weight_gets_a_gradient_and_nothing_is_left_behind():
+    model = make_model()
+    collect(model, windows())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+
+
+def test_repeats_to_the_bit_and_depends_on_the_seed():
+    ids = windows()
+    _, first = collect(make_model(), ids, seed=1)
+    _, again = collect(make_model(), ids, seed=1)
+    _, other = collect(make_model(), ids, seed=2)
+    assert all(torch.equal(first.sums[k], again.sums[k]) for k in first.sums)
+    assert any(not torch.equal(first.sums[k], other.sums[k]) for k in first.sums if k.startswith("gradient/"))
+    assert all(torch.equal(first.sums[k], other.sums[k]) for k in first.sums if k.startswith("input/"))
+
+
+def test_an_interrupted_pass_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    ids = windows(6)
+    _, whole = collect(make_model(), ids)
+    partial = tmp_path / "m.partial"
+    monkeypatch.setattr("twofold.calibrate.collect.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("twofold.calibrate.collect.fisher_gradient", _fail_after(4))
+    with pytest.raises(RuntimeError, match="killed"):
+        collect(make_model(), ids, partial=partial)
+    assert Moments.load(partial).tokens == 4 * ids.shape[1]
+    monkeypatch.setattr("twofold.calibrate.collect.fisher_gradient", fisher_gradient)
+    _, resumed = collect(make_model(), ids, partial=partial)
+    assert all(torch.equal(whole.sums[k], resumed.sums[k]) for k in whole.sums)
+    assert not partial.exists()
+
+
+def _fail_after(count):
+    left = [count]
+
+    def fail(logits, generator):
+        if left[0] == 0:
+            raise RuntimeError("killed")
+        left[0] -= 1
+        return fisher_gradient(logits, generator)
+
+    return fail
+
+
+def test_kept_and_loaded_only_where_they_belong(tmp_path):
+    _, moments = collect(make_model(), windows())
+    path = tmp_path / "deep" / "moments.safetensors"
+    moments.save(path)
+    loaded = Moments.load(path, "mark")
+    assert loaded.tokens == moments.tokens and loaded.groups == moments.groups
+    assert all(torch.equal(loaded.sums[k], moments.sums[k]) for k in moments.sums)
+    with pytest.raises(TwofoldError, match="belong to another model"):
+        Moments.load(path, "another mark")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(TwofoldError, match="can't be read"):
+        Moments.load(path, "mark")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_layer_that_breaks_is_named():
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(TwofoldError, match=r"NaN or infinity, first in model\.layers\.1\.mlp\.up_proj"):
+        collect(model, windows())
+
+
+def test_windows():
+    tokenizer = make_tokenizer()
+    made = token_windows([TEXT], tokenizer, tokens=200, window=50, held_out=2)
+    assert made.ids.shape == (4, 50) and made.held_out.shape == (2, 50)
+    assert tokenizer.decode(made.ids.flatten()) == TEXT.encode()[:200].decode()
+    again = token_windows([TEXT], tokenizer, tokens=200, window=50)
+    assert again.sha256 == made.sha256 and again.sha256 != token_windows([TEXT], tokenizer, tokens=150, window=50).sha256
+    with pytest.raises(TwofoldError, match="is empty"):
+        token_windows(["", " \n"], tokenizer, tokens=200, window=50)
+    with pytest.raises(TwofoldError, match="has 5 tokens, fewer than one window of 50"):
+        token_windows(["short"], tokenizer, tokens=200, window=50)
+    short = token_windows(["x" * 120], tokenizer, tokens=10_000, window=50, held_out=8)
+    assert short.ids.shape == (1, 50) and short.held_out.shape == (1, 50)
+
+
+def test_wikitext_rows_are_joined_as_published_tables_do():
+    assert wikitext_rows(" \n = Title = \n \n Text .\n") == "\n\n = Title = \n\n\n\n\n Text .\n"
+
+
+def test_texts_sampled_from_the_model_repeat():
+    model, tokenizer = make_model(), make_tokenizer()
+    first = sample_texts(model, tokenizer, sequences=3, length=20, seed=1, quiet=True)
+    assert first.shape == (3, 20) and torch.equal(first, sample_texts(model, tokenizer, sequences=3, length=20, seed=1, quiet=True))
+    assert not torch.equal(first, sample_texts(model, tokenizer, sequences=3, length=20, seed=2, quiet=True))
+    assert (first[:, 0] == tokenizer.bos_token_id).all()
+    tokenizer.chat_template = "{% for m in messages %}<eos>{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
+    assert user_turn_prefix(tokenizer) == "<eos>user:"
+    chat = sample_texts(model, tokenizer, sequences=4, length=20, seed=1, quiet=True)
+    assert [tokenizer.decode(row[:6]) for row in chat[2:]] == ["<eos>user:"] * 2
+
+
+def test_conv1d_is_seen_in_the_right_layout():
+    model = make_model("gpt2")
+    target = next(t for t in find_targets(model).targets if t.kind == "c_fc")
+    module = model.get_submodule(target.name)
+    assert isinstance(module, Conv1D)
+    x = torch.randn(4, target.in_features)
+    torch.testing.assert_close(module(x), x @ dense_weight(module).T + module.bias)

@@ -1,0 +1,96 @@
+"""Each objective is the metric that its paper names. A new objective adds one row here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from twofold.errors import TwofoldError
+from twofold.linalg import decompose, gram, truncate
+from twofold.objectives import OBJECTIVES, LayerMoments, get_objective
+
+SHAPES = [(9, 16), (16, 9), (12, 12)]
+DAMPING = 1e-3
+
+
+def damped(moment):
+    return moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+
+
+def diagonal(vector):
+    return torch.diag(vector + DAMPING * vector.mean())
+
+
+# name → the full metrics (left (m, m), right (n, n)) of x (T, n), g (T, m)
+ROWS = {
+    "svd": lambda x, g: (torch.eye(g.shape[1], dtype=x.dtype), torch.eye(x.shape[1], dtype=x.dtype)),
+    "fwsvd": lambda x, g: (
+        diagonal((g.square() * x.square().sum(1, keepdim=True)).mean(0)),
+        torch.eye(x.shape[1], dtype=x.dtype),
+    ),
+    "asvd": lambda x, g: (torch.eye(g.shape[1], dtype=x.dtype), diagonal(x.abs().mean(0))),
+    "svd-llm": lambda x, g: (torch.eye(g.shape[1], dtype=x.dtype), damped(x.T @ x / len(x))),
+    "two-sided": lambda x, g: (damped(g.T @ g / len(g)), damped(x.T @ x / len(x))),
+}
+
+
+def moments_of(weight, x, g, small):
+    """The moments of given activations: the smaller side of each pair, or C and G themselves."""
+    m, n = weight.shape
+    t = len(x)
+    c, gg = x.T @ x / t, g.T @ g / t
+    wide = m <= n
+    return LayerMoments(
+        input=None if small and wide else c,
+        output=weight @ c @ weight.T if small and wide else None,
+        gradient=gg if wide or not small else None,
+        input_gradient=weight.T @ gg @ weight if small and not wide else None,
+        input_trace=float(c.trace()),
+        gradient_trace=float(gg.trace()),
+        input_abs=x.abs().mean(0),
+        fisher_rows=(g.square() * x.square().sum(1, keepdim=True)).mean(0),
+    )
+
+
+def test_every_objective_has_a_row():
+    assert set(ROWS) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_minimizes_its_own_loss(name, shape, small):
+    torch.manual_seed(0)
+    m, n = shape
+    weight = torch.randn(m, n, dtype=torch.float64)
+    x = torch.randn(60, n, dtype=torch.float64) * torch.linspace(0.1, 3, n, dtype=torch.float64)
+    g = torch.randn(60, m, dtype=torch.float64) * torch.linspace(2, 0.2, m, dtype=torch.float64)
+    left, right = ROWS[name](x, g)
+    problem = get_objective(name).build(weight, moments_of(weight, x, g, small), DAMPING)
+    spectrum = decompose(problem.metric, problem.gram, problem.side)
+    # σ are the singular values of left^½ W right^½
+    a, b = torch.linalg.cholesky(left), torch.linalg.cholesky(right)
+    singular = torch.linalg.svdvals(a.T @ weight @ b)
+    torch.testing.assert_close(spectrum.values, singular**2, rtol=1e-8, atol=1e-8)
+    rank = min(shape) // 2
+    first, second = truncate(weight, spectrum, rank)
+    difference = weight - first @ second
+    loss = float(torch.trace(left @ difference @ right @ difference.T))
+    assert loss == pytest.approx(float(spectrum.tails[rank]), rel=1e-7)
+
+
+def test_what_each_collects():
+    assert get_objective("svd").needs == frozenset()
+    assert get_objective("two-sided").needs == {"input", "gradient"}
+    assert {o.loss for o in OBJECTIVES.values()} == {"nats", "output", "weight"}
+    assert all(o.source for o in OBJECTIVES.values())
+    with pytest.raises(TwofoldError, match="no objective 'svdllm'; choose one of asvd"):
+        get_objective("svdllm")
+
+
+def test_layers_that_were_never_reached_still_have_a_metric():
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    zeros = LayerMoments(output=torch.zeros(4, 4), gradient=torch.zeros(4, 4), input=None)
+    problem = get_objective("two-sided").build(weight, zeros, 0.0)
+    torch.testing.assert_close(problem.gram, gram(weight, None))
+    torch.testing.assert_close(problem.metric, torch.eye(4, dtype=torch.float64))
