@@ -13,22 +13,22 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 demo: $(INSTALLED)  ## the main job on the built-in model
-	$(BIN)/python examples/demo.py
+	$(BIN)/twofold compress smollm2 --keep 0.8 --tokens 16384 --out demo-output --overwrite
 
 test: $(INSTALLED)  ## lint, types and the tests
-	$(BIN)/ruff check src tests examples benchmarks
-	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check src tests examples benchmarks
-	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
 format: $(INSTALLED)
-	$(BIN)/ruff check --fix src tests examples benchmarks
-	$(BIN)/ruff format src tests examples benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
 
 check-slow: $(INSTALLED)  ## the longer checks on the real model
 	$(BIN)/python -m pytest -m slow

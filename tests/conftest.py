@@ -19,8 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.utils import logging
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+logging.disable_progress_bar()
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCABULARY = 264
 
@@ -71,15 +73,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
 TEXT = "".join(
     f"Paragraph {i}: the {w} of {n} stands by the river, and its people tell of the year {1300 + 7 * i}.\n"
     for i, (w, n) in enumerate(
-        (w, n) for w in ("castle", "market", "bridge", "garden", "harbour") for n in ("Arles", "Bruges", "Cádiz", "Derry")
+        (w, n)
+        for w in ("castle", "market", "bridge", "garden", "harbour")
+        for n in ("Arles", "Bruges", "Cádiz", "Derry")
     )
 )
 

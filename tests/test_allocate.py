@@ -61,13 +61,13 @@ def test_global_is_close_to_the_best_of_all(seed):
     budget = 0.7 * sum(c.full_cost for c in candidates)
     cost, loss = totals(candidates, get_allocation("global")(candidates, budget))
     options = [[(float(c.full_cost), 0.0), *zip(c.costs, c.losses, strict=True)] for c in candidates]
-    best = min(
-        sum(x[1] for x in pick) for pick in itertools.product(*options) if sum(x[0] for x in pick) <= budget
-    )
+    best = min(sum(x[1] for x in pick) for pick in itertools.product(*options) if sum(x[0] for x in pick) <= budget)
     assert cost <= budget
     # A Lagrangian solution is at most one step of one weight from the optimum.
     assert loss <= best + max(float(c.losses.max()) for c in candidates)
-    cheaper = [sum(x[1] for x in pick) for pick in itertools.product(*options) if sum(x[0] for x in pick) <= 0.85 * budget]
+    cheaper = [
+        sum(x[1] for x in pick) for pick in itertools.product(*options) if sum(x[0] for x in pick) <= 0.85 * budget
+    ]
     assert loss <= min(cheaper) + 1e-9
 
 

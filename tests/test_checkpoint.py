@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
 from safetensors import safe_open
 from transformers import (
     AutoModel,
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 import twofold
+from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
 from twofold import FactoredLinear
 
 IDS = torch.arange(20)[None]
@@ -74,7 +74,9 @@ def test_dequantize_gives_the_dense_model(architecture, tmp_path):
     torch.testing.assert_close(logits(dense), before, rtol=1e-4, atol=1e-4)
     dense.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), before, rtol=1e-4, atol=1e-4
+    )
     # In memory, without a detour over the disk, too.
     torch.testing.assert_close(logits(model.dequantize()), before, rtol=1e-4, atol=1e-4)
 
@@ -96,8 +98,21 @@ def test_auto_classes_dtypes_and_devices(tmp_path):
     assert narrow.model.layers[0].mlp.up_proj.reduce.weight.dtype == torch.bfloat16
     assert narrow.model.layers[0].mlp.up_proj.order.dtype == torch.int32
     assert (narrow.dtype, torch.isfinite(logits(narrow)).all()) == (torch.bfloat16, True)
-    for device_map in ("cpu", "auto", {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}):
-        placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=str(tmp_path / "off"))
+    for device_map in (
+        "cpu",
+        "auto",
+        {
+            "model.embed_tokens": "cpu",
+            "lm_head": "cpu",
+            "model.layers.0": "cpu",
+            "model.layers.1": "disk",
+            "model.norm": "cpu",
+            "model.rotary_emb": "cpu",
+        },
+    ):
+        placed = AutoModelForCausalLM.from_pretrained(
+            tmp_path, device_map=device_map, offload_folder=str(tmp_path / "off")
+        )
         torch.testing.assert_close(logits(placed), logits(model))
 
 
@@ -105,7 +120,9 @@ def test_generate_and_pipeline(tmp_path):
     model = factorized()
     model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    made = pipeline("text-generation", model=str(tmp_path), device="cpu")("The castle", max_new_tokens=5, do_sample=False)
+    made = pipeline("text-generation", model=str(tmp_path), device="cpu")(
+        "The castle", max_new_tokens=5, do_sample=False
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     ids = model.generate(**tokenizer("The castle", return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert made[0]["generated_text"] == tokenizer.decode(ids[0], skip_special_tokens=True)
@@ -155,7 +172,9 @@ def test_a_plan_that_does_not_fit_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         return AutoModelForCausalLM.from_pretrained(tmp_path)
 
-    with pytest.raises(twofold.TwofoldError, match="factorizes model.layers.9.up_proj, which LlamaForCausalLM does not have"):
+    with pytest.raises(
+        twofold.TwofoldError, match=r"factorizes model\.layers\.9\.up_proj, which LlamaForCausalLM does not have"
+    ):
         load({**good, "model.layers.9.up_proj": {"rank": 3, "form": "rows"}})
     name = next(iter(good))
     with pytest.raises(twofold.TwofoldError, match="does not fit"):
@@ -170,7 +189,12 @@ def test_a_plan_that_does_not_fit_is_refused(tmp_path):
 def test_an_encoder_with_a_masked_head(tmp_path):
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=264, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64
+        vocab_size=264,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
     )
     model = BertForMaskedLM(config).eval()
     factored = twofold.factorize(model, make_tokenizer(), keep=0.7, texts=[TEXT], tokens=64, window=32, quiet=True)

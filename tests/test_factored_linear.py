@@ -35,7 +35,9 @@ def test_storage_is_what_it_says(form):
     assert stored == layer.numbers == (4 * 24 if form == "plain" else 4 * (24 - 4))
     assert layer.keep == stored / 140
     order = {"plain": None, "rows": 10, "columns": 14}[form]
-    assert (layer.order is None) if order is None else (layer.order.shape == (order,) and layer.order.dtype == torch.int32)
+    assert (
+        (layer.order is None) if order is None else (layer.order.shape == (order,) and layer.order.dtype == torch.int32)
+    )
     assert isinstance(layer.reduce, nn.Linear) and isinstance(layer.expand, nn.Linear)
 
 

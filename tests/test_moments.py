@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TEXT, make_model, make_tokenizer
 from transformers.pytorch_utils import Conv1D
 
+from conftest import TEXT, make_model, make_tokenizer
 from twofold.calibrate import Moments, collect_moments, request_statistics, sample_texts, token_windows, wikitext_rows
 from twofold.calibrate.collect import fisher_gradient
 from twofold.calibrate.sample import draw, user_turn_prefix
@@ -185,7 +185,9 @@ def test_windows():
     assert made.ids.shape == (4, 50) and made.held_out.shape == (2, 50)
     assert tokenizer.decode(made.ids.flatten()) == TEXT.encode()[:200].decode()
     again = token_windows([TEXT], tokenizer, tokens=200, window=50)
-    assert again.sha256 == made.sha256 and again.sha256 != token_windows([TEXT], tokenizer, tokens=150, window=50).sha256
+    assert (
+        again.sha256 == made.sha256 and again.sha256 != token_windows([TEXT], tokenizer, tokens=150, window=50).sha256
+    )
     with pytest.raises(TwofoldError, match="is empty"):
         token_windows(["", " \n"], tokenizer, tokens=200, window=50)
     with pytest.raises(TwofoldError, match="has 5 tokens, fewer than one window of 50"):
@@ -201,7 +203,9 @@ def test_wikitext_rows_are_joined_as_published_tables_do():
 def test_texts_sampled_from_the_model_repeat():
     model, tokenizer = make_model(), make_tokenizer()
     first = sample_texts(model, tokenizer, sequences=3, length=20, seed=1, quiet=True)
-    assert first.shape == (3, 20) and torch.equal(first, sample_texts(model, tokenizer, sequences=3, length=20, seed=1, quiet=True))
+    assert first.shape == (3, 20) and torch.equal(
+        first, sample_texts(model, tokenizer, sequences=3, length=20, seed=1, quiet=True)
+    )
     assert not torch.equal(first, sample_texts(model, tokenizer, sequences=3, length=20, seed=2, quiet=True))
     assert (first[:, 0] == tokenizer.bos_token_id).all()
     tokenizer.chat_template = "{% for m in messages %}<eos>{{ m.role }}:{{ m.content }}<eos>{% endfor %}"

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import TEXT, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import twofold
+from conftest import TEXT, make_model, make_tokenizer
 from twofold import Plan, Recipe
 from twofold.objectives import OBJECTIVES
 from twofold.pipeline import compress, plan_model
@@ -22,7 +22,14 @@ SMALL = {"tokens": 64, "window": 32, "quiet": True}
 
 def small_recipe(checkpoint, text_file, **settings):
     return make_recipe(
-        {"model": str(checkpoint), "calibration": [str(text_file)], "tokens": 128, "window": 32, "keep": 0.6, **settings}
+        {
+            "model": str(checkpoint),
+            "calibration": [str(text_file)],
+            "tokens": 128,
+            "window": 32,
+            "keep": 0.6,
+            **settings,
+        }
         if "budget" not in settings
         else {"model": str(checkpoint), "calibration": [str(text_file)], "tokens": 128, "window": 32, **settings}
     )
@@ -40,7 +47,9 @@ def test_every_objective_with_every_allocation(name, allocate):
     for entry in plan.entries:
         if entry.rank:
             assert entry.measured_loss == pytest.approx(entry.predicted_loss, rel=1e-3, abs=1e-9 * entry.total_loss)
-    assert any("share of each layer's own total" in n for n in plan.notes) == (allocate == "global" and name != "two-sided")
+    assert any("share of each layer's own total" in n for n in plan.notes) == (
+        allocate == "global" and name != "two-sided"
+    )
 
 
 def test_what_is_written(checkpoint, text_file, tmp_path):
@@ -120,7 +129,10 @@ def test_plan_without_calibration_says_so(checkpoint, text_file):
 
 def test_predicted_divergence_is_of_the_right_size(checkpoint, text_file, tmp_path):
     """A second-order estimate: it must grow with the cut, and lie within a factor of three where the cut is small."""
-    runs = [compress(small_recipe(checkpoint, text_file, keep=k, tokens=512), tmp_path / str(k), quiet=True) for k in (0.95, 0.8)]
+    runs = [
+        compress(small_recipe(checkpoint, text_file, keep=k, tokens=512), tmp_path / str(k), quiet=True)
+        for k in (0.95, 0.8)
+    ]
     assert runs[0].predicted_divergence < runs[1].predicted_divergence
     measured = runs[0].quality.factored["divergence"]
     assert measured / 3 < runs[0].predicted_divergence < measured * 3

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from conftest import ARCHITECTURES, make_model
 from twofold.errors import TwofoldError
 from twofold.targets import dense_weight, find_groups, find_targets, list_weights, matches
 
@@ -29,7 +29,11 @@ def test_every_parameter_is_listed_once(architecture):
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     assert all(d.reason for d in found.dense)
     assert found.total_numbers == sum(p.numel() for p in model.parameters())
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not model.get_output_embeddings()]
+    linear = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) and m is not model.get_output_embeddings()
+    ]
     assert [t.name for t in found.targets] == linear
     for target in found.targets:
         assert dense_weight(model.get_submodule(target.name)).shape == (target.out_features, target.in_features)

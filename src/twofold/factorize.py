@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ def factor_layer(
     weight = dense_weight(module).detach()
     left, right = truncate(weight, spectrum, entry.rank)
     bias = getattr(module, "bias", None)
-    form = "plain" if entry.form == "plain" else "auto"
+    form: Literal["auto", "plain"] = "plain" if entry.form == "plain" else "auto"
     layer = FactoredLinear.from_factors(left, right, bias, form, entry.transposed, dtype=stored_dtype)
     note = None
     if form == "auto" and layer.form == "plain":
@@ -108,7 +108,9 @@ def factor_layer(
         rank = max(entry.numbers_after // (entry.out_features + entry.in_features), 1)
         left, right = truncate(weight, spectrum, rank)
         layer = FactoredLinear.from_factors(left, right, bias, "plain", entry.transposed, dtype=stored_dtype)
-        note = f"{entry.name}: no bounded gauge form, so plain factors of rank {rank} take the place of rank {entry.rank}"
+        note = (
+            f"{entry.name}: no bounded gauge form, so plain factors of rank {rank} take the place of rank {entry.rank}"
+        )
     return layer.to(weight.dtype), note
 
 

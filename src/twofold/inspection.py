@@ -58,8 +58,12 @@ def inspect_model(
         members.setdefault(group or target.name, []).append(target.kind)
         weights.append(
             Weight(
-                name=f"{target.name}.weight", kind=target.kind, shape=[target.out_features, target.in_features],
-                numbers=target.size, what="can be factorized", group=group,
+                name=f"{target.name}.weight",
+                kind=target.kind,
+                shape=[target.out_features, target.in_features],
+                numbers=target.size,
+                what="can be factorized",
+                group=group,
             )
         )
     numbers = targets.target_numbers
@@ -67,8 +71,12 @@ def inspect_model(
     for layer_name, layer in layers.items():
         weights.append(
             Weight(
-                name=layer_name, kind=layer_name.rpartition(".")[2], shape=[layer.out_features, layer.in_features],
-                numbers=layer.numbers, what=f"factored, {layer.form}, rank {layer.rank}, keeps {layer.keep:.1%}", group=None,
+                name=layer_name,
+                kind=layer_name.rpartition(".")[2],
+                shape=[layer.out_features, layer.in_features],
+                numbers=layer.numbers,
+                what=f"factored, {layer.form}, rank {layer.rank}, keeps {layer.keep:.1%}",
+                group=None,
             )
         )
         numbers += layer.numbers
@@ -78,11 +86,18 @@ def inspect_model(
             continue
         parts = entry.name.rpartition(".")[0].rpartition(".")[2] or entry.name
         weights.append(
-            Weight(name=entry.name, kind=parts, shape=list(entry.shape), numbers=entry.size, what=entry.reason, group=None)
+            Weight(
+                name=entry.name, kind=parts, shape=list(entry.shape), numbers=entry.size, what=entry.reason, group=None
+            )
         )
     return Inspection(
-        model=name, architecture=type(model).__name__, weights=weights, shared=list(shared), factored=len(layers),
-        target_numbers=numbers, total_numbers=sum(w.numbers for w in weights),
+        model=name,
+        architecture=type(model).__name__,
+        weights=weights,
+        shared=list(shared),
+        factored=len(layers),
+        target_numbers=numbers,
+        total_numbers=sum(w.numbers for w in weights),
     )
 
 

@@ -108,8 +108,11 @@ def load_model(
         model_class = _model_class(config, trust_remote_code)
         with quiet_bars():
             model, report = model_class.from_pretrained(
-                source, dtype=compute, use_safetensors=None if "gguf_file" in where else True,
-                output_loading_info=True, **where,
+                source,
+                dtype=compute,
+                use_safetensors=None if "gguf_file" in where else True,
+                output_loading_info=True,
+                **where,
             )
     except TwofoldError:
         raise
@@ -141,7 +144,9 @@ def need_tokenizer(loaded: LoadedModel) -> Any:
         TwofoldError: if the model has none.
     """
     if loaded.tokenizer is None:
-        raise TwofoldError(f"the model {loaded.name} has no tokenizer that can be loaded; put its files beside the weights")
+        raise TwofoldError(
+            f"the model {loaded.name} has no tokenizer that can be loaded; put its files beside the weights"
+        )
     return loaded.tokenizer
 
 
@@ -153,7 +158,9 @@ def check_finite(model: nn.Module, name: str) -> None:
     """
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise TwofoldError(f"the weight {key} of {name} holds NaN or infinity; the checkpoint is broken, fetch it again")
+            raise TwofoldError(
+                f"the weight {key} of {name} holds NaN or infinity; the checkpoint is broken, fetch it again"
+            )
 
 
 def _compute_dtype(dtype: str, stored: Any, device: torch.device) -> torch.dtype:
@@ -175,9 +182,13 @@ def _check_folder(path: Path, name: str) -> None:
             raise TwofoldError(f"the index {index} can't be read; fetch the checkpoint again") from error
         absent = sorted(shard for shard in shards if not (path / shard).is_file())
         if absent:
-            raise TwofoldError(f"the checkpoint {name} lacks {len(absent)} of {len(shards)} shards, first {absent[0]}; fetch it again")
+            raise TwofoldError(
+                f"the checkpoint {name} lacks {len(absent)} of {len(shards)} shards, first {absent[0]}; fetch it again"
+            )
     elif not list(path.glob("*.safetensors")):
-        raise TwofoldError(f"{name} has no weights in safetensors; Twofold loads no other format (pickles can run code)")
+        raise TwofoldError(
+            f"{name} has no weights in safetensors; Twofold loads no other format (pickles can run code)"
+        )
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:

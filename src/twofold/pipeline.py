@@ -36,7 +36,7 @@ from twofold.models import LoadedModel, load_model, need_tokenizer, quiet_bars
 from twofold.objectives import Objective, get_objective
 from twofold.plan import Plan, make_plan
 from twofold.recipe import Recipe
-from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory, sizes
+from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.targets import Targets, find_groups, find_targets
 
 HELD_OUT = 8  # windows set aside from the calibration text
@@ -80,16 +80,30 @@ def calibration_windows(
     """The token windows to calibrate on: from texts, files or data sets, or sampled from the model itself."""
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and recipe.window > longest:
-        raise TwofoldError(f"--window {recipe.window} is longer than this model's {longest} positions; use --window {longest}")
+        if "window" in recipe.model_fields_set:
+            raise TwofoldError(
+                f"--window {recipe.window} is longer than this model's {longest} positions; use --window {longest}"
+            )
+        recipe = recipe.model_copy(update={"window": longest})
+        if not quiet:
+            _say(f"windows of {longest} tokens: this model has no more positions")
     tokenizer = need_tokenizer(loaded)
     if texts is not None or recipe.calibration != ["self"]:
         if "self" in recipe.calibration and texts is None:
             raise TwofoldError("'self' can't be mixed with calibration texts; name either")
         source = "given texts" if texts is not None else ", ".join(Path(one).name for one in recipe.calibration)
         needed = (recipe.tokens + HELD_OUT * recipe.window) * CHARACTERS_PER_TOKEN
-        read = texts if texts is not None else read_texts(
-            recipe.calibration, characters=needed, tokenizer=tokenizer, dataset_config=recipe.dataset_config,
-            dataset_split=recipe.dataset_split, text_column=recipe.text_column,
+        read = (
+            texts
+            if texts is not None
+            else read_texts(
+                recipe.calibration,
+                characters=needed,
+                tokenizer=tokenizer,
+                dataset_config=recipe.dataset_config,
+                dataset_split=recipe.dataset_split,
+                text_column=recipe.text_column,
+            )
         )
         return token_windows(
             read, tokenizer, tokens=recipe.tokens, window=recipe.window, held_out=HELD_OUT, source=source
@@ -106,10 +120,16 @@ def calibration_windows(
             ids = None
     if ids is None:
         # Held-out texts are drawn apart, so that the calibration does not depend on how many there are.
-        ids = torch.cat([
-            sample_texts(loaded.model, tokenizer, sequences=count, length=recipe.window, seed=recipe.seed, quiet=quiet),
-            sample_texts(loaded.model, tokenizer, sequences=HELD_OUT, length=recipe.window, seed=recipe.seed + 1, quiet=True),
-        ])
+        ids = torch.cat(
+            [
+                sample_texts(
+                    loaded.model, tokenizer, sequences=count, length=recipe.window, seed=recipe.seed, quiet=quiet
+                ),
+                sample_texts(
+                    loaded.model, tokenizer, sequences=HELD_OUT, length=recipe.window, seed=recipe.seed + 1, quiet=True
+                ),
+            ]
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         save_file({"ids": ids}, temporary)
@@ -120,8 +140,13 @@ def calibration_windows(
 def fingerprint(hashed: str, windows: TokenWindows, request: Request, recipe: Recipe, dtype: torch.dtype) -> str:
     """What moments belong to: the model's weights, the token ids, the seed and the settings that change them."""
     parts = {
-        "model": hashed, "ids": windows.sha256, "shape": list(windows.ids.shape), "seed": recipe.seed,
-        "batch": recipe.batch_size, "dtype": str(dtype), "request": request.sizes,
+        "model": hashed,
+        "ids": windows.sha256,
+        "shape": list(windows.ids.shape),
+        "seed": recipe.seed,
+        "batch": recipe.batch_size,
+        "dtype": str(dtype),
+        "request": request.sizes,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -176,8 +201,15 @@ def prepare(
             about = {"model": loaded.name, "source": windows.source, "seed": str(recipe.seed)}
             with watch.stage("calibrate"):
                 moments = collect_moments(
-                    model, targets.targets, request, windows.ids, empty=Moments({}, 0, targets.groups, mark, about),
-                    seed=recipe.seed, batch_size=recipe.batch_size, partial=path.with_suffix(".partial"), quiet=quiet,
+                    model,
+                    targets.targets,
+                    request,
+                    windows.ids,
+                    empty=Moments({}, 0, targets.groups, mark, about),
+                    seed=recipe.seed,
+                    batch_size=recipe.batch_size,
+                    partial=path.with_suffix(".partial"),
+                    quiet=quiet,
                 )
             with watch.stage("save moments"):
                 moments.save(path)
@@ -234,8 +266,14 @@ def carry_out(prepared: Prepared, recipe: Recipe, watch: Stopwatch, *, quiet: bo
     """Factorize the model by its plan; gives the dense modules that were replaced."""
     with watch.stage("factorize"):
         prepared.plan, replaced = apply_plan(
-            prepared.loaded.model, prepared.plan, prepared.spectra, prepared.moments, prepared.objective,
-            recipe.damping, prepared.loaded.stored_dtype, quiet=quiet,
+            prepared.loaded.model,
+            prepared.plan,
+            prepared.spectra,
+            prepared.moments,
+            prepared.objective,
+            recipe.damping,
+            prepared.loaded.stored_dtype,
+            quiet=quiet,
         )
     return replaced
 
@@ -282,7 +320,14 @@ def compress(
         quality=measured,
         samples=samples,
         notes=prepared.plan.notes,
-        **sizes(prepared.plan),
+        keep=prepared.plan.keep,
+        keep_model=prepared.plan.keep_model,
+        parameters_before=prepared.plan.model_before,
+        parameters_after=prepared.plan.model_after,
+        target_before=prepared.plan.target_before,
+        target_after=prepared.plan.target_after,
+        bytes_before=prepared.plan.bytes_before,
+        bytes_after=prepared.plan.bytes_after,
     )
     with watch.stage("write"), staged_folder(out, overwrite) as folder:
         model.to(loaded.stored_dtype)
@@ -300,7 +345,9 @@ def compress(
         )
         run = run.model_copy(update={"seconds": {**watch.seconds}, "peak_memory": peak_memory()})
         write_report(folder, run, prepared.plan, prepared.spectra.values)
-        run = run.model_copy(update={"seconds": {**watch.seconds, "total": watch.total()}, "peak_memory": peak_memory()})
+        run = run.model_copy(
+            update={"seconds": {**watch.seconds, "total": watch.total()}, "peak_memory": peak_memory()}
+        )
         write_card(folder, run, prepared.plan)
         (folder / "run.json").write_text(run.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return run
@@ -308,7 +355,10 @@ def compress(
 
 def _load(recipe: Recipe) -> LoadedModel:
     return load_model(
-        recipe.model, dtype=recipe.dtype, device=recipe.device, revision=recipe.revision,
+        recipe.model,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        revision=recipe.revision,
         trust_remote_code=recipe.trust_remote_code,
     )
 
@@ -356,7 +406,9 @@ def _samples(loaded: LoadedModel, replaced: dict[str, nn.Module]) -> list[Sample
         answers = []
         for context in (dense_again(model, replaced), nullcontext()):
             with context, torch.no_grad(), quiet_bars():
-                made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False)
+                made = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False
+                )
             answers.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
         samples.append(Sample(prompt=prompt, original=answers[0], factored=answers[1]))
     return samples
@@ -414,12 +466,11 @@ def factorize(
 
     named = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if calibration is not None:
-        settings["calibration"] = [str(c) for c in ([calibration] if isinstance(calibration, str | Path) else calibration)]
+        settings["calibration"] = [
+            str(c) for c in ([calibration] if isinstance(calibration, str | Path) else calibration)
+        ]
     recipe = make_recipe({"model": str(named) or type(model).__name__, **settings})
-    if isinstance(model, str | Path):
-        loaded = _load(recipe)
-    else:
-        loaded = _given(model, tokenizer, recipe)
+    loaded = _load(recipe) if isinstance(model, str | Path) else _given(model, tokenizer, recipe)
     watch = Stopwatch()
     prepared = prepare(recipe, loaded, watch, texts=texts, quiet=quiet)
     carry_out(prepared, recipe, watch, quiet=quiet)

@@ -134,7 +134,9 @@ class Plan(pydantic.BaseModel, extra="forbid"):
         except FileNotFoundError as error:
             raise TwofoldError(f"there is no plan {path}") from error
         except (pydantic.ValidationError, UnicodeDecodeError) as error:
-            raise TwofoldError(f"{path} is not a plan of this version of Twofold: {str(error).splitlines()[0]}") from error
+            raise TwofoldError(
+                f"{path} is not a plan of this version of Twofold: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def order_length(form: str | None, out_features: int, in_features: int) -> int:
@@ -187,7 +189,9 @@ def make_plan(
     notes: list[str] = []
     allocate = recipe.allocate
     if spectra is None and allocate != "uniform":
-        raise TwofoldError(f"the allocation {allocate!r} needs spectra; use --allocate uniform or give a calibration text")
+        raise TwofoldError(
+            f"the allocation {allocate!r} needs spectra; use --allocate uniform or give a calibration text"
+        )
     unit_loss = get_objective(recipe.objective).loss
     relative = spectra is not None and allocate == "global" and unit_loss != "nats"
     if relative:
@@ -222,14 +226,18 @@ def make_plan(
             overrides[target.name] = _forced(target, override, candidate, form)
     for pattern in recipe.overrides:
         if not any(matches(target.name, [pattern]) for target in targets.targets):
-            raise TwofoldError(f"the override {pattern!r} matches no weight that is factorized; list them with: twofold inspect")
+            raise TwofoldError(
+                f"the override {pattern!r} matches no weight that is factorized; list them with: twofold inspect"
+            )
 
     fixed = sum(overrides[c.name].cost(c) for c in candidates if c.name in overrides)
     free = [c for c in candidates if c.name not in overrides]
     least = fixed + sum(cheapest(c).cost(c) for c in free)
     order = sum(max(t.out_features, t.in_features) for t in targets.targets) if form != "plain" else 0
     size = ModelSize(
-        targets.target_numbers, targets.total_numbers - targets.target_numbers, element_bytes,
+        targets.target_numbers,
+        targets.total_numbers - targets.target_numbers,
+        element_bytes,
         (least - 4 * order) / scale if bytes_budget else least,
     )
     budget: Budget = target_budget(recipe.keep, recipe.budget, size, order if bytes_budget else 0)
@@ -238,13 +246,28 @@ def make_plan(
         picked = get_allocation(allocate)(free, budget.amount - fixed)
         choices |= {c.name: choice for c, choice in zip(free, picked, strict=True)}
     entries = [
-        _entry(target, candidate, choices[target.name], tails_of[target.name], target.name in overrides, recipe, targets, spectra is not None)
+        _entry(
+            target,
+            candidate,
+            choices[target.name],
+            tails_of[target.name],
+            target.name in overrides,
+            recipe,
+            targets,
+            spectra is not None,
+        )
         for target, candidate in zip(targets.targets, candidates, strict=True)
     ]
     dense = [DenseEntry(name=d.name, shape=list(d.shape), numbers=d.size, reason=d.reason) for d in targets.dense]
     return Plan(
-        model=model_name, objective=recipe.objective, allocate=allocate, loss_unit=unit_loss,
-        element_bytes=element_bytes, entries=entries, dense=dense, notes=notes,
+        model=model_name,
+        objective=recipe.objective,
+        allocate=allocate,
+        loss_unit=unit_loss,
+        element_bytes=element_bytes,
+        entries=entries,
+        dense=dense,
+        notes=notes,
     )
 
 
@@ -277,7 +300,8 @@ def _forced(target: Target, override: Override, candidate: Candidate, form: str)
         assert override.keep is not None
         numbers = override.keep * target.size
         wanted = (
-            int(numbers / (target.out_features + target.in_features)) if form == "plain"
+            int(numbers / (target.out_features + target.in_features))
+            if form == "plain"
             else gauge_rank(target.out_features, target.in_features, numbers)
         )
         if wanted > candidate.ranks[-1]:
@@ -286,13 +310,20 @@ def _forced(target: Target, override: Override, candidate: Candidate, form: str)
 
 
 def _entry(
-    target: Target, candidate: Candidate, choice: Choice, tails: NDArray[np.float64],
-    forced: bool, recipe: Recipe, targets: Targets, measured: bool,
+    target: Target,
+    candidate: Candidate,
+    choice: Choice,
+    tails: NDArray[np.float64],
+    forced: bool,
+    recipe: Recipe,
+    targets: Targets,
+    measured: bool,
 ) -> PlanEntry:
     if choice.index is None:
         rank, numbers, lost = None, target.size, 0.0
         reason = (
-            "dense: an override says so" if forced
+            "dense: an override says so"
+            if forced
             else "dense: at this budget every rank that saves numbers would lose more here than elsewhere"
             if recipe.allocate != "uniform"
             else "dense: full rank stores as much"
@@ -303,12 +334,19 @@ def _entry(
         lost = float(tails[rank])
         reason = "an override says so" if forced else f"{recipe.allocate} allocation"
     return PlanEntry(
-        name=target.name, kind=target.kind, layer=target.layer,
-        out_features=target.out_features, in_features=target.in_features,
+        name=target.name,
+        kind=target.kind,
+        layer=target.layer,
+        out_features=target.out_features,
+        in_features=target.in_features,
         group=targets.groups.get(target.name, target.name),
-        rank=rank, form=None if rank is None else recipe.form,
-        transposed=target.transposed, bias=target.bias,
-        numbers_before=target.size, numbers_after=numbers,
-        predicted_loss=lost if measured else None, total_loss=float(tails[0]) if measured else None,
+        rank=rank,
+        form=None if rank is None else recipe.form,
+        transposed=target.transposed,
+        bias=target.bias,
+        numbers_before=target.size,
+        numbers_after=numbers,
+        predicted_loss=lost if measured else None,
+        total_loss=float(tails[0]) if measured else None,
         reason=reason,
     )

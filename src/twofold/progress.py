@@ -17,11 +17,11 @@ LINE_SECONDS = 15.0  # how often a log gets a line
 class Tick(Protocol):
     """Says that some of the work is done."""
 
-    def __call__(self, amount: float = 1) -> None: ...
+    def __call__(self, amount: int = 1) -> None: ...
 
 
 @contextmanager
-def progress(title: str, total: float, *, done: float = 0, unit: str = "", quiet: bool = False) -> Iterator[Tick]:
+def progress(title: str, total: int, *, done: int = 0, unit: str = "", quiet: bool = False) -> Iterator[Tick]:
     """Show the progress of ``total`` units of work on standard error; yields the function to call after each.
 
     >>> with progress("Decomposing", total=3, quiet=True) as tick:
@@ -46,14 +46,14 @@ def progress(title: str, total: float, *, done: float = 0, unit: str = "", quiet
     start = last = time.monotonic()
     began = done
 
-    def tick(amount: float = 1) -> None:
+    def tick(amount: int = 1) -> None:
         nonlocal done, last
         done += amount
         now = time.monotonic()
         if now - last >= LINE_SECONDS and done < total:
             last = now
             left = (now - start) / max(done - began, 1e-9) * (total - done)
-            print(f"{title}: {done:.0f}/{total:.0f} {unit}, {left:.0f} s left".replace(" ,", ","), file=sys.stderr, flush=True)
+            print(f"{title}: {done}/{total} {unit}, {left:.0f} s left".replace(" ,", ","), file=sys.stderr, flush=True)
 
     print(f"{title} …", file=sys.stderr, flush=True)
     yield tick

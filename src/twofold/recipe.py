@@ -60,7 +60,8 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     include: Annotated[list[str], Field(description="factorize only the layers that match these patterns")] = []
     exclude: Annotated[list[str], Field(description="leave the layers that match these patterns dense")] = []
     overrides: Annotated[
-        dict[str, Override], Field(description="pattern=dense, pattern=rank:64 or pattern=keep:0.5; the last match wins")
+        dict[str, Override],
+        Field(description="pattern=dense, pattern=rank:64 or pattern=keep:0.5; the last match wins"),
     ] = {}
     seed: Annotated[int, Field(ge=0, description="of sampled texts and labels")] = 0
     dtype: Annotated[
@@ -116,7 +117,9 @@ def make_recipe(settings: dict[str, object]) -> Recipe:
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            raise TwofoldError(f"there is no setting {where!r}; the settings are {', '.join(Recipe.model_fields)}") from error
+            raise TwofoldError(
+                f"there is no setting {where!r}; the settings are {', '.join(Recipe.model_fields)}"
+            ) from error
         if not where:
             raise TwofoldError(message) from error
         flag = "--" + where.replace("_", "-")
@@ -141,4 +144,6 @@ def parse_override(text: str) -> tuple[str, dict[str, object]]:
                 return pattern, {"keep": float(number)}
     except ValueError:
         pass
-    raise TwofoldError(f"the override {text!r} is not understood: write PATTERN=dense, PATTERN=rank:64 or PATTERN=keep:0.5")
+    raise TwofoldError(
+        f"the override {text!r} is not understood: write PATTERN=dense, PATTERN=rank:64 or PATTERN=keep:0.5"
+    )

@@ -13,7 +13,6 @@ import pydantic
 import torch
 
 from twofold.evaluate import Quality
-from twofold.plan import Plan
 from twofold.recipe import Recipe
 from twofold.version import __version__
 
@@ -29,7 +28,9 @@ class Measured(pydantic.BaseModel, extra="forbid"):
 
     @classmethod
     def of(cls, text: str, shape: tuple[int, int], original: Quality, factored: Quality) -> Measured:
-        return cls(text=text, windows=shape[0], window=shape[1], original=original.to_dict(), factored=factored.to_dict())
+        return cls(
+            text=text, windows=shape[0], window=shape[1], original=original.to_dict(), factored=factored.to_dict()
+        )
 
 
 class Sample(pydantic.BaseModel, extra="forbid"):
@@ -114,13 +115,3 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
     )
-
-
-def sizes(plan: Plan) -> dict[str, int | float]:
-    """The sizes of a plan, as a run keeps them."""
-    return {
-        "keep": plan.keep, "keep_model": plan.keep_model,
-        "parameters_before": plan.model_before, "parameters_after": plan.model_after,
-        "target_before": plan.target_before, "target_after": plan.target_after,
-        "bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after,
-    }

@@ -132,17 +132,18 @@ def list_weights(
         TwofoldError: if a pattern matches no linear layer.
     """
     include, exclude = list(include), list(exclude)
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    linear = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-    }
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     factored = {name for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
     for pattern in [*include, *exclude]:
         if not any(matches(name, [pattern]) for name in linear):
-            raise TwofoldError(f"the pattern {pattern!r} matches no linear layer of this model; list them with: twofold inspect")
+            raise TwofoldError(
+                f"the pattern {pattern!r} matches no linear layer of this model; list them with: twofold inspect"
+            )
 
     targets: list[Target] = []
     reasons: dict[str, str] = {}
@@ -173,7 +174,9 @@ def list_weights(
     chosen = {f"{target.name}.weight" for target in targets}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     dense = [
-        DenseWeight(name, tuple(parameter.shape), reasons.get(name) or _reason(name, parameter, id(parameter) in embeddings))
+        DenseWeight(
+            name, tuple(parameter.shape), reasons.get(name) or _reason(name, parameter, id(parameter) in embeddings)
+        )
         for name, parameter in model.named_parameters()
         if name not in chosen
     ]

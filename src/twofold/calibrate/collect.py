@@ -72,9 +72,9 @@ class _Accumulator:
                         self.squares.setdefault(name, []).append(x.square().sum(1))
                 if f"output/{name}" in self.sums:
                     bias = module.bias
-                    self._add(f"output/{name}", self._flat(output if bias is None else output - bias))
+                    self._add(f"output/{name}", self._flat(output - bias if isinstance(bias, Tensor) else output))
             if wants_gradient and output.requires_grad:
-                output.register_hook(lambda g: self._gradient(name, g))
+                output.register_hook(lambda g: self._gradient(name, g))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -107,7 +107,7 @@ def fisher_gradient(
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     probabilities = torch.softmax(logits.detach().to(wide), -1)
     flat = probabilities.view(-1, probabilities.shape[-1])
-    for rows in flat.split(ROWS):
+    for rows in torch.split(flat, ROWS):
         labels = draw(rows if rows.device.type == "cpu" else rows.cpu(), generator).to(rows.device)
         rows[torch.arange(len(rows), device=rows.device), labels] -= 1
     return probabilities.to(logits.dtype)
@@ -152,7 +152,9 @@ def collect_moments(
     model.requires_grad_(False)
     start_graph = None
     if request.backward:
-        start_graph = model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_(True))
+        start_graph = model.get_input_embeddings().register_forward_hook(
+            lambda m, a, output: output.requires_grad_(True)
+        )
     saved_at = time.monotonic()
     try:
         total = windows.numel()
@@ -176,7 +178,9 @@ def collect_moments(
     moments = replace(empty, sums=accumulator.sums, tokens=windows.numel())
     broken = moments.first_not_finite()
     if broken is not None:
-        raise TwofoldError(f"the calibration gave NaN or infinity in {broken.partition('/')[2]}; try --dtype float32, or check its weights")
+        raise TwofoldError(
+            f"the calibration gave NaN or infinity in {broken.partition('/')[2]}; try --dtype float32, or check its weights"
+        )
     if partial is not None:
         partial.unlink(missing_ok=True)
     return moments
@@ -191,7 +195,9 @@ def _pass(model: Any, batch: Tensor, backward: bool, generator: torch.Generator)
     with torch.enable_grad():
         logits = getattr(model(input_ids=batch, **_no_cache(model)), "logits", None)
         if logits is None or logits.dim() != 3:
-            raise TwofoldError("this model gives no token logits, which the gradient moments need; use --objective svd-llm")
+            raise TwofoldError(
+                "this model gives no token logits, which the gradient moments need; use --objective svd-llm"
+            )
         _check(model, batch, logits)
         logits.backward(fisher_gradient(logits, generator))
 
@@ -214,7 +220,11 @@ def _check(model: nn.Module, batch: Tensor, output: Tensor) -> None:
 
         return hook
 
-    leaves = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | nn.Embedding) or not list(m.children())]
+    leaves = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D | nn.Embedding) or not list(m.children())
+    ]
     handles = [m.register_forward_hook(watch(name)) for name, m in leaves]
     try:
         with torch.no_grad():
@@ -223,4 +233,6 @@ def _check(model: nn.Module, batch: Tensor, output: Tensor) -> None:
         for handle in handles:
             handle.remove()
     where = broken[0] if broken else "the last layer"
-    raise TwofoldError(f"the activations hold NaN or infinity, first in {where}; try --dtype float32, or check its weights")
+    raise TwofoldError(
+        f"the activations hold NaN or infinity, first in {where}; try --dtype float32, or check its weights"
+    )

@@ -145,9 +145,11 @@ class Moments:
         }
         try:
             save_file({name: tensor.contiguous() for name, tensor in self.sums.items()}, temporary, metadata)
-            os.replace(temporary, path)
+            temporary.replace(path)
         except (OSError, SafetensorError) as error:
-            raise TwofoldError(f"the moments can't be written to {path}: {error}; free some space or set TWOFOLD_CACHE") from error
+            raise TwofoldError(
+                f"the moments can't be written to {path}: {error}; free some space or set TWOFOLD_CACHE"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -169,6 +171,8 @@ class Moments:
                     )
                 sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise TwofoldError(f"the moments in {path} can't be read ({error}); delete the file and run again") from error
+            raise TwofoldError(
+                f"the moments in {path} can't be read ({error}); delete the file and run again"
+            ) from error
         about = json.loads(metadata["about"])
         return cls(sums, int(metadata["tokens"]), json.loads(metadata["groups"]), metadata["fingerprint"], about)

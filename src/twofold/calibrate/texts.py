@@ -15,7 +15,9 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 
-CHARACTERS_PER_TOKEN = 16  # a generous bound: texts are read up to this many characters for each token that is asked for
+CHARACTERS_PER_TOKEN = (
+    16  # a generous bound: texts are read up to this many characters for each token that is asked for
+)
 WIKITEXT = re.compile(r"wiki\..*\.raw$")
 
 
@@ -76,9 +78,7 @@ def read_texts(
                 return
 
 
-def _read_one(
-    source: str, limit: float, tokenizer: Any, config: str | None, split: str, column: str
-) -> Iterator[str]:
+def _read_one(source: str, limit: float, tokenizer: Any, config: str | None, split: str, column: str) -> Iterator[str]:
     path = Path(source)
     if path.is_dir() and not (path / "dataset_info.json").exists() and not any(path.glob("*.parquet")):
         raise TwofoldError(f"{source} is a folder: name the text files in it, as in {source.rstrip('/')}/*.txt")
@@ -98,7 +98,9 @@ def _read_one(
         except OSError as error:
             raise TwofoldError(f"{source} can't be read: {error.strerror}") from error
         return
-    if path.suffix in (".txt", ".raw", ".md", ".jsonl", ".json") or source.startswith((".", "/", "~")):
+    if not path.exists() and (
+        path.suffix in (".txt", ".raw", ".md", ".jsonl", ".json") or source.startswith((".", "/", "~"))
+    ):
         raise TwofoldError(f"there is no file {source}; check the path")
     yield from _read_dataset(source, config, split, column, tokenizer)
 
@@ -107,7 +109,9 @@ def _row_text(line: str, where: str, tokenizer: Any, column: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise TwofoldError(f"{where} is not JSON: {error.msg}; a .jsonl file has one JSON object on each line") from error
+        raise TwofoldError(
+            f"{where} is not JSON: {error.msg}; a .jsonl file has one JSON object on each line"
+        ) from error
     return _text_of(row, where, tokenizer, column)
 
 

@@ -46,7 +46,9 @@ def check_space(out: Path, needed: int) -> None:
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise TwofoldError(f"no space for {out}: it needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; free some space first")
+        raise TwofoldError(
+            f"no space for {out}: it needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; free some space first"
+        )
 
 
 @contextmanager
@@ -70,13 +72,15 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             file.chmod(0o666 & ~_umask())
         if out.exists():
             old = out.with_name(f".{out.name}.{os.getpid()}.old")
-            os.rename(out, old)
-            os.rename(staged, out)
+            out.rename(old)
+            staged.rename(out)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            os.rename(staged, out)
+            staged.rename(out)
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(
+            error
+        ):
             raise TwofoldError(f"no space left while writing {out}; free some space and run again") from error
         if isinstance(error, PermissionError):
             raise TwofoldError(f"the output folder {out} can't be written: {error.strerror}") from error

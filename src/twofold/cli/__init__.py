@@ -29,7 +29,9 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version.")) -> None:
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
     pass
 
 
@@ -52,5 +54,7 @@ def main() -> None:
         import traceback
 
         traceback.print_exc()
-        print(f"twofold: this is a failure of ours ({type(error).__name__}: {error}); please report it", file=sys.stderr)
+        print(
+            f"twofold: this is a failure of ours ({type(error).__name__}: {error}); please report it", file=sys.stderr
+        )
         sys.exit(1)

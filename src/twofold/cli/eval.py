@@ -24,8 +24,15 @@ def command(
     from twofold.evaluation import evaluate_models
 
     result = evaluate_models(
-        model, text, against=against, windows=windows or None, window=window, dtype=dtype, device=device,
-        trust_remote_code=trust_remote_code, quiet=quiet,
+        model,
+        text,
+        against=against,
+        windows=windows or None,
+        window=window,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
     )
     if json_output:
         print(result.model_dump_json(indent=1))

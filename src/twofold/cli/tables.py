@@ -39,16 +39,33 @@ def print_sizes(plan: Plan) -> None:
     """Both numbers for size: over the targeted weights and over the whole model, in parameters and bytes."""
     element = plan.element_bytes
     table(
-        "Size", ["", "before", "after", "kept"],
+        "Size",
+        ["", "before", "after", "kept"],
         [
-            ["factorized weights, parameters", millions(plan.target_before), millions(plan.target_after), f"{plan.keep:.2%}"],
-            ["whole model, parameters", millions(plan.model_before), millions(plan.model_after), f"{plan.keep_model:.2%}"],
             [
-                "factorized weights, bytes", megabytes(plan.target_before * element),
+                "factorized weights, parameters",
+                millions(plan.target_before),
+                millions(plan.target_after),
+                f"{plan.keep:.2%}",
+            ],
+            [
+                "whole model, parameters",
+                millions(plan.model_before),
+                millions(plan.model_after),
+                f"{plan.keep_model:.2%}",
+            ],
+            [
+                "factorized weights, bytes",
+                megabytes(plan.target_before * element),
                 megabytes(plan.bytes_after - plan.dense_numbers * element),
                 f"{(plan.bytes_after - plan.dense_numbers * element) / (plan.target_before * element):.2%}",
             ],
-            ["whole model, bytes", megabytes(plan.bytes_before), megabytes(plan.bytes_after), f"{plan.bytes_after / plan.bytes_before:.2%}"],
+            [
+                "whole model, bytes",
+                megabytes(plan.bytes_before),
+                megabytes(plan.bytes_after),
+                f"{plan.bytes_after / plan.bytes_before:.2%}",
+            ],
         ],
     )
 
@@ -58,16 +75,33 @@ def print_plan(plan: Plan) -> None:
     table(
         f"Plan for {plan.model}: {plan.objective}, {plan.allocate}",
         ["weight", "shape", "rank", "parameters", "kept", "predicted loss", "why"],
-        ([e.name, f"{e.out_features} × {e.in_features}", _rank(e), millions(e.numbers_after), f"{e.keep:.1%}", _loss(e), e.reason] for e in plan.entries),
+        (
+            [
+                e.name,
+                f"{e.out_features} × {e.in_features}",
+                _rank(e),
+                millions(e.numbers_after),
+                f"{e.keep:.1%}",
+                _loss(e),
+                e.reason,
+            ]
+            for e in plan.entries
+        ),
     )
     reasons: dict[str, tuple[int, int]] = {}
     for entry in plan.dense:
         count, numbers = reasons.get(entry.reason, (0, 0))
         reasons[entry.reason] = (count + 1, numbers + entry.numbers)
-    table("Left as they are", ["why", "weights", "parameters"], ([r, str(c), millions(n)] for r, (c, n) in reasons.items()))
+    table(
+        "Left as they are",
+        ["why", "weights", "parameters"],
+        ([r, str(c), millions(n)] for r, (c, n) in reasons.items()),
+    )
     print_sizes(plan)
     if plan.predicted_divergence is not None:
-        console.print(f"Predicted divergence from the original: {plan.predicted_divergence:.4f} nats per token (second order).")
+        console.print(
+            f"Predicted divergence from the original: {plan.predicted_divergence:.4f} nats per token (second order)."
+        )
     for note in plan.notes:
         console.print(f"Note: {escape(note)}.")
 
@@ -86,10 +120,12 @@ def print_run(run: Run, plan: Plan, out: Path) -> None:
     for entry in plan.entries:
         kinds.setdefault(entry.kind, []).append(entry)
     table(
-        "Ranks by kind", ["kind", "weights", "lowest rank", "mean rank", "highest", "dense", "kept"],
+        "Ranks by kind",
+        ["kind", "weights", "lowest rank", "mean rank", "highest", "dense", "kept"],
         (
             [
-                kind, str(len(group)),
+                kind,
+                str(len(group)),
                 *_spread([e.rank for e in group if e.rank is not None]),
                 str(sum(e.rank is None for e in group)),
                 f"{sum(e.numbers_after for e in group) / sum(e.numbers_before for e in group):.1%}",
@@ -101,7 +137,8 @@ def print_run(run: Run, plan: Plan, out: Path) -> None:
     if run.quality is not None:
         q = run.quality
         table(
-            f"Quality on {q.text} ({q.windows} windows of {q.window} tokens)", ["", "original", "factored"],
+            f"Quality on {q.text} ({q.windows} windows of {q.window} tokens)",
+            ["", "original", "factored"],
             [
                 ["perplexity", f"{q.original['perplexity']:.2f}", f"{q.factored['perplexity']:.2f}"],
                 ["divergence from the original, nats per token", "–", f"{q.factored['divergence']:.4f}"],
@@ -130,7 +167,8 @@ def print_inspection(found: Inspection, every: bool) -> None:
     """The weights of a model, by kind or one by one."""
     if every:
         table(
-            found.model, ["weight", "shape", "parameters", "what", "shares its input with"],
+            found.model,
+            ["weight", "shape", "parameters", "what", "shares its input with"],
             ([w.name, " × ".join(map(str, w.shape)), f"{w.numbers:,}", w.what, w.group or ""] for w in found.weights),
         )
     else:
@@ -140,8 +178,12 @@ def print_inspection(found: Inspection, every: bool) -> None:
             count, numbers = kinds.get(key, (0, 0))
             kinds[key] = (count + 1, numbers + w.numbers)
         table(
-            found.model, ["kind", "shape", "what", "weights", "parameters"],
-            ([kind, shape, what, str(count), millions(numbers)] for (kind, shape, what), (count, numbers) in kinds.items()),
+            found.model,
+            ["kind", "shape", "what", "weights", "parameters"],
+            (
+                [kind, shape, what, str(count), millions(numbers)]
+                for (kind, shape, what), (count, numbers) in kinds.items()
+            ),
             left=3,
         )
         if found.shared:
@@ -158,12 +200,30 @@ def print_evaluation(result: Evaluation) -> None:
     many = len(result.models) > 1
     table(
         f"{result.text}: {result.windows} windows of {result.window} tokens",
-        ["model", "perplexity", *(["× original", "divergence", "same token"] if many else []), "parameters", "memory", "disk"],
+        [
+            "model",
+            "perplexity",
+            *(["× original", "divergence", "same token"] if many else []),
+            "parameters",
+            "memory",
+            "disk",
+        ],
         (
             [
-                m.name, f"{m.perplexity:.3f}",
-                *([f"{m.perplexity / result.models[0].perplexity:.4f}", _number(m.divergence, ".4f"), _number(m.agreement, ".1%")] if many else []),
-                millions(m.parameters), megabytes(m.memory), megabytes(m.disk),
+                m.name,
+                f"{m.perplexity:.3f}",
+                *(
+                    [
+                        f"{m.perplexity / result.models[0].perplexity:.4f}",
+                        _number(m.divergence, ".4f"),
+                        _number(m.agreement, ".1%"),
+                    ]
+                    if many
+                    else []
+                ),
+                millions(m.parameters),
+                megabytes(m.memory),
+                megabytes(m.disk),
             ]
             for m in result.models
         ),

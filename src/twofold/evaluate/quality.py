@@ -77,14 +77,14 @@ def measure_quality(
 
 def _nll(logits: Tensor, labels: Tensor) -> float:
     total = 0.0
-    for rows, expected in zip(logits.split(ROWS), labels.split(ROWS), strict=True):
+    for rows, expected in zip(torch.split(logits, ROWS), torch.split(labels, ROWS), strict=True):
         total += float(torch.nn.functional.cross_entropy(rows.float(), expected, reduction="sum"))
     return total
 
 
 def _divergence(first: Tensor, second: Tensor) -> tuple[float, int]:
     total, same = 0.0, 0
-    for a, b in zip(first.split(ROWS), second.split(ROWS), strict=True):
+    for a, b in zip(torch.split(first, ROWS), torch.split(second, ROWS), strict=True):
         p, q = torch.log_softmax(a.float(), -1), torch.log_softmax(b.float(), -1)
         total += float((p.exp() * (p - q)).sum())
         same += int((a.argmax(-1) == b.argmax(-1)).sum())

@@ -30,7 +30,9 @@ def is_full(
         return True
     if len(shape) == batch + 1 and shape[-1] == size:
         return False
-    raise ValueError(f"a metric over {size} directions must have shape (..., {size}) or (..., {size}, {size}), got {shape}")
+    raise ValueError(
+        f"a metric over {size} directions must have shape (..., {size}) or (..., {size}, {size}), got {shape}"
+    )
 
 
 def damp(

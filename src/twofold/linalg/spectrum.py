@@ -151,9 +151,11 @@ def _left_factor(
     if int(info) == 0:
         diagonal = factor.diagonal()
         if float(diagonal.min() / diagonal.max()) > 1e-6:
-            return torch.cholesky_solve(right, factor).T
+            solution: Tensor = torch.cholesky_solve(right, factor)
+            return solution.mT
     # A weight that lacks full rank, or nearly so.
-    return (torch.linalg.pinv(normal, hermitian=True) @ right).T
+    solution = torch.linalg.pinv(normal, hermitian=True) @ right
+    return solution.mT
 
 
 def weighted_low_rank(

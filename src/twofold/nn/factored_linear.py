@@ -134,14 +134,15 @@ class FactoredLinear(nn.Module):
         self,
         x: Tensor,  # (..., in)
     ) -> Tensor:  # (..., out)
-        if self.form == "rows":
+        y: Tensor
+        if self.order is None:
+            y = self.expand(self.reduce(x))
+        elif self.form == "rows":
             pivots = self.reduce(x)
             y = torch.cat([pivots, self.expand(pivots)], -1).index_select(-1, self.order)
-        elif self.form == "columns":
+        else:
             x = x.index_select(-1, self.order)
             y = self.expand(x[..., : self.rank] + self.reduce(x[..., self.rank :]))
-        else:
-            y = self.expand(self.reduce(x))
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()

@@ -1,4 +1,7 @@
-"""Whitened inputs: min E‖(W − W′) x‖². The optimum of DRONE (Chen 2021), SVD-LLM (Wang, ICLR 2025) and Swift-SVD (Qi, ICML 2026)."""
+"""Whitened inputs: min E‖(W − W′) x‖².
+
+The optimum of DRONE (Chen 2021), SVD-LLM (Wang, ICLR 2025) and Swift-SVD (Qi, ICML 2026).
+"""
 
 from torch import Tensor
 

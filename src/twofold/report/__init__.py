@@ -1,3 +1,9 @@
-from pathlib import Path
-def write_report(folder, run, plan, spectra): (folder/"report.html").write_text("todo")
-def write_card(folder, run, plan): (folder/"README.md").write_text("todo")
+"""What was done to a model and why: the page report.html and the model card README.md.
+
+matplotlib is imported only when a report is written.
+"""
+
+from twofold.report.card import write_card
+from twofold.report.page import write_report
+
+__all__ = ["write_card", "write_report"]

@@ -1,0 +1,130 @@
+"""README.md: the model card of a factored checkpoint. It tells no folder of the machine that it was made on."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from twofold.builtin import ALIAS
+from twofold.plan import Plan
+from twofold.report.formats import count
+from twofold.report.names import ALIAS_LICENSE, base_model, model_title, public_recipe, without_paths
+from twofold.report.tables import Table, quality_table, size_table
+from twofold.run import Run
+
+AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+}
+CAUSAL = "AutoModelForCausalLM"
+
+
+def write_card(folder: Path, run: Run, plan: Plan) -> None:
+    """Write folder/README.md; the class to load with comes from folder/config.json if there is one."""
+    (folder / "README.md").write_text(card(run, plan, _auto_class(folder, run)), encoding="utf-8")
+
+
+def card(run: Run, plan: Plan, auto_class: str) -> str:
+    """The model card: YAML front matter, then Markdown."""
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=base_model(plan.model),
+        license=ALIAS_LICENSE if plan.model == ALIAS else None,
+        tags=["twofold", "low-rank", "factorized"],
+        pipeline_tag="text-generation" if auto_class == CAUSAL else None,
+    )
+    title = model_title(plan.model)
+    factored = sum(entry.rank is not None for entry in plan.entries)
+    m, shown = run.machine, public_recipe(run.recipe)
+    parts = [
+        f"---\n{data.to_yaml().strip()}\n---",
+        f"# {_words(title)}, factorized",
+        f"{_words(title)} with {count(factored)} of its weights as products of two smaller ones, made by Twofold "
+        f"{m.twofold}. `report.html` shows every rank and why it was chosen; `plan.json`, `recipe.yaml` and `run.json` "
+        "are the record.",
+        "## How to load it",
+        "```python\n"
+        "import twofold  # lets transformers load the factored layers\n"
+        f"from transformers import {auto_class}\n\n"
+        f'model = {auto_class}.from_pretrained("this folder or repository")\n'
+        "```",
+        "Without `import twofold` transformers can't load it: it stops with an error that the shapes of the weights do "
+        "not match. That is on purpose; a model with random weights would be worse.",
+        "## Size",
+        _markdown(size_table(plan)),
+        "## Quality",
+        *_quality(run),
+        "## How it was made",
+        _fenced(shown.to_yaml(), "yaml"),
+        f"- versions: twofold {m.twofold}, transformers {m.transformers}, torch {m.torch}, Python {m.python}\n"
+        f"- machine: {_words(m.system)}, {_words(m.device)}, {m.threads} threads, {m.dtype}\n"
+        f"- seed: {run.recipe.seed}\n"
+        f"- calibration: {_words(without_paths(run.calibration))}, {count(run.calibration_tokens)} tokens"
+        + (f", SHA-256 of the token ids `{run.calibration_sha256}`" if run.calibration_sha256 else ""),
+        *(["Paths in the recipe are shortened to their last part."] if shown != run.recipe else []),
+        "## Limits",
+        *_limits(run),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _quality(run: Run) -> list[str]:
+    if run.quality is None:
+        return ["It was not measured in this run."]
+    q = run.quality
+    return [
+        f"Measured on {_words(without_paths(q.text))}, {count(q.windows)} windows of {count(q.window)} tokens, each "
+        "scored alone:",
+        _markdown(quality_table(run, q)),
+        "The predicted divergence is a second-order, Kronecker-factored estimate from the calibration moments: it "
+        "compares ranks, and does not foretell quality.",
+    ]
+
+
+def _limits(run: Run) -> list[str]:
+    words = ["A factored model answers worse than its original; the table above says by how much, on one text."]
+    if run.calibration_tokens:
+        words.append(
+            "The ranks and factors fit the calibration text. What is calibrated on one domain loses more in another: "
+            "measure on text of your own before use, or factorize anew with it as the calibration."
+        )
+    words.append("The limits and the licence of the original model hold for this one too.")
+    return ["\n".join(f"- {sentence}" for sentence in words)]
+
+
+def _auto_class(folder: Path, run: Run) -> str:
+    """The class to load with: an Auto class where one fits, else the architecture itself."""
+    try:
+        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return CAUSAL if run.samples else "AutoModel"
+    for ending, name in AUTO_CLASSES.items():
+        if str(architecture).endswith(ending):
+            return name
+    return str(architecture) if str(architecture).isidentifier() else "AutoModel"
+
+
+def _words(text: str) -> str:
+    """Text as Markdown that means nothing but itself."""
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def _markdown(table: Table) -> str:
+    rule = ["---" if i < table.left else "---:" for i in range(len(table.columns))]
+    rows = [[_words(cell) for cell in row] for row in (table.columns, *table.rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any in the text."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
