@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold import Plan, Recipe
+from twofold.compression import compress
 from twofold.objectives import OBJECTIVES
-from twofold.pipeline import compress, plan_model
+from twofold.pipeline import plan_model
 from twofold.recipe import make_recipe
 from twofold.run import Run
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import twofold.builtin
 from conftest import DATA
+from twofold.compression import compress
 from twofold.evaluate import evaluation_windows, measure_quality
-from twofold.pipeline import compress
 from twofold.plan import Plan
 from twofold.recipe import make_recipe
 

@@ -4,9 +4,10 @@ Importing this package lets plain ``transformers`` load factored checkpoints.
 """
 
 from twofold.checkpoint import TwofoldConfig
+from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.nn import FactoredLinear
-from twofold.pipeline import compress, factorize
+from twofold.pipeline import factorize
 from twofold.plan import Plan
 from twofold.recipe import Recipe
 from twofold.targets import find_targets

@@ -58,3 +58,8 @@ def progress(title: str, total: int, *, done: int = 0, unit: str = "", quiet: bo
     print(f"{title} …", file=sys.stderr, flush=True)
     yield tick
     print(f"{title}: done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """Tell the user something, on standard error."""
+    print(text, file=sys.stderr, flush=True)

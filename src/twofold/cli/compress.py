@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Factorize the weight matrices of a model and write the smaller checkpoint, with its plan, card and report."""
     from twofold.cli.tables import print_run
-    from twofold.pipeline import compress
+    from twofold.compression import compress
     from twofold.plan import Plan
 
     run = compress(recipe, out, overwrite=overwrite, moments_file=moments, quiet=quiet)

@@ -8,7 +8,7 @@ import numpy as np
 
 from twofold.plan import Plan
 from twofold.report.drawing import AFTER, BEFORE, canvas, inline, label_of
-from twofold.report.formats import millions, percent, share
+from twofold.report.formats import percent, share
 from twofold.report.kinds import Group, Loss, by_kind, by_layer
 
 ROW = 30  # pixels
@@ -20,13 +20,12 @@ def size_bars(plan: Plan) -> tuple[Any, str]:
     rows = [(group.label, group.before, group.after) for group in by_kind(plan)]
     if plan.dense_numbers:
         rows.append(("all the rest, left dense", plan.dense_numbers, plan.dense_numbers))
-    figure, axes = canvas(560, ROW * len(rows))
+    figure, axes = canvas(330, ROW * len(rows))
     places = np.arange(len(rows))
     axes.barh(places, [before / 1e6 for _, before, _ in rows], height=0.74, color=BEFORE)
     axes.barh(places, [after / 1e6 for _, _, after in rows], height=0.4, color=AFTER)
     for place, (_, before, after) in zip(places, rows, strict=True):
-        change = f" → {millions(after)}, {percent(share(after, before))}"
-        words = millions(before) + (change if after != before else "")
+        words = percent(share(after, before))
         axes.annotate(words, (before / 1e6, place), (6, 0), textcoords="offset points", va="center", fontsize=10)
     axes.set_yticks(places, [label_of(label) for label, _, _ in rows])
     axes.invert_yaxis()

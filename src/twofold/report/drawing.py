@@ -30,7 +30,7 @@ COLOURS = {
     BEFORE: "var(--before)",
     AFTER: "var(--after)",
 }
-DEPTH = (0.12, 0.9)  # the part of viridis that is seen on light and on dark
+DEPTH = (0.28, 0.86)  # the part of viridis that is seen on light and on dark
 SETTINGS = {
     "axes.edgecolor": INK, "axes.facecolor": "none", "axes.labelcolor": INK, "axes.linewidth": 0.6,
     "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": 12, "axes.titleweight": "bold",

@@ -73,13 +73,14 @@ def kind_table(plan: Plan, loss: Loss) -> Table:
                 str(len(group.entries)),
                 f"{min(ranks)}–{max(ranks)}" if ranks else NONE,
                 str(sum(entry.rank is None for entry in group.entries)),
+                millions(group.before),
+                millions(group.after),
                 percent(group.keep),
-                percent(share(group.before, plan.target_before)),
                 percent(part) if loss.known else NONE,
             ]
         )
     last = "share of the predicted loss" if loss.additive else "of its own Σσ² left out"
-    return Table(["kind", "weights", "ranks", "dense", "kept", "share of the parameters before", last], rows)
+    return Table(["kind", "weights", "ranks", "dense", "before", "after", "kept", last], rows)
 
 
 def reason_table(plan: Plan) -> Table:

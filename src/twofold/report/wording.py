@@ -72,7 +72,7 @@ def check_text(plan: Plan) -> str:
         return "No weight has both a predicted loss and one measured from its factors."
     entry, difference = worst
     pairs = len(compared(plan))
-    others = sum(one.rank is not None for one in plan.entries) - pairs
+    others = sum(one.rank is not None and one.measured_loss is not None for one in plan.entries) - pairs
     return (
         f"The largest relative difference over {count(pairs)} weights is {number(difference, 2)}, at {entry.name}. "
         + (f"{count(others)} more lose nothing beyond rounding and are not shown. " if others else "")
@@ -88,8 +88,8 @@ def reasons(run: Run, plan: Plan, spectra: Spectra) -> list[str]:
     else:
         words = [
             f"The {plan.allocate} allocation solves one problem over all weights: to leave out as little predicted "
-            "loss as the budget allows. In its solution one more stored parameter saves about as much loss in every weight. "
-            "So a weight keeps much where its spectrum falls slowly, or where the loss is sensitive to its output."
+            "loss as the budget allows. In its solution one more stored parameter saves about as much loss in every "
+            "weight. So a weight keeps much where its spectrum falls slowly, or where the loss is sensitive to its output."
         ]
         even = at_average(plan.entries, run, plan, spectra)
         if even is not None and run.predicted_divergence is not None:
@@ -154,5 +154,6 @@ def _kind_reason(group: Group, run: Run, plan: Plan, spectra: Spectra) -> str:
     saved = even - group.shown(loss)
     return (
         f"{words} Against the average share of {percent(average)} this {'takes' if more >= 0 else 'frees'} "
-        f"{millions(abs(more))} parameters and {'saves' if saved >= 0 else 'costs'} {number(abs(saved))} nats per token."
+        f"{millions(abs(more))} parameters and {'saves' if saved >= 0 else 'costs'} {number(abs(saved))} nats per "
+        "token."
     )

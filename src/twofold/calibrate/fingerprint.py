@@ -1,0 +1,49 @@
+"""What moments belong to: a hash of the model, the token ids, the seed and the settings that change them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from twofold.cache import cache_folder
+from twofold.calibrate.moments import Request
+from twofold.calibrate.texts import TokenWindows
+from twofold.recipe import Recipe
+
+
+def model_hash(model: nn.Module) -> str:
+    """The hash of a model's configuration and weights."""
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    if config is not None:
+        settings = config.to_dict()
+        for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+            settings.pop(volatile, None)
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint(hashed: str, windows: TokenWindows, request: Request, recipe: Recipe, dtype: torch.dtype) -> str:
+    """What moments belong to: the model's weights, the token ids, the seed and the settings that change them."""
+    parts = {
+        "model": hashed,
+        "ids": windows.sha256,
+        "shape": list(windows.ids.shape),
+        "seed": recipe.seed,
+        "batch": recipe.batch_size,
+        "dtype": str(dtype),
+        "request": request.sizes,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def moments_path(mark: str) -> Path:
+    """The file of the moments of a fingerprint."""
+    return cache_folder() / "moments" / f"{mark[:24]}.safetensors"

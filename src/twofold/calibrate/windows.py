@@ -1,0 +1,85 @@
+"""The token windows that a recipe asks for: from texts, files or data sets, or sampled from the model itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from twofold.cache import cache_folder
+from twofold.calibrate.sample import sample_texts
+from twofold.calibrate.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts, token_windows
+from twofold.errors import TwofoldError
+from twofold.models import LoadedModel, need_tokenizer
+from twofold.progress import say
+from twofold.recipe import Recipe
+
+HELD_OUT = 8  # windows set aside to measure on
+
+
+def calibration_windows(
+    loaded: LoadedModel, recipe: Recipe, hashed: str, texts: Iterable[str] | None = None, *, quiet: bool = False
+) -> TokenWindows:
+    """The token windows to calibrate on: from texts, files or data sets, or sampled from the model itself."""
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and recipe.window > longest:
+        if "window" in recipe.model_fields_set:
+            raise TwofoldError(
+                f"--window {recipe.window} is longer than this model's {longest} positions; use --window {longest}"
+            )
+        recipe = recipe.model_copy(update={"window": longest})
+        if not quiet:
+            say(f"windows of {longest} tokens: this model has no more positions")
+    tokenizer = need_tokenizer(loaded)
+    if texts is not None or recipe.calibration != ["self"]:
+        if "self" in recipe.calibration and texts is None:
+            raise TwofoldError("'self' can't be mixed with calibration texts; name either")
+        source = "given texts" if texts is not None else ", ".join(Path(one).name for one in recipe.calibration)
+        needed = (recipe.tokens + HELD_OUT * recipe.window) * CHARACTERS_PER_TOKEN
+        read = (
+            texts
+            if texts is not None
+            else read_texts(
+                recipe.calibration,
+                characters=needed,
+                tokenizer=tokenizer,
+                dataset_config=recipe.dataset_config,
+                dataset_split=recipe.dataset_split,
+                text_column=recipe.text_column,
+            )
+        )
+        return token_windows(
+            read, tokenizer, tokens=recipe.tokens, window=recipe.window, held_out=HELD_OUT, source=source
+        )
+    count = max(recipe.tokens // recipe.window, 1)
+    key = hashlib.sha256(f"{hashed} {recipe.seed} {count} {recipe.window}".encode()).hexdigest()[:24]
+    path = cache_folder() / "samples" / f"{key}.safetensors"
+    ids: Tensor | None = None
+    if path.is_file():
+        try:
+            with safe_open(path, "pt") as file:
+                ids = file.get_tensor("ids")
+        except (SafetensorError, OSError):
+            ids = None
+    if ids is None:
+        # Held-out texts are drawn apart, so that the calibration does not depend on how many there are.
+        ids = torch.cat(
+            [
+                sample_texts(
+                    loaded.model, tokenizer, sequences=count, length=recipe.window, seed=recipe.seed, quiet=quiet
+                ),
+                sample_texts(
+                    loaded.model, tokenizer, sequences=HELD_OUT, length=recipe.window, seed=recipe.seed + 1, quiet=True
+                ),
+            ]
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file({"ids": ids}, temporary)
+        temporary.replace(path)
+    return TokenWindows(ids[:count], ids[count:], "texts sampled from the model itself", recipe.tokens)

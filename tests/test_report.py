@@ -1,0 +1,311 @@
+"""The report and the card, on plans and runs made up here."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from twofold.linalg import gauge_storage
+from twofold.plan import DenseEntry, Plan, PlanEntry
+from twofold.recipe import Recipe
+from twofold.report import write_card, write_report
+from twofold.report.formats import megabytes, number, percent
+from twofold.report.kinds import by_kind, kind_labels, loss_at_share
+from twofold.report.names import base_model, public_name, without_paths
+from twofold.run import Machine, Measured, Run, Sample, sizes
+
+KINDS = {"q_proj": (16, 16), "v_proj": (8, 16), "up_proj": (48, 16), "down_proj": (16, 48)}
+ATTACK = "<script>alert(1)</script>"
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+def spectrum(k: int, seed: int) -> np.ndarray:
+    """σ² (k,), largest first."""
+    return np.sort(np.random.default_rng(seed).uniform(1e-6, 1e-2, k))[::-1] ** 2
+
+
+def make_plan(
+    *,
+    model: str = "smollm2",
+    names: list[tuple[str, int | None]] | None = None,  # (name, layer)
+    unit: str = "nats",
+    losses: bool = True,
+    dense: bool = False,
+    **settings: Any,
+) -> tuple[Plan, dict[str, np.ndarray]]:
+    """A plan with half of the rank of each weight, and its spectra."""
+    if names is None:
+        names = [(f"model.layers.{i}.block.{kind}", i) for i in range(3) for kind in KINDS]
+    entries, spectra = [], {}
+    for i, (name, layer) in enumerate(names):
+        kind = name.rpartition(".")[2]
+        m, n = KINDS.get(kind, (16, 24))
+        values = spectrum(min(m, n), i)
+        rank = None if dense else min(m, n) // 2 - i % 3
+        lost = 0.0 if rank is None else float(values[rank:].sum())
+        spectra[name] = values
+        entries.append(
+            PlanEntry(
+                name=name, kind=kind, layer=layer, out_features=m, in_features=n, group=name, rank=rank,
+                form=None if dense else "rows", transposed=False, bias=False, numbers_before=m * n,
+                numbers_after=m * n if rank is None else gauge_storage(m, n, rank),
+                predicted_loss=lost if losses else None, total_loss=float(values.sum()) if losses else None,
+                measured_loss=lost * (1 + 1e-6) if losses and rank is not None else None,
+                reason="dense: an override says so" if dense else "global allocation",
+            )
+        )  # fmt: skip
+    left = [DenseEntry(name="embed.weight", shape=[100, 16], numbers=1600, reason="embedding: left dense for now")]
+    made: dict[str, Any] = {"objective": "two-sided", "allocate": "global", "element_bytes": 4, "notes": [], **settings}
+    return Plan(model=model, loss_unit=unit, entries=entries, dense=left, **made), spectra if losses else {}
+
+
+def make_run(plan: Plan, *, quality: bool = True, samples: list[Sample] | None = None, **recipe: Any) -> Run:
+    """A run of a plan, with figures made up."""
+    settings = {"model": plan.model, "keep": 0.5, "calibration": ["/home/someone/texts/wiki.train.raw"], **recipe}
+    measured = {"perplexity": 22.876, "loss": 3.13, "tokens": 4088, "divergence": None, "agreement": None}
+    return Run(
+        recipe=Recipe.model_validate(settings),
+        machine=Machine(python="3.11.7", torch="2.13.0", transformers="5.23.0", threads=2),
+        calibration="wiki.train.raw", calibration_tokens=65536, calibration_sha256="ab" * 32, fingerprint="cd" * 32,
+        moments_reused=False, predicted_divergence=plan.predicted_divergence,
+        quality=Measured(
+            text="held-out wiki.train.raw", windows=8, window=512, original=measured,
+            factored={**measured, "perplexity": 26.213, "divergence": 0.1234, "agreement": 0.789},
+        ) if quality else None,
+        samples=[Sample(prompt="Name a sea.", original="The Baltic.", factored="")] if samples is None else samples,
+        seconds={"load": 2.0, "calibrate": 14.5}, peak_memory=3_000_000_000,
+        **(sizes(plan) if plan.entries else EMPTY),
+    )  # fmt: skip
+
+
+EMPTY = {
+    "keep": 1.0, "keep_model": 1.0, "parameters_before": 1600, "parameters_after": 1600, "target_before": 0,
+    "target_after": 0, "bytes_before": 6400, "bytes_after": 6400,
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """The elements of a page, its text, and whether every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def page(folder: Path, run: Run, plan: Plan, spectra: dict[str, np.ndarray]) -> Page:
+    """Write the report and read it; whatever it is made of, it is whole and loads nothing."""
+    write_report(folder, run, plan, spectra)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    read = Page(text)
+    assert read.open == []
+    for tag, attributes in read.tags:
+        assert tag not in {"script", "link", "iframe", "img", "object", "embed"}
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in {"src", "href", "xlink:href", "srcset", "data"}:
+                assert (value or "").startswith("#")
+    assert "@import" not in text
+    assert all(address.startswith("#") for address in re.findall(r"url\(([^)]*)\)", text))
+    return read
+
+
+def test_the_page_shows_the_numbers_of_the_plan(tmp_path: Path) -> None:
+    plan, spectra = make_plan()
+    run = make_run(plan)
+    read = page(tmp_path, run, plan, spectra)
+    for words in (
+        percent(plan.keep, 2), percent(plan.keep_model, 2), megabytes(plan.bytes_before), megabytes(plan.bytes_after),
+        "22.88", "26.21", "1.15", "0.123", "78.9", number(plan.predicted_divergence), "65,536", "ab" * 32, "14.5",
+        "3.0", "SmolLM2-135M-Instruct", "all 12 weights", "Cut most",
+    ):  # fmt: skip
+        assert words in read.words, words
+    for entry in plan.entries:
+        assert entry.name in read.words
+    figures = [attributes["aria-label"] for tag, attributes in read.tags if tag == "svg"]
+    assert len(figures) == 5 + len(KINDS)
+    assert "second-order estimate" in read.words
+
+
+def test_all_that_comes_from_outside_is_escaped(tmp_path: Path) -> None:
+    kind = '<img src="http://example.org/x" onerror="alert(2)">$\\frac{1}{0}$ & "co'
+    names = [(f"model.layers.{i}.{kind}", i) for i in range(2)] + [("model.layers.0.]]>-->", 0)]
+    plan, spectra = make_plan(model=ATTACK, names=names, notes=[f"note {ATTACK}"])
+    samples = [Sample(prompt=f"<b>{ATTACK}", original="</p></main><h1>x", factored="<style>*{display:none}</style>")]
+    run = make_run(plan, samples=samples, model=ATTACK, exclude=["</pre><script>"])
+    read = page(tmp_path, run, plan, spectra)
+    assert "</p></main><h1>x" in read.words
+    assert f"note {ATTACK}" in read.words
+    assert sum(tag == "h1" for tag, _ in read.tags) == 1
+    assert sum(tag == "style" for tag, _ in read.tags) == 1
+    write_card(tmp_path, run, plan)
+    assert "<script" not in front_matter(tmp_path)[1].split("```yaml")[0]
+
+
+@pytest.mark.parametrize("unit", ["nats", "output", "weight"])
+@pytest.mark.parametrize("losses", [True, False])
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_is_missing_is_said(tmp_path: Path, unit: str, losses: bool, dense: bool) -> None:
+    allocate = "global" if losses else "uniform"
+    names = [("model.layers.0.a.q_proj", 0), ("pooler.dense", None), ("model.layers.7.a.q_proj", 7)]
+    plan, spectra = make_plan(names=names, unit=unit, losses=losses, dense=dense, allocate=allocate)
+    run = make_run(plan, quality=False, samples=[])
+    read = page(tmp_path, run, plan, spectra)
+    write_card(tmp_path, run, plan)
+    assert "not measured" in read.words
+    assert ("none of its 3 weights is factorized" in read.words) == dense
+    assert ("No spectra were taken" in read.words) == (not losses)
+    assert ("No losses were predicted" in read.words) == (not losses)
+    assert ("Nothing is left out" in read.words) == (losses and dense)
+    assert not re.search(r"\b(nan|None|inf)\b", read.words)
+
+
+def test_losses_without_a_spectrum_and_spectra_with_zeros(tmp_path: Path) -> None:
+    plan, spectra = make_plan()
+    page(tmp_path, make_run(plan), plan, {})
+    spectra = {name: np.where(np.arange(len(v)) < 3, v, 0.0).astype(np.float32) for name, v in spectra.items()}
+    page(tmp_path, make_run(plan), plan, spectra)
+    page(tmp_path, make_run(plan), plan, {name: np.zeros_like(v) for name, v in spectra.items()})
+
+
+def test_a_plan_without_any_weight(tmp_path: Path) -> None:
+    plan, _ = make_plan(names=[])
+    read = page(tmp_path, make_run(plan), plan, {})
+    write_card(tmp_path, make_run(plan), plan)
+    assert "no weight that could be factorized" in read.words
+
+
+def test_a_deep_model_of_many_kinds(tmp_path: Path) -> None:
+    plan, spectra = make_plan(names=[(f"layers.{i}.part_{j}", i) for i in range(100) for j in range(12)])
+    read = page(tmp_path, make_run(plan), plan, spectra)
+    assert "layers.99.part_11" in read.words
+    assert (tmp_path / "report.html").stat().st_size < 4_000_000
+
+
+def test_kinds_of_one_name_and_several_roles_are_told_apart() -> None:
+    roles = ("attention.output.dense", "intermediate.dense", "output.dense", "attention.self.query")
+    plan, _ = make_plan(names=[(f"encoder.layer.{i}.{role}", i) for i in range(2) for role in roles])
+    labels = kind_labels(plan)
+    assert [labels[f"encoder.layer.1.{role}"] for role in roles] == [
+        "attention.output.dense", "intermediate.dense", "layer.output.dense", "query",
+    ]  # fmt: skip
+    groups = by_kind(plan)
+    assert [len(group.entries) for group in groups] == [2, 2, 2, 2]
+    assert sum(group.after for group in groups) == plan.target_after
+
+
+def test_the_loss_at_a_share_is_the_tail_of_the_spectrum() -> None:
+    plan, spectra = make_plan()
+    assert loss_at_share(plan.entries, spectra, 1.0, plain=False) == pytest.approx(0.0)
+    entry = plan.entries[0]
+    lost = loss_at_share([entry], spectra, entry.keep, plain=False)
+    assert lost == pytest.approx(entry.predicted_loss)
+    assert loss_at_share(plan.entries, {}, 0.5, plain=False) is None
+
+
+def front_matter(folder: Path) -> tuple[dict[str, Any], str]:
+    """The YAML and the Markdown of a card."""
+    _, matter, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(matter), body
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "title"),
+    [
+        ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct"),
+        ("org/model-1", "org/model-1", "org/model-1"),
+        ("gpt2", "gpt2", "gpt2"),
+        ("/home/someone/models/tiny", None, "tiny"),
+        ("../models/tiny", None, "tiny"),
+        ("C:\\Users\\someone\\tiny", None, "tiny"),
+        ("models/tiny.gguf", None, "tiny.gguf"),
+        ("LlamaForCausalLM", None, "LlamaForCausalLM"),
+    ],
+)
+def test_the_card(tmp_path: Path, model: str, base: str | None, title: str) -> None:
+    plan, spectra = make_plan(model=model)
+    run = make_run(plan, eval_text="/data/private/test.txt")
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    write_card(tmp_path, run, plan)
+    matter, body = front_matter(tmp_path)
+    assert matter.get("base_model") == base
+    assert matter["library_name"] == "transformers"
+    assert matter["pipeline_tag"] == "text-generation"
+    assert matter["tags"] == ["twofold", "low-rank", "factorized"]
+    assert f"# {title}, factorized" in body
+    assert "import twofold" in body and "AutoModelForCausalLM.from_pretrained" in body
+    recipe = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert recipe["calibration"] == ["wiki.train.raw"]
+    assert recipe["eval_text"] == "test.txt"
+    assert recipe["tokens"] == run.recipe.tokens
+    for words in ("someone", "/home", "/data", "Users", "private"):
+        assert words not in body
+        assert words not in page(tmp_path, run, plan, spectra).words
+    for words in (percent(plan.keep, 2), percent(plan.keep_model, 2), "26.21", "65,536", "ab" * 32, "seed: 0"):
+        assert words in body
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected", "tag"),
+    [
+        ("GPT2LMHeadModel", "AutoModelForCausalLM", "text-generation"),
+        ("BertForMaskedLM", "AutoModelForMaskedLM", None),
+        ("T5ForConditionalGeneration", "T5ForConditionalGeneration", None),
+        ("no name'\"", "AutoModel", None),
+    ],
+)
+def test_the_card_names_the_class_to_load_with(
+    tmp_path: Path, architecture: str, expected: str, tag: str | None
+) -> None:
+    plan, _ = make_plan()
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    write_card(tmp_path, make_run(plan), plan)
+    matter, body = front_matter(tmp_path)
+    assert f"model = {expected}.from_pretrained(" in body
+    assert matter.get("pipeline_tag") == tag
+
+
+def test_names_and_paths() -> None:
+    assert public_name("Salesforce/wikitext") == "Salesforce/wikitext"
+    assert public_name("~/texts/a b.txt") == "a b.txt"
+    assert base_model("https://example.org/org/model") is None
+    assert without_paths("held-out /home/me/wiki.txt, ~/b.txt and ./c/d.raw") == "held-out wiki.txt, b.txt and d.raw"
+    assert without_paths("tokens/second and 3/4 stay") == "tokens/second and 3/4 stay"
+
+
+def test_numbers_for_people() -> None:
+    assert number(61_234_567.0) == "6.12·10⁷"
+    assert number(float("nan")) == "not a number"
+    assert number(0.99999) == "1.00"
+    assert number(12_345.6) == "12,346"
+
+
+def test_matplotlib_is_imported_only_to_write_a_report() -> None:
+    code = "import sys, twofold.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
