@@ -37,4 +37,4 @@ bench: $(INSTALLED)  ## the figures of docs/benchmarks.md
 	$(BIN)/python benchmarks/main_job.py
 
 clean:
-	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-output bench-output .mypy_cache .pytest_cache .ruff_cache

@@ -211,7 +211,8 @@ def test_texts_sampled_from_the_model_repeat():
     tokenizer.chat_template = "{% for m in messages %}<eos>{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
     assert user_turn_prefix(tokenizer) == "<eos>user:"
     chat = sample_texts(model, tokenizer, sequences=4, length=20, seed=1, quiet=True)
-    assert [tokenizer.decode(row[:6]) for row in chat[2:]] == ["<eos>user:"] * 2
+    assert [tokenizer.decode(row[:6]) for row in chat[1::2]] == ["<eos>user:"] * 2
+    assert (chat[::2, 0] == tokenizer.bos_token_id).all()
 
 
 def test_conv1d_is_seen_in_the_right_layout():

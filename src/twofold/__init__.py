@@ -6,6 +6,7 @@ Importing this package lets plain ``transformers`` load factored checkpoints.
 from twofold.checkpoint import TwofoldConfig
 from twofold.compression import compress
 from twofold.errors import TwofoldError
+from twofold.models import load_model
 from twofold.nn import FactoredLinear
 from twofold.pipeline import factorize
 from twofold.plan import Plan
@@ -23,4 +24,5 @@ __all__ = [
     "compress",
     "factorize",
     "find_targets",
+    "load_model",
 ]

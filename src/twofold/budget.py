@@ -10,7 +10,7 @@ from twofold.errors import TwofoldError
 
 Unit = Literal["parameters", "bytes"]
 _SCALE = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
-_BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from twofold.calibrate.windows import fit_window
 from twofold.checkpoint import attach, staged_folder
 from twofold.checkpoint.write import check_output, check_space
 from twofold.evaluate import evaluation_windows, measure_quality
@@ -27,7 +28,7 @@ BEGINNINGS = ("The history of the city begins", "In the morning, the children")
 
 def compress(
     recipe: Recipe,
-    out: Path,
+    out: Path | str,
     *,
     overwrite: bool = False,
     moments_file: Path | None = None,
@@ -40,10 +41,12 @@ def compress(
     """
     from twofold.report import write_card, write_report
 
+    out = Path(out)
     watch = Stopwatch()
     check_output(out, overwrite)
     with watch.stage("load"):
         loaded = load_for(recipe)
+    recipe = fit_window(recipe, loaded, quiet=quiet)
     prepared = prepare(recipe, loaded, watch, moments_file=moments_file, quiet=quiet)
     check_space(out, int(prepared.plan.bytes_after * 1.05) + 20_000_000)
     model = loaded.model
@@ -76,22 +79,12 @@ def compress(
         bytes_before=prepared.plan.bytes_before,
         bytes_after=prepared.plan.bytes_after,
     )
-    with watch.stage("write"), staged_folder(out, overwrite) as folder:
-        model.to(loaded.stored_dtype)
-        attach(model)
-        with quiet_bars():
-            model.save_pretrained(folder)
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(folder)
-        _verify(folder, prepared.plan, model)
-        prepared.plan.save(folder / "plan.json")
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        save_file(
-            {name: torch.from_numpy(values.astype("float32")) for name, values in prepared.spectra.values.items()},
-            folder / "spectra.safetensors",
-        )
+    with staged_folder(out, overwrite) as folder:
+        with watch.stage("write"):
+            _write_model(folder, prepared, recipe)
         run = run.model_copy(update={"seconds": {**watch.seconds}, "peak_memory": peak_memory()})
-        write_report(folder, run, prepared.plan, prepared.spectra.values)
+        with watch.stage("report"):
+            write_report(folder, run, prepared.plan, prepared.spectra.values)
         run = run.model_copy(
             update={"seconds": {**watch.seconds, "total": watch.total()}, "peak_memory": peak_memory()}
         )
@@ -100,8 +93,27 @@ def compress(
     return run
 
 
+def _write_model(folder: Path, prepared: Prepared, recipe: Recipe) -> None:
+    """The checkpoint and the values that made it: plan, recipe, spectra."""
+    model, tokenizer = prepared.loaded.model, prepared.loaded.tokenizer
+    model.to(prepared.loaded.stored_dtype)
+    attach(model)
+    with quiet_bars():
+        model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    _verify(folder, prepared.plan, model)
+    prepared.plan.save(folder / "plan.json")
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    spectra = {name: torch.from_numpy(values.astype("float32")) for name, values in prepared.spectra.values.items()}
+    save_file(spectra, folder / "spectra.safetensors")
+
+
 def _measure(prepared: Prepared, recipe: Recipe, replaced: dict[str, nn.Module], *, quiet: bool) -> Measured | None:
-    """The quality of both models on the evaluation text, or on the held-out part of the calibration."""
+    """The quality of both models on the evaluation text, or on the held-out part of the calibration.
+
+    A model without token logits is not measured, and one that predicts no next token is measured with a note.
+    """
     model, windows = prepared.loaded.model, None
     if recipe.eval_windows == 0:
         return None
@@ -116,6 +128,15 @@ def _measure(prepared: Prepared, recipe: Recipe, replaced: dict[str, nn.Module],
         windows = prepared.windows.held_out[: recipe.eval_windows]
     if windows is None:
         return None
+    with torch.no_grad():
+        probe = getattr(model(input_ids=windows[:1, :8].to(model.device)), "logits", None)
+    if probe is None or probe.dim() != 3 or probe.shape[-1] <= int(windows.max()):
+        prepared.plan.notes.append("no quality was measured: this model gives no logits over its vocabulary")
+        return None
+    if not model.can_generate():
+        prepared.plan.notes.append(
+            "this model does not predict the next token, so its perplexity says little; its divergence is what counts"
+        )
 
     def dense(ids: Tensor) -> Tensor:
         with dense_again(model, replaced):

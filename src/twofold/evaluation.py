@@ -42,6 +42,9 @@ def evaluate_models(
     text: str | Sequence[str],
     *,
     against: str | None = None,
+    dataset_config: str | None = None,
+    dataset_split: str = "test",
+    text_column: str = "text",
     windows: int | None = 16,
     window: int = 1024,
     dtype: str = "auto",
@@ -59,12 +62,22 @@ def evaluate_models(
     longest = getattr(loaded[-1].model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and window > longest:
         raise TwofoldError(f"--window {window} is longer than this model's {longest} positions; use --window {longest}")
+    if loaded[-1].model.config.is_encoder_decoder:
+        raise TwofoldError(f"{model} is an encoder-decoder model, which can't be evaluated on a text yet")
     sizes = {one.model.config.get_text_config().vocab_size for one in loaded}
     if len(sizes) > 1:
         raise TwofoldError(
             f"{names[0]} and {names[-1]} have different vocabularies, so their predictions can't be compared"
         )
-    ids = evaluation_windows(text, need_tokenizer(loaded[-1]), window=window, windows=windows)
+    ids = evaluation_windows(
+        text,
+        need_tokenizer(loaded[-1]),
+        window=window,
+        windows=windows,
+        dataset_config=dataset_config,
+        dataset_split=dataset_split,
+        text_column=text_column,
+    )
 
     def logits(one: Any) -> Any:
         def run(batch: Tensor) -> Tensor:

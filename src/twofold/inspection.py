@@ -48,8 +48,6 @@ def inspect_model(
     model = loaded.model
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLinear)}
     weights: list[Weight] = []
-    shared: dict[str, None] = {}
-    numbers = 0
     targets = list_weights(model, include, exclude)
     groups = _groups(model, targets)
     members: dict[str, list[str]] = {}

@@ -145,7 +145,7 @@ def need_tokenizer(loaded: LoadedModel) -> Any:
     """
     if loaded.tokenizer is None:
         raise TwofoldError(
-            f"the model {loaded.name} has no tokenizer that can be loaded; put its files beside the weights"
+            f"the model {loaded.name} has no tokenizer; put its files beside the weights, or pass tokenizer= with a model"
         )
     return loaded.tokenizer
 

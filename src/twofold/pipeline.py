@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from twofold.allocate import get_allocation
 from twofold.calibrate import Moments, TokenWindows, collect_moments, request_statistics
 from twofold.calibrate.fingerprint import fingerprint, model_hash, moments_path
-from twofold.calibrate.windows import calibration_windows
+from twofold.calibrate.windows import calibration_windows, fit_window
 from twofold.checkpoint import attach
 from twofold.errors import TwofoldError
 from twofold.factorize import Spectra, apply_plan, decompose_targets
@@ -68,10 +69,13 @@ def prepare(
     objective = get_objective(recipe.objective)
     targets = find_targets(model, recipe.include, recipe.exclude)
     element = torch.empty(0, dtype=loaded.stored_dtype).element_size()
-    if recipe.allocate == "uniform":
-        make_plan(loaded.name, targets, None, recipe, element)  # refuses an impossible budget before any work
-    else:
-        make_plan(loaded.name, targets, None, recipe.model_copy(update={"allocate": "uniform"}), element)
+    get_allocation(recipe.allocate)
+    # An impossible budget or override is refused before any work.
+    make_plan(loaded.name, targets, None, recipe.model_copy(update={"allocate": "uniform"}), element)
+    if objective.needs and getattr(model.config, "is_encoder_decoder", False):
+        raise TwofoldError(
+            f"{type(model).__name__} is an encoder-decoder model, which can't be calibrated yet; use --objective svd"
+        )
     with watch.stage("hash"):
         hashed = model_hash(model)
     windows: TokenWindows | None = None
@@ -146,6 +150,7 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, quiet: bool 
             "need the moments: name --calibration FILE, or --calibration self"
         )
         return plan.model_copy(update={"notes": [*plan.notes, note]})
+    recipe = fit_window(recipe, loaded, quiet=quiet)
     return prepare(recipe, loaded, Stopwatch(), moments_file=moments_file, quiet=quiet).plan
 
 
@@ -187,7 +192,8 @@ def factorize(
         settings: any field of ``twofold.Recipe``: keep or budget, tokens, objective, allocate, seed, …
 
     Returns:
-        The model with ``FactoredLinear`` layers. ``model.twofold_plan`` tells what was done with every weight;
+        The model with ``FactoredLinear`` layers. ``model.twofold_plan`` tells what was done with every weight,
+        ``model.twofold_tokenizer`` is the tokenizer that was loaded with it;
         ``save_pretrained``, ``push_to_hub``, ``generate`` and ``dequantize`` work as for any transformers model.
 
     Raises:
@@ -200,17 +206,26 @@ def factorize(
         ]
     recipe = make_recipe({"model": str(named) or type(model).__name__, **settings})
     loaded = load_for(recipe) if isinstance(model, str | Path) else _given(model, tokenizer, recipe)
+    recipe = fit_window(recipe, loaded, quiet=quiet)
     watch = Stopwatch()
     prepared = prepare(recipe, loaded, watch, texts=texts, quiet=quiet)
     carry_out(prepared, recipe, watch, quiet=quiet)
     result = loaded.model.to(loaded.stored_dtype)
     attach(result)
-    result.twofold_plan = prepared.plan
+    result.twofold_plan, result.twofold_tokenizer = prepared.plan, loaded.tokenizer
     return result
 
 
 def _given(model: Any, tokenizer: Any, recipe: Recipe) -> LoadedModel:
+    """A model that the caller loaded; on a processor it is computed with in float32, and given back in its own dtype."""
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TwofoldError(f"factorize takes a transformers model or its name, got {type(model).__name__}")
+    for setting in ("dtype", "device", "revision"):
+        if setting in recipe.model_fields_set:
+            raise TwofoldError(f"{setting} is for models that are named; move a loaded model itself")
     check_finite(model, recipe.model)
-    return LoadedModel(model, tokenizer, recipe.model, None, next(model.parameters()).dtype)
+    first = next(model.parameters())
+    stored = first.dtype
+    if first.device.type == "cpu" and stored in (torch.bfloat16, torch.float16):
+        model = model.to(torch.float32)
+    return LoadedModel(model, tokenizer, recipe.model, None, stored)

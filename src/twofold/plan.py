@@ -285,27 +285,20 @@ def _override_of(target: Target, overrides: Mapping[str, Override]) -> Override 
 
 
 def _forced(target: Target, override: Override, candidate: Candidate, form: str) -> Choice:
+    """The choice that an override asks for: the largest allowed rank within it, or dense where that stores no more."""
+    m, n = target.out_features, target.in_features
     if override.dense:
         return Choice(None)
     if override.rank is not None:
         wanted = override.rank
-        if wanted > min(target.out_features, target.in_features):
-            raise TwofoldError(
-                f"the override of {target.name} asks for rank {wanted}, above its full rank "
-                f"{min(target.out_features, target.in_features)}"
-            )
-        if wanted > candidate.ranks[-1]:
-            return Choice(None)  # it would store more than dense
+        if wanted > min(m, n):
+            raise TwofoldError(f"the override of {target.name} asks for rank {wanted}, above its full rank {min(m, n)}")
     else:
         assert override.keep is not None
         numbers = override.keep * target.size
-        wanted = (
-            int(numbers / (target.out_features + target.in_features))
-            if form == "plain"
-            else gauge_rank(target.out_features, target.in_features, numbers)
-        )
-        if wanted > candidate.ranks[-1]:
-            return Choice(None)
+        wanted = int(numbers / (m + n)) if form == "plain" else gauge_rank(m, n, numbers)
+    if rank_cost(form, target, wanted) >= target.size:
+        return Choice(None)
     return Choice(max(int(np.searchsorted(candidate.ranks, max(wanted, 1), side="right")) - 1, 0))
 
 
@@ -322,7 +315,7 @@ def _entry(
     if choice.index is None:
         rank, numbers, lost = None, target.size, 0.0
         reason = (
-            "dense: an override says so"
+            "dense: an override asks for as much"
             if forced
             else "dense: at this budget every rank that saves numbers would lose more here than elsewhere"
             if recipe.allocate != "uniform"

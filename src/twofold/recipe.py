@@ -37,7 +37,9 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
         str | None, Field(description="size of the whole model: parameters (90M), bytes (180MB) or a share (70%)")
     ] = None
     calibration: Annotated[
-        list[str], Field(description="text files, or data set names; 'self' samples texts from the model")
+        list[str],
+        pydantic.BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+        Field(description="text files, or data set names; 'self' samples texts from the model"),
     ] = ["self"]
     dataset_config: Annotated[str | None, Field(description="the configuration of the data set")] = None
     dataset_split: Annotated[str, Field(description="the split of the data set")] = "train"
@@ -122,7 +124,9 @@ def make_recipe(settings: dict[str, object]) -> Recipe:
             ) from error
         if not where:
             raise TwofoldError(message) from error
-        flag = "--" + where.replace("_", "-")
+        flag = (
+            "--override " + where.partition(".")[2] if where.startswith("overrides") else "--" + where.replace("_", "-")
+        )
         raise TwofoldError(f"{flag}: {message[0].lower()}{message[1:]}, got {first['input']!r}") from error
 
 

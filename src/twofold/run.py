@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,8 +99,14 @@ class Stopwatch:
 
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> Machine:

@@ -6,7 +6,7 @@ from pkgutil import iter_modules
 from twofold.allocate.base import ALLOCATIONS, Candidate, Choice, allocation, get_allocation
 
 for _module in iter_modules(__path__):
-    if _module.name not in ("base", "cost"):
+    if _module.name != "base":
         import_module(f"{__name__}.{_module.name}")
 
 __all__ = ["ALLOCATIONS", "Candidate", "Choice", "allocation", "get_allocation"]

@@ -14,7 +14,7 @@ def uniform(candidates: list[Candidate], budget: float) -> list[Choice]:
         fits = int(np.searchsorted(candidate.costs, allowed, side="right")) - 1
         dense = candidate.dense_cost
         if dense is not None and dense <= allowed and (fits < 0 or candidate.costs[fits] < dense):
-            choices.append(Choice(None))  # it fits, and no rank keeps as much
+            choices.append(Choice(None))  # it fits, and no rank keeps as much; full rank does, and is factored
         elif fits >= 0:
             choices.append(Choice(fits))
         else:

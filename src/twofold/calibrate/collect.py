@@ -81,11 +81,10 @@ class _Accumulator:
     def _gradient(self, name: str, gradient: Tensor) -> None:
         g = self._flat(gradient)
         self._add(f"gradient/{name}", g)
-        squared = g.square()
         if f"gradient_trace/{name}" in self.sums:
-            self.sums[f"gradient_trace/{name}"] += squared.sum()
+            self.sums[f"gradient_trace/{name}"] += g.square().sum()
         if f"fisher_rows/{name}" in self.sums:
-            self.sums[f"fisher_rows/{name}"] += self.squares[name].pop() @ squared
+            self.sums[f"fisher_rows/{name}"] += self.squares[name].pop() @ g.square()
 
     def _backward(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, grad_input: tuple[Tensor | None, ...], grad_output: Any) -> None:

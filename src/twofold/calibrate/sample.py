@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
-from twofold.progress import progress
+from twofold.progress import Tick, progress
 
-BATCH = 64
+MOST_ROWS = 64  # sequences that are sampled together
+CACHE_BYTES = 1_500_000_000  # their keys and values take at most this much
 
 
 def user_turn_prefix(tokenizer: Any) -> str | None:
@@ -54,32 +55,44 @@ def sample_texts(
     chat = user_turn_prefix(tokenizer)
     if chat:
         prefixes.append(tokenizer(chat, add_special_tokens=False)["input_ids"])
-    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
+    beginnings = [prefixes[i % len(prefixes)][:length] for i in range(sequences)]
     samples: list[Tensor] = []
-    jobs = [(prefix, count) for prefix, count in zip(prefixes, _split(sequences, len(prefixes)), strict=True) if count]
+    rows = _rows(model, length)
     with progress("Sampling texts from the model", sequences * length, unit="tokens", quiet=quiet) as tick:
-        for prefix, count in jobs:
-            for begin in range(0, count, BATCH):
-                rows = min(BATCH, count - begin)
-                ids = torch.tensor(prefix[:length]).expand(rows, -1)
-                samples.append(_continue(model, ids, length, generator, device, tick))
+        for begin in range(0, sequences, rows):
+            samples.append(_continue(model, beginnings[begin : begin + rows], length, generator, tick))
     return torch.cat(samples)
 
 
-def _split(total: int, parts: int) -> list[int]:
-    return [total // parts + (1 if i < total % parts else 0) for i in range(parts)]
+def _rows(model: Any, length: int) -> int:
+    """How many sequences are sampled together: as many as keep the keys and values within ``CACHE_BYTES``."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element = next(model.parameters()).element_size()
+    sequence = 2 * config.num_hidden_layers * heads * width * element * length
+    return max(1, min(MOST_ROWS, int(CACHE_BYTES // sequence)))
 
 
-def _continue(model: nn.Module, ids: Tensor, length: int, generator: torch.Generator, device: Any, tick: Any) -> Tensor:
-    cache, step = None, ids
-    tick(ids.numel())
-    while ids.shape[1] < length:
-        output = model(input_ids=step.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+def _continue(
+    model: nn.Module, beginnings: list[list[int]], length: int, generator: torch.Generator, tick: Tick
+) -> Tensor:  # (rows, length)
+    """Continue each beginning; a row follows its own beginning as far as it goes, so that all rows run as one batch."""
+    device = next(model.parameters()).device
+    ids = torch.empty(len(beginnings), length, dtype=torch.int64)
+    given = torch.tensor([len(beginning) for beginning in beginnings])
+    for row, beginning in enumerate(beginnings):
+        ids[row, : len(beginning)] = torch.tensor(beginning)
+    cache = None
+    for position in range(1, length):
+        step = ids[:, position - 1 : position].to(device)
+        output = model(input_ids=step, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        step = draw(torch.softmax(output.logits[:, -1].float(), -1).cpu(), generator)[:, None]
-        ids = torch.cat([ids, step], 1)
+        drawn = draw(torch.softmax(output.logits[:, -1].float(), -1).cpu(), generator)
+        ids[:, position] = torch.where(position < given, ids[:, position], drawn)
         tick(len(ids))
+    tick(len(ids))
     return ids
 
 

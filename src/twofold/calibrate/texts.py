@@ -134,7 +134,7 @@ def _read_dataset(name: str, config: str | None, split: str, column: str, tokeni
         import datasets
     except ImportError as error:
         raise TwofoldError(
-            f"{name} is not a file; to read a data set of that name, install: pip install 'twofold[datasets]'"
+            f"{name} is not a file; to read a data set of that name, install the library: pip install datasets"
         ) from error
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)

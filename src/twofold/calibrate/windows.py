@@ -22,19 +22,28 @@ from twofold.recipe import Recipe
 HELD_OUT = 8  # windows set aside to measure on
 
 
+def fit_window(recipe: Recipe, loaded: LoadedModel, *, quiet: bool = False) -> Recipe:
+    """The recipe with a window that the model has positions for.
+
+    Raises:
+        TwofoldError: if the window was given and is too long.
+    """
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or recipe.window <= longest:
+        return recipe
+    if "window" in recipe.model_fields_set:
+        raise TwofoldError(
+            f"--window {recipe.window} is longer than this model's {longest} positions; use --window {longest}"
+        )
+    if not quiet:
+        say(f"windows of {longest} tokens: this model has no more positions")
+    return recipe.model_copy(update={"window": longest})
+
+
 def calibration_windows(
     loaded: LoadedModel, recipe: Recipe, hashed: str, texts: Iterable[str] | None = None, *, quiet: bool = False
 ) -> TokenWindows:
     """The token windows to calibrate on: from texts, files or data sets, or sampled from the model itself."""
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and recipe.window > longest:
-        if "window" in recipe.model_fields_set:
-            raise TwofoldError(
-                f"--window {recipe.window} is longer than this model's {longest} positions; use --window {longest}"
-            )
-        recipe = recipe.model_copy(update={"window": longest})
-        if not quiet:
-            say(f"windows of {longest} tokens: this model has no more positions")
     tokenizer = need_tokenizer(loaded)
     if texts is not None or recipe.calibration != ["self"]:
         if "self" in recipe.calibration and texts is None:
@@ -67,17 +76,12 @@ def calibration_windows(
         except (SafetensorError, OSError):
             ids = None
     if ids is None:
-        # Held-out texts are drawn apart, so that the calibration does not depend on how many there are.
-        ids = torch.cat(
-            [
-                sample_texts(
-                    loaded.model, tokenizer, sequences=count, length=recipe.window, seed=recipe.seed, quiet=quiet
-                ),
-                sample_texts(
-                    loaded.model, tokenizer, sequences=HELD_OUT, length=recipe.window, seed=recipe.seed + 1, quiet=True
-                ),
-            ]
+        ids = sample_texts(
+            loaded.model, tokenizer, sequences=count + HELD_OUT, length=recipe.window, seed=recipe.seed, quiet=quiet
         )
+        # An even spread of both kinds of beginning over what is calibrated on and what is held out.
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(recipe.seed))
+        ids = ids[order]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         save_file({"ids": ids}, temporary)

@@ -40,7 +40,7 @@ class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if format_version > FORMAT_VERSION:
             raise TwofoldError(
                 f"this checkpoint has format version {format_version}, this Twofold reads up to {FORMAT_VERSION}; "
-                "update it: pip install -U twofold"
+                "install a newer Twofold"
             )
 
     def to_dict(self) -> dict[str, Any]:

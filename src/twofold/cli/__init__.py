@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
 from twofold.cli import compress, eval, inspect, plan
+
+
+def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that ends with one sentence when it is stopped by Ctrl-C."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("twofold: stopped; the same command goes on from the saved moments", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
 
 app = typer.Typer(
     name="twofold",
@@ -17,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _module in (compress, plan, inspect, eval):
-    app.command(name=_module.__name__.rpartition(".")[2], no_args_is_help=True)(_module.command)
+    app.command(name=_module.__name__.rpartition(".")[2], no_args_is_help=True)(_stoppable(_module.command))
 
 
 def _version(value: bool) -> None:
@@ -44,13 +62,10 @@ def main() -> None:
     except TwofoldError as error:
         print(f"twofold: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("twofold: stopped; run the same command again to go on from the saved moments", file=sys.stderr)
-        sys.exit(130)
-    except MemoryError:
-        print("twofold: not enough memory; use a smaller --batch-size or --window", file=sys.stderr)
-        sys.exit(2)
     except Exception as error:
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+            print("twofold: not enough memory; use a smaller --batch-size or --window", file=sys.stderr)
+            sys.exit(2)
         import traceback
 
         traceback.print_exc()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from twofold.cli.settings import recipe_flags
+from twofold.errors import TwofoldError
 from twofold.recipe import Recipe
 
 
@@ -29,7 +30,11 @@ def command(
 
     plan = plan_model(recipe, moments_file=moments, quiet=quiet)
     if out is not None:
-        plan.save(out)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            plan.save(out)
+        except OSError as error:
+            raise TwofoldError(f"the plan can't be written to {out}: {error.strerror}") from error
     if json_output:
         print(plan.model_dump_json(indent=1))
     else:

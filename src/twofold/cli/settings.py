@@ -36,8 +36,7 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
         shown = "" if field.default in (None, [], {}) else f"[default: {_plain(field.default)}]"
         description = f"{field.description} {shown}".strip().replace("[", "\\[")
         option = typer.Option(flag, help=description, show_default=False)
-        if name in ("trust_remote_code",):
-            option = typer.Option(flag, help=description, show_default=False)
+        if name == "trust_remote_code":
             add(name, Annotated[bool, option], False)
         else:
             add(name, Annotated[_flag_type(field.annotation), option], None)

@@ -24,10 +24,10 @@ def memory_bytes(model: nn.Module) -> int:
 
 
 def disk_bytes(folder: Path | None) -> int | None:
-    """Bytes of the safetensors files in a folder."""
+    """Bytes of the weight files in a folder; the spectra beside a factored checkpoint are none."""
     if folder is None or not folder.is_dir():
         return None
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != "spectra.safetensors")
 
 
 def model_size(model: nn.Module, folder: Path | None = None) -> Size:

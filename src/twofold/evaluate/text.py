@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twofold.calibrate import read_texts
+from twofold.calibrate.texts import CHARACTERS_PER_TOKEN
 from twofold.errors import TwofoldError
 
 
@@ -19,6 +20,9 @@ def evaluation_windows(
     *,
     window: int = 1024,
     windows: int | None = 16,
+    dataset_config: str | None = None,
+    dataset_split: str = "test",
+    text_column: str = "text",
 ) -> Tensor:  # (windows, window), int64
     """Non-overlapping windows of a text, tokenized without special tokens.
 
@@ -30,13 +34,21 @@ def evaluation_windows(
         TwofoldError: if the text is empty or shorter than one window.
     """
     names = [str(source)] if isinstance(source, str | Path) else [str(one) for one in source]
-    text = "\n\n".join(read_texts(names, tokenizer=tokenizer))
+    limit = None if windows is None else windows * window * CHARACTERS_PER_TOKEN
+    text = "\n\n".join(
+        read_texts(
+            names,
+            characters=limit,
+            tokenizer=tokenizer,
+            dataset_config=dataset_config,
+            dataset_split=dataset_split,
+            text_column=text_column,
+        )
+    )
     if not text.strip():
         raise TwofoldError(f"the evaluation text is empty ({', '.join(names)})")
-    limit = None if windows is None else windows * window
-    # A token has at least one byte, so this many characters hold enough; whole texts are tokenized when all is asked for.
-    piece = text if limit is None else text[: limit * 16]
-    ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    # So many characters hold the windows in any natural text; one that they do not is tokenized as far as it was read.
+    ids = tokenizer(text if limit is None else text[:limit], add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // window
     if windows is not None:
         count = min(count, windows)

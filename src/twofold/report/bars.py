@@ -20,17 +20,19 @@ def size_bars(plan: Plan) -> tuple[Any, str]:
     rows = [(group.label, group.before, group.after) for group in by_kind(plan)]
     if plan.dense_numbers:
         rows.append(("all the rest, left dense", plan.dense_numbers, plan.dense_numbers))
+    unit, scale = ("millions", 1e6) if max(before for _, before, _ in rows) >= 1e5 else ("thousands", 1e3)
     figure, axes = canvas(330, ROW * len(rows))
     places = np.arange(len(rows))
-    axes.barh(places, [before / 1e6 for _, before, _ in rows], height=0.74, color=BEFORE)
-    axes.barh(places, [after / 1e6 for _, _, after in rows], height=0.4, color=AFTER)
+    axes.barh(places, [before / scale for _, before, _ in rows], height=0.74, color=BEFORE)
+    axes.barh(places, [after / scale for _, _, after in rows], height=0.4, color=AFTER)
     for place, (_, before, after) in zip(places, rows, strict=True):
         words = percent(share(after, before))
-        axes.annotate(words, (before / 1e6, place), (6, 0), textcoords="offset points", va="center", fontsize=10)
+        axes.annotate(words, (before / scale, place), (6, 0), textcoords="offset points", va="center", fontsize=10)
     axes.set_yticks(places, [label_of(label) for label, _, _ in rows])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("parameters, millions")
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_xlabel(f"parameters, {unit}")
     axes.grid(True, axis="x")
     return figure, "Parameters before and after factorizing, by kind"
 

@@ -12,7 +12,7 @@ ALIAS_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ALIAS_LICENSE = "apache-2.0"
 FILES = {".txt", ".raw", ".md", ".json", ".jsonl", ".gguf", ".parquet", ".csv", ".safetensors"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[a-z0-9][a-z0-9.-]*")  # org/name, or an old bare name: gpt2
-PATHS = re.compile(r"(?:\b[A-Za-z]:(?=[\\/])|(?<![\w.%])[~.]{0,2}(?=[\\/]))(?:[\\/]+[^\\/\s,:;'\"]+)+")
+PATHS = re.compile(r"(?<![^\s'\"(\[,=:])(?:[A-Za-z]:|~|\.{1,2})?(?:[\\/]+[^\\/\s,;'\"]+)+")
 
 
 def is_path(value: str) -> bool:

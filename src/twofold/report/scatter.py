@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from twofold.plan import Plan, PlanEntry
@@ -33,7 +34,7 @@ def loss_scatter(plan: Plan, loss: Loss) -> tuple[Any, str]:
     figure, axes = canvas(340, 300)
     pairs = compared(plan)
     values = [loss.factor * value for pair in pairs for value in pair[1:]]
-    low, high = min(values) / 2, max(values) * 2
+    low, high = 10.0 ** math.floor(math.log10(min(values))), 10.0 ** math.ceil(math.log10(max(values) * 1.001))
     axes.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     deepest = max((entry.layer or 0 for entry, _, _ in pairs), default=0)
     axes.scatter(

@@ -71,7 +71,7 @@ def kind_table(plan: Plan, loss: Loss) -> Table:
             [
                 group.label,
                 str(len(group.entries)),
-                f"{min(ranks)}–{max(ranks)}" if ranks else NONE,
+                "–".join(str(r) for r in sorted({min(ranks), max(ranks)})) if ranks else NONE,
                 str(sum(entry.rank is None for entry in group.entries)),
                 millions(group.before),
                 millions(group.after),

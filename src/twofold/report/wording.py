@@ -86,10 +86,12 @@ def reasons(run: Run, plan: Plan, spectra: Spectra) -> list[str]:
     if plan.allocate == "uniform":
         words = ["The uniform allocation gives every weight the same share of its parameters; no loss was weighed."]
     else:
+        additive = loss_of(plan).additive
+        lost = "as little predicted loss" if additive else "as little of each weight's own Σσ²"
         words = [
-            f"The {plan.allocate} allocation solves one problem over all weights: to leave out as little predicted "
-            "loss as the budget allows. In its solution one more stored parameter saves about as much loss in every "
-            "weight. So a weight keeps much where its spectrum falls slowly, or where the loss is sensitive to its output."
+            f"The {plan.allocate} allocation solves one problem over all weights: to leave out {lost} as the budget "
+            "allows. In its solution one more stored parameter saves about as much in every weight. So a weight keeps much "
+            "where its spectrum falls slowly" + (", or where the loss is sensitive to its output." if additive else ".")
         ]
         even = at_average(plan.entries, run, plan, spectra)
         if even is not None and run.predicted_divergence is not None:
@@ -118,9 +120,9 @@ def at_average(entries: list[PlanEntry], run: Run, plan: Plan, spectra: Spectra)
 
 
 def kind_reasons(run: Run, plan: Plan, spectra: Spectra) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The kinds that were cut most and least, each with what its spectra say; nothing if all keep about the same."""
+    """The kinds that were cut most and least, each with what its spectra say; nothing if none was chosen over another."""
     kinds = sorted(by_kind(plan), key=_keep)
-    if len(kinds) < 2 or kinds[-1].keep - kinds[0].keep < EVEN:
+    if plan.allocate == "uniform" or len(kinds) < 2 or kinds[-1].keep - kinds[0].keep < EVEN:
         return []
     size = min(3, len(kinds) // 2)
     return [
