@@ -117,6 +117,31 @@ def test_inspect_shows_factored_layers(run, quick, tmp_path):
     assert code == 0 and "factored" in out
 
 
+def test_plan_and_inspect_read_no_weight(run, checkpoint, tmp_path, monkeypatch):
+    """A model of 70 billion parameters, of which only the configuration is here."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        vocab_size=128256, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    folder = tmp_path / "llama-70b"
+    config.save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"")  # not to be opened
+    code, out, err = run("plan", folder, "--keep", 0.6, "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert len(plan["entries"]) == 560 and plan["element_bytes"] == 2
+    assert (
+        sum(e["numbers_before"] for e in plan["entries"]) + sum(d["numbers"] for d in plan["dense"]) == 70_553_706_496
+    )
+    assert "no weight was read" in plan["notes"][0]
+    code, out, err = run("inspect", folder, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["total_numbers"] == 70_553_706_496
+    assert found["shared"] == ["q_proj, k_proj, v_proj", "gate_proj, up_proj"]
+
+
 def test_recipe_file_flags_and_stored_recipe_are_one(run, checkpoint, text_file, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -263,10 +288,27 @@ def test_jsonl_and_data_sets_are_read(run, checkpoint, tmp_path, capsys):
     assert code == 0, err
 
 
+def test_several_texts_and_patterns(run, checkpoint, tmp_path):
+    for i, half in enumerate((TEXT[: len(TEXT) // 2], TEXT[len(TEXT) // 2 :])):
+        (tmp_path / f"part-{i}.txt").write_text(half)
+    common = ["--tokens", 1600, "--window", 32, "--keep", 0.5, "--quiet", "--json"]
+    files = [tmp_path / "part-0.txt", tmp_path / "part-1.txt"]
+    hashes = set()
+    for i, given in enumerate(([files[0], files[1]], [files[0], "--calibration", files[1]], [tmp_path / "part-*.txt"])):
+        code, out, err = run("compress", checkpoint, "--calibration", *given, *common, "--out", tmp_path / str(i))
+        assert code == 0, err
+        hashes.add(json.loads(out)["calibration_sha256"])
+    assert len(hashes) == 1
+    refused(
+        run("compress", checkpoint, "--calibration", tmp_path / "no-*.txt", *common, "--out", tmp_path / "x"),
+        "no file matches",
+    )
+
+
 def test_models_that_are_not_there(run, tmp_path, text_file):
     for name, message in [
         (tmp_path / "nothing", "there is no folder"),
-        ("no-such-owner/no-such-model", "can't be loaded"),
+        ("no-such-owner/no-such-model", "can't be read"),
         (text_file, "is a file but no .gguf"),
     ]:
         refused(run("inspect", name), message)
@@ -288,7 +330,7 @@ def test_not_a_transformer(run, checkpoint):
     (checkpoint / "config.json").write_text(
         json.dumps({**config, "model_type": "toaster", "architectures": ["Toaster"]})
     )
-    refused(run("inspect", checkpoint), "can't be loaded")
+    refused(run("inspect", checkpoint), "can't be read")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -301,21 +343,38 @@ def test_broken_weights_are_named(run, quick, checkpoint, tmp_path, value):
     refused(run("compress", *quick, "--keep", 0.5, "--out", tmp_path / "s"), f"the weight {name} of")
 
 
-def test_checkpoints_that_are_not_whole(run, checkpoint, tmp_path):
+def test_checkpoints_that_are_not_whole(run, checkpoint, tmp_path, text_file):
+    measure = ["--text", text_file, "--window", 64, "--quiet"]
     weights = load_file(checkpoint / "model.safetensors")
     save_file(
         {k: v for k, v in weights.items() if "layers.1.mlp.up" not in k},
         checkpoint / "model.safetensors",
         {"format": "pt"},
     )
-    refused(run("inspect", checkpoint), "is not whole: 1 weights are missing, first model.layers.1.mlp.up_proj.weight")
+    refused(
+        run("eval", checkpoint, *measure),
+        "is not whole: 1 weights are missing, first model.layers.1.mlp.up_proj.weight",
+    )
     cut = (checkpoint / "model.safetensors").read_bytes()[:-50]
     (checkpoint / "model.safetensors").write_bytes(cut)
-    refused(run("inspect", checkpoint), "can't be loaded")
+    refused(run("eval", checkpoint, *measure), "can't be loaded")
     make_model().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     gone = sorted((tmp_path / "shards").glob("*.safetensors"))[1]
     gone.unlink()
-    refused(run("inspect", tmp_path / "shards"), f"shards, first {gone.name}")
+    refused(run("eval", tmp_path / "shards", *measure), f"shards, first {gone.name}")
+
+
+def test_an_index_can_not_leave_its_folder(run, tmp_path):
+    make_model().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    path = tmp_path / "shards" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name = next(iter(index["weight_map"]))
+    for outside in ("../other.safetensors", "/etc/passwd"):
+        index["weight_map"][name] = outside
+        path.write_text(json.dumps(index))
+        refused(run("inspect", tmp_path / "shards"), "names a file outside of its folder")
+    path.write_text("not json")
+    refused(run("inspect", tmp_path / "shards"), "can't be read")
 
 
 def test_a_factored_checkpoint_that_is_not_whole(run, quick, tmp_path, text_file):

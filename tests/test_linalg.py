@@ -115,6 +115,18 @@ def test_batched_as_one_by_one():
             torch.testing.assert_close(one.abs(), other.abs())
 
 
+def test_equal_metrics_of_a_batch_are_decomposed_once(monkeypatch):
+    metric = draw_metric("full", 6, torch.Generator())
+    weights = torch.randn(3, 9, 6, dtype=torch.float64)
+    grams = gram(weights, None)
+    calls = []
+    monkeypatch.setattr("twofold.linalg.spectrum.roots", lambda m: calls.append(len(m)) or roots(m))
+    together = decompose(torch.stack([metric, metric, metric + torch.eye(6)]), grams, "columns")
+    assert calls == [2]
+    alone = decompose(metric, grams[1], "columns")
+    torch.testing.assert_close(together[1].values, alone.values)
+
+
 def test_roots_cut_off_what_is_null():
     metric = torch.diag(torch.tensor([4.0, 1.0, 1e-20], dtype=torch.float64))
     root, inverse = roots(metric)

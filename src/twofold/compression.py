@@ -21,7 +21,7 @@ from twofold.plan import Plan
 from twofold.recipe import Recipe
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 
-SAMPLE_TOKENS = 48
+SAMPLE_TOKENS = 40
 QUESTION = "What is the capital of France, and why is it famous?"
 BEGINNINGS = ("The history of the city begins", "In the morning, the children")
 

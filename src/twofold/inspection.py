@@ -8,7 +8,7 @@ import pydantic
 import torch
 from torch import nn
 
-from twofold.models import load_model
+from twofold.models import load_skeleton
 from twofold.nn import FactoredLinear
 from twofold.targets import Targets, find_groups, list_weights
 
@@ -39,12 +39,12 @@ class Inspection(pydantic.BaseModel, extra="forbid"):
 def inspect_model(
     name: str, include: Iterable[str] = (), exclude: Iterable[str] = (), *, trust_remote_code: bool = False
 ) -> Inspection:
-    """Load a model and list its weights.
+    """List the weights of a model from its configuration; none is loaded.
 
     Raises:
-        TwofoldError: if it can't be loaded, or a pattern matches nothing.
+        TwofoldError: if it can't be read, or a pattern matches nothing.
     """
-    loaded = load_model(name, trust_remote_code=trust_remote_code)
+    loaded = load_skeleton(name, trust_remote_code=trust_remote_code)
     model = loaded.model
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLinear)}
     weights: list[Weight] = []

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from twofold import builtin
+from twofold.checkpoint.quantizer import METHOD, TwofoldConfig, TwofoldQuantizer
 from twofold.errors import TwofoldError
 
 
@@ -89,21 +90,10 @@ def load_model(
         TwofoldError: if there is no such model, it is not whole, or a weight is NaN or infinite.
     """
     chosen_device = choose_device(device)
-    path = builtin.smollm2_folder() if name == builtin.ALIAS else Path(name).expanduser()
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    source: str | Path = path if path.exists() else name
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise TwofoldError(f"{name} is a file but no .gguf; name the folder of a Transformers checkpoint")
-        where["gguf_file"], source = path.name, path.parent
-    elif path.is_dir():
-        _check_folder(path, name)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise TwofoldError(f"there is no folder {name}; name a folder, a hub id, a .gguf file, or {builtin.ALIAS}")
+    source, where, folder = _locate(name, revision, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source, **where)
-        stored = getattr(config, "dtype", None)
-        stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
+        stored = _stored_dtype(config)
         compute = _compute_dtype(dtype, stored, chosen_device)
         model_class = _model_class(config, trust_remote_code)
         with quiet_bars():
@@ -133,8 +123,64 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except Exception:  # a model of another modality has none; who needs it says so
         tokenizer = None
-    folder = path if path.is_dir() else None
-    return LoadedModel(model, tokenizer, name, folder, stored if isinstance(stored, torch.dtype) else compute)
+    return LoadedModel(model, tokenizer, name, folder, stored or compute)
+
+
+def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+    """A model without its weights, on the meta device: made from the configuration alone, however large it is.
+
+    A GGUF file is loaded whole, since its configuration stands in the file.
+
+    Raises:
+        TwofoldError: if there is no such model.
+    """
+    if name.endswith(".gguf"):
+        return load_model(name, trust_remote_code=trust_remote_code)
+    source, where, folder = _locate(name, revision, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(source, **where)
+        model_class = _model_class(config, trust_remote_code)
+        with quiet_bars(), torch.device("meta"):
+            if hasattr(model_class, "_from_config"):
+                model = model_class._from_config(config)
+            else:
+                model = model_class.from_config(config, trust_remote_code=trust_remote_code)
+        model.tie_weights()
+        settings = getattr(config, "quantization_config", None)
+        if isinstance(settings, dict) and settings.get("quant_method") == METHOD:
+            TwofoldQuantizer(TwofoldConfig(**settings)).replace_modules(model)
+    except TwofoldError:
+        raise
+    except Exception as error:
+        raise TwofoldError(f"the model {name} can't be read: {_first_line(error)}") from error
+    return LoadedModel(model.eval(), None, name, folder, _stored_dtype(config) or torch.float32)
+
+
+def _locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str | Path, dict[str, Any], Path | None]:
+    """Where transformers finds a model: its source, the arguments to load it with, and its folder if it is a local one.
+
+    Raises:
+        TwofoldError: if there is no such folder or file, or it is no checkpoint.
+    """
+    path = builtin.smollm2_folder() if name == builtin.ALIAS else Path(name).expanduser()
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise TwofoldError(f"{name} is a file but no .gguf; name the folder of a Transformers checkpoint")
+        return path.parent, {**where, "gguf_file": path.name}, None
+    if path.is_dir():
+        _check_folder(path, name)
+        return path, where, path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise TwofoldError(f"there is no folder {name}; name a folder, a hub id, a .gguf file, or {builtin.ALIAS}")
+    return name, where, None
+
+
+def _stored_dtype(config: Any) -> torch.dtype | None:
+    """The dtype that the configuration says the weights are stored in."""
+    stored = getattr(config, "dtype", None)
+    stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
+    return stored if isinstance(stored, torch.dtype) else None
 
 
 def need_tokenizer(loaded: LoadedModel) -> Any:
@@ -180,6 +226,11 @@ def _check_folder(path: Path, name: str) -> None:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
             raise TwofoldError(f"the index {index} can't be read; fetch the checkpoint again") from error
+        outside = sorted(str(shard) for shard in shards if Path(str(shard)).name != shard)
+        if outside:
+            raise TwofoldError(
+                f"the index {index} names a file outside of its folder, {outside[0]}; do not use this checkpoint"
+            )
         absent = sorted(shard for shard in shards if not (path / shard).is_file())
         if absent:
             raise TwofoldError(

@@ -17,7 +17,7 @@ from twofold.calibrate.windows import calibration_windows, fit_window
 from twofold.checkpoint import attach
 from twofold.errors import TwofoldError
 from twofold.factorize import Spectra, apply_plan, decompose_targets
-from twofold.models import LoadedModel, check_finite, load_model
+from twofold.models import LoadedModel, check_finite, load_model, load_skeleton
 from twofold.objectives import Objective, get_objective
 from twofold.plan import Plan, make_plan
 from twofold.progress import say
@@ -134,22 +134,24 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, quiet: bool 
     """The plan of a recipe, carried out on nothing.
 
     If the recipe names a calibration, the plan is the one that ``compress`` makes, and the moments are kept for it. If it
-    leaves the calibration to its default, nothing is calibrated: the ranks are uniform, and a note says so.
+    leaves the calibration to its default, no weight is read: the ranks are uniform, and a note says so.
 
     Raises:
         TwofoldError: for whatever the user can put right.
     """
-    loaded = load_for(recipe)
     needs = get_objective(recipe.objective).needs
-    if needs and recipe.allocate != "uniform" and "calibration" not in recipe.model_fields_set and moments_file is None:
+    get_allocation(recipe.allocate)
+    if needs and "calibration" not in recipe.model_fields_set and moments_file is None:
+        loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         element = torch.empty(0, dtype=loaded.stored_dtype).element_size()
         targets = find_targets(loaded.model, recipe.include, recipe.exclude)
         plan = make_plan(loaded.name, targets, None, recipe.model_copy(update={"allocate": "uniform"}), element)
         note = (
-            f"no calibration was named, so these ranks are uniform and no loss is predicted; the {recipe.allocate} ranks "
-            "need the moments: name --calibration FILE, or --calibration self"
+            f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "
+            f"the {recipe.allocate} plan needs the moments: name --calibration FILE, or --calibration self"
         )
         return plan.model_copy(update={"notes": [*plan.notes, note]})
+    loaded = load_for(recipe)
     recipe = fit_window(recipe, loaded, quiet=quiet)
     return prepare(recipe, loaded, Stopwatch(), moments_file=moments_file, quiet=quiet).plan
 

@@ -214,7 +214,8 @@ def find_groups(
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             alive.append(x)
-            key = (x.data_ptr(), tuple(x.shape), x.stride(), x._version)
+            where = id(x) if x.is_meta else x.data_ptr()
+            key = (where, tuple(x.shape), x.stride(), x._version)
             groups[name] = seen.setdefault(key, name)
 
         return hook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -70,12 +71,24 @@ def read_texts(
         TwofoldError: if a source can't be read, or is neither a file nor a data set.
     """
     left = characters if characters is not None else float("inf")
-    for source in [sources] if isinstance(sources, str | Path) else sources:
-        for text in _read_one(str(source), left, tokenizer, dataset_config, dataset_split, text_column):
+    for source in _expand([sources] if isinstance(sources, str | Path) else sources):
+        for text in _read_one(source, left, tokenizer, dataset_config, dataset_split, text_column):
             yield text
             left -= len(text)
             if left <= 0:
                 return
+
+
+def _expand(sources: Iterable[str | Path]) -> Iterator[str]:
+    """Each source, and the files that a pattern such as texts/*.txt stands for, in order."""
+    for source in map(str, sources):
+        if not any(sign in source for sign in "*?[") or Path(source).exists():
+            yield source
+            continue
+        found = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (patterns may be absolute)
+        if not found:
+            raise TwofoldError(f"no file matches {source}; check the path")
+        yield from found
 
 
 def _read_one(source: str, limit: float, tokenizer: Any, config: str | None, split: str, column: str) -> Iterator[str]:

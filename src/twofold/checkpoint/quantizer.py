@@ -60,6 +60,14 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: TwofoldConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self.replace_modules(model)
+
+    def replace_modules(self, model: nn.Module) -> None:
+        """Put an empty factored layer in the place of each dense one that the configuration names.
+
+        Raises:
+            TwofoldError: if the model has no such layer, or the rank does not fit it.
+        """
         prefix = str(getattr(model, "base_model_prefix", ""))
         modules = dict(model.named_modules())
         for stored, settings in self.quantization_config.modules.items():

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from twofold.cli import compress, eval, inspect, plan
+from twofold.cli.settings import repeat_flags
 
 
 def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
@@ -58,7 +59,7 @@ def main() -> None:
     from twofold.errors import TwofoldError
 
     try:
-        app()
+        app(repeat_flags(sys.argv[1:]))
     except TwofoldError as error:
         print(f"twofold: {error}", file=sys.stderr)
         sys.exit(2)

@@ -71,6 +71,33 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+SEVERAL = ("--calibration", "--text", "--include", "--exclude", "--override")  # flags that may take several values
+
+
+def repeat_flags(arguments: list[str]) -> list[str]:
+    """Let a flag take several values, as a shell gives for ``--calibration texts/*.txt``: repeat the flag before each.
+
+    >>> repeat_flags(["compress", "m", "--calibration", "a.txt", "b.txt", "--keep", "0.8"])
+    ['compress', 'm', '--calibration', 'a.txt', '--calibration', 'b.txt', '--keep', '0.8']
+
+    Only where the model stands before the flags; else the last value could be the model.
+    """
+    if len(arguments) < 2 or arguments[1].startswith("-"):
+        return arguments
+    spread = arguments[:2]
+    flag: str | None = None
+    values = 0
+    for argument in arguments[2:]:
+        if argument.startswith("-") and argument != "-":
+            flag, values = (argument if argument in SEVERAL else None), 0
+        elif flag is not None:
+            values += 1
+            if values > 1:
+                spread.append(flag)
+        spread.append(argument)
+    return spread
+
+
 def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 

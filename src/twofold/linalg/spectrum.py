@@ -88,7 +88,7 @@ def decompose(
         root = inverse = torch.eye(k, dtype=gram.dtype, device=gram.device).expand_as(gram)
         middle = gram
     elif is_full(metric, k, gram.dim() - 2):
-        root, inverse = roots(metric.to(gram.dtype))
+        root, inverse = _distinct_roots(metric.to(gram.dtype))
         middle = root @ gram @ root
     else:
         values = metric.to(gram.dtype).clamp_min(0).sqrt()
@@ -100,6 +100,23 @@ def decompose(
     cutoff = values[..., :1].clamp_min(0) * k * torch.finfo(gram.dtype).eps
     values = torch.where(values > cutoff, values, 0)
     return Spectrum(values, inverse @ vectors, root @ vectors, side)
+
+
+def _distinct_roots(
+    metrics: Tensor,  # (..., k, k)
+) -> tuple[Tensor, Tensor]:
+    """The roots of metrics; those that are equal in a batch, since their weights share an input, are decomposed once."""
+    if metrics.dim() != 3:
+        return roots(metrics)
+    distinct: list[Tensor] = []
+    places: list[int] = []
+    for metric in metrics:
+        place = next((i for i, other in enumerate(distinct) if torch.equal(metric, other)), len(distinct))
+        if place == len(distinct):
+            distinct.append(metric)
+        places.append(place)
+    root, inverse = roots(torch.stack(distinct))
+    return root[places], inverse[places]
 
 
 def truncate(

@@ -1,0 +1,116 @@
+"""Stress: zero, constant, duplicate, hugely scaled and outlier-ridden weights and inputs; results finite, losses as predicted."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import twofold
+from conftest import TEXT, make_model, make_tokenizer
+from twofold.factorize import factor_layer
+from twofold.linalg import decompose, truncation_loss
+from twofold.objectives import OBJECTIVES, LayerMoments, get_objective
+from twofold.plan import PlanEntry
+
+SHAPES = [(12, 20), (20, 12), (16, 16)]
+
+
+def outlier(matrix, scale=1e4):
+    matrix = matrix.clone()
+    matrix[:, 3] *= scale
+    return matrix
+
+
+WEIGHTS = {
+    "random": lambda m, n: torch.randn(m, n),
+    "zero": lambda m, n: torch.zeros(m, n),
+    "constant": lambda m, n: torch.ones(m, n),
+    "duplicate rows": lambda m, n: torch.randn(2, n).repeat(m // 2, 1),
+    "huge": lambda m, n: torch.randn(m, n) * 1e12,
+    "tiny": lambda m, n: torch.randn(m, n) * 1e-12,
+    "outlier": lambda m, n: outlier(torch.randn(m, n)),
+    "one row": lambda m, n: torch.eye(m, 1) * torch.randn(1, n),
+}
+INPUTS = {
+    "random": lambda t, n: torch.randn(t, n),
+    "zero": lambda t, n: torch.zeros(t, n),
+    "one token": lambda t, n: torch.randn(1, n),
+    "duplicate": lambda t, n: torch.randn(1, n).repeat(t, 1),
+    "huge": lambda t, n: torch.randn(t, n) * 1e8,
+    "outlier": lambda t, n: outlier(torch.randn(t, n)),
+    "rank two": lambda t, n: torch.randn(t, 2) @ torch.randn(2, n),
+}
+
+
+def moments_of(weight, x, g):
+    m, n = weight.shape
+    c, gg = x.T @ x / len(x), g.T @ g / len(g)
+    return LayerMoments(
+        input=c,
+        gradient=gg if m <= n else None,
+        input_gradient=weight.T @ gg @ weight if m > n else None,
+        input_trace=float(c.trace()),
+        gradient_trace=float(gg.trace()),
+        input_abs=x.abs().mean(0),
+        fisher_rows=g.square().mean(0) * x.square().sum(1).mean(),
+    )
+
+
+def entry_of(m, n, rank):
+    return PlanEntry(
+        name="layer", kind="layer", layer=None, out_features=m, in_features=n, group="layer", rank=rank, form="gauge",
+        transposed=False, bias=False, numbers_before=m * n, numbers_after=rank * (m + n - rank), predicted_loss=None,
+        total_loss=None, reason="",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("gradients", ["random", "zero", "one token", "outlier"])
+@pytest.mark.parametrize("inputs", sorted(INPUTS))
+@pytest.mark.parametrize("kind", sorted(WEIGHTS))
+def test_finite_and_as_predicted(kind, inputs, gradients):
+    torch.manual_seed(0)
+    for (m, n), name in ((s, o) for s in SHAPES for o in sorted(OBJECTIVES)):
+        weight = WEIGHTS[kind](m, n).double()
+        x, g = INPUTS[inputs](40, n).double(), INPUTS[gradients](40, m).double()
+        moments = moments_of(weight, x, g)
+        # The moments are summed in float32.
+        moments = LayerMoments(**{k: v.float() if isinstance(v, torch.Tensor) else v for k, v in vars(moments).items()})
+        problem = get_objective(name).build(weight, moments, 1e-2)
+        spectrum = decompose(problem.metric, problem.gram, problem.side)
+        module = torch.nn.Linear(n, m, bias=False)
+        module.weight.data = weight.float()
+        layer, _ = factor_layer(module, entry_of(m, n, 5), spectrum, torch.float32)
+        assert all(torch.isfinite(p).all() for p in layer.parameters()), (kind, inputs, gradients, name, m, n)
+        dense = layer.to_dense(torch.float64)
+        measured = truncation_loss(weight, dense, problem.metric, problem.gram)
+        tails = spectrum.tails
+        # Float32 storage bounds what the loss can be told apart to.
+        assert measured == pytest.approx(float(tails[layer.rank]), rel=1e-3, abs=1e-6 * float(tails[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_outlier_channels_in_every_dtype(dtype):
+    model = make_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[5] *= 100
+            layer.mlp.up_proj.weight[:, 7] *= 30
+    model = model.to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = twofold.factorize(model, make_tokenizer(), keep=0.7, texts=[TEXT], tokens=64, window=32, quiet=True)
+    assert result.dtype == dtype
+    assert all(torch.isfinite(p).all() for p in result.parameters())
+    with torch.no_grad():
+        assert torch.isfinite(result(input_ids=torch.arange(20)[None]).logits).all()
+
+
+def test_one_token_and_a_layer_that_is_never_reached():
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+    result = twofold.factorize(model, make_tokenizer(), keep=0.5, texts=[TEXT], tokens=2, window=2, quiet=True)
+    with torch.no_grad():
+        assert torch.isfinite(result(input_ids=torch.arange(20)[None]).logits).all()
