@@ -43,8 +43,8 @@ def test_global_meets_the_budget_and_beats_uniform(shapes, seed, keep):
     cost, loss = totals(candidates, get_allocation("global")(candidates, budget))
     uniform_cost, uniform_loss = totals(candidates, get_allocation("uniform")(candidates, budget))
     assert cost <= budget * (1 + 1e-9)
-    if uniform_cost <= budget:
-        assert loss <= uniform_loss * (1 + 1e-9) + 1e-12 or budget - cost < max(c.full_cost for c in candidates)
+    assert uniform_cost <= budget * (1 + 1e-9)
+    assert loss <= uniform_loss * (1 + 1e-9) + 1e-12
 
 
 def test_global_beats_uniform_by_far_when_layers_differ():
@@ -69,6 +69,19 @@ def test_global_is_close_to_the_best_of_all(seed):
         sum(x[1] for x in pick) for pick in itertools.product(*options) if sum(x[0] for x in pick) <= 0.85 * budget
     ]
     assert loss <= min(cheaper) + 1e-9
+
+
+@pytest.mark.parametrize("name", sorted(ALLOCATIONS))
+@pytest.mark.parametrize(("smallest", "multiple"), [(1, 1), (6, 1), (1, 4), (8, 8)])
+def test_smallest_ranks_and_multiples_keep_the_budget(name, smallest, multiple):
+    made = []
+    for c in candidates_of([(30, 40), (12, 50), (20, 20), (9, 30)], 7):
+        allowed = (c.ranks >= smallest) & (c.ranks % multiple == 0)
+        made.append(Candidate(c.name, c.ranks[allowed], c.costs[allowed], c.losses[allowed], c.dense_cost, c.full_cost))
+    for keep in (0.62, 0.7, 0.8):
+        budget = keep * sum(c.full_cost for c in made)
+        cost, _ = totals(made, get_allocation(name)(made, budget))
+        assert cost <= budget * (1 + 1e-9)
 
 
 def test_a_weight_with_nothing_to_lose_pays():

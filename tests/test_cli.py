@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.cache import cache_folder
+from twofold.checkpoint import staged_folder
 from twofold.plan import Plan
 
 
@@ -405,11 +406,93 @@ def test_an_output_that_exists_needs_overwrite(run, quick, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     refused(
         run("compress", *quick, "--keep", 0.5, "--out", tmp_path / "mine", "--overwrite"),
-        "holds no model, so it is not replaced",
+        "was not written by Twofold, so it is not replaced",
     )
     (tmp_path / "file").write_text("")
     refused(run("compress", *quick, "--keep", 0.5, "--out", tmp_path / "file"), "is a file; name a folder")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_output_never_takes_the_place_of_what_is_read(run, checkpoint, text_file, tmp_path, quick):
+    common = ["--tokens", 96, "--window", 32, "--keep", 0.5, "--quiet", "--overwrite"]
+    for name in ("plan.json", "run.json"):
+        (checkpoint / name).write_text("{}")  # as if Twofold had written it
+    before = sorted(p.name for p in checkpoint.iterdir())
+    refused(
+        run("compress", checkpoint, "--calibration", text_file, *common, "--out", checkpoint), "which this run reads"
+    )
+    inside = run("compress", checkpoint, "--calibration", text_file, *common, "--out", checkpoint / "small")
+    refused(inside, "lies in the model's own folder")
+    text = checkpoint.parent / "data"
+    text.mkdir()
+    for name in ("config.json", "plan.json", "run.json"):
+        (text / name).write_text("{}")
+    (text / "texts.txt").write_text(TEXT)
+    refused(
+        run("compress", checkpoint, "--calibration", text / "texts.txt", *common, "--out", text), "which this run reads"
+    )
+    assert sorted(p.name for p in checkpoint.iterdir()) == before
+
+
+def test_staging_folders_of_other_runs_are_left_alone(tmp_path):
+    mine = tmp_path / f".small.{os.getpid()}.abcd1234.partial"
+    other = tmp_path / ".small.8.99999999.abcd1234.partial"  # of an output named small.8
+    dead = tmp_path / ".small.99999999.abcd1234.partial"
+    for folder in (mine, other, dead):
+        folder.mkdir()
+    with staged_folder(tmp_path / "small") as staged:
+        (staged / "sub").mkdir()
+        (staged / "sub" / "file").write_text("x")
+    assert mine.exists() and other.exists() and not dead.exists()
+    assert os.access(tmp_path / "small" / "sub", os.X_OK)
+
+
+def test_a_bad_evaluation_text_is_refused_before_any_work(run, quick, tmp_path):
+    result = run("compress", *quick, "--keep", 0.5, "--eval-text", tmp_path / "no.txt", "--out", tmp_path / "s")
+    refused(result, "there is no file")
+    assert not (cache_folder() / "moments").exists()
+
+
+def test_moments_that_can_not_be_kept_are_refused_before_any_work(run, quick, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run(
+        "compress", *quick, "--keep", 0.5, "--moments", tmp_path / "file" / "m.safetensors", "--out", tmp_path / "s"
+    )
+    assert result[0] == 2 and "Traceback" not in result[2]
+
+
+def test_a_recipe_can_not_turn_on_foreign_code(run, quick, tmp_path):
+    recipe = tmp_path / "theirs.yaml"
+    recipe.write_text("keep: 0.5\ntrust_remote_code: true\n")
+    refused(run("compress", *quick, "--recipe", recipe, "--out", tmp_path / "s"), "asks to run a checkpoint's code")
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit", "t5"])
+def test_models_that_do_not_run_on_text_alone(run, kind, tmp_path, text_file, tokenizer):
+    import transformers as t
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = {
+        "clip": lambda: t.CLIPModel(
+            t.CLIPConfig(text_config={**small, "vocab_size": 264}, vision_config={**small, "image_size": 32})
+        ),
+        "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**small, image_size=32)),
+        "t5": lambda: t.T5ForConditionalGeneration(
+            t.T5Config(vocab_size=264, d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8)
+        ),
+    }[kind]()  # fmt: skip
+    model.save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    for calibration in ([], ["--calibration", text_file]):
+        result = run("compress", tmp_path / kind, *calibration, "--tokens", 32, "--window", 16, "--keep", 0.6,
+                     "--out", tmp_path / "s", "--quiet")  # fmt: skip
+        assert result[0] == 2 and result[2].startswith("twofold: ") and "Traceback" not in result[2], result[2]
+    result = run("eval", tmp_path / kind, "--text", text_file, "--window", 16, "--quiet")
+    assert result[0] == 2 and "Traceback" not in result[2], result[2]
+    code, _, err = run("compress", tmp_path / kind, "--objective", "svd", "--allocate", "uniform", "--keep", 0.6,
+                       "--out", tmp_path / "s", "--quiet")  # fmt: skip
+    assert code == 0, err
+    assert run("inspect", tmp_path / kind)[0] == 0
 
 
 def test_no_space_leaves_nothing(run, quick, tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def test_equal_metrics_of_a_batch_are_decomposed_once(monkeypatch):
     weights = torch.randn(3, 9, 6, dtype=torch.float64)
     grams = gram(weights, None)
     calls = []
-    monkeypatch.setattr("twofold.linalg.spectrum.roots", lambda m: calls.append(len(m)) or roots(m))
+    monkeypatch.setattr("twofold.linalg.spectrum.roots", lambda m, eps: calls.append(len(m)) or roots(m))
     together = decompose(torch.stack([metric, metric, metric + torch.eye(6)]), grams, "columns")
     assert calls == [2]
     alone = decompose(metric, grams[1], "columns")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AlbertConfig, AlbertForMaskedLM, BertConfig, BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
+import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.calibrate import Moments, collect_moments, request_statistics, sample_texts, token_windows, wikitext_rows
 from twofold.calibrate.collect import fisher_gradient
-from twofold.calibrate.sample import draw, user_turn_prefix
+from twofold.calibrate.sample import beginnings, draw, user_turn_prefix
 from twofold.errors import TwofoldError
 from twofold.targets import dense_weight, find_groups, find_targets
 
@@ -202,15 +204,17 @@ def test_wikitext_rows_are_joined_as_published_tables_do():
 
 def test_texts_sampled_from_the_model_repeat():
     model, tokenizer = make_model(), make_tokenizer()
-    first = sample_texts(model, tokenizer, sequences=3, length=20, seed=1, quiet=True)
+    first = sample_texts(model, beginnings(tokenizer), sequences=3, length=20, seed=1, quiet=True)
     assert first.shape == (3, 20) and torch.equal(
-        first, sample_texts(model, tokenizer, sequences=3, length=20, seed=1, quiet=True)
+        first, sample_texts(model, beginnings(tokenizer), sequences=3, length=20, seed=1, quiet=True)
     )
-    assert not torch.equal(first, sample_texts(model, tokenizer, sequences=3, length=20, seed=2, quiet=True))
+    assert not torch.equal(
+        first, sample_texts(model, beginnings(tokenizer), sequences=3, length=20, seed=2, quiet=True)
+    )
     assert (first[:, 0] == tokenizer.bos_token_id).all()
     tokenizer.chat_template = "{% for m in messages %}<eos>{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
     assert user_turn_prefix(tokenizer) == "<eos>user:"
-    chat = sample_texts(model, tokenizer, sequences=4, length=20, seed=1, quiet=True)
+    chat = sample_texts(model, beginnings(tokenizer), sequences=4, length=20, seed=1, quiet=True)
     assert [tokenizer.decode(row[:6]) for row in chat[1::2]] == ["<eos>user:"] * 2
     assert (chat[::2, 0] == tokenizer.bos_token_id).all()
 
@@ -222,3 +226,49 @@ def test_conv1d_is_seen_in_the_right_layout():
     assert isinstance(module, Conv1D)
     x = torch.randn(4, target.in_features)
     torch.testing.assert_close(module(x), x @ dense_weight(module).T + module.bias)
+
+
+def test_shared_layers_count_every_call_once():
+    """ALBERT calls one set of layers many times: Σ over calls of tr(G_c ΔW C_c ΔWᵀ), not calls times as much."""
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=264, embedding_size=16, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=64,
+    )  # fmt: skip
+    model = AlbertForMaskedLM(config).double().eval()
+    ids = windows()
+    targets, moments = collect(model, ids)
+    shared = next(t for t in targets if t.name.endswith("attention.query"))
+    once = next(t for t in targets if t.name.endswith("embedding_hidden_mapping_in"))
+    assert moments.rows(shared.name) == 4 * ids.numel() and moments.rows(once.name) == ids.numel()
+    x = moments.sums[f"input/{moments.groups[shared.name]}"]
+    torch.testing.assert_close(moments.layer(shared.name).input, x / (4 * ids.numel()))
+    g = moments.sums[f"gradient/{shared.name}"]
+    torch.testing.assert_close(moments.layer(shared.name).gradient, g / ids.numel())
+
+
+def test_layers_that_take_no_part_are_left_dense():
+    model = make_model()
+    model.model.layers[0].unused = torch.nn.Linear(64, 64)
+    head = torch.nn.Linear(32, 32)
+    model.model.layers[0].ignored = head
+
+    def aside(module, args, output):
+        head(output[0] if isinstance(output, tuple) else output)
+
+    model.model.layers[0].register_forward_hook(aside)
+    result = twofold.factorize(model, make_tokenizer(), keep=0.7, texts=[TEXT], tokens=64, window=32, quiet=True)
+    reasons = {d.name: d.reason for d in result.twofold_plan.dense}
+    assert "not called" in reasons["model.layers.0.unused.weight"]
+    assert "no gradient reaches it" in reasons["model.layers.0.ignored.weight"]
+    assert len(result.twofold_plan.entries) == 14
+
+
+def test_a_head_gets_its_inputs_without_gradients_too():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=264, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    targets, moments = collect(BertForMaskedLM(config).eval(), windows(), needs={"input"})
+    assert all(moments.rows(t.name) == 72 for t in targets)

@@ -17,7 +17,7 @@ SHARED = {
     "mistral": {"q_proj": {"q_proj", "k_proj", "v_proj"}, "gate_proj": {"gate_proj", "up_proj"}},
     "qwen2": {"q_proj": {"q_proj", "k_proj", "v_proj"}, "gate_proj": {"gate_proj", "up_proj"}},
     "gpt_neox": {},
-    "opt": {"q_proj": {"k_proj", "v_proj", "q_proj"}},
+    "opt": {"k_proj": {"k_proj", "v_proj", "q_proj"}},
 }
 
 
@@ -89,3 +89,18 @@ def test_what_can_not_be_factorized_says_why():
     assert "shared with" in reasons["first.weight"]
     with pytest.raises(TwofoldError, match="nothing to factorize"):
         find_targets(Experts())
+
+
+def test_groups_look_at_every_call():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            y = x + 1
+            return self.a(x) + self.b(y) + self.a(y) + self.c(x[:0]).sum()
+
+    model = Twice()
+    groups = find_groups(model, find_targets(model).targets, lambda: model(torch.randn(4, 16)))
+    assert groups == {"a": "a", "b": "b", "c": "c"}

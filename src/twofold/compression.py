@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from twofold.calibrate.windows import fit_window
 from twofold.checkpoint import attach, staged_folder
-from twofold.checkpoint.write import check_output, check_space
+from twofold.checkpoint.write import check_apart, check_output, check_space
 from twofold.evaluate import evaluation_windows, measure_quality
 from twofold.factorize import dense_again
-from twofold.models import LoadedModel, need_tokenizer, quiet_bars
+from twofold.models import LoadedModel, cast_weights, need_tokenizer, positions, quiet_bars
 from twofold.pipeline import Prepared, carry_out, load_for, prepare
 from twofold.plan import Plan
 from twofold.recipe import Recipe
@@ -41,18 +41,22 @@ def compress(
     """
     from twofold.report import write_card, write_report
 
-    out = Path(out)
+    out = Path(out).expanduser().resolve()
     watch = Stopwatch()
     check_output(out, overwrite)
     with watch.stage("load"):
         loaded = load_for(recipe)
     recipe = fit_window(recipe, loaded, quiet=quiet)
+    check_apart(out, loaded.source, [Path(one) for one in recipe.calibration if Path(one).exists()])
+    measured_on = _evaluation_text(loaded, recipe)
     prepared = prepare(recipe, loaded, watch, moments_file=moments_file, quiet=quiet)
     check_space(out, int(prepared.plan.bytes_after * 1.05) + 20_000_000)
     model = loaded.model
     replaced = carry_out(prepared, recipe, watch, quiet=quiet)
     with watch.stage("measure"):
-        measured = _measure(prepared, recipe, replaced, quiet=quiet)
+        measured = _measure(prepared, recipe, replaced, measured_on, quiet=quiet)
+    if loaded.tokenizer is None:
+        prepared.plan.notes.append(f"no tokenizer was written: {loaded.no_tokenizer or 'the model has none'}")
     with watch.stage("samples"):
         samples = _samples(loaded, replaced)
     replaced.clear()
@@ -96,7 +100,7 @@ def compress(
 def _write_model(folder: Path, prepared: Prepared, recipe: Recipe) -> None:
     """The checkpoint and the values that made it: plan, recipe, spectra."""
     model, tokenizer = prepared.loaded.model, prepared.loaded.tokenizer
-    model.to(prepared.loaded.stored_dtype)
+    cast_weights(model, prepared.loaded.stored_dtype)
     attach(model)
     with quiet_bars():
         model.save_pretrained(folder)
@@ -109,21 +113,26 @@ def _write_model(folder: Path, prepared: Prepared, recipe: Recipe) -> None:
     save_file(spectra, folder / "spectra.safetensors")
 
 
-def _measure(prepared: Prepared, recipe: Recipe, replaced: dict[str, nn.Module], *, quiet: bool) -> Measured | None:
+def _evaluation_text(loaded: LoadedModel, recipe: Recipe) -> Tensor | None:
+    """The windows of the evaluation text, read before any work so that a text that can't be used is refused at once."""
+    if recipe.eval_text is None or recipe.eval_windows == 0:
+        return None
+    window = min(1024, positions(loaded.model) or 1024)
+    return evaluation_windows(recipe.eval_text, need_tokenizer(loaded), window=window, windows=recipe.eval_windows)
+
+
+def _measure(
+    prepared: Prepared, recipe: Recipe, replaced: dict[str, nn.Module], windows: Tensor | None, *, quiet: bool
+) -> Measured | None:
     """The quality of both models on the evaluation text, or on the held-out part of the calibration.
 
     A model without token logits is not measured, and one that predicts no next token is measured with a note.
     """
-    model, windows = prepared.loaded.model, None
+    model = prepared.loaded.model
     if recipe.eval_windows == 0:
         return None
-    if recipe.eval_text is not None:
-        source = Path(recipe.eval_text).name
-        longest = getattr(model.config, "max_position_embeddings", None) or 1024
-        windows = evaluation_windows(
-            recipe.eval_text, need_tokenizer(prepared.loaded), window=min(1024, longest), windows=recipe.eval_windows
-        )
-    elif prepared.windows is not None and len(prepared.windows.held_out):
+    source = Path(recipe.eval_text or "").name
+    if windows is None and prepared.windows is not None and len(prepared.windows.held_out):
         source = f"held-out {prepared.windows.source}"
         windows = prepared.windows.held_out[: recipe.eval_windows]
     if windows is None:
@@ -152,7 +161,10 @@ def _measure(prepared: Prepared, recipe: Recipe, replaced: dict[str, nn.Module],
 def _samples(loaded: LoadedModel, replaced: dict[str, nn.Module]) -> list[Sample]:
     """Greedy answers of both models to two prompts; none if the model does not generate."""
     model, tokenizer = loaded.model, loaded.tokenizer
-    if tokenizer is None or not getattr(model, "can_generate", lambda: False)():
+    generates = getattr(model, "can_generate", lambda: False)() and not getattr(
+        model.config, "is_encoder_decoder", False
+    )
+    if tokenizer is None or not generates:
         return []
     prompts = [(text, text) for text in BEGINNINGS]
     if getattr(tokenizer, "chat_template", None):

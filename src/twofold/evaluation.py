@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.evaluate import evaluation_windows, measure_quality, model_size
-from twofold.models import load_model, need_tokenizer
+from twofold.models import first_line, load_model, need_tokenizer, positions
 
 
 class EvaluatedModel(pydantic.BaseModel, extra="forbid"):
@@ -59,12 +59,12 @@ def evaluate_models(
     """
     names = ([against] if against else []) + [model]
     loaded = [load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for name in names]
-    longest = getattr(loaded[-1].model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and window > longest:
+    longest = min((p for p in (positions(one.model) for one in loaded) if p is not None), default=window)
+    if window > longest:
         raise TwofoldError(f"--window {window} is longer than this model's {longest} positions; use --window {longest}")
-    if loaded[-1].model.config.is_encoder_decoder:
+    if getattr(loaded[-1].model.config, "is_encoder_decoder", False):
         raise TwofoldError(f"{model} is an encoder-decoder model, which can't be evaluated on a text yet")
-    sizes = {one.model.config.get_text_config().vocab_size for one in loaded}
+    sizes = {getattr(one.model.config.get_text_config(), "vocab_size", None) for one in loaded}
     if len(sizes) > 1:
         raise TwofoldError(
             f"{names[0]} and {names[-1]} have different vocabularies, so their predictions can't be compared"
@@ -81,7 +81,10 @@ def evaluate_models(
 
     def logits(one: Any) -> Any:
         def run(batch: Tensor) -> Tensor:
-            output = one.model(input_ids=batch.to(one.model.device))
+            try:
+                output = one.model(input_ids=batch.to(one.model.device))
+            except Exception as error:  # an architecture that needs other inputs fails in its own way
+                raise TwofoldError(f"{one.name} does not run on text alone ({first_line(error)})") from error
             if getattr(output, "logits", None) is None or output.logits.dim() != 3:
                 raise TwofoldError(f"{one.name} gives no token logits, so it has no perplexity")
             return output.logits  # type: ignore[no-any-return]

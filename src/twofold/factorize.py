@@ -69,6 +69,8 @@ def decompose_targets(
     shapes: dict[tuple[int, int], list[Target]] = {}
     for target in targets:
         shapes.setdefault((target.out_features, target.in_features), []).append(target)
+    summed = {tensor.dtype for tensor in moments.sums.values()} if moments is not None else set()
+    eps = torch.finfo(torch.float32).eps if torch.float32 in summed else None
     with progress("Decomposing", len(targets), unit="weights", quiet=quiet) as tick:
         for same in shapes.values():
             for begin in range(0, len(same), BATCH):
@@ -79,7 +81,7 @@ def decompose_targets(
                         raise TwofoldError(f"the weight or the moments of {target.name} hold NaN or infinity")
                 metrics = [p.metric for p in problems if p.metric is not None]
                 grams = torch.stack([p.gram for p in problems])
-                stacked = decompose(torch.stack(metrics) if metrics else None, grams, problems[0].side)
+                stacked = decompose(torch.stack(metrics) if metrics else None, grams, problems[0].side, eps)
                 for i, target in enumerate(batch):
                     by_name[target.name] = stacked[i]
                     tick()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -28,6 +29,7 @@ class LoadedModel:
     name: str  # as the user gave it
     source: Path | None  # the folder, if it is a local one
     stored_dtype: torch.dtype  # of the checkpoint's weights
+    no_tokenizer: str = ""  # why there is none
 
 
 @contextmanager
@@ -93,7 +95,7 @@ def load_model(
     source, where, folder = _locate(name, revision, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source, **where)
-        stored = _stored_dtype(config)
+        stored = _stored_dtype(config, folder)
         compute = _compute_dtype(dtype, stored, chosen_device)
         model_class = _model_class(config, trust_remote_code)
         with quiet_bars():
@@ -107,7 +109,7 @@ def load_model(
     except TwofoldError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, SafetensorError, KeyError …
-        raise TwofoldError(f"the model {name} can't be loaded: {_first_line(error)}") from error
+        raise TwofoldError(f"the model {name} can't be loaded: {first_line(error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise TwofoldError(
@@ -117,13 +119,13 @@ def load_model(
         forget_gguf(model)
     model = model.to(chosen_device).eval()
     check_finite(model, name)
-    tokenizer = None
+    tokenizer, reason = None, ""
     try:
         with quiet_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    except Exception:  # a model of another modality has none; who needs it says so
-        tokenizer = None
-    return LoadedModel(model, tokenizer, name, folder, stored or compute)
+    except Exception as error:  # a model of another modality has none; who needs it says so
+        reason = first_line(error)
+    return LoadedModel(model, tokenizer, name, folder, stored or compute, reason)
 
 
 def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
@@ -152,8 +154,8 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
     except TwofoldError:
         raise
     except Exception as error:
-        raise TwofoldError(f"the model {name} can't be read: {_first_line(error)}") from error
-    return LoadedModel(model.eval(), None, name, folder, _stored_dtype(config) or torch.float32)
+        raise TwofoldError(f"the model {name} can't be read: {first_line(error)}") from error
+    return LoadedModel(model.eval(), None, name, folder, _stored_dtype(config, folder) or torch.float32)
 
 
 def _locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str | Path, dict[str, Any], Path | None]:
@@ -176,11 +178,44 @@ def _locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[s
     return name, where, None
 
 
-def _stored_dtype(config: Any) -> torch.dtype | None:
-    """The dtype that the configuration says the weights are stored in."""
+def _stored_dtype(config: Any, folder: Path | None) -> torch.dtype | None:
+    """The dtype that the weights are stored in, by the configuration, or else by the header of the first weight file."""
     stored = getattr(config, "dtype", None)
     stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
-    return stored if isinstance(stored, torch.dtype) else None
+    if isinstance(stored, torch.dtype):
+        return stored
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    if not files:
+        return None
+    with safe_open(files[0], "pt") as file:
+        kinds = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
+    most = max(set(kinds), key=kinds.count) if kinds else ""
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(most)
+
+
+def cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Cast what a checkpoint stores, in place: parameters and persistent buffers of floating point.
+
+    Other buffers, such as rotary frequencies, stay in the precision that their architecture computes them in.
+    """
+    stored = model.state_dict().keys()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for name, buffer in model.named_buffers():
+        if name in stored and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+
+
+def positions(model: Any) -> int | None:
+    """The longest window that a model can read, None if its configuration sets no limit."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        return None
+    # RoBERTa's positions begin after the padding index.
+    table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
+    padding = getattr(table, "padding_idx", None)
+    return longest - padding - 1 if isinstance(padding, int) else longest
 
 
 def need_tokenizer(loaded: LoadedModel) -> Any:
@@ -191,7 +226,8 @@ def need_tokenizer(loaded: LoadedModel) -> Any:
     """
     if loaded.tokenizer is None:
         raise TwofoldError(
-            f"the model {loaded.name} has no tokenizer; put its files beside the weights, or pass tokenizer= with a model"
+            f"the model {loaded.name} has no tokenizer{f' ({loaded.no_tokenizer})' if loaded.no_tokenizer else ''}; "
+            "put its files beside the weights, or pass tokenizer= with a model"
         )
     return loaded.tokenizer
 
@@ -247,11 +283,12 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
     names = getattr(config, "architectures", None) or []
     if names and not (trust_remote_code and getattr(config, "auto_map", None)):
         found = getattr(transformers, str(names[0]), None)
-        if found is not None:
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     return AutoModelForCausalLM
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twofold.allocate import get_allocation
 from twofold.calibrate import Moments, TokenWindows, collect_moments, request_statistics
 from twofold.calibrate.fingerprint import fingerprint, model_hash, moments_path
 from twofold.calibrate.windows import calibration_windows, fit_window
 from twofold.checkpoint import attach
+from twofold.checkpoint.write import check_space
 from twofold.errors import TwofoldError
 from twofold.factorize import Spectra, apply_plan, decompose_targets
-from twofold.models import LoadedModel, check_finite, load_model, load_skeleton
+from twofold.models import LoadedModel, cast_weights, check_finite, first_line, load_model, load_skeleton
 from twofold.objectives import Objective, get_objective
 from twofold.plan import Plan, make_plan
 from twofold.progress import say
@@ -87,7 +88,7 @@ def prepare(
             if windows.tokens < windows.asked - recipe.window and not quiet:
                 say(f"the calibration text gives {windows.tokens:,} tokens of the {windows.asked:,} asked for")
             sample = windows.ids[:1, :16].to(next(model.parameters()).device)
-            targets = replace(targets, groups=find_groups(model, targets.targets, lambda: model(input_ids=sample)))
+            targets = replace(targets, groups=_groups(model, targets, sample))
         request = request_statistics(targets.targets, targets.groups, objective.needs)
         mark = fingerprint(hashed, windows, request, recipe, next(model.parameters()).dtype)
         path = moments_file or moments_path(mark)
@@ -95,6 +96,7 @@ def prepare(
             moments = _reuse(path, mark, named=moments_file is not None)
             reused = moments is not None
         if moments is None:
+            check_space(path, 4 * request.numbers)
             about = {"model": loaded.name, "source": windows.source, "seed": str(recipe.seed)}
             with watch.stage("calibrate"):
                 moments = collect_moments(
@@ -112,11 +114,27 @@ def prepare(
                 moments.save(path)
         elif not quiet:
             say(f"the moments of an earlier run fit and are used again ({path})")
+        targets = targets.without(moments.unused(targets.targets))
+        if not targets.targets:
+            raise TwofoldError(
+                "nothing to factorize: no linear layer takes part when the model runs on the calibration text"
+            )
     with watch.stage("decompose"):
         spectra = decompose_targets(model, targets.targets, moments, objective, recipe.damping, quiet=quiet)
     with watch.stage("plan"):
         plan = make_plan(loaded.name, targets, spectra.values, recipe, element)
     return Prepared(loaded, targets, objective, windows, moments, reused, spectra, plan)
+
+
+def _groups(model: Any, targets: Targets, sample: Tensor) -> dict[str, str]:
+    """Which targets share an input, and whether the model runs on token ids at all."""
+    try:
+        return find_groups(model, targets.targets, lambda: model(input_ids=sample))
+    except Exception as error:  # an architecture that needs other inputs fails in its own way
+        raise TwofoldError(
+            f"{type(model).__name__} does not run on text alone, so it can't be calibrated on it ({first_line(error)}); "
+            "--objective svd --allocate uniform needs no calibration"
+        ) from error
 
 
 def _reuse(path: Path, mark: str, *, named: bool) -> Moments | None:
@@ -212,7 +230,8 @@ def factorize(
     watch = Stopwatch()
     prepared = prepare(recipe, loaded, watch, texts=texts, quiet=quiet)
     carry_out(prepared, recipe, watch, quiet=quiet)
-    result = loaded.model.to(loaded.stored_dtype)
+    result = loaded.model
+    cast_weights(result, loaded.stored_dtype)
     attach(result)
     result.twofold_plan, result.twofold_tokenizer = prepared.plan, loaded.tokenizer
     return result
@@ -229,5 +248,5 @@ def _given(model: Any, tokenizer: Any, recipe: Recipe) -> LoadedModel:
     first = next(model.parameters())
     stored = first.dtype
     if first.device.type == "cpu" and stored in (torch.bfloat16, torch.float16):
-        model = model.to(torch.float32)
+        cast_weights(model, torch.float32)
     return LoadedModel(model, tokenizer, recipe.model, None, stored)

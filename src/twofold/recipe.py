@@ -86,7 +86,8 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
 
     def to_yaml(self) -> str:
         """The recipe as YAML; what is at its default is left in, so that a stored recipe says all."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+        settings = self.model_dump(mode="json", exclude_none=True, exclude={"trust_remote_code"})
+        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def read_recipe(path: Path) -> dict[str, object]:
@@ -103,6 +104,10 @@ def read_recipe(path: Path) -> dict[str, object]:
         raise TwofoldError(f"the recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(settings, dict):
         raise TwofoldError(f"the recipe {path} holds no settings; write one as in: keep: 0.8")
+    if settings.get("trust_remote_code"):
+        raise TwofoldError(
+            f"the recipe {path} asks to run a checkpoint's code; take that out, and give --trust-remote-code if you trust it"
+        )
     return settings
 
 

@@ -69,6 +69,16 @@ class Targets:
     dense: list[DenseWeight]
     groups: dict[str, str] = field(default_factory=dict)  # target → the first target that shares its input
 
+    def without(self, reasons: dict[str, str]) -> Targets:
+        """The same with some targets left dense, each for its reason."""
+        left = [t for t in self.targets if t.name not in reasons]
+        dropped = [
+            DenseWeight(f"{t.name}.weight", (t.out_features, t.in_features), reasons[t.name])
+            for t in self.targets
+            if t.name in reasons
+        ]
+        return Targets(left, dropped + self.dense, self.groups)
+
     @property
     def target_numbers(self) -> int:
         """The parameters of the targeted weights."""
@@ -205,8 +215,7 @@ def find_groups(
         For each target the name of the first target that received the same tensor in that run (itself if it is alone or
         was not called).
     """
-    seen: dict[tuple[object, ...], str] = {}
-    groups = {target.name: target.name for target in targets}
+    inputs: dict[str, list[tuple[object, ...]]] = {target.name: [] for target in targets}
     alive: list[Tensor] = []  # keeps each input, so that no address is used twice during the run
     handles = []
 
@@ -214,21 +223,22 @@ def find_groups(
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             alive.append(x)
-            where = id(x) if x.is_meta else x.data_ptr()
-            key = (where, tuple(x.shape), x.stride(), x._version)
-            groups[name] = seen.setdefault(key, name)
+            where = id(x) if x.is_meta or x.numel() == 0 else x.data_ptr()
+            inputs[name].append((where, tuple(x.shape), x.stride(), x._version))
 
         return hook
 
-    for target in groups:
-        handles.append(model.get_submodule(target).register_forward_pre_hook(watch(target)))
+    for name in inputs:
+        handles.append(model.get_submodule(name).register_forward_pre_hook(watch(name)))
     try:
         with torch.no_grad():
             run()
     finally:
         for handle in handles:
             handle.remove()
-    return groups
+    # A module that is called several times shares its input only with one that gets the same tensors in the same order.
+    leaders: dict[tuple[tuple[object, ...], ...], str] = {}
+    return {name: leaders.setdefault(tuple(keys), name) if keys else name for name, keys in inputs.items()}
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

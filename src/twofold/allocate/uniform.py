@@ -1,22 +1,41 @@
-"""The same share of every weight: each gets the largest rank whose storage fits in budget / (all of them) of its own."""
+"""The same share of every weight: each gets the largest rank whose storage fits in that share of its own.
+
+The share is the budget over the size of all of them; where smallest ranks, multiples or dense weights would then store more
+than the budget, the largest share that keeps it.
+"""
 
 import numpy as np
 
 from twofold.allocate.base import Candidate, Choice, allocation, cheapest
 
+BISECTIONS = 50
+
 
 @allocation("uniform")
 def uniform(candidates: list[Candidate], budget: float) -> list[Choice]:
-    share = budget / sum(candidate.full_cost for candidate in candidates)
-    choices = []
-    for candidate in candidates:
-        allowed = share * candidate.full_cost * (1 + 1e-9)
-        fits = int(np.searchsorted(candidate.costs, allowed, side="right")) - 1
-        dense = candidate.dense_cost
-        if dense is not None and dense <= allowed and (fits < 0 or candidate.costs[fits] < dense):
-            choices.append(Choice(None))  # it fits, and no rank keeps as much; full rank does, and is factored
-        elif fits >= 0:
-            choices.append(Choice(fits))
+    def choose(share: float) -> tuple[list[Choice], float]:
+        choices = [_largest_within(candidate, share) for candidate in candidates]
+        return choices, sum(choice.cost(c) for choice, c in zip(choices, candidates, strict=True))
+
+    high = budget / sum(candidate.full_cost for candidate in candidates)
+    choices, cost = choose(high)
+    if cost <= budget:
+        return choices
+    low = 0.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if choose(middle)[1] > budget:
+            high = middle
         else:
-            choices.append(cheapest(candidate))
-    return choices
+            low = middle
+    return choose(low)[0]
+
+
+def _largest_within(candidate: Candidate, share: float) -> Choice:
+    """The largest rank that stores at most a share of the weight; full rank is factored where it stores as much as dense."""
+    allowed = share * candidate.full_cost * (1 + 1e-9)
+    fits = int(np.searchsorted(candidate.costs, allowed, side="right")) - 1
+    dense = candidate.dense_cost
+    if dense is not None and dense <= allowed and (fits < 0 or candidate.costs[fits] < dense):
+        return Choice(None)
+    return Choice(fits) if fits >= 0 else cheapest(candidate)

@@ -38,7 +38,7 @@ class _Accumulator:
         square = ("input", "output", "gradient", "input_gradient")
         for kind, names in request.sizes.items():
             for name, k in names.items():
-                shape = (k, k) if kind in square else () if kind.endswith("trace") else (k,)
+                shape = (k, k) if kind in square else () if kind == "rows" or kind.endswith("trace") else (k,)
                 self.sums[f"{kind}/{name}"] = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.handles: list[Any] = []
         for target in targets:
@@ -59,6 +59,7 @@ class _Accumulator:
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             with torch.no_grad():
+                self.sums[f"rows/{name}"] += args[0].numel() // max(args[0].shape[-1], 1)
                 if any(f"{kind}/{name}" in self.sums for kind in ("input", "input_abs", "input_trace")) or (
                     f"fisher_rows/{name}" in self.sums
                 ):
@@ -149,6 +150,10 @@ def collect_moments(
     was_training = model.training
     model.eval()
     model.requires_grad_(False)
+    # Inputs alone need no head, unless a target stands in it.
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    inside = bool(prefix) and hasattr(model, prefix) and all(t.name.startswith(f"{prefix}.") for t in targets)
+    body = getattr(model, prefix) if inside else model
     start_graph = None
     if request.backward:
         start_graph = model.get_input_embeddings().register_forward_hook(
@@ -161,7 +166,7 @@ def collect_moments(
             for begin in range(first, len(windows), batch_size):
                 batch = windows[begin : begin + batch_size].to(accumulator.device)
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + begin)
-                _pass(model, batch, request.backward, generator)
+                _pass(model, body, batch, request.backward, generator)
                 tick(batch.numel())
                 done = min(begin + batch_size, len(windows))
                 if partial is not None and done < len(windows) and time.monotonic() - saved_at > SAVE_SECONDS:
@@ -185,10 +190,9 @@ def collect_moments(
     return moments
 
 
-def _pass(model: Any, batch: Tensor, backward: bool, generator: torch.Generator) -> None:
+def _pass(model: Any, body: Any, batch: Tensor, backward: bool, generator: torch.Generator) -> None:
     if not backward:
         with torch.no_grad():
-            body = getattr(model, model.base_model_prefix, model) if hasattr(model, "base_model_prefix") else model
             _check(model, batch, body(input_ids=batch, **_no_cache(model))[0])
         return
     with torch.enable_grad():
@@ -197,6 +201,8 @@ def _pass(model: Any, batch: Tensor, backward: bool, generator: torch.Generator)
             raise TwofoldError(
                 "this model gives no token logits, which the gradient moments need; use --objective svd-llm"
             )
+        if not logits.requires_grad:
+            raise TwofoldError(f"no gradient reaches the logits of {type(model).__name__}; use --objective svd-llm")
         _check(model, batch, logits)
         logits.backward(fisher_gradient(logits, generator))
 

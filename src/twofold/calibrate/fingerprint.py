@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from twofold.cache import cache_folder
-from twofold.calibrate.moments import Request
+from twofold.calibrate.moments import FORMAT, Request
 from twofold.calibrate.texts import TokenWindows
 from twofold.recipe import Recipe
 
@@ -33,6 +33,7 @@ def model_hash(model: nn.Module) -> str:
 def fingerprint(hashed: str, windows: TokenWindows, request: Request, recipe: Recipe, dtype: torch.dtype) -> str:
     """What moments belong to: the model's weights, the token ids, the seed and the settings that change them."""
     parts = {
+        "format": FORMAT,
         "model": hashed,
         "ids": windows.sha256,
         "shape": list(windows.ids.shape),

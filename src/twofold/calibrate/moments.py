@@ -8,11 +8,14 @@ For each target either side of a pair suffices, and the smaller one is collected
     input_abs/LEADER       E|x| (n,)
     fisher_rows/TARGET     Σ_j E[(g_i x_j)²] (m,)
     input_trace/LEADER, gradient_trace/TARGET: tr C, tr G
-A file holds the sums; the number of tokens stands in its metadata.
+    rows/TARGET            how many vectors the layer was given: the tokens, unless it is called several times or not for all
+A file holds the sums; the number of tokens stands in its metadata. Inputs are averaged over the rows that a layer saw and
+gradients over the tokens, so that their product counts each call once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -28,7 +31,7 @@ from twofold.errors import TwofoldError
 from twofold.objectives.base import LayerMoments, Statistic
 from twofold.targets import Target
 
-FORMAT = "twofold-moments-1"
+FORMAT = "twofold-moments-2"
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def request_statistics(
         if "input_abs" in needs:
             ask("input_abs", leader, n)
         for target in group:
+            ask("rows", target.name, 1)
             if "gradient" in needs:
                 if target.out_features <= n or both_sides:
                     ask("gradient", target.name, target.out_features)
@@ -110,13 +114,17 @@ class Moments:
     def layer(self, name: str) -> LayerMoments:
         """The moments of one target, averaged over the tokens."""
         leader = self.groups.get(name, name)
-        found: dict[str, Tensor] = {}
-        for kind in ("output", "gradient", "input_gradient", "fisher_rows", "gradient_trace"):
-            if f"{kind}/{name}" in self.sums:
-                found[kind] = self.sums[f"{kind}/{name}"] / self.tokens
-        for kind in ("input", "input_abs", "input_trace"):
-            if f"{kind}/{leader}" in self.sums:
-                found[kind] = self.sums[f"{kind}/{leader}"] / self.tokens
+        rows = max(self.rows(name), 1.0)
+        places = {
+            "output": (name, rows), "input": (leader, rows), "input_abs": (leader, rows), "input_trace": (leader, rows),
+            "gradient": (name, self.tokens), "input_gradient": (name, self.tokens), "fisher_rows": (name, self.tokens),
+            "gradient_trace": (name, self.tokens),
+        }  # fmt: skip
+        found = {
+            kind: self.sums[f"{kind}/{owner}"] / count
+            for kind, (owner, count) in places.items()
+            if f"{kind}/{owner}" in self.sums
+        }
         return LayerMoments(
             input=found.get("input"),
             output=found.get("output"),
@@ -128,13 +136,26 @@ class Moments:
             fisher_rows=found.get("fisher_rows"),
         )
 
+    def rows(self, name: str) -> float:
+        """How many input vectors a target was given."""
+        return float(self.sums[f"rows/{name}"]) if f"rows/{name}" in self.sums else float(self.tokens)
+
+    def unused(self, targets: Iterable[Target]) -> dict[str, str]:
+        """The targets that the calibration can say nothing about, with the reason."""
+        reasons = {}
+        for target in targets:
+            if self.rows(target.name) == 0:
+                reasons[target.name] = "not called when the model runs on the calibration text"
+            elif float(self.sums.get(f"gradient_trace/{target.name}", torch.ones(()))) == 0:
+                reasons[target.name] = "no gradient reaches it: it does not change the output"
+        return reasons
+
     def first_not_finite(self) -> str | None:
         """The first moment that holds NaN or infinity."""
         return next((name for name, tensor in self.sums.items() if not torch.isfinite(tensor).all()), None)
 
     def save(self, path: Path) -> None:
         """Write the moments to a safetensors file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         metadata = {
             "format": FORMAT,
@@ -144,6 +165,7 @@ class Moments:
             "about": json.dumps(self.about),
         }
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: tensor.contiguous() for name, tensor in self.sums.items()}, temporary, metadata)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
@@ -151,7 +173,8 @@ class Moments:
                 f"the moments can't be written to {path}: {error}; free some space or set TWOFOLD_CACHE"
             ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str | None = None) -> Moments:

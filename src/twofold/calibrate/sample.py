@@ -31,10 +31,20 @@ def user_turn_prefix(tokenizer: Any) -> str | None:
     return before if found else None
 
 
+def beginnings(tokenizer: Any) -> list[list[int]]:
+    """The token ids that sampled texts begin with: a text's own beginning, and a user's turn if there is a chat template."""
+    candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    found = [[next((token for token in candidates if token is not None), 0)]]
+    chat = user_turn_prefix(tokenizer)
+    if chat:
+        found.append(list(tokenizer(chat, add_special_tokens=False)["input_ids"]))
+    return found
+
+
 @torch.no_grad()
 def sample_texts(
     model: nn.Module,
-    tokenizer: Any,
+    begin: list[list[int]],
     *,
     sequences: int,
     length: int,
@@ -43,52 +53,53 @@ def sample_texts(
 ) -> Tensor:  # (sequences, length), int64
     """Sample token sequences from a language model, at temperature 1, with no truncation of its distribution.
 
+    Args:
+        begin: token ids to begin with, in turn (see ``beginnings``).
+
     Raises:
         TwofoldError: if the model can't generate.
     """
     if not getattr(model, "can_generate", lambda: False)():
         raise TwofoldError("this model can't generate text to calibrate on; give it texts with --calibration")
-    start = next(
-        (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None), 0
-    )
-    prefixes = [[start]]
-    chat = user_turn_prefix(tokenizer)
-    if chat:
-        prefixes.append(tokenizer(chat, add_special_tokens=False)["input_ids"])
     generator = torch.Generator().manual_seed(seed)
-    beginnings = [prefixes[i % len(prefixes)][:length] for i in range(sequences)]
+    starts = [begin[i % len(begin)][:length] for i in range(sequences)]
     samples: list[Tensor] = []
     rows = _rows(model, length)
     with progress("Sampling texts from the model", sequences * length, unit="tokens", quiet=quiet) as tick:
-        for begin in range(0, sequences, rows):
-            samples.append(_continue(model, beginnings[begin : begin + rows], length, generator, tick))
+        for first in range(0, sequences, rows):
+            samples.append(_continue(model, starts[first : first + rows], length, generator, tick))
     return torch.cat(samples)
 
 
 def _rows(model: Any, length: int) -> int:
     """How many sequences are sampled together: as many as keep the keys and values within ``CACHE_BYTES``."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = getattr(config, "num_attention_heads", None) or 1
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
     element = next(model.parameters()).element_size()
     sequence = 2 * config.num_hidden_layers * heads * width * element * length
     return max(1, min(MOST_ROWS, int(CACHE_BYTES // sequence)))
 
 
 def _continue(
-    model: nn.Module, beginnings: list[list[int]], length: int, generator: torch.Generator, tick: Tick
+    model: nn.Module, starts: list[list[int]], length: int, generator: torch.Generator, tick: Tick
 ) -> Tensor:  # (rows, length)
     """Continue each beginning; a row follows its own beginning as far as it goes, so that all rows run as one batch."""
     device = next(model.parameters()).device
-    ids = torch.empty(len(beginnings), length, dtype=torch.int64)
-    given = torch.tensor([len(beginning) for beginning in beginnings])
-    for row, beginning in enumerate(beginnings):
-        ids[row, : len(beginning)] = torch.tensor(beginning)
-    cache = None
+    ids = torch.empty(len(starts), length, dtype=torch.int64)
+    given = torch.tensor([len(start) for start in starts])
+    for row, start in enumerate(starts):
+        ids[row, : len(start)] = torch.tensor(start)
+    cache: Any = None
     for position in range(1, length):
         step = ids[:, position - 1 : position].to(device)
         output = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise TwofoldError(
+                f"{type(model).__name__} keeps no cache to sample texts with; give it texts with --calibration"
+            )
         drawn = draw(torch.softmax(output.logits[:, -1].float(), -1).cpu(), generator)
         ids[:, position] = torch.where(position < given, ids[:, position], drawn)
         tick(len(ids))

@@ -134,8 +134,11 @@ def _text_of(row: Any, where: str, tokenizer: Any, column: str) -> str:
             return str(row[column])
         if isinstance(row.get("messages"), list):
             if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-                return "\n\n".join(str(message.get("content", "")) for message in row["messages"])
-            return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+                return "\n\n".join(str(m.get("content", "")) for m in row["messages"] if isinstance(m, dict))
+            try:
+                return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+            except Exception as error:  # a template may refuse a role or an order
+                raise TwofoldError(f"the chat template refuses {where}: {error}") from error
         for answer in ("completion", "response"):
             if isinstance(row.get("prompt"), str) and isinstance(row.get(answer), str):
                 return str(row["prompt"]) + str(row[answer])
@@ -150,14 +153,15 @@ def _read_dataset(name: str, config: str | None, split: str, column: str, tokeni
             f"{name} is not a file; to read a data set of that name, install the library: pip install datasets"
         ) from error
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        for row in datasets.load_dataset(name, config, split=split, streaming=True):
+            text = _text_of(row, f"the data set {name}", tokenizer, column)
+            if text.strip():
+                yield text
+    except TwofoldError:
+        raise
     except Exception as error:  # the library raises many kinds
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TwofoldError(f"{name} is neither a file nor a data set that can be loaded: {first}") from error
-    for row in rows:
-        text = _text_of(row, f"the data set {name}", tokenizer, column)
-        if text.strip():
-            yield text
+        raise TwofoldError(f"{name} is neither a file nor a data set that can be read: {first}") from error
 
 
 def token_windows(
@@ -182,7 +186,7 @@ def token_windows(
     needed = tokens + held_out * window
     ids: list[int] = []
     empty = True
-    for text in texts:
+    for text in [texts] if isinstance(texts, str) else texts:
         if not text.strip():
             continue
         empty = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twofold.cache import cache_folder
-from twofold.calibrate.sample import sample_texts
+from twofold.calibrate.sample import beginnings, sample_texts
 from twofold.calibrate.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts, token_windows
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel, need_tokenizer
+from twofold.models import LoadedModel, need_tokenizer, positions
 from twofold.progress import say
 from twofold.recipe import Recipe
 
@@ -28,8 +30,8 @@ def fit_window(recipe: Recipe, loaded: LoadedModel, *, quiet: bool = False) -> R
     Raises:
         TwofoldError: if the window was given and is too long.
     """
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
-    if not isinstance(longest, int) or recipe.window <= longest:
+    longest = positions(loaded.model)
+    if longest is None or recipe.window <= longest:
         return recipe
     if "window" in recipe.model_fields_set:
         raise TwofoldError(
@@ -66,24 +68,39 @@ def calibration_windows(
             read, tokenizer, tokens=recipe.tokens, window=recipe.window, held_out=HELD_OUT, source=source
         )
     count = max(recipe.tokens // recipe.window, 1)
-    key = hashlib.sha256(f"{hashed} {recipe.seed} {count} {recipe.window}".encode()).hexdigest()[:24]
+    begin = beginnings(tokenizer)
+    key = hashlib.sha256(f"{hashed} {begin} {recipe.seed} {count} {recipe.window}".encode()).hexdigest()[:24]
     path = cache_folder() / "samples" / f"{key}.safetensors"
-    ids: Tensor | None = None
-    if path.is_file():
-        try:
-            with safe_open(path, "pt") as file:
-                ids = file.get_tensor("ids")
-        except (SafetensorError, OSError):
-            ids = None
+    ids = _sampled_before(path)
     if ids is None:
         ids = sample_texts(
-            loaded.model, tokenizer, sequences=count + HELD_OUT, length=recipe.window, seed=recipe.seed, quiet=quiet
+            loaded.model, begin, sequences=count + HELD_OUT, length=recipe.window, seed=recipe.seed, quiet=quiet
         )
         # An even spread of both kinds of beginning over what is calibrated on and what is held out.
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(recipe.seed))
-        ids = ids[order]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file({"ids": ids}, temporary)
-        temporary.replace(path)
+        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(recipe.seed))]
+        _keep_samples(ids, path)
     return TokenWindows(ids[:count], ids[count:], "texts sampled from the model itself", recipe.tokens)
+
+
+def _sampled_before(path: Path) -> Tensor | None:
+    """The samples of an earlier run; None if there are none that can be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            ids: Tensor = file.get_tensor("ids")
+            return ids
+    except (SafetensorError, OSError):
+        return None
+
+
+def _keep_samples(ids: Tensor, path: Path) -> None:
+    """Keep samples for another run; if the disk does not take them, this run goes on without."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"ids": ids.contiguous()}, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        say(f"the sampled texts are not kept for another run: {error}")
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -70,14 +70,39 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         prefix = str(getattr(model, "base_model_prefix", ""))
         modules = dict(model.named_modules())
-        for stored, settings in self.quantization_config.modules.items():
+        found = 0
+        stored_modules = self.quantization_config.modules.items()
+        for stored, settings in sorted(stored_modules, key=lambda item: not item[0].startswith(f"{prefix}.")):
             name = _find(stored, modules, prefix)
+            if name is None and found and prefix and not stored.startswith(f"{prefix}."):
+                continue  # a part of another head, which this class does not have
             if name is None:
                 raise TwofoldError(
                     f"the checkpoint factorizes {stored}, which {type(model).__name__} does not have; "
                     "its config.json does not fit this model"
                 )
             replace_module(model, name, _skeleton(modules[name], name, settings))
+            found += 1
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        """Refuse factors that were not in the checkpoint: transformers would leave them random with a warning.
+
+        Raises:
+            TwofoldError: naming the first one.
+        """
+        factors = {
+            f"{name}.{child}.weight": getattr(module, child).weight
+            for name, module in model.named_modules()
+            if isinstance(module, FactoredLinear)
+            for child in ("reduce", "expand")
+        }
+        # Loaded parameters carry this mark; those that transformers filled in do not.
+        marked = {name: bool(getattr(p, "_is_hf_initialized", False)) for name, p in factors.items() if not p.is_meta}
+        absent = [name for name, loaded in marked.items() if not loaded]
+        if absent and len(absent) < len(marked):
+            raise TwofoldError(
+                f"the checkpoint is not whole: it lacks {len(absent)} factors, first {absent[0]}; fetch it again"
+            )
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from safetensors import SafetensorError
 
 from twofold.errors import TwofoldError
 
+OURS = ("config.json", "plan.json", "run.json")  # what a folder that we wrote holds
+
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Refuse an output folder that exists, before any work.
@@ -21,18 +24,36 @@ def check_output(out: Path, overwrite: bool) -> None:
     Raises:
         TwofoldError: if it exists and may not be replaced, or can't be made.
     """
+    if not out.name:
+        raise TwofoldError(f"the output {out} is no folder that can be made; name another one")
     if out.is_file():
         raise TwofoldError(f"the output {out} is a file; name a folder")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise TwofoldError(f"the output folder {out} exists; name another one, or replace it with --overwrite")
-        if not (out / "config.json").exists():
-            raise TwofoldError(f"the output folder {out} holds no model, so it is not replaced; name another one")
+        if not all((out / name).exists() for name in OURS):
+            raise TwofoldError(
+                f"the output folder {out} was not written by Twofold, so it is not replaced; name another"
+            )
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise TwofoldError(f"the output folder {out} can't be made: no permission to write in {parent}")
+
+
+def check_apart(out: Path, source: Path | None, texts: list[Path]) -> None:
+    """Refuse an output folder that would take the place of what the run reads.
+
+    Raises:
+        TwofoldError: if the model or a text lies in it, or it lies in the model's folder.
+    """
+    place = out.resolve()
+    for read in [*([source] if source is not None else []), *texts]:
+        if read.resolve().is_relative_to(place):
+            raise TwofoldError(f"the output folder {out} holds {read}, which this run reads; name another one")
+    if source is not None and place.is_relative_to(source.resolve()):
+        raise TwofoldError(f"the output folder {out} lies in the model's own folder; name another one")
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -44,6 +65,8 @@ def check_space(out: Path, needed: int) -> None:
     parent = out.absolute()
     while not parent.exists():
         parent = parent.parent
+    if parent != out.absolute() and (not parent.is_dir() or not os.access(parent, os.W_OK)):
+        raise TwofoldError(f"{out} can't be written: {parent} is no folder that can be written to; name another place")
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise TwofoldError(
@@ -56,38 +79,64 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``out`` that takes its place at the end; on any failure it vanishes.
 
     Raises:
-        TwofoldError: if ``out`` exists and may not be replaced, or the disk is full.
+        TwofoldError: if ``out`` exists and may not be replaced, or the disk is full or can't be written.
     """
+    out = out.expanduser().resolve()
     check_output(out, overwrite)
-    parent = out.absolute().parent
     staged: Path | None = None
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for stale in parent.glob(f".{out.name}.*.partial"):  # left by a killed run
-            shutil.rmtree(stale, ignore_errors=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=parent))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=".partial", dir=out.parent))
         staged.chmod(0o777 & ~_umask())
         yield staged
-        for file in staged.iterdir():
-            file.chmod(0o666 & ~_umask())
-        if out.exists():
-            old = out.with_name(f".{out.name}.{os.getpid()}.old")
-            out.rename(old)
-            staged.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            staged.rename(out)
+        for file in staged.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
+        _put_in_place(staged, out)
     except (OSError, SafetensorError) as error:
         if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(
             error
         ):
             raise TwofoldError(f"no space left while writing {out}; free some space and run again") from error
-        if isinstance(error, PermissionError):
-            raise TwofoldError(f"the output folder {out} can't be written: {error.strerror}") from error
-        raise
+        raise TwofoldError(f"the output folder {out} can't be written: {error}") from error
     finally:
         if staged is not None and staged.exists():
             shutil.rmtree(staged, ignore_errors=True)
+
+
+def _put_in_place(staged: Path, out: Path) -> None:
+    """Rename the finished folder to its place; if that fails, what was there before is put back."""
+    if not out.exists():
+        staged.rename(out)
+        return
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    out.rename(old)
+    try:
+        staged.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what killed runs to the same place left; those that still run are left alone."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.(?:[^.]+\.partial|old)")
+    for folder in out.parent.iterdir():
+        found = ours.fullmatch(folder.name)
+        if found and not _alive(int(found.group(1))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _umask() -> int:

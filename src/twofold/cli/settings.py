@@ -80,14 +80,14 @@ def repeat_flags(arguments: list[str]) -> list[str]:
     >>> repeat_flags(["compress", "m", "--calibration", "a.txt", "b.txt", "--keep", "0.8"])
     ['compress', 'm', '--calibration', 'a.txt', '--calibration', 'b.txt', '--keep', '0.8']
 
-    Only where the model stands before the flags; else the last value could be the model.
+    Only where the model stands before the flags, or in a recipe; else the last value could be the model.
     """
-    if len(arguments) < 2 or arguments[1].startswith("-"):
+    if len(arguments) < 2 or (arguments[1].startswith("-") and "--recipe" not in arguments):
         return arguments
-    spread = arguments[:2]
+    spread = arguments[:1]
     flag: str | None = None
     values = 0
-    for argument in arguments[2:]:
+    for argument in arguments[1:]:
         if argument.startswith("-") and argument != "-":
             flag, values = (argument if argument in SEVERAL else None), 0
         elif flag is not None:

@@ -57,14 +57,15 @@ def damp(
 
 def roots(
     metric: Tensor,  # (..., k, k)
+    eps: float | None = None,  # the precision that the metric was summed in; that of its dtype by default
 ) -> tuple[Tensor, Tensor]:
     """The symmetric square root of a full metric and its pseudo-inverse, each (..., k, k).
 
-    By eigendecomposition with a relative cutoff, λ_max · k · eps: directions below it count as null,
+    By eigendecomposition with a relative cutoff, λ_max · √k · eps: directions below it are noise and count as null,
     so a rank-deficient metric gives a pseudo-inverse and never fails, unlike Cholesky and an inverse.
     """
     values, vectors = torch.linalg.eigh((metric + metric.mT) / 2)  # (..., k), (..., k, k)
-    cutoff = values[..., -1:].clamp_min(0) * metric.shape[-1] * torch.finfo(metric.dtype).eps
+    cutoff = values[..., -1:].clamp_min(0) * metric.shape[-1] ** 0.5 * (eps or torch.finfo(metric.dtype).eps)
     kept = values > cutoff
     root = torch.where(kept, values, 0).clamp_min(0).sqrt()
     inverse = torch.where(kept, 1 / root.clamp_min(torch.finfo(metric.dtype).tiny), 0)

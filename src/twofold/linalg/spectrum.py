@@ -72,11 +72,12 @@ def decompose(
     metric: Metric,  # over the k directions of the smaller side
     gram: Tensor,  # (..., k, k), of the weight in the metric of the larger side
     side: Side,
+    eps: float | None = None,
 ) -> Spectrum:
     """Decompose one weight, or a batch of them, for every rank at once.
 
     The dtype of ``gram`` is the working dtype; a Gram matrix squares the condition number, so form it in
-    float64 where the device has it.
+    float64 where the device has it. ``eps`` is the precision that the metric was summed in, if it is lower.
 
     Raises:
         ValueError: if the gram matrix or the metric holds NaN or infinity.
@@ -88,7 +89,7 @@ def decompose(
         root = inverse = torch.eye(k, dtype=gram.dtype, device=gram.device).expand_as(gram)
         middle = gram
     elif is_full(metric, k, gram.dim() - 2):
-        root, inverse = _distinct_roots(metric.to(gram.dtype))
+        root, inverse = _distinct_roots(metric.to(gram.dtype), eps)
         middle = root @ gram @ root
     else:
         values = metric.to(gram.dtype).clamp_min(0).sqrt()
@@ -104,10 +105,11 @@ def decompose(
 
 def _distinct_roots(
     metrics: Tensor,  # (..., k, k)
+    eps: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The roots of metrics; those that are equal in a batch, since their weights share an input, are decomposed once."""
     if metrics.dim() != 3:
-        return roots(metrics)
+        return roots(metrics, eps)
     distinct: list[Tensor] = []
     places: list[int] = []
     for metric in metrics:
@@ -115,7 +117,7 @@ def _distinct_roots(
         if place == len(distinct):
             distinct.append(metric)
         places.append(place)
-    root, inverse = roots(torch.stack(distinct))
+    root, inverse = roots(torch.stack(distinct), eps)
     return root[places], inverse[places]
 
 
