@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from twofold.plan import Plan
 from twofold.recipe import Recipe
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 
-SAMPLE_TOKENS = 40
+SAMPLE_TOKENS = 32
 QUESTION = "What is the capital of France, and why is it famous?"
 BEGINNINGS = ("The history of the city begins", "In the morning, the children")
 
@@ -47,7 +48,7 @@ def compress(
     with watch.stage("load"):
         loaded = load_for(recipe)
     recipe = fit_window(recipe, loaded, quiet=quiet)
-    check_apart(out, loaded.source, [Path(one) for one in recipe.calibration if Path(one).exists()])
+    check_apart(out, loaded.source, _files_read(recipe, moments_file))
     measured_on = _evaluation_text(loaded, recipe)
     prepared = prepare(recipe, loaded, watch, moments_file=moments_file, quiet=quiet)
     check_space(out, int(prepared.plan.bytes_after * 1.05) + 20_000_000)
@@ -97,6 +98,13 @@ def compress(
     return run
 
 
+def _files_read(recipe: Recipe, moments_file: Path | None) -> list[Path]:
+    """The files that a run reads beside the model's folder."""
+    texts = [one for one in recipe.calibration if one != "self"]
+    names = [recipe.model, *texts, recipe.eval_text or "", str(moments_file or "")]
+    return [Path(one) for name in names if name for one in glob.glob(name) or [name] if Path(one).exists()]  # noqa: PTH207
+
+
 def _write_model(folder: Path, prepared: Prepared, recipe: Recipe) -> None:
     """The checkpoint and the values that made it: plan, recipe, spectra."""
     model, tokenizer = prepared.loaded.model, prepared.loaded.tokenizer
@@ -137,8 +145,11 @@ def _measure(
         windows = prepared.windows.held_out[: recipe.eval_windows]
     if windows is None:
         return None
-    with torch.no_grad():
-        probe = getattr(model(input_ids=windows[:1, :8].to(model.device)), "logits", None)
+    try:
+        with torch.no_grad():
+            probe = getattr(model(input_ids=windows[:1, :8].to(model.device)), "logits", None)
+    except Exception:  # an architecture that needs other inputs fails in its own way
+        probe = None
     if probe is None or probe.dim() != 3 or probe.shape[-1] <= int(windows.max()):
         prepared.plan.notes.append("no quality was measured: this model gives no logits over its vocabulary")
         return None

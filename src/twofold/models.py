@@ -138,7 +138,7 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
     """
     if name.endswith(".gguf"):
         return load_model(name, trust_remote_code=trust_remote_code)
-    source, where, folder = _locate(name, revision, trust_remote_code)
+    source, where, folder = _locate(name, revision, trust_remote_code, weights=False)
     try:
         config = AutoConfig.from_pretrained(source, **where)
         model_class = _model_class(config, trust_remote_code)
@@ -158,7 +158,9 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
     return LoadedModel(model.eval(), None, name, folder, _stored_dtype(config, folder) or torch.float32)
 
 
-def _locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str | Path, dict[str, Any], Path | None]:
+def _locate(
+    name: str, revision: str | None, trust_remote_code: bool, *, weights: bool = True
+) -> tuple[str | Path, dict[str, Any], Path | None]:
     """Where transformers finds a model: its source, the arguments to load it with, and its folder if it is a local one.
 
     Raises:
@@ -171,7 +173,7 @@ def _locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[s
             raise TwofoldError(f"{name} is a file but no .gguf; name the folder of a Transformers checkpoint")
         return path.parent, {**where, "gguf_file": path.name}, None
     if path.is_dir():
-        _check_folder(path, name)
+        _check_folder(path, name, weights)
         return path, where, path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise TwofoldError(f"there is no folder {name}; name a folder, a hub id, a .gguf file, or {builtin.ALIAS}")
@@ -253,7 +255,7 @@ def _compute_dtype(dtype: str, stored: Any, device: torch.device) -> torch.dtype
     return stored
 
 
-def _check_folder(path: Path, name: str) -> None:
+def _check_folder(path: Path, name: str, weights: bool) -> None:
     if not (path / "config.json").is_file():
         raise TwofoldError(f"{name} is no Transformers checkpoint: it has no config.json")
     index = path / "model.safetensors.index.json"
@@ -268,11 +270,11 @@ def _check_folder(path: Path, name: str) -> None:
                 f"the index {index} names a file outside of its folder, {outside[0]}; do not use this checkpoint"
             )
         absent = sorted(shard for shard in shards if not (path / shard).is_file())
-        if absent:
+        if absent and weights:
             raise TwofoldError(
                 f"the checkpoint {name} lacks {len(absent)} of {len(shards)} shards, first {absent[0]}; fetch it again"
             )
-    elif not list(path.glob("*.safetensors")):
+    elif weights and not list(path.glob("*.safetensors")):
         raise TwofoldError(
             f"{name} has no weights in safetensors; Twofold loads no other format (pickles can run code)"
         )

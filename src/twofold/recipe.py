@@ -76,7 +76,7 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     eval_text: Annotated[
         str | None, Field(description="text file to measure on; without it, held-out calibration text")
     ] = None
-    eval_windows: Annotated[int, Field(ge=0, description="windows to measure on; 0 measures nothing")] = 8
+    eval_windows: Annotated[int, Field(ge=0, description="windows to measure on; 0 measures nothing")] = 4
 
     @pydantic.model_validator(mode="after")
     def _one_size(self) -> Recipe:

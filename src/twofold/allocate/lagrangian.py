@@ -2,7 +2,7 @@
 
 Each weight picks argmin loss + λ·cost among its ranks and dense; one multiplier λ serves them all, found by bisection. Costs are
 concave in the gauge form and "dense" is a jump, so the last step of λ can leave some budget over; it is spent on the steps that
-save most loss for their cost.
+save most loss for their cost. The result never loses more than the uniform ranks at the same budget.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twofold.allocate.base import Candidate, Choice, allocation
+from twofold.allocate.uniform import uniform
 
 BISECTIONS = 100
 
@@ -29,6 +30,10 @@ class _Options:
             losses = np.append(0.0, losses)
             indices = np.append(-1, indices)
         self.costs, self.losses, self.indices = costs, losses, indices
+
+    def position(self, choice: Choice) -> int:
+        """Where a choice stands among the options."""
+        return int(np.flatnonzero(self.indices == (-1 if choice.index is None else choice.index))[0])
 
     def best(self, multiplier: float) -> int:
         return int((self.losses + multiplier * self.costs).argmin())
@@ -68,7 +73,17 @@ def lagrangian(candidates: list[Candidate], budget: float) -> list[Choice]:
                 break
         positions, cost = choose(high)
     positions = _spend(options, positions, budget - cost)
+    # With few weights the jumps weigh more than the convex part; then the uniform ranks can be the better start.
+    even = uniform(candidates, budget)
+    start = [o.position(choice) for o, choice in zip(options, even, strict=True)]
+    other = _spend(options, start, budget - sum(float(o.costs[p]) for o, p in zip(options, start, strict=True)))
+    if _loss(options, other) < _loss(options, positions):
+        positions = other
     return [Choice(None if o.indices[p] < 0 else int(o.indices[p])) for o, p in zip(options, positions, strict=True)]
+
+
+def _loss(options: list[_Options], positions: list[int]) -> float:
+    return sum(float(o.losses[p]) for o, p in zip(options, positions, strict=True))
 
 
 def _spend(options: list[_Options], positions: list[int], room: float) -> list[int]:

@@ -85,17 +85,27 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
             found += 1
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        """Refuse factors that were not in the checkpoint: transformers would leave them random with a warning.
+        """Refuse factors of another shape than the configuration says, and those that were not in the checkpoint.
+
+        transformers 5.16 takes tensors of any shape, and all versions leave missing ones random with a warning.
 
         Raises:
             TwofoldError: naming the first one.
         """
-        factors = {
-            f"{name}.{child}.weight": getattr(module, child).weight
+        children = {
+            f"{name}.{child}": getattr(module, child)
             for name, module in model.named_modules()
             if isinstance(module, FactoredLinear)
             for child in ("reduce", "expand")
         }
+        for name, child in children.items():
+            expected, found = (child.out_features, child.in_features), tuple(child.weight.shape)
+            if found != expected:
+                raise TwofoldError(
+                    f"size mismatch: the factor {name} in the checkpoint is {found}, its config.json says {expected}; "
+                    "fetch the checkpoint again"
+                )
+        factors = {f"{name}.weight": child.weight for name, child in children.items()}
         # Loaded parameters carry this mark; those that transformers filled in do not.
         marked = {name: bool(getattr(p, "_is_hf_initialized", False)) for name, p in factors.items() if not p.is_meta}
         absent = [name for name, loaded in marked.items() if not loaded]

@@ -21,7 +21,7 @@ def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            print("twofold: stopped; the same command goes on from the saved moments", file=sys.stderr)
+            print("twofold: stopped; moments that were saved are used again by the same command", file=sys.stderr)
             sys.exit(130)
 
     return run

@@ -48,19 +48,20 @@ def measure_quality(
     agreed = [0] * len(models)
     with progress("Measuring", count * len(models), unit="windows", quiet=quiet) as tick:
         for ids in windows[:, None]:
-            reference: Tensor | None = None
+            reference: Tensor | None = None  # log-probabilities of the first model
             for i, model in enumerate(models):
                 logits = model(ids)[0, :-1]  # (window − 1, vocabulary)
                 labels = ids[0, 1:].to(logits.device)
-                losses[i] += _nll(logits, labels)
+                probabilities = torch.cat([torch.log_softmax(rows.float(), -1) for rows in torch.split(logits, ROWS)])
+                del logits
+                losses[i] -= float(probabilities.gather(1, labels[:, None]).double().sum())
                 if i == 0:
-                    reference = logits if len(models) > 1 else None
+                    reference = probabilities if len(models) > 1 else None
                 else:
                     assert reference is not None
-                    divergence, same = _divergence(reference, logits)
+                    divergence, same = _divergence(reference, probabilities)
                     divergences[i] += divergence
                     agreed[i] += same
-                del logits
                 tick()
     predicted = count * (window - 1)
     return [
@@ -75,17 +76,13 @@ def measure_quality(
     ]
 
 
-def _nll(logits: Tensor, labels: Tensor) -> float:
-    total = 0.0
-    for rows, expected in zip(torch.split(logits, ROWS), torch.split(labels, ROWS), strict=True):
-        total += float(torch.nn.functional.cross_entropy(rows.float(), expected, reduction="sum"))
-    return total
-
-
-def _divergence(first: Tensor, second: Tensor) -> tuple[float, int]:
+def _divergence(
+    first: Tensor,  # (positions, vocabulary), log-probabilities
+    second: Tensor,
+) -> tuple[float, int]:
+    """KL(first ‖ second), summed over positions, and the positions with the same most likely token."""
     total, same = 0.0, 0
-    for a, b in zip(torch.split(first, ROWS), torch.split(second, ROWS), strict=True):
-        p, q = torch.log_softmax(a.float(), -1), torch.log_softmax(b.float(), -1)
-        total += float((p.exp() * (p - q)).sum())
-        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+    for p, q in zip(torch.split(first, ROWS), torch.split(second, ROWS), strict=True):
+        total += float((p.exp() * (p - q)).sum(-1).double().sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
     return max(total, 0.0), same

@@ -55,6 +55,6 @@ def evaluation_windows(
     if count == 0:
         raise TwofoldError(
             f"the evaluation text has {len(ids)} tokens, fewer than one window of {window} ({', '.join(names)}); "
-            "give more text, or a smaller --window"
+            "give more text, or measure in smaller windows"
         )
     return torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
