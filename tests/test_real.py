@@ -16,6 +16,7 @@ from twofold.compression import compress
 from twofold.evaluate import evaluation_windows, measure_quality
 from twofold.plan import Plan
 from twofold.recipe import make_recipe
+from twofold.run import Run
 
 WIKITEXT = DATA / "wikitext-2-raw"
 needs_data = pytest.mark.skipif(not WIKITEXT.is_dir(), reason="WikiText-2 is not at ../shared/data/wikitext-2-raw")
@@ -46,8 +47,8 @@ def test_a_real_run(tmp_path, monkeypatch):
         [lambda ids: dense(input_ids=ids).logits, lambda ids: model(input_ids=ids).logits], windows, quiet=True
     )
     assert second.perplexity < 1.35 * first.perplexity
-    # The estimate is of the right size out of the calibration text as well.
-    assert run.predicted_divergence / 3 < second.divergence < run.predicted_divergence * 3
+    # So few tokens fit their own noise: the estimate is below what is measured on another text.
+    assert 0 < run.predicted_divergence < second.divergence < 0.6
     # The gauge form in float32 is the product that was planned.
     name = next(e.name for e in plan.entries if e.rank and e.kind == "down_proj")
     layer = model.get_submodule(name)
@@ -65,4 +66,8 @@ def test_all_bars_of_the_main_job(tmp_path):
     spec.loader.exec_module(bench)
     bars = bench.main_job(tmp_path / "bench", WIKITEXT, windows=16)
     print(bench.markdown(bars, 16))
+    run = Run.model_validate_json((tmp_path / "bench" / "run-0.8.json").read_text())
+    assert run.quality is not None and run.predicted_divergence is not None
+    measured = run.quality.factored["divergence"]
+    assert measured is not None and run.predicted_divergence / 2 < measured < run.predicted_divergence * 2
     assert all(bar.met for bar in bars), [bar for bar in bars if not bar.met]
