@@ -69,10 +69,8 @@ def prepare(
     model = loaded.model
     objective = get_objective(recipe.objective)
     targets = find_targets(model, recipe.include, recipe.exclude)
-    element = torch.empty(0, dtype=loaded.stored_dtype).element_size()
     get_allocation(recipe.allocate)
-    # An impossible budget or override is refused before any work.
-    make_plan(loaded.name, targets, None, recipe.model_copy(update={"allocate": "uniform"}), element)
+    _plan_of_shapes(loaded, targets, recipe)  # an impossible budget or override is refused before any work
     if objective.needs and getattr(model.config, "is_encoder_decoder", False):
         raise TwofoldError(
             f"{type(model).__name__} is an encoder-decoder model, which can't be calibrated yet; use --objective svd"
@@ -122,8 +120,14 @@ def prepare(
     with watch.stage("decompose"):
         spectra = decompose_targets(model, targets.targets, moments, objective, recipe.damping, quiet=quiet)
     with watch.stage("plan"):
-        plan = make_plan(loaded.name, targets, spectra.values, recipe, element)
+        plan = make_plan(loaded.name, targets, spectra.values, recipe, loaded.stored_dtype.itemsize)
     return Prepared(loaded, targets, objective, windows, moments, reused, spectra, plan)
+
+
+def _plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Plan:
+    """The uniform plan, which needs the shapes alone."""
+    uniform = recipe.model_copy(update={"allocate": "uniform"})
+    return make_plan(loaded.name, targets, None, uniform, loaded.stored_dtype.itemsize)
 
 
 def _groups(model: Any, targets: Targets, sample: Tensor) -> dict[str, str]:
@@ -161,9 +165,7 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, quiet: bool 
     get_allocation(recipe.allocate)
     if needs and "calibration" not in recipe.model_fields_set and moments_file is None:
         loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-        element = torch.empty(0, dtype=loaded.stored_dtype).element_size()
-        targets = find_targets(loaded.model, recipe.include, recipe.exclude)
-        plan = make_plan(loaded.name, targets, None, recipe.model_copy(update={"allocate": "uniform"}), element)
+        plan = _plan_of_shapes(loaded, find_targets(loaded.model, recipe.include, recipe.exclude), recipe)
         note = (
             f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "
             f"the {recipe.allocate} plan needs the moments: name --calibration FILE, or --calibration self"
