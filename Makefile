@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+AUDIT := .venv-audit
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench check-slow format clean
+.PHONY: demo test lint bench bench-scale check-slow format audit clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,5 +37,15 @@ check-slow: $(INSTALLED)  ## the longer checks on the real model
 bench: $(INSTALLED)  ## the figures of docs/benchmarks.md
 	$(BIN)/python benchmarks/main_job.py
 
+# Needs PyPI itself, where the known weaknesses are: an index that has the packages only does not do. A package that can't be
+# looked up is an error, since pip-audit would else say that nothing was found.
+audit: $(INSTALLED)  ## known weaknesses of what is installed
+	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install --quiet pip-audit; }
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[^; ]*//' > $(AUDIT)/installed.txt
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r $(AUDIT)/installed.txt
+
+bench-scale: $(INSTALLED)  ## block by block, killed, on two processes (docs/benchmarks.md)
+	$(BIN)/python benchmarks/scale.py streaming growth processes kills
+
 clean:
-	rm -rf $(VENV) build dist demo-output bench-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(AUDIT) build dist demo-output bench-output .mypy_cache .pytest_cache .ruff_cache

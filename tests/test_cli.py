@@ -357,7 +357,7 @@ def test_checkpoints_that_are_not_whole(run, checkpoint, tmp_path, text_file):
     )
     cut = (checkpoint / "model.safetensors").read_bytes()[:-50]
     (checkpoint / "model.safetensors").write_bytes(cut)
-    refused(run("eval", checkpoint, *measure), "can't be loaded")
+    refused(run("eval", checkpoint, *measure), "model.safetensors can't be read")
     make_model().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     gone = sorted((tmp_path / "shards").glob("*.safetensors"))[1]
     gone.unlink()
@@ -386,7 +386,7 @@ def test_a_factored_checkpoint_that_is_not_whole(run, quick, tmp_path, text_file
     name = next(iter(modules))
     modules[name]["rank"] += 1
     (small / "config.json").write_text(json.dumps(config))
-    refused(run("eval", small, "--text", text_file, "--window", 64, "--quiet"), "can't be loaded")
+    refused(run("eval", small, "--text", text_file, "--window", 64, "--quiet"), f"the weight {name}.reduce.weight in")
     modules["model.layers.7.q"] = modules.pop(name)
     (small / "config.json").write_text(json.dumps(config))
     refused(run("eval", small, "--text", text_file, "--window", 64, "--quiet"), "does not fit this model")
@@ -532,11 +532,11 @@ def test_a_killed_run_goes_on_from_the_saved_moments(checkpoint, text_file, tmp_
                "--window", "32", "--keep", "0.6", "--out", str(tmp_path / "small"), "--json"]  # fmt: skip
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(cache.glob("moments/*.safetensors")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(cache.glob("moments/*/moments.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list(cache.glob("moments/*.safetensors"))
+    assert list(cache.glob("moments/*/moments.json"))
     assert not (tmp_path / "small").exists()
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and json.loads(again.stdout)["moments_reused"]
@@ -550,18 +550,18 @@ def test_a_killed_run_goes_on_from_the_saved_moments(checkpoint, text_file, tmp_
 
 
 def test_named_moments_must_fit(run, quick, tmp_path):
-    path = tmp_path / "moments.safetensors"
+    path = tmp_path / "moments"
     assert run("compress", *quick, "--keep", 0.5, "--moments", path, "--out", tmp_path / "a")[0] == 0
-    assert path.is_file() and not (cache_folder() / "moments").exists()
+    assert (path / "moments.json").is_file() and not (cache_folder() / "moments").exists()
     command = ["compress", *quick, "--keep", 0.5, "--moments", path, "--seed", 9, "--out", tmp_path / "b"]
     refused(run(*command), "belong to another model, text, seed or setting")
-    path.write_bytes(b"nonsense")
+    (path / "moments.json").write_bytes(b"nonsense")
     refused(run("compress", *quick, "--keep", 0.5, "--moments", path, "--out", tmp_path / "b"), "can't be read")
 
 
 def test_cached_moments_that_are_not_whole_are_collected_again(run, quick, tmp_path):
     assert run("compress", *quick, "--keep", 0.5, "--out", tmp_path / "a")[0] == 0
-    (kept,) = (cache_folder() / "moments").glob("*.safetensors")
+    (kept,) = (cache_folder() / "moments").glob("*/*.safetensors")
     kept.write_bytes(kept.read_bytes()[:100])
     code, out, _ = run("compress", *quick, "--keep", 0.5, "--out", tmp_path / "b", "--json")
     assert code == 0 and not json.loads(out)["moments_reused"]

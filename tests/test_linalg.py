@@ -61,7 +61,7 @@ def test_error_is_the_tail_and_no_other_matrix_does_better(m, n, left_kind, righ
     near, far = (left, right) if side == "rows" else (right, left)
     matrix = gram(weight, far)
     spectrum = decompose(near, matrix, side)
-    a, b = truncate(weight, spectrum, rank)
+    a, b = truncate(weight, spectrum, near, rank)
     assert a.shape == (m, rank) and b.shape == (rank, n)
     tail = float(spectrum.tails[rank])
     whole = float(spectrum.tails[0])
@@ -111,7 +111,9 @@ def test_batched_as_one_by_one():
     for i in range(3):
         alone = decompose(metrics[i], gram(weights[i], None), "rows")
         torch.testing.assert_close(together[i].values, alone.values)
-        for one, other in zip(truncate(weights[i], together[i], 2), truncate(weights[i], alone, 2), strict=True):
+        for one, other in zip(
+            truncate(weights[i], together[i], metrics[i], 2), truncate(weights[i], alone, metrics[i], 2), strict=True
+        ):
             torch.testing.assert_close(one.abs(), other.abs())
 
 

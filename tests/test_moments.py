@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AlbertConfig, AlbertForMaskedLM, BertConfig, BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
@@ -13,6 +14,7 @@ from twofold.calibrate import Moments, collect_moments, request_statistics, samp
 from twofold.calibrate.collect import fisher_gradient
 from twofold.calibrate.sample import beginnings, draw, user_turn_prefix
 from twofold.errors import TwofoldError
+from twofold.residence import Resident
 from twofold.targets import dense_weight, find_groups, find_targets
 
 NEEDS = {"input", "gradient", "input_abs", "fisher_rows"}
@@ -27,7 +29,7 @@ def collect(model, ids, needs=NEEDS, both_sides=False, **settings):
     groups = find_groups(model, targets, lambda: model(input_ids=ids[:1]))
     request = request_statistics(targets, groups, needs, both_sides=both_sides)
     empty = Moments({}, 0, groups, "mark", {})
-    return targets, collect_moments(model, targets, request, ids, empty=empty, quiet=True, **settings)
+    return targets, collect_moments(Resident(model), targets, request, ids, empty=empty, quiet=True, **settings)
 
 
 def by_autograd(model, ids, seed):
@@ -134,16 +136,22 @@ def test_repeats_to_the_bit_and_depends_on_the_seed():
 def test_an_interrupted_pass_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     ids = windows(6)
     _, whole = collect(make_model(), ids)
-    partial = tmp_path / "m.partial"
+    folder = tmp_path / "moments"
     monkeypatch.setattr("twofold.calibrate.collect.SAVE_SECONDS", -1.0)
     monkeypatch.setattr("twofold.calibrate.collect.fisher_gradient", _fail_after(4))
     with pytest.raises(RuntimeError, match="killed"):
-        collect(make_model(), ids, partial=partial)
-    assert Moments.load(partial).tokens == 4 * ids.shape[1]
-    monkeypatch.setattr("twofold.calibrate.collect.fisher_gradient", fisher_gradient)
-    _, resumed = collect(make_model(), ids, partial=partial)
+        collect(make_model(), ids, folder=folder)
+    with safe_open(folder / ".progress.0.safetensors", "pt") as file:
+        assert file.metadata()["windows"] == "4"
+    with pytest.raises(TwofoldError, match="can't be read"):
+        Moments.load(folder)
+    calls = []
+    monkeypatch.setattr("twofold.calibrate.collect.fisher_gradient", lambda *a: calls.append(1) or fisher_gradient(*a))
+    _, resumed = collect(make_model(), ids, folder=folder)
+    assert len(calls) == 2
+    assert set(resumed.sums) == set(whole.sums)
     assert all(torch.equal(whole.sums[k], resumed.sums[k]) for k in whole.sums)
-    assert not partial.exists()
+    assert sorted(p.name for p in folder.iterdir()) == ["both-0000-0001.safetensors", "moments.json"]
 
 
 def _fail_after(count):
@@ -160,17 +168,19 @@ def _fail_after(count):
 
 def test_kept_and_loaded_only_where_they_belong(tmp_path):
     _, moments = collect(make_model(), windows())
-    path = tmp_path / "deep" / "moments.safetensors"
-    moments.save(path)
-    loaded = Moments.load(path, "mark")
+    folder = tmp_path / "deep" / "moments"
+    moments.save(folder)
+    loaded = Moments.load(folder, "mark")
     assert loaded.tokens == moments.tokens and loaded.groups == moments.groups
+    assert set(loaded.sums) == set(moments.sums)
     assert all(torch.equal(loaded.sums[k], moments.sums[k]) for k in moments.sums)
     with pytest.raises(TwofoldError, match="belong to another model"):
-        Moments.load(path, "another mark")
-    path.write_bytes(path.read_bytes()[:-100])
+        Moments.load(folder, "another mark")
+    part = folder / "sums.safetensors"
+    part.write_bytes(part.read_bytes()[:-100])
     with pytest.raises(TwofoldError, match="can't be read"):
-        Moments.load(path, "mark")
-    assert list(path.parent.iterdir()) == [path]
+        Moments.load(folder, "mark")
+    assert sorted(p.name for p in folder.iterdir()) == ["moments.json", "sums.safetensors"]
 
 
 def test_the_layer_that_breaks_is_named():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
@@ -79,15 +82,17 @@ def test_finite_and_as_predicted(kind, inputs, gradients):
         moments = LayerMoments(**{k: v.float() if isinstance(v, torch.Tensor) else v for k, v in vars(moments).items()})
         problem = get_objective(name).build(weight, moments, 1e-2)
         spectrum = decompose(problem.metric, problem.gram, problem.side)
+        spectrum = replace(spectrum, basis=spectrum.basis.float())  # as it is kept
         module = torch.nn.Linear(n, m, bias=False)
         module.weight.data = weight.float()
         rank = min(5, max(spectrum.numerical_rank, 1))  # as the plan does
-        layer, _ = factor_layer(module, entry_of(m, n, rank), spectrum, torch.float32)
+        layer, entry, _ = factor_layer(module, entry_of(m, n, rank), spectrum, problem, torch.float32)
         assert all(torch.isfinite(p).all() for p in layer.parameters()), (kind, inputs, gradients, name, m, n)
         dense = layer.to_dense(torch.float64)
         measured = truncation_loss(weight, dense, problem.metric, problem.gram)
         tails = spectrum.tails
         # Moments summed and factors stored in float32 bound what the loss can be told apart to.
+        assert entry.measured_loss == measured and entry.rank == layer.rank
         assert measured == pytest.approx(float(tails[layer.rank]), rel=1e-3, abs=1e-5 * float(tails[0]))
 
 
@@ -133,5 +138,37 @@ def test_noise_in_a_deficient_metric_is_not_inverted(shape):
         problem = get_objective("two-sided").build(weight, moments, 0.0)
         spectrum = decompose(problem.metric, problem.gram, problem.side, torch.finfo(torch.float32).eps)
         for rank in range(1, spectrum.numerical_rank + 1):
-            left, right = truncate(weight, spectrum, rank)
+            left, right = truncate(weight, spectrum, problem.metric, rank)
             assert (left @ right).norm() < 4 * weight.norm()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(8, 40), n=st.integers(8, 40), seed=st.integers(0, 10**6), bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), name=st.sampled_from(sorted(OBJECTIVES)),
+    form=st.sampled_from(["gauge", "plain"]), data=st.data(),
+)  # fmt: skip
+def test_any_shape_rank_dtype_and_metric(m, n, seed, bias, dtype, name, form, data):
+    """The stored layer computes what the truncation says, to the precision of its dtype, and loses what was predicted."""
+    rank = data.draw(st.integers(1, min(m, n) - 1))
+    torch.manual_seed(seed)
+    module = torch.nn.Linear(n, m, bias=bias)
+    x, g = torch.randn(60, n).double(), torch.randn(60, m).double()
+    weight = module.weight.detach().to(dtype).float()
+    module.weight.data = weight
+    problem = get_objective(name).build(weight.double(), moments_of(weight.double(), x, g), 1e-2)
+    spectrum = decompose(problem.metric, problem.gram, problem.side)
+    spectrum = replace(spectrum, basis=spectrum.basis.float())
+    entry = entry_of(m, n, rank).model_copy(update={"form": form, "bias": bias})
+    layer, done, _ = factor_layer(module, entry, spectrum, problem, dtype)
+    assert done.rank is not None and layer.rank == done.rank and (form == "plain") == (layer.form == "plain")
+    assert all(torch.equal(p, p.to(dtype).float()) for p in (layer.reduce.weight, layer.expand.weight))
+    left, right = truncate(weight, spectrum, problem.metric, done.rank)
+    eps = torch.finfo(dtype).eps
+    scale = float(layer.reduce.weight.detach().norm() * layer.expand.weight.detach().norm())
+    torch.testing.assert_close(layer.to_dense(torch.float64), left @ right, rtol=0, atol=4 * eps * scale + 1e-5)
+    expected = layer.to_dense() @ x.float().T
+    expected = expected.T if module.bias is None else expected.T + module.bias
+    torch.testing.assert_close(layer(x.float()), expected.to(x.float().dtype), rtol=1e-4, atol=1e-3)
+    tails = spectrum.tails
+    assert done.measured_loss >= float(tails[done.rank]) * (1 - 1e-3) - 1e-4 * float(tails[0])

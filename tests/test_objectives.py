@@ -73,7 +73,7 @@ def test_minimizes_its_own_loss(name, shape, small):
     singular = torch.linalg.svdvals(a.T @ weight @ b)
     torch.testing.assert_close(spectrum.values, singular**2, rtol=1e-8, atol=1e-8)
     rank = min(shape) // 2
-    first, second = truncate(weight, spectrum, rank)
+    first, second = truncate(weight, spectrum, problem.metric, rank)
     difference = weight - first @ second
     loss = float(torch.trace(left @ difference @ right @ difference.T))
     assert loss == pytest.approx(float(spectrum.tails[rank]), rel=1e-7)

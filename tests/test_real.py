@@ -30,7 +30,7 @@ def test_a_real_run(tmp_path, monkeypatch):
         "eval_windows": 0,
     })  # fmt: skip
     out = tmp_path / "small"
-    run = compress(recipe, out, moments_file=tmp_path / "moments.safetensors", quiet=True)
+    run = compress(recipe, out, moments_file=tmp_path / "moments", quiet=True)
     plan = Plan.load(out / "plan.json")
     assert len(plan.entries) == 210 and plan.target_before == 106_168_320
     assert abs(plan.keep - 0.8) < 1e-4

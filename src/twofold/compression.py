@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -11,16 +12,24 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from twofold import distributed
 from twofold.calibrate.windows import fit_window
 from twofold.checkpoint import attach, staged_folder
+from twofold.checkpoint.stream import finish, write_units
 from twofold.checkpoint.write import check_apart, check_output, check_space
 from twofold.evaluate import evaluation_windows, measure_quality
-from twofold.factorize import dense_again
-from twofold.models import LoadedModel, cast_weights, need_tokenizer, positions, quiet_bars
-from twofold.pipeline import Prepared, carry_out, load_for, prepare
-from twofold.plan import Plan
+from twofold.evaluate.quality import Logits
+from twofold.evaluate.streamed import LastStates
+from twofold.factorize import dense_again, factor_entries
+from twofold.models import LoadedModel, cast_weights, load_streamed, need_tokenizer, positions, quiet_bars
+from twofold.nn import FactoredLinear
+from twofold.pipeline import Prepared, carry_out, open_for, prepare
+from twofold.plan import Plan, PlanEntry
+from twofold.progress import progress
 from twofold.recipe import Recipe
+from twofold.residence import Streamed
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
+from twofold.work import Work, working
 
 SAMPLE_TOKENS = 32
 QUESTION = "What is the capital of France, and why is it famous?"
@@ -34,38 +43,71 @@ def compress(
     overwrite: bool = False,
     moments_file: Path | None = None,
     quiet: bool = False,
-) -> Run:
+) -> Run | None:
     """Factorize a model and write the checkpoint with its plan, recipe, card and report.
+
+    A run that was stopped goes on from what it had done, if it is started again with the same settings and output.
+
+    Returns:
+        The record of the run; None in all processes but the first, if many work together.
 
     Raises:
         TwofoldError: for whatever the user can put right.
     """
-    from twofold.report import write_card, write_report
-
+    distributed.join()
+    quiet = quiet or not distributed.is_main()
     out = Path(out).expanduser().resolve()
     watch = Stopwatch()
-    check_output(out, overwrite)
+    if distributed.is_main():
+        check_output(out, overwrite)
     with watch.stage("load"):
-        loaded = load_for(recipe)
+        opened = open_for(recipe, quiet=quiet)
+    loaded = opened.loaded
     recipe = fit_window(recipe, loaded, quiet=quiet)
     check_apart(out, loaded.source, _files_read(recipe, moments_file))
     measured_on = _evaluation_text(loaded, recipe)
-    prepared = prepare(recipe, loaded, watch, moments_file=moments_file, quiet=quiet)
-    check_space(out, int(prepared.plan.bytes_after * 1.05) + 20_000_000)
-    model = loaded.model
-    replaced = carry_out(prepared, recipe, watch, quiet=quiet)
+    with working(out, recipe.model) as work:
+        prepared = prepare(recipe, opened, watch, moments_folder=moments_file, work=work, quiet=quiet)
+        check_space(out, int(prepared.plan.bytes_after * 1.05) + 20_000_000)
+        work.update(stage="factorizing")
+        factored = _Streaming(prepared, recipe, work) if loaded.residence.streamed else _Resident(prepared, recipe)
+        with watch.stage("factorize"):
+            factored.factorize(quiet=quiet)
+        if not distributed.is_main():
+            distributed.wait()
+            return None
+        run = _finish(out, prepared, factored, recipe, measured_on, watch, work, overwrite=overwrite, quiet=quiet)
+    distributed.wait()
+    return run
+
+
+def _finish(
+    out: Path,
+    prepared: Prepared,
+    factored: _Resident | _Streaming,
+    recipe: Recipe,
+    measured_on: Tensor | None,
+    watch: Stopwatch,
+    work: Work,
+    *,
+    overwrite: bool,
+    quiet: bool,
+) -> Run:
+    """Measure the factored model, and write it with its plan, recipe, card and report."""
+    from twofold.report import write_card, write_report
+
+    loaded = prepared.loaded
+    work.update(stage="measuring")
     with watch.stage("measure"):
-        measured = _measure(prepared, recipe, replaced, measured_on, quiet=quiet)
+        measured = _measure(prepared, recipe, factored, measured_on, quiet=quiet)
     if loaded.tokenizer is None:
         prepared.plan.notes.append(f"no tokenizer was written: {loaded.no_tokenizer or 'the model has none'}")
     with watch.stage("samples"):
-        samples = _samples(loaded, replaced)
-    replaced.clear()
-    parameter = next(model.parameters())
+        samples = factored.samples()
     windows = prepared.windows
     run = Run(
         recipe=recipe,
-        machine=machine(parameter.device, parameter.dtype),
+        machine=machine(loaded.residence.device, loaded.residence.dtype),
         calibration=windows.source if windows else "none: this objective uses the weights alone",
         calibration_tokens=windows.tokens if windows else 0,
         calibration_sha256=windows.sha256 if windows else "",
@@ -84,9 +126,20 @@ def compress(
         bytes_before=prepared.plan.bytes_before,
         bytes_after=prepared.plan.bytes_after,
     )
+    work.update(stage="writing")
     with staged_folder(out, overwrite) as folder:
         with watch.stage("write"):
-            _write_model(folder, prepared, recipe)
+            factored.write(folder)
+            if loaded.tokenizer is not None:
+                loaded.tokenizer.save_pretrained(folder)
+            _verify(folder, prepared.plan, loaded.model)
+            prepared.plan.save(folder / "plan.json")
+            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            values = prepared.spectra.values
+            save_file(
+                {name: torch.from_numpy(values[name].astype("float32")) for name in values},
+                folder / "spectra.safetensors",
+            )
         run = run.model_copy(update={"seconds": {**watch.seconds}, "peak_memory": peak_memory()})
         with watch.stage("report"):
             write_report(folder, run, prepared.plan, prepared.spectra.values)
@@ -98,27 +151,113 @@ def compress(
     return run
 
 
+class _Resident:
+    """A model that is in memory, and the dense layers that were replaced in it."""
+
+    def __init__(self, prepared: Prepared, recipe: Recipe) -> None:
+        self.prepared, self.recipe = prepared, recipe
+        self.replaced: dict[str, nn.Module] = {}
+
+    def factorize(self, *, quiet: bool) -> None:
+        if distributed.is_main():
+            self.replaced = carry_out(self.prepared, self.recipe, quiet=quiet)
+
+    def models(self, windows: Tensor, *, quiet: bool) -> list[Logits]:
+        """The original and the factored model as functions from token ids to logits."""
+        model = self.prepared.loaded.model
+
+        def dense(ids: Tensor) -> Tensor:
+            with dense_again(model, self.replaced):
+                return model(input_ids=ids.to(model.device)).logits  # type: ignore[no-any-return]
+
+        def factored(ids: Tensor) -> Tensor:
+            return model(input_ids=ids.to(model.device)).logits  # type: ignore[no-any-return]
+
+        return [dense, factored]
+
+    def has_logits(self, windows: Tensor) -> bool:
+        """Whether the model gives logits over the vocabulary."""
+        model = self.prepared.loaded.model
+        try:
+            with torch.no_grad():
+                probe = getattr(model(input_ids=windows[:1, :8].to(model.device)), "logits", None)
+        except Exception:  # an architecture that needs other inputs fails in its own way
+            return False
+        return probe is not None and probe.dim() == 3 and probe.shape[-1] > int(windows.max())
+
+    def samples(self) -> list[Sample]:
+        return _samples(self.prepared.loaded, self.replaced)
+
+    def write(self, folder: Path) -> None:
+        self.replaced.clear()
+        model = self.prepared.loaded.model
+        cast_weights(model, self.prepared.loaded.stored_dtype)
+        attach(model)
+        with quiet_bars():
+            model.save_pretrained(folder)
+
+
+class _Streaming:
+    """A model whose weights are on disk, and the parts of the factored checkpoint that are written block by block."""
+
+    def __init__(self, prepared: Prepared, recipe: Recipe, work: Work) -> None:
+        self.prepared, self.recipe, self.work = prepared, recipe, work
+        assert isinstance(prepared.loaded.residence, Streamed)
+        self.residence: Streamed = prepared.loaded.residence
+
+    def factorize(self, *, quiet: bool) -> None:
+        prepared, loaded = self.prepared, self.prepared.loaded
+        with progress("Factorizing", len(prepared.plan.entries), unit="weights", quiet=quiet) as tick:
+
+            def factor(entries: list[PlanEntry]) -> Iterator[tuple[PlanEntry, FactoredLinear | None, str | None]]:
+                return factor_entries(
+                    loaded.model,
+                    entries,
+                    prepared.spectra,
+                    prepared.moments,
+                    prepared.objective,
+                    self.recipe.damping,
+                    loaded.stored_dtype,
+                    tick,
+                )
+
+            prepared.plan, units = write_units(self.work.checkpoint, self.residence, prepared.plan, factor, tick)
+        self.work.update(units=units)
+
+    def has_logits(self, windows: Tensor) -> bool:
+        config = self.prepared.loaded.model.config.get_text_config()
+        return self.residence.has_head and int(windows.max()) < getattr(config, "vocab_size", 0)
+
+    def models(self, windows: Tensor, *, quiet: bool) -> list[Logits]:
+        """The original and the factored model; each is worked through once, and its last hidden states are kept."""
+        folder = self.work.folder / "factored"
+        folder.mkdir(exist_ok=True)
+        finish(folder, self.work.checkpoint, self.residence, self.prepared.plan, self.prepared.loaded.stored_dtype)
+        smaller = load_streamed(
+            str(folder),
+            self.residence.chain,
+            dtype=self.recipe.dtype,
+            device=self.recipe.device,
+            trust_remote_code=self.recipe.trust_remote_code,
+        ).residence
+        assert isinstance(smaller, Streamed)
+        return [LastStates(one, windows, quiet=quiet).logits for one in (self.residence, smaller)]
+
+    def samples(self) -> list[Sample]:
+        self.prepared.plan.notes.append(
+            "no sample answers: the model was worked through block by block, and writing text that way takes too long"
+        )
+        return []
+
+    def write(self, folder: Path) -> None:
+        finish(folder, self.work.checkpoint, self.residence, self.prepared.plan, self.prepared.loaded.stored_dtype)
+
+
 def _files_read(recipe: Recipe, moments_file: Path | None) -> list[Path]:
     """The files that a run reads beside the model's folder."""
     texts = [one for one in recipe.calibration if one != "self"]
     names = [recipe.model, *texts, recipe.eval_text or "", str(moments_file or "")]
     return [Path(one) for name in names if name for one in glob.glob(name) or [name] if Path(one).exists()]  # noqa: PTH207
-
-
-def _write_model(folder: Path, prepared: Prepared, recipe: Recipe) -> None:
-    """The checkpoint and the values that made it: plan, recipe, spectra."""
-    model, tokenizer = prepared.loaded.model, prepared.loaded.tokenizer
-    cast_weights(model, prepared.loaded.stored_dtype)
-    attach(model)
-    with quiet_bars():
-        model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    _verify(folder, prepared.plan, model)
-    prepared.plan.save(folder / "plan.json")
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    spectra = {name: torch.from_numpy(values.astype("float32")) for name, values in prepared.spectra.values.items()}
-    save_file(spectra, folder / "spectra.safetensors")
 
 
 def _evaluation_text(loaded: LoadedModel, recipe: Recipe) -> Tensor | None:
@@ -130,13 +269,17 @@ def _evaluation_text(loaded: LoadedModel, recipe: Recipe) -> Tensor | None:
 
 
 def _measure(
-    prepared: Prepared, recipe: Recipe, replaced: dict[str, nn.Module], windows: Tensor | None, *, quiet: bool
+    prepared: Prepared,
+    recipe: Recipe,
+    factored: _Resident | _Streaming,
+    windows: Tensor | None,
+    *,
+    quiet: bool,
 ) -> Measured | None:
     """The quality of both models on the evaluation text, or on the held-out part of the calibration.
 
     A model without token logits is not measured, and one that predicts no next token is measured with a note.
     """
-    model = prepared.loaded.model
     if recipe.eval_windows == 0:
         return None
     source = Path(recipe.eval_text or "").name
@@ -145,27 +288,14 @@ def _measure(
         windows = prepared.windows.held_out[: recipe.eval_windows]
     if windows is None:
         return None
-    try:
-        with torch.no_grad():
-            probe = getattr(model(input_ids=windows[:1, :8].to(model.device)), "logits", None)
-    except Exception:  # an architecture that needs other inputs fails in its own way
-        probe = None
-    if probe is None or probe.dim() != 3 or probe.shape[-1] <= int(windows.max()):
+    if not factored.has_logits(windows):
         prepared.plan.notes.append("no quality was measured: this model gives no logits over its vocabulary")
         return None
-    if not model.can_generate():
+    if not prepared.loaded.model.can_generate():
         prepared.plan.notes.append(
             "this model does not predict the next token, so its perplexity says little; its divergence is what counts"
         )
-
-    def dense(ids: Tensor) -> Tensor:
-        with dense_again(model, replaced):
-            return model(input_ids=ids.to(model.device)).logits  # type: ignore[no-any-return]
-
-    def factored(ids: Tensor) -> Tensor:
-        return model(input_ids=ids.to(model.device)).logits  # type: ignore[no-any-return]
-
-    original, smaller = measure_quality([dense, factored], windows, quiet=quiet)
+    original, smaller = measure_quality(factored.models(windows, quiet=quiet), windows, quiet=quiet)
     return Measured.of(source, (windows.shape[0], windows.shape[1]), original, smaller)
 
 
@@ -180,7 +310,8 @@ def _samples(loaded: LoadedModel, replaced: dict[str, nn.Module]) -> list[Sample
     prompts = [(text, text) for text in BEGINNINGS]
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": QUESTION}]
-        prompts[0] = (QUESTION, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        with suppress(Exception):  # a template is data, and may refuse anything
+            prompts[0] = (QUESTION, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     samples = []
     for prompt, text in prompts:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
@@ -205,10 +336,15 @@ def _verify(folder: Path, plan: Plan, model: nn.Module) -> None:
                 for size in file.get_slice(name).get_shape():
                     numbers *= size
                 stored += numbers
-    guards = sum(1 for entry in plan.entries if entry.rank is not None)
-    buffers = {id(b): b.numel() for n, b in model.named_buffers() if n in model.state_dict()}
-    ours = guards + plan.order_numbers
-    foreign = sum(buffers.values()) - ours
+    ours = sum(1 for entry in plan.entries if entry.rank is not None) + plan.order_numbers
+    factored = tuple(f"{entry.name}." for entry in plan.entries if entry.rank is not None)
+    persistent = model.state_dict().keys()
+    buffers = {
+        id(b): b.numel()
+        for n, b in model.named_buffers()
+        if n in persistent and not (factored and n.startswith(factored))
+    }
+    foreign = sum(buffers.values())
     if stored != plan.model_after + ours + foreign:
         raise RuntimeError(
             f"the checkpoint holds {stored} numbers, the plan says {plan.model_after + ours + foreign}; please report this"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.evaluate import evaluation_windows, measure_quality, model_size
-from twofold.models import first_line, load_model, need_tokenizer, positions
+from twofold.models import check_ids, first_line, load_model, need_tokenizer, positions
 
 
 class EvaluatedModel(pydantic.BaseModel, extra="forbid"):
@@ -78,6 +78,7 @@ def evaluate_models(
         dataset_split=dataset_split,
         text_column=text_column,
     )
+    check_ids(ids, loaded[-1])
 
     def logits(one: Any) -> Any:
         def run(batch: Tensor) -> Tensor:

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from twofold import distributed
+from twofold.blocks import Chain, stretches
 from twofold.calibrate import Moments
 from twofold.errors import TwofoldError
-from twofold.linalg import Spectrum, decompose, truncate, truncation_loss
+from twofold.linalg import KnownRoots, Spectrum, decompose, truncate, truncation_loss
 from twofold.nn import FactoredLinear
 from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.plan import Plan, PlanEntry, rank_cost
-from twofold.progress import progress
+from twofold.progress import Tick, progress
+from twofold.residence import Resident
+from twofold.spectra import Spectra
 from twofold.targets import Target, dense_weight, replace_module
 
-BATCH = 4  # weights of one shape that are decomposed together
-
-
-@dataclass
-class Spectra:
-    """The decompositions of all targets; ``values`` are what the plan and the report need of them."""
-
-    by_name: dict[str, Spectrum]
-
-    @property
-    def values(self) -> dict[str, NDArray[np.float64]]:
-        """σ² of each target, largest first, (k,)."""
-        return {name: spectrum.values.cpu().double().numpy() for name, spectrum in self.by_name.items()}
+BATCH = 4  # weights of one shape that are decomposed together, as long as they are small
+BATCH_NUMBERS = 4 * 1024**2  # k² of all together
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
@@ -51,69 +42,164 @@ def layer_problem(
     return objective.build(weight, layer, damping)
 
 
+def work_units(targets: list[Target], chain: Chain | None, blocks: int) -> list[tuple[str, list[str], list[Target]]]:
+    """Which targets are worked on together: a name, the blocks that they stand in, and the targets.
+
+    Args:
+        blocks: how many blocks may be in memory at once.
+    """
+    if chain is None:
+        return [("whole", [], list(targets))]
+    outside = [target for target in targets if chain.block_of(target.name) is None]
+    units: list[tuple[str, list[str], list[Target]]] = [("outside", [], outside)] if outside else []
+    for part in stretches(chain, blocks):
+        inside = [
+            t for t in targets if part.first <= (i if (i := chain.block_of(t.name)) is not None else -1) < part.last
+        ]
+        if inside:
+            units.append((f"{part.first:04d}-{part.last:04d}", list(chain.blocks[part.first : part.last]), inside))
+    return units
+
+
 def decompose_targets(
+    residence: Resident,
+    targets: list[Target],
+    moments: Moments | None,
+    objective: Objective,
+    damping: float,
+    spectra: Spectra,
+    *,
+    chain: Chain | None = None,
+    blocks: int = 1,
+    quiet: bool = False,
+) -> Spectra:
+    """Decompose every target once, for every rank; what the spectra hold already is not done again.
+
+    Many processes share the work, if the spectra have a folder.
+
+    Raises:
+        TwofoldError: naming the layer whose weight or moments are not finite.
+    """
+    summed_low = moments is not None and residence.dtype != torch.float64
+    eps = torch.finfo(torch.float32).eps if summed_low else None
+    units = work_units(targets, chain, blocks)
+    mine = units[distributed.rank() :: distributed.world()] if spectra.folder is not None else units
+    missing = [(name, held, spectra.lacks(inside)) for name, held, inside in mine]
+    total = sum(len(inside) for _, _, inside in mine)
+    done = total - sum(len(inside) for _, _, inside in missing)
+    with progress("Decomposing", total, done=done, unit="weights", quiet=quiet) as tick:
+        for name, held, inside in missing:
+            if inside:
+                with residence.hold(held):
+                    spectra.add(name, _decompose(residence.model, inside, moments, objective, damping, eps, tick))
+    distributed.wait()
+    if distributed.world() > 1:
+        spectra.refresh()
+    return spectra
+
+
+def _decompose(
     model: nn.Module,
     targets: list[Target],
     moments: Moments | None,
     objective: Objective,
     damping: float,
-    *,
-    quiet: bool = False,
-) -> Spectra:
-    """Decompose every target once, for every rank.
-
-    Raises:
-        TwofoldError: naming the layer whose weight or moments are not finite.
-    """
-    by_name: dict[str, Spectrum] = {}
+    eps: float | None,
+    tick: Tick,
+) -> dict[str, Spectrum]:
+    """Decompose weights that are in memory, those of one shape together."""
+    found: dict[str, Spectrum] = {}
     shapes: dict[tuple[int, int], list[Target]] = {}
     for target in targets:
         shapes.setdefault((target.out_features, target.in_features), []).append(target)
-    summed = {tensor.dtype for tensor in moments.sums.values()} if moments is not None else set()
-    eps = torch.finfo(torch.float32).eps if torch.float32 in summed else None
-    with progress("Decomposing", len(targets), unit="weights", quiet=quiet) as tick:
-        for same in shapes.values():
-            for begin in range(0, len(same), BATCH):
-                batch = same[begin : begin + BATCH]
-                problems = [layer_problem(model, target, moments, objective, damping) for target in batch]
-                for target, problem in zip(batch, problems, strict=True):
-                    if not torch.isfinite(problem.gram).all():
-                        raise TwofoldError(f"the weight or the moments of {target.name} hold NaN or infinity")
-                metrics = [p.metric for p in problems if p.metric is not None]
-                grams = torch.stack([p.gram for p in problems])
-                stacked = decompose(torch.stack(metrics) if metrics else None, grams, problems[0].side, eps)
-                for i, target in enumerate(batch):
-                    by_name[target.name] = stacked[i]
-                    tick()
-    return Spectra({target.name: by_name[target.name] for target in targets})
+    known = KnownRoots()
+    for shape, same in shapes.items():
+        together = max(1, min(BATCH, BATCH_NUMBERS // min(shape) ** 2))
+        for begin in range(0, len(same), together):
+            batch = same[begin : begin + together]
+            problems = [layer_problem(model, target, moments, objective, damping) for target in batch]
+            for target, problem in zip(batch, problems, strict=True):
+                if not torch.isfinite(problem.gram).all():
+                    raise TwofoldError(f"the weight or the moments of {target.name} hold NaN or infinity")
+            metrics = [p.metric for p in problems if p.metric is not None]
+            grams = torch.stack([p.gram for p in problems])
+            side = problems[0].side
+            del problems
+            stacked = decompose(torch.stack(metrics) if metrics else None, grams, side, eps, known)
+            for i, target in enumerate(batch):
+                one = stacked[i]
+                found[target.name] = replace(one, basis=one.basis.to(torch.float32, copy=True))
+                tick()
+    return found
 
 
 def factor_layer(
     module: nn.Module,
     entry: PlanEntry,
     spectrum: Spectrum,
+    problem: Problem,
     stored_dtype: torch.dtype,
-) -> tuple[FactoredLinear, str | None]:
-    """The factored layer of one plan entry, and a note if the gauge form had to give way to plain factors.
+) -> tuple[FactoredLinear, PlanEntry, str | None]:
+    """The factored layer of one plan entry, the entry as it was carried out, and a note if the gauge form had to give way.
 
     The numbers are rounded to the dtype that will be stored, and computed with in the dtype of the module.
     """
     assert entry.rank is not None
     weight = dense_weight(module).detach()
-    left, right = truncate(weight, spectrum, entry.rank)
+    left, right = truncate(weight, spectrum, problem.metric, entry.rank)
     bias = getattr(module, "bias", None)
     form: Literal["auto", "plain"] = "plain" if entry.form == "plain" else "auto"
     layer = FactoredLinear.from_factors(left, right, bias, form, entry.transposed, dtype=stored_dtype)
+    update: dict[str, Any] = {}
     note = None
     if form == "auto" and layer.form == "plain":
         # The same storage in plain factors takes a smaller rank.
         rank = max(entry.numbers_after // (entry.out_features + entry.in_features), 1)
-        left, right = truncate(weight, spectrum, rank)
+        left, right = truncate(weight, spectrum, problem.metric, rank)
         layer = FactoredLinear.from_factors(left, right, bias, "plain", entry.transposed, dtype=stored_dtype)
         note = (
             f"{entry.name}: no bounded gauge form, so plain factors of rank {rank} take the place of rank {entry.rank}"
         )
-    return layer.to(weight.dtype), note
+        update = {
+            "rank": rank,
+            "numbers_after": rank_cost("plain", target_of(entry), rank),
+            "predicted_loss": float(spectrum.tails[rank]),
+            "reason": f"{entry.reason}; plain factors, since the gauge form had no bounded coefficients",
+        }
+    layer = layer.to(weight.dtype)
+    product = layer.to_dense(spectrum.values.dtype)
+    measured = truncation_loss(weight, product, problem.metric, problem.gram)
+    return layer, entry.model_copy(update={"form": layer.form, "measured_loss": measured, **update}), note
+
+
+def target_of(entry: PlanEntry) -> Target:
+    """The target that an entry of a plan is about."""
+    return Target(entry.name, entry.out_features, entry.in_features, entry.bias, entry.transposed)
+
+
+def factor_entries(
+    model: nn.Module,
+    entries: list[PlanEntry],
+    spectra: Spectra,
+    moments: Moments | None,
+    objective: Objective,
+    damping: float,
+    stored_dtype: torch.dtype,
+    tick: Tick,
+) -> Iterator[tuple[PlanEntry, FactoredLinear | None, str | None]]:
+    """Factor weights that are in memory, one after another."""
+    for entry in entries:
+        if entry.rank is None:
+            yield entry, None, None
+        else:
+            module = model.get_submodule(entry.name)
+            target = target_of(entry)
+            problem = layer_problem(model, target, moments, objective, damping)
+            spectrum = spectra.get(target, problem.gram.dtype, problem.gram.device)
+            layer, done, note = factor_layer(module, entry, spectrum, problem, stored_dtype)
+            layer.requires_grad_(any(p.requires_grad for p in module.parameters()))
+            yield done, layer, note
+        tick()
 
 
 def apply_plan(
@@ -127,7 +213,7 @@ def apply_plan(
     *,
     quiet: bool = False,
 ) -> tuple[Plan, dict[str, nn.Module]]:
-    """Put the factored layers in the place of the dense ones.
+    """Put the factored layers in the place of the dense ones of a model that is in memory.
 
     Returns:
         The plan as it was carried out (forms, measured losses, notes), and the dense modules that were replaced.
@@ -136,30 +222,12 @@ def apply_plan(
     notes = list(plan.notes)
     replaced: dict[str, nn.Module] = {}
     with progress("Factorizing", len(plan.entries), unit="weights", quiet=quiet) as tick:
-        for entry in plan.entries:
-            tick()
-            if entry.rank is None:
-                entries.append(entry)
-                continue
-            module = model.get_submodule(entry.name)
-            spectrum = spectra.by_name[entry.name]
-            layer, note = factor_layer(module, entry, spectrum, stored_dtype)
-            target = Target(entry.name, entry.out_features, entry.in_features, entry.bias, entry.transposed)
-            problem = layer_problem(model, target, moments, objective, damping)
-            product = layer.to_dense(spectrum.values.dtype)
-            measured = truncation_loss(dense_weight(module).detach(), product, problem.metric, problem.gram)
-            update: dict[str, Any] = {"form": layer.form, "measured_loss": measured}
-            if note is not None:
-                notes.append(note)
-                update |= {
-                    "rank": layer.rank,
-                    "numbers_after": rank_cost(layer.form, target, layer.rank),
-                    "predicted_loss": float(spectrum.tails[layer.rank]),
-                    "reason": f"{entry.reason}; plain factors, since the gauge form had no bounded coefficients",
-                }
-            layer.requires_grad_(any(p.requires_grad for p in module.parameters()))
-            replaced[entry.name] = replace_module(model, entry.name, layer)
-            entries.append(entry.model_copy(update=update))
+        made = factor_entries(model, plan.entries, spectra, moments, objective, damping, stored_dtype, tick)
+        for entry, layer, note in made:
+            entries.append(entry)
+            notes += [note] if note is not None else []
+            if layer is not None:
+                replaced[entry.name] = replace_module(model, entry.name, layer)
     return plan.model_copy(update={"entries": entries, "notes": notes}), replaced
 
 

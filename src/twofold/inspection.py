@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import pydantic
 import torch
-from torch import nn
 
-from twofold.models import load_skeleton
+from twofold.errors import TwofoldError
+from twofold.models import LoadedModel, load_skeleton, survey
 from twofold.nn import FactoredLinear
 from twofold.targets import Targets, find_groups, list_weights
 
@@ -49,7 +49,7 @@ def inspect_model(
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLinear)}
     weights: list[Weight] = []
     targets = list_weights(model, include, exclude)
-    groups = _groups(model, targets)
+    groups = _groups(loaded, targets)
     members: dict[str, list[str]] = {}
     for target in targets.targets:
         group = groups.get(target.name)
@@ -99,8 +99,13 @@ def inspect_model(
     )
 
 
-def _groups(model: nn.Module, targets: Targets) -> dict[str, str]:
-    """Which targets share an input; nothing if the model can't be run on its own example input."""
+def _groups(loaded: LoadedModel, targets: Targets) -> dict[str, str]:
+    """Which targets share an input; nothing if the model does not run on token ids alone, nor on its own example input."""
+    model = loaded.model
+    try:
+        return survey(loaded, targets.targets).groups
+    except TwofoldError:
+        pass
     example = getattr(model, "dummy_inputs", None)
     if not isinstance(example, dict):
         return {}

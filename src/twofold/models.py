@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from twofold import builtin
+from twofold.blocks import Chain, watch_chain
+from twofold.checkpoint import shards
+from twofold.checkpoint.configuration import check_depth, read_config
+from twofold.checkpoint.headers import INDEX, check_fit, read_index
 from twofold.checkpoint.quantizer import METHOD, TwofoldConfig, TwofoldQuantizer
+from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
+from twofold.residence import Resident, Streamed
+from twofold.targets import Target, find_groups
+
+LAYER = re.compile(r"\.\d+\.")
 
 
 @dataclass
@@ -30,6 +43,12 @@ class LoadedModel:
     source: Path | None  # the folder, if it is a local one
     stored_dtype: torch.dtype  # of the checkpoint's weights
     no_tokenizer: str = ""  # why there is none
+    residence: Resident = field(default=None)  # type: ignore[assignment]
+    shards: Shards | None = None  # the files that the weights came from, if they are safetensors on this disk
+
+    def __post_init__(self) -> None:
+        if self.residence is None:
+            self.residence = Resident(self.model)
 
 
 @contextmanager
@@ -93,39 +112,150 @@ def load_model(
     """
     chosen_device = choose_device(device)
     source, where, folder = _locate(name, revision, trust_remote_code)
+    held = _shards(folder, name)
     try:
-        config = AutoConfig.from_pretrained(source, **where)
+        config, model_class = _config_and_class(source, where)
         stored = _stored_dtype(config, folder)
-        compute = _compute_dtype(dtype, stored, chosen_device)
-        model_class = _model_class(config, trust_remote_code)
+        compute = compute_dtype(dtype, stored, chosen_device)
+        if held is not None and _is_plain(config, trust_remote_code):
+            check_fit(held.headers, _empty_model(config, model_class, trust_remote_code), name)
         with quiet_bars():
             model, report = model_class.from_pretrained(
                 source,
                 dtype=compute,
                 use_safetensors=None if "gguf_file" in where else True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **where,
             )
     except TwofoldError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, SafetensorError, KeyError …
         raise TwofoldError(f"the model {name} can't be loaded: {first_line(error)}") from error
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        raise TwofoldError(
+            f"size mismatch: the weight {key} in the checkpoint {name} is {tuple(found)}, its config.json says "
+            f"{tuple(expected)}; fetch it again"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise TwofoldError(
             f"the checkpoint {name} is not whole: {len(missing)} weights are missing, first {missing[0]}; fetch it again"
         )
+    _check_layers(model, report["unexpected_keys"], name)
     if "gguf_file" in where:
         forget_gguf(model)
     model = model.to(chosen_device).eval()
     check_finite(model, name)
-    tokenizer, reason = None, ""
+    tokenizer, reason = _tokenizer(source, where)
+    return LoadedModel(model, tokenizer, name, folder, stored or compute, reason, shards=held)
+
+
+def _tokenizer(source: str | Path, where: dict[str, Any]) -> tuple[Any, str]:
+    """The tokenizer of a model, or None and why there is none."""
     try:
         with quiet_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+            return AutoTokenizer.from_pretrained(source, **where), ""
     except Exception as error:  # a model of another modality has none; who needs it says so
-        reason = first_line(error)
-    return LoadedModel(model, tokenizer, name, folder, stored or compute, reason)
+        return None, first_line(error)
+
+
+def load_streamed(
+    name: str,
+    chain: Chain,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """A model whose weights stay on disk, to be read block by block; see ``residence``.
+
+    Args:
+        chain: its blocks, as ``survey`` finds them.
+
+    Raises:
+        TwofoldError: if there is no such model, or it is not whole.
+    """
+    chosen_device = choose_device(device)
+    source, where, folder = _locate(name, revision, trust_remote_code)
+    folder = folder or _download(name, revision)
+    held = _shards(folder, name)
+    assert held is not None
+    try:
+        config, model_class = _config_and_class(source, where)
+        stored = _stored_dtype(config, folder)
+        compute = compute_dtype(dtype, stored, chosen_device)
+        check_fit(held.headers, _empty_model(config, model_class, trust_remote_code), name)
+        model = empty_model(model_class, config, compute)
+    except TwofoldError:
+        raise
+    except Exception as error:
+        raise TwofoldError(f"the model {name} can't be read: {first_line(error)}") from error
+    residence = Streamed(model, held, chain, compute, chosen_device)
+    _check_layers(model, residence.unexpected, name)
+    tokenizer, reason = _tokenizer(source, where)
+    return LoadedModel(model, tokenizer, name, folder, stored or compute, reason, residence, held)
+
+
+def empty_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model with parameters on the meta device, and with its buffers (rotary frequencies and the like) computed."""
+    with quiet_bars(), init_empty_weights(include_buffers=False):
+        model = _from_config(model_class, config, dtype)
+    model.tie_weights()
+    _replace_factored(model, config)
+    return model.eval().requires_grad_(False)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The files of a hub model, on this disk."""
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise TwofoldError(f"the model {name} can't be fetched: {first_line(error)}") from error
+
+
+def _replace_factored(model: Any, config: Any) -> None:
+    """Give a skeleton the factored layers that its configuration names."""
+    settings = getattr(config, "quantization_config", None)
+    settings = settings if isinstance(settings, dict) else getattr(settings, "to_dict", dict)()
+    if settings.get("quant_method") == METHOD:
+        TwofoldQuantizer(TwofoldConfig(**settings)).replace_modules(model)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a run without weights tells of a model."""
+
+    chain: Chain | None
+    before: frozenset[str]  # modules that run before the first block
+    groups: dict[str, str]  # target → the first target with the same input
+
+
+def survey(loaded: LoadedModel, targets: list[Target], length: int = 8) -> Survey:
+    """Run a model of the same configuration whose tensors have shapes but no numbers.
+
+    Raises:
+        TwofoldError: if it does not run on token ids alone.
+    """
+    try:
+        with quiet_bars(), FakeTensorMode():
+            # In bfloat16, the one dtype that every kernel of an expert layer takes.
+            model = type(loaded.model)._from_config(loaded.model.config, dtype=torch.bfloat16).eval()
+            ids = torch.zeros(1, length, dtype=torch.int64)
+            groups = find_groups(model, targets, lambda: model(input_ids=ids))
+            model.requires_grad_(False)
+            mark = model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))
+            with watch_chain(model) as watch, torch.enable_grad():
+                model(input_ids=ids)
+            mark.remove()
+    except Exception as error:  # an architecture that needs other inputs, or looks at its numbers, fails in its own way
+        raise TwofoldError(
+            f"{type(loaded.model).__name__} can't be run block by block ({first_line(error)}); "
+            "give it the memory to be loaded whole, with --memory"
+        ) from error
+    return Survey(watch.chain(), watch.before(), groups)
 
 
 def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
@@ -138,46 +268,102 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
     """
     if name.endswith(".gguf"):
         return load_model(name, trust_remote_code=trust_remote_code)
-    source, where, folder = _locate(name, revision, trust_remote_code, weights=False)
+    source, where, folder = _locate(name, revision, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source, **where)
-        model_class = _model_class(config, trust_remote_code)
-        with quiet_bars(), torch.device("meta"):
-            if hasattr(model_class, "_from_config"):
-                model = model_class._from_config(config)
-            else:
-                model = model_class.from_config(config, trust_remote_code=trust_remote_code)
-        model.tie_weights()
-        settings = getattr(config, "quantization_config", None)
-        if isinstance(settings, dict) and settings.get("quant_method") == METHOD:
-            TwofoldQuantizer(TwofoldConfig(**settings)).replace_modules(model)
+        config, model_class = _config_and_class(source, where)
+        model = _empty_model(config, model_class, trust_remote_code)
+        stored = _stored_dtype(config, folder) or torch.float32
+        held = None
+        if folder is not None and any(folder.glob("*.safetensors")):  # a configuration alone will do
+            held = _shards(folder, name)
+            if held is not None and _is_plain(config, trust_remote_code):
+                check_fit(held.headers, model, name)
     except TwofoldError:
         raise
     except Exception as error:
         raise TwofoldError(f"the model {name} can't be read: {first_line(error)}") from error
-    return LoadedModel(model.eval(), None, name, folder, _stored_dtype(config, folder) or torch.float32)
+    return LoadedModel(model.eval(), None, name, folder, stored, shards=held)
 
 
-def _locate(
-    name: str, revision: str | None, trust_remote_code: bool, *, weights: bool = True
-) -> tuple[str | Path, dict[str, Any], Path | None]:
+def _empty_model(config: Any, model_class: Any, trust_remote_code: bool) -> Any:
+    """A model of this configuration on the meta device, with its factored layers if it has some."""
+    with quiet_bars(), torch.device("meta"):
+        model = _from_config(model_class, config, None, trust_remote_code)
+    model.tie_weights()
+    _replace_factored(model, config)
+    return model
+
+
+def _from_config(model_class: Any, config: Any, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
+    """A model made from its configuration; an Auto class finds the architecture."""
+    settings = {} if dtype is None else {"dtype": dtype}
+    if hasattr(model_class, "_from_config"):
+        return model_class._from_config(config, **settings)
+    return model_class.from_config(config, trust_remote_code=trust_remote_code, **settings)
+
+
+def _is_plain(config: Any, trust_remote_code: bool) -> bool:
+    """Whether the weights are stored as the configuration alone says: not packed by a quantizer, no code of their own.
+
+    Raises:
+        TwofoldError: if transformers does not know how they are packed; it would go on with a warning.
+    """
+    settings = getattr(config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if isinstance(settings, dict) and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise TwofoldError(
+            f"the model's config.json names the quantization {method!r}, which transformers does not know"
+        )
+    return (settings is None or method == METHOD) and not (trust_remote_code and getattr(config, "auto_map", None))
+
+
+def _shards(folder: Path | None, name: str) -> Shards | None:
+    """The weight files of a local folder, by their headers.
+
+    Raises:
+        TwofoldError: if they are not whole, or too few for the layers that config.json names.
+    """
+    if folder is None:
+        return None
+    held = Shards.open(folder, name)
+    count = len(held.headers)
+    check_depth(read_config(folder), folder / "config.json", count, f"the {count} tensors in its weight files")
+    return held
+
+
+def _locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str | Path, dict[str, Any], Path | None]:
     """Where transformers finds a model: its source, the arguments to load it with, and its folder if it is a local one.
 
     Raises:
         TwofoldError: if there is no such folder or file, or it is no checkpoint.
     """
-    path = builtin.smollm2_folder() if name == builtin.ALIAS else Path(name).expanduser()
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    path = builtin.smollm2_folder() if name == builtin.ALIAS else _path(name)
     if path.is_file():
         if path.suffix != ".gguf":
             raise TwofoldError(f"{name} is a file but no .gguf; name the folder of a Transformers checkpoint")
         return path.parent, {**where, "gguf_file": path.name}, None
     if path.is_dir():
-        _check_folder(path, name, weights)
+        _check_folder(path, name)
         return path, where, path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise TwofoldError(f"there is no folder {name}; name a folder, a hub id, a .gguf file, or {builtin.ALIAS}")
     return name, where, None
+
+
+def _path(name: str) -> Path:
+    """The place that a name stands for, if it is one.
+
+    Raises:
+        TwofoldError: if no file can have that name.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, an unknown ~user
+        reason = getattr(error, "strerror", None) or error
+        raise TwofoldError(f"the model {name[:80]!r} can't be found: {reason}") from error
+    return path
 
 
 def _stored_dtype(config: Any, folder: Path | None) -> torch.dtype | None:
@@ -185,6 +371,8 @@ def _stored_dtype(config: Any, folder: Path | None) -> torch.dtype | None:
     stored = getattr(config, "dtype", None)
     stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
     if isinstance(stored, torch.dtype):
+        if not stored.is_floating_point:
+            raise TwofoldError(f"the model's config.json names {stored} as its dtype, which is no floating-point type")
         return stored
     files = sorted(folder.glob("*.safetensors")) if folder is not None else []
     if not files:
@@ -241,13 +429,41 @@ def check_finite(model: nn.Module, name: str) -> None:
         TwofoldError: naming the first such weight.
     """
     for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise TwofoldError(
-                f"the weight {key} of {name} holds NaN or infinity; the checkpoint is broken, fetch it again"
-            )
+        shards.check_finite(key, tensor, name)
 
 
-def _compute_dtype(dtype: str, stored: Any, device: torch.device) -> torch.dtype:
+def check_ids(ids: Tensor, loaded: LoadedModel) -> None:
+    """Refuse token ids that the model has no embedding of.
+
+    Raises:
+        TwofoldError: if the tokenizer gives ids beyond the model's vocabulary.
+    """
+    try:
+        embedding = getattr(loaded.model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # a model of several inputs: it says itself what it does not run on
+        return
+    if embedding is not None and ids.numel() and int(ids.max()) >= len(embedding):
+        raise TwofoldError(
+            f"the tokenizer of {loaded.name} gives the token id {int(ids.max())}, the model has only {len(embedding)} "
+            "embeddings; they do not belong together"
+        )
+
+
+def _check_layers(model: nn.Module, unexpected: Iterable[str], name: str) -> None:
+    """Refuse to drop layers that the checkpoint has and config.json does not; other weights that are left over do no harm.
+
+    Raises:
+        TwofoldError: naming the first weight.
+    """
+    known = {LAYER.sub(".#.", key) for key in model.state_dict()}
+    dropped = sorted(key for key in unexpected if LAYER.search(key) and LAYER.sub(".#.", key) in known)
+    if dropped:
+        raise TwofoldError(
+            f"the checkpoint {name} has more layers than its config.json says, first {dropped[0]}; fetch it again"
+        )
+
+
+def compute_dtype(dtype: str, stored: Any, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)  # type: ignore[no-any-return]
     if device.type == "cpu" or not isinstance(stored, torch.dtype):
@@ -255,29 +471,23 @@ def _compute_dtype(dtype: str, stored: Any, device: torch.device) -> torch.dtype
     return stored
 
 
-def _check_folder(path: Path, name: str, weights: bool) -> None:
+def _check_folder(path: Path, name: str) -> None:
+    """Refuse a folder whose configuration or shard index can't be used, before transformers sees it."""
     if not (path / "config.json").is_file():
         raise TwofoldError(f"{name} is no Transformers checkpoint: it has no config.json")
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise TwofoldError(f"the index {index} can't be read; fetch the checkpoint again") from error
-        outside = sorted(str(shard) for shard in shards if Path(str(shard)).name != shard)
-        if outside:
-            raise TwofoldError(
-                f"the index {index} names a file outside of its folder, {outside[0]}; do not use this checkpoint"
-            )
-        absent = sorted(shard for shard in shards if not (path / shard).is_file())
-        if absent and weights:
-            raise TwofoldError(
-                f"the checkpoint {name} lacks {len(absent)} of {len(shards)} shards, first {absent[0]}; fetch it again"
-            )
-    elif weights and not list(path.glob("*.safetensors")):
-        raise TwofoldError(
-            f"{name} has no weights in safetensors; Twofold loads no other format (pickles can run code)"
-        )
+    read_config(path)
+    if (path / INDEX).is_file():
+        read_index(path / INDEX)
+
+
+def _config_and_class(source: str | Path, where: dict[str, Any]) -> tuple[Any, Any]:
+    """The configuration, and the class to load; where the two disagree, the configuration as that class reads it."""
+    config = AutoConfig.from_pretrained(source, **where)
+    model_class = _model_class(config, where["trust_remote_code"])
+    kind = getattr(model_class, "config_class", None)
+    if kind is not None and not isinstance(config, kind):
+        config = kind.from_pretrained(source, **where)
+    return config, model_class
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:
@@ -291,6 +501,10 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its kind."""
+    """The first line of what an error says, with the second one if it announces that, or its kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError):
+        return f"it does not know {error}"
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__

@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import getpass
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from twofold import distributed
 from twofold.allocate import get_allocation
+from twofold.blocks import Chain, block_names, stretches
 from twofold.calibrate import Moments, TokenWindows, collect_moments, request_statistics
 from twofold.calibrate.fingerprint import fingerprint, model_hash, moments_path
+from twofold.calibrate.moments import DESCRIPTION, FORMAT, Request
 from twofold.calibrate.windows import calibration_windows, fit_window
 from twofold.checkpoint import attach
 from twofold.checkpoint.write import check_space
 from twofold.errors import TwofoldError
-from twofold.factorize import Spectra, apply_plan, decompose_targets
-from twofold.models import LoadedModel, cast_weights, check_finite, first_line, load_model, load_skeleton
+from twofold.estimate import choose_way, estimate_run
+from twofold.factorize import apply_plan, decompose_targets
+from twofold.models import (
+    LoadedModel,
+    cast_weights,
+    check_finite,
+    first_line,
+    load_model,
+    load_skeleton,
+    load_streamed,
+    survey,
+)
 from twofold.objectives import Objective, get_objective
 from twofold.plan import Plan, make_plan
 from twofold.progress import say
 from twofold.recipe import Recipe, make_recipe
+from twofold.residence import Streamed
 from twofold.run import Stopwatch
+from twofold.spectra import Spectra
 from twofold.targets import Targets, find_groups, find_targets
+from twofold.version import __version__
+from twofold.work import Work
+
+RESIDENT_BLOCKS = 4  # blocks of a model in memory that are decomposed, and kept, together
 
 
 @dataclass
@@ -41,32 +67,79 @@ class Prepared:
     plan: Plan
 
 
-def load_for(recipe: Recipe) -> LoadedModel:
-    return load_model(
+@dataclass
+class Opened:
+    """A model that is ready to be worked on, and how it is: whole in memory, or some blocks at a time."""
+
+    loaded: LoadedModel
+    blocks: int | None = None  # in memory at once; None: all
+
+    @property
+    def chain(self) -> Chain | None:
+        residence = self.loaded.residence
+        return residence.chain if isinstance(residence, Streamed) else None
+
+
+def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
+    """Load a model if it fits in memory, or else open it to be worked through block by block.
+
+    Raises:
+        TwofoldError: if there is no such model, or not even one of its blocks fits.
+    """
+    way = choose_way(recipe)
+    needs = get_objective(recipe.objective).needs
+    if way is not None and way.blocks is not None and needs and recipe.calibration == ["self"]:
+        raise TwofoldError(
+            "texts to calibrate on can't be sampled from a model that is worked through block by block (each token would read "
+            f"all of its weights); name some with --calibration FILE, or give it {way.resident / 1e9:.1f} GB with --memory"
+        )
+    if way is None or way.blocks is None:
+        loaded = load_model(
+            recipe.model,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            revision=recipe.revision,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        return Opened(loaded)
+    if not quiet:
+        why = f"{way.limit / 1e9:.1f} GB may be used" if recipe.stream == "auto" else "--stream always asks for it"
+        say(
+            f"worked through {'block by block' if way.blocks == 1 else f'{way.blocks} blocks at a time'}, with about "
+            f"{way.streamed / 1e9:.1f} GB: whole in memory it takes {way.resident / 1e9:.1f} GB, and {why}"
+        )
+    loaded = load_streamed(
         recipe.model,
+        way.chain,
         dtype=recipe.dtype,
         device=recipe.device,
         revision=recipe.revision,
         trust_remote_code=recipe.trust_remote_code,
     )
+    return Opened(loaded, way.blocks)
 
 
 def prepare(
     recipe: Recipe,
-    loaded: LoadedModel,
+    opened: Opened,
     watch: Stopwatch,
     *,
     texts: Iterable[str] | None = None,
-    moments_file: Path | None = None,
+    moments_folder: Path | None = None,
+    work: Work | None = None,
+    bases: bool = True,
     quiet: bool = False,
 ) -> Prepared:
     """All stages up to the plan.
 
     Args:
         texts: to calibrate on, in the place of the recipe's.
-        moments_file: where the moments are kept; in the cache, by fingerprint, if it is None.
+        moments_folder: where the moments are kept; in the cache, by fingerprint, if it is None.
+        work: the unfinished state of the run; what it holds already is used. In memory if it is None.
+        bases: whether factors will be made, or only the plan.
     """
-    model = loaded.model
+    loaded, chain = opened.loaded, opened.chain
+    model, residence = loaded.model, loaded.residence
     objective = get_objective(recipe.objective)
     targets = find_targets(model, recipe.include, recipe.exclude)
     get_allocation(recipe.allocate)
@@ -75,53 +148,139 @@ def prepare(
         raise TwofoldError(
             f"{type(model).__name__} is an encoder-decoder model, which can't be calibrated yet; use --objective svd"
         )
+    if isinstance(residence, Streamed):
+        fused = {t.name: "fused with others in the checkpoint" for t in targets.targets if residence.fused(t.name)}
+        targets = targets.without(fused)
     with watch.stage("hash"):
-        hashed = model_hash(model)
+        hashed = model_hash(model, loaded.shards)
+    mark = ""
     windows: TokenWindows | None = None
     moments: Moments | None = None
     reused = False
     if objective.needs:
         with watch.stage("texts"):
-            windows = calibration_windows(loaded, recipe, hashed, texts, quiet=quiet)
+            windows = distributed.same(lambda: calibration_windows(loaded, recipe, hashed, texts, quiet=quiet))
             if windows.tokens < windows.asked - recipe.window and not quiet:
                 say(f"the calibration text gives {windows.tokens:,} tokens of the {windows.asked:,} asked for")
-            sample = windows.ids[:1, :16].to(next(model.parameters()).device)
-            targets = replace(targets, groups=_groups(model, targets, sample))
+            before: frozenset[str] = frozenset()
+            if residence.streamed:
+                found = survey(loaded, targets.targets)
+                targets, before = replace(targets, groups=found.groups), found.before
+            else:
+                targets = replace(targets, groups=_groups(model, targets, windows.ids[:1, :16].to(residence.device)))
         request = request_statistics(targets.targets, targets.groups, objective.needs)
-        mark = fingerprint(hashed, windows, request, recipe, next(model.parameters()).dtype)
-        path = moments_file or moments_path(mark)
-        if path.is_file():
-            moments = _reuse(path, mark, named=moments_file is not None)
-            reused = moments is not None
-        if moments is None:
-            check_space(path, 4 * request.numbers)
-            about = {"model": loaded.name, "source": windows.source, "seed": str(recipe.seed)}
-            with watch.stage("calibrate"):
-                moments = collect_moments(
-                    model,
-                    targets.targets,
-                    request,
-                    windows.ids,
-                    empty=Moments({}, 0, targets.groups, mark, about),
-                    seed=recipe.seed,
-                    batch_size=recipe.batch_size,
-                    partial=path.with_suffix(".partial"),
-                    quiet=quiet,
-                )
-            with watch.stage("save moments"):
-                moments.save(path)
-        elif not quiet:
-            say(f"the moments of an earlier run fit and are used again ({path})")
+        mark = fingerprint(hashed, windows, request, recipe, residence.dtype)
+        path = moments_folder or moments_path(mark)
+        if work is not None:
+            work.belongs_to(_mark(hashed, mark, recipe))
+            work.update(stage="calibrating", moments=str(path))
+        named = moments_folder is not None
+        with _only_one(path, quiet), watch.stage("calibrate"):
+            moments, reused = _moments(opened, recipe, targets, request, windows, before, mark, path, named, quiet)
+        if reused:
+            watch.seconds.pop("calibrate")
+            if not quiet:
+                say(f"the moments of an earlier run fit and are used again ({path})")
         targets = targets.without(moments.unused(targets.targets))
         if not targets.targets:
             raise TwofoldError(
                 "nothing to factorize: no linear layer takes part when the model runs on the calibration text"
             )
+    if work is not None:
+        work.belongs_to(_mark(hashed, mark, recipe))
+        work.update(stage="decomposing", targets=len(targets.targets))
     with watch.stage("decompose"):
-        spectra = decompose_targets(model, targets.targets, moments, objective, recipe.damping, quiet=quiet)
+        folder = work.spectra if work is not None else None
+        if folder is not None:
+            check_space(folder, 4 * sum(min(t.out_features, t.in_features) ** 2 for t in targets.targets))
+        spectra = decompose_targets(
+            residence,
+            targets.targets,
+            moments,
+            objective,
+            recipe.damping,
+            Spectra(folder, _mark(hashed, mark, recipe), bases=bases),
+            chain=chain or _plain_chain(model),
+            blocks=opened.blocks or RESIDENT_BLOCKS,
+            quiet=quiet,
+        )
     with watch.stage("plan"):
         plan = make_plan(loaded.name, targets, spectra.values, recipe, loaded.stored_dtype.itemsize)
     return Prepared(loaded, targets, objective, windows, moments, reused, spectra, plan)
+
+
+def _moments(
+    opened: Opened,
+    recipe: Recipe,
+    targets: Targets,
+    request: Request,
+    windows: TokenWindows,
+    before: frozenset[str],
+    mark: str,
+    path: Path,
+    named: bool,
+    quiet: bool,
+) -> tuple[Moments, bool]:
+    """The moments of an earlier run, or new ones; and which of the two."""
+    found = _reuse(path, mark, request, named=named) if (path / DESCRIPTION).is_file() else None
+    if distributed.agree(found is not None) and found is not None:
+        return found, True
+    check_space(path, 4 * request.numbers + _states_bytes(opened, recipe, windows))
+    about = {"model": opened.loaded.name, "source": windows.source, "seed": str(recipe.seed)}
+    made = collect_moments(
+        opened.loaded.residence,
+        targets.targets,
+        request,
+        windows.ids,
+        empty=Moments({}, 0, targets.groups, mark, about),
+        parts=stretches(opened.chain, opened.blocks) if opened.blocks is not None else None,
+        before=before,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        folder=path,
+        on_disk=recipe.activations == "disk",
+        quiet=quiet,
+    )
+    return made, False
+
+
+@contextmanager
+def _only_one(folder: Path, quiet: bool) -> Iterator[None]:
+    """Within the block no other run on this machine collects the same moments; the lock ends with the process."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"twofold-{getpass.getuser()}-{name}.lock")
+    if distributed.is_main():
+        try:
+            lock.acquire(timeout=0.5)
+        except Timeout:
+            if not quiet:
+                say(f"another run collects the same moments ({folder}); waiting for it")
+            lock.acquire()
+    distributed.wait()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _states_bytes(opened: Opened, recipe: Recipe, windows: TokenWindows) -> int:
+    """What the hidden states between stretches take on the disk."""
+    if opened.blocks is None or opened.chain is None or recipe.activations != "disk":
+        return 0
+    config = opened.loaded.model.config.get_text_config()
+    width = int(getattr(config, "hidden_size", 0) or 0)
+    kept = len(stretches(opened.chain, opened.blocks)) if "gradient" in get_objective(recipe.objective).needs else 2
+    return kept * windows.ids.numel() * width * opened.loaded.residence.dtype.itemsize
+
+
+def _mark(hashed: str, moments: str, recipe: Recipe) -> str:
+    """What the spectra of a run belong to."""
+    return json.dumps([FORMAT, __version__, hashed, moments, recipe.objective, recipe.damping, recipe.dtype])
+
+
+def _plain_chain(model: nn.Module) -> Chain:
+    """The blocks of a model by their names alone, to do work in parts; it says nothing of how they run."""
+    return Chain(tuple(block_names(model)), False)
 
 
 def _plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Plan:
@@ -141,22 +300,25 @@ def _groups(model: Any, targets: Targets, sample: Tensor) -> dict[str, str]:
         ) from error
 
 
-def _reuse(path: Path, mark: str, *, named: bool) -> Moments | None:
+def _reuse(path: Path, mark: str, request: Request, *, named: bool) -> Moments | None:
     """The saved moments; those in the cache that are not whole are collected again, those that the user named are refused."""
     try:
-        return Moments.load(path, mark)
+        moments = Moments.load(path, mark)
+        moments.check(request)
+        return moments
     except TwofoldError:
         if named:
             raise
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
         return None
 
 
-def plan_model(recipe: Recipe, *, moments_file: Path | None = None, quiet: bool = False) -> Plan:
+def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bool = True, quiet: bool = False) -> Plan:
     """The plan of a recipe, carried out on nothing.
 
     If the recipe names a calibration, the plan is the one that ``compress`` makes, and the moments are kept for it. If it
-    leaves the calibration to its default, no weight is read: the ranks are uniform, and a note says so.
+    leaves the calibration to its default, no weight is read: the ranks are uniform, a note says so, and the memory and time that
+    a run will take are estimated, the time from a probe of some seconds.
 
     Raises:
         TwofoldError: for whatever the user can put right.
@@ -165,30 +327,37 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, quiet: bool 
     get_allocation(recipe.allocate)
     if needs and "calibration" not in recipe.model_fields_set and moments_file is None:
         loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        recipe = fit_window(recipe, loaded, quiet=True)
         plan = _plan_of_shapes(loaded, find_targets(loaded.model, recipe.include, recipe.exclude), recipe)
         note = (
             f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "
             f"the {recipe.allocate} plan needs the moments: name --calibration FILE, or --calibration self"
         )
-        return plan.model_copy(update={"notes": [*plan.notes, note]})
-    loaded = load_for(recipe)
-    recipe = fit_window(recipe, loaded, quiet=quiet)
-    return prepare(recipe, loaded, Stopwatch(), moments_file=moments_file, quiet=quiet).plan
+        given, notes = None, [*plan.notes, note]
+        try:
+            given = estimate_run(loaded, recipe, plan.bytes_after) if estimate else None
+        except TwofoldError as error:
+            if recipe.memory is not None:
+                raise
+            notes.append(f"no run on this machine: {error}")  # the plan itself may be for another one
+        return plan.model_copy(update={"notes": notes, "estimate": given})
+    opened = open_for(recipe, quiet=quiet)
+    recipe = fit_window(recipe, opened.loaded, quiet=quiet)
+    return prepare(recipe, opened, Stopwatch(), moments_folder=moments_file, bases=False, quiet=quiet).plan
 
 
-def carry_out(prepared: Prepared, recipe: Recipe, watch: Stopwatch, *, quiet: bool = False) -> dict[str, nn.Module]:
-    """Factorize the model by its plan; gives the dense modules that were replaced."""
-    with watch.stage("factorize"):
-        prepared.plan, replaced = apply_plan(
-            prepared.loaded.model,
-            prepared.plan,
-            prepared.spectra,
-            prepared.moments,
-            prepared.objective,
-            recipe.damping,
-            prepared.loaded.stored_dtype,
-            quiet=quiet,
-        )
+def carry_out(prepared: Prepared, recipe: Recipe, *, quiet: bool = False) -> dict[str, nn.Module]:
+    """Factorize a model in memory by its plan; gives the dense modules that were replaced."""
+    prepared.plan, replaced = apply_plan(
+        prepared.loaded.model,
+        prepared.plan,
+        prepared.spectra,
+        prepared.moments,
+        prepared.objective,
+        recipe.damping,
+        prepared.loaded.stored_dtype,
+        quiet=quiet,
+    )
     return replaced
 
 
@@ -227,11 +396,16 @@ def factorize(
             str(c) for c in ([calibration] if isinstance(calibration, str | Path) else calibration)
         ]
     recipe = make_recipe({"model": str(named) or type(model).__name__, **settings})
-    loaded = load_for(recipe) if isinstance(model, str | Path) else _given(model, tokenizer, recipe)
+    opened = open_for(recipe, quiet=quiet) if isinstance(model, str | Path) else _given(model, tokenizer, recipe)
+    loaded = opened.loaded
+    if loaded.residence.streamed:
+        raise TwofoldError(
+            "this model does not fit in memory, so it can't be factorized in place; compress it to a folder: twofold compress"
+        )
     recipe = fit_window(recipe, loaded, quiet=quiet)
     watch = Stopwatch()
-    prepared = prepare(recipe, loaded, watch, texts=texts, quiet=quiet)
-    carry_out(prepared, recipe, watch, quiet=quiet)
+    prepared = prepare(recipe, opened, watch, texts=texts, quiet=quiet)
+    carry_out(prepared, recipe, quiet=quiet)
     result = loaded.model
     cast_weights(result, loaded.stored_dtype)
     attach(result)
@@ -239,7 +413,7 @@ def factorize(
     return result
 
 
-def _given(model: Any, tokenizer: Any, recipe: Recipe) -> LoadedModel:
+def _given(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
     """A model that the caller loaded; on a processor it is computed with in float32, and given back in its own dtype."""
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TwofoldError(f"factorize takes a transformers model or its name, got {type(model).__name__}")
@@ -251,4 +425,4 @@ def _given(model: Any, tokenizer: Any, recipe: Recipe) -> LoadedModel:
     stored = first.dtype
     if first.device.type == "cpu" and stored in (torch.bfloat16, torch.float16):
         cast_weights(model, torch.float32)
-    return LoadedModel(model, tokenizer, recipe.model, None, stored)
+    return Opened(LoadedModel(model, tokenizer, recipe.model, None, stored))

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from twofold.allocate import Candidate, Choice, get_allocation
 from twofold.allocate.base import cheapest
@@ -20,25 +21,31 @@ from twofold.recipe import Override, Recipe
 from twofold.targets import Target, Targets, matches
 
 
-class PlanEntry(pydantic.BaseModel, extra="forbid"):
+class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     """One targeted weight W (out, in)."""
 
     name: str
     kind: str
     layer: int | None
-    out_features: int
-    in_features: int
+    out_features: PositiveInt
+    in_features: PositiveInt
     group: str  # the first target that shares its input
-    rank: int | None  # None: dense
+    rank: PositiveInt | None  # None: dense
     form: Literal["plain", "rows", "columns", "gauge"] | None  # "gauge": rows or columns, chosen when it is factorized
     transposed: bool
     bias: bool
-    numbers_before: int  # m · n
-    numbers_after: int
-    predicted_loss: float | None  # Σ σ² left out, None if no spectrum was taken
-    total_loss: float | None  # Σ σ²
+    numbers_before: PositiveInt  # m · n
+    numbers_after: NonNegativeInt
+    predicted_loss: NonNegativeFloat | None  # Σ σ² left out, None if no spectrum was taken
+    total_loss: NonNegativeFloat | None  # Σ σ²
     measured_loss: float | None = None  # the same, measured from the stored factors
     reason: str
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> PlanEntry:
+        if self.rank is not None and self.rank > min(self.out_features, self.in_features):
+            raise ValueError(f"the rank {self.rank} is above the full rank of {self.out_features} × {self.in_features}")
+        return self
 
     @property
     def keep(self) -> float:
@@ -49,23 +56,39 @@ class DenseEntry(pydantic.BaseModel, extra="forbid"):
     """A parameter that is no target."""
 
     name: str
-    shape: list[int]
-    numbers: int
+    shape: list[NonNegativeInt]
+    numbers: NonNegativeInt
     reason: str
+
+
+class Estimate(pydantic.BaseModel, extra="forbid"):
+    """What a run will take on this machine."""
+
+    blocks_at_once: int | None  # None: the whole model is in memory
+    peak_memory: int  # bytes
+    memory_limit: int  # bytes
+    memory: dict[str, int]  # peak of each stage, bytes
+    seconds: dict[str, float]  # of each stage
+    total_seconds: float
+    moments_bytes: int  # on disk, kept for the next budget
+    work_bytes: int  # on disk, while the run goes on
+    output_bytes: int
+    threads: int
 
 
 class Plan(pydantic.BaseModel, extra="forbid"):
     """What is to be done with every parameter of a model."""
 
-    version: int = 1
+    version: Literal[1] = 1
     model: str
     objective: str
     allocate: str
     loss_unit: str
-    element_bytes: int
+    element_bytes: PositiveInt
     entries: list[PlanEntry]
     dense: list[DenseEntry]
     notes: list[str] = []
+    estimate: Estimate | None = None  # what a run will take, in a plan that was asked for alone
 
     @property
     def target_before(self) -> int:
@@ -130,13 +153,19 @@ class Plan(pydantic.BaseModel, extra="forbid"):
             TwofoldError: if the file is missing or is no plan.
         """
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate_json(path.read_text(encoding="utf-8"), strict=True)
         except FileNotFoundError as error:
             raise TwofoldError(f"there is no plan {path}") from error
-        except (pydantic.ValidationError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise TwofoldError(f"the plan {path} can't be read: {error.strerror}") from error
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
             raise TwofoldError(
-                f"{path} is not a plan of this version of Twofold: {str(error).splitlines()[0]}"
+                f"{path} is not a plan of this version of Twofold: {where + ': ' if where else ''}{first['msg']}"
             ) from error
+        except UnicodeDecodeError as error:
+            raise TwofoldError(f"{path} is not a plan of this version of Twofold: it is no text in UTF-8") from error
 
 
 def order_length(form: str | None, out_features: int, in_features: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -71,6 +72,18 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
         Field(description="of the loaded weights; auto is float32 on a processor"),
     ] = "auto"
     device: Annotated[str, Field(description="where to run: cpu, cuda, mps, or auto")] = "auto"
+    memory: Annotated[
+        str | None,
+        Field(description="memory that may be used, as 6GB; a model that needs more is worked through block by block"),
+    ] = None
+    stream: Annotated[
+        Literal["auto", "always", "never"],
+        Field(description="whether to work block by block with the weights on disk; auto if the model does not fit"),
+    ] = "auto"
+    activations: Annotated[
+        Literal["disk", "memory"],
+        Field(description="where hidden states are kept between blocks; on disk a killed run goes on from them"),
+    ] = "disk"
     revision: Annotated[str | None, Field(description="the revision of a hub model")] = None
     trust_remote_code: Annotated[bool, Field(description="run code that comes with the checkpoint")] = False
     eval_text: Annotated[
@@ -100,8 +113,15 @@ def read_recipe(path: Path) -> dict[str, object]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TwofoldError(f"the recipe {path} can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TwofoldError(f"the recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # a date or a number that is none, or too much nesting
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f"line {mark.line + 1}: "
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise TwofoldError(f"the recipe {path} is not YAML: {where}{reason}") from error
     if not isinstance(settings, dict):
         raise TwofoldError(f"the recipe {path} holds no settings; write one as in: keep: 0.8")
     if settings.get("trust_remote_code"):
@@ -130,9 +150,18 @@ def make_recipe(settings: dict[str, object]) -> Recipe:
         if not where:
             raise TwofoldError(message) from error
         flag = (
-            "--override " + where.partition(".")[2] if where.startswith("overrides") else "--" + where.replace("_", "-")
+            f"--override {where.partition('.')[2]}".strip()
+            if where.startswith("overrides")
+            else "--" + where.replace("_", "-")
         )
-        raise TwofoldError(f"{flag}: {message[0].lower()}{message[1:]}, got {first['input']!r}") from error
+        raise TwofoldError(f"{flag}: {message[0].lower()}{message[1:]}, got {_short(first['input'])}") from error
+
+
+def _short(value: object) -> str:
+    """A value in some words: a few lines of YAML can stand for more than any memory holds."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxstring = 2, 80
+    return brief.repr(value)
 
 
 def parse_override(text: str) -> tuple[str, dict[str, object]]:

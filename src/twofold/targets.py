@@ -223,8 +223,8 @@ def find_groups(
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             alive.append(x)
-            where = id(x) if x.is_meta or x.numel() == 0 else x.data_ptr()
-            inputs[name].append((where, tuple(x.shape), x.stride(), x._version))
+            where = (x.untyped_storage()._cdata, x.storage_offset())
+            inputs[name].append((*where, tuple(x.shape), x.stride(), x._version))
 
         return hook
 

@@ -1,4 +1,8 @@
-"""Moments in one pass over the calibration windows: forward for the inputs, backward for the gradients.
+"""Moments from the calibration windows: forward for the inputs, backward for the gradients.
+
+A model that fits in memory is one stretch: each batch goes forward and backward once. A larger one is worked through stretch
+by stretch: forward over all windows, then backward, where each stretch but the last is computed once more from its stored input.
+The arithmetic is the same, so both ways give the same sums.
 
 The labels of the loss are sampled from the model's own distribution, so that E[g gᵀ] is the true Fisher information at the
 output. No weight gets a gradient: the parameters are frozen, and the embeddings' output starts the graph.
@@ -6,43 +10,56 @@ output. No weight gets a gradient: the parameters are frozen, and the embeddings
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twofold.calibrate.moments import Moments, Request
+from twofold import distributed
+from twofold.blocks import Stretch, run_stretch
+from twofold.calibrate.activations import Activations
+from twofold.calibrate.moments import SQUARE, Moments, Parts, Request, read_names, write_part
 from twofold.calibrate.sample import draw
 from twofold.errors import TwofoldError
-from twofold.progress import progress
+from twofold.files import make_folder
+from twofold.progress import Tick, progress
+from twofold.residence import Resident, units_of
 from twofold.targets import Target
 
 SAVE_SECONDS = 120.0  # how often an unfinished pass is saved
+FORWARD = ("rows", "input", "output", "input_abs", "input_trace")  # kinds of moments by the sweep that gives them
+BACKWARD = ("gradient", "input_gradient", "gradient_trace", "fisher_rows")
+OURS = re.compile(
+    r"(forward|backward|both)-\d+-\d+\.safetensors|\.progress\.\d+\.safetensors|(hidden|gradient)-\d+\.\d+\.state|\..*\.\d+\.tmp"
+)
 ROWS = 128  # token positions whose labels are drawn at once
 
 
-class _Accumulator:
+class Accumulator:
     """Hooks on the targets that add to the sums."""
 
-    def __init__(self, model: nn.Module, targets: list[Target], request: Request) -> None:
-        parameter = next(model.parameters())
-        self.device = parameter.device
-        self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    def __init__(self, residence: Resident, targets: list[Target], request: Request, kinds: tuple[str, ...]) -> None:
+        self.device = residence.device
+        self.dtype = torch.float64 if residence.dtype == torch.float64 else torch.float32
         self.sums: dict[str, Tensor] = {}
         self.squares: dict[str, list[Tensor]] = {}
-        square = ("input", "output", "gradient", "input_gradient")
+        here = {target.name for target in targets}
         for kind, names in request.sizes.items():
             for name, k in names.items():
-                shape = (k, k) if kind in square else () if kind == "rows" or kind.endswith("trace") else (k,)
+                if kind not in kinds or name not in here:
+                    continue
+                shape = (k, k) if kind in SQUARE else () if kind == "rows" or kind.endswith("trace") else (k,)
                 self.sums[f"{kind}/{name}"] = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.handles: list[Any] = []
         for target in targets:
-            module = model.get_submodule(target.name)
+            module = residence.model.get_submodule(target.name)
             self.handles.append(module.register_forward_hook(self._forward(target.name)))
             if f"input_gradient/{target.name}" in self.sums:
                 self.handles.append(module.register_full_backward_hook(self._backward(target.name)))
@@ -59,7 +76,8 @@ class _Accumulator:
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             with torch.no_grad():
-                self.sums[f"rows/{name}"] += args[0].numel() // max(args[0].shape[-1], 1)
+                if f"rows/{name}" in self.sums:
+                    self.sums[f"rows/{name}"] += args[0].numel() // max(args[0].shape[-1], 1)
                 if any(f"{kind}/{name}" in self.sums for kind in ("input", "input_abs", "input_trace")) or (
                     f"fisher_rows/{name}" in self.sums
                 ):
@@ -113,108 +131,334 @@ def fisher_gradient(
     return probabilities.to(logits.dtype)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One sweep over one stretch of blocks."""
+
+    sweep: Literal["forward", "backward", "both"]
+    stretch: Stretch
+
+    @property
+    def name(self) -> str:
+        return f"{self.sweep}-{self.stretch.first:04d}-{self.stretch.last:04d}"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return {"forward": FORWARD, "backward": BACKWARD, "both": FORWARD + BACKWARD}[self.sweep]
+
+
+def _steps(parts: list[Stretch], backward: bool) -> list[_Step]:
+    if not backward:
+        return [_Step("forward", part) for part in parts]
+    first: list[_Step] = [_Step("forward", part) for part in parts[:-1]]
+    return [*first, _Step("both", parts[-1]), *(_Step("backward", part) for part in reversed(parts[:-1]))]
+
+
 def collect_moments(
-    model: Any,
+    residence: Resident,
     targets: list[Target],
     request: Request,
     windows: Tensor,  # (count, window), int64
     *,
     empty: Moments,
+    parts: list[Stretch] | None = None,
+    before: frozenset[str] = frozenset(),
     seed: int = 0,
     batch_size: int = 1,
-    partial: Path | None = None,
+    folder: Path | None = None,
+    on_disk: bool = False,
     quiet: bool = False,
 ) -> Moments:
     """Run the model over the windows and sum the moments that were asked for.
 
     Args:
-        model: a transformers model with logits (if gradients are asked for), in evaluation mode.
+        residence: a transformers model with logits (if gradients are asked for), and where its weights are.
         empty: moments with groups, fingerprint and description but no sums yet.
+        parts: the stretches of blocks that are in memory at once; the whole model if it is None.
+        before: the modules that run before the first block.
         seed: of the sampled labels; batch b uses its own stream, so a resumed pass gives the same sums.
-        partial: where an unfinished pass is kept and taken up again.
+        folder: where finished parts are written, and an unfinished pass is taken up again; in memory if it is None.
+        on_disk: keep the hidden states between stretches in the folder, so that a killed run goes on from there.
 
     Raises:
         TwofoldError: if an activation is NaN or infinite (naming the first layer), or the model gives no logits.
     """
-    accumulator = _Accumulator(model, targets, request)
-    first = 0
-    if partial is not None and partial.exists():
-        try:
-            saved = Moments.load(partial, empty.fingerprint)
-            for name, tensor in saved.sums.items():
-                accumulator.sums[name].copy_(tensor)
-            first = saved.tokens // windows.shape[1]
-        except TwofoldError:  # not whole or not ours: start again
-            partial.unlink(missing_ok=True)
+    steps = _steps(parts or [Stretch()], request.backward)
+    sweep = _Sweep(residence, targets, request, windows, steps, empty.fingerprint, seed, batch_size, folder, on_disk)
+    model = residence.model
     was_grad = [(p, p.requires_grad) for p in model.parameters()]
     was_training = model.training
     model.eval()
     model.requires_grad_(False)
-    # Inputs alone need no head, unless a target stands in it.
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    inside = bool(prefix) and hasattr(model, prefix) and all(t.name.startswith(f"{prefix}.") for t in targets)
-    body = getattr(model, prefix) if inside else model
-    start_graph = None
-    if request.backward:
-        start_graph = model.get_input_embeddings().register_forward_hook(
-            lambda m, a, output: output.requires_grad_(True)
-        )
-    saved_at = time.monotonic()
+    found: dict[str, Tensor] = {}
     try:
-        total = windows.numel()
-        with progress("Calibrating", total, done=first * windows.shape[1], unit="tokens", quiet=quiet) as tick:
-            for begin in range(first, len(windows), batch_size):
-                batch = windows[begin : begin + batch_size].to(accumulator.device)
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + begin)
-                _pass(model, body, batch, request.backward, generator)
-                tick(batch.numel())
-                done = min(begin + batch_size, len(windows))
-                if partial is not None and done < len(windows) and time.monotonic() - saved_at > SAVE_SECONDS:
-                    replace(empty, sums=accumulator.sums, tokens=done * windows.shape[1]).save(partial)
-                    saved_at = time.monotonic()
+        begin = sweep.resume()
+        total = sweep.count * windows.shape[1] * len(steps)
+        done = sweep.count * windows.shape[1] * begin + sweep.done * windows.shape[1]
+        with progress("Calibrating", total, done=done, unit="tokens", quiet=quiet) as tick:
+            for step in steps[begin:]:
+                sums = sweep.run(step, [t for t in targets if step.stretch.holds(t.name, before)], tick)
+                if folder is None:
+                    found |= sums
     finally:
-        accumulator.remove()
-        if start_graph is not None:
-            start_graph.remove()
         for parameter, required in was_grad:
             parameter.requires_grad_(required)
         model.train(was_training)
-    moments = replace(empty, sums=accumulator.sums, tokens=windows.numel())
-    broken = moments.first_not_finite()
-    if broken is not None:
-        raise TwofoldError(
-            f"the calibration gave NaN or infinity in {broken.partition('/')[2]}; try --dtype float32, or check its weights"
-        )
-    if partial is not None:
-        partial.unlink(missing_ok=True)
-    return moments
+    moments = replace(empty, sums=found, tokens=windows.numel())
+    if folder is None:
+        return moments
+    if distributed.is_main():
+        sweep.clean()
+        moments.finish(folder, [f"{step.name}.safetensors" for step in steps])
+    distributed.wait()
+    return Moments.load(folder, empty.fingerprint)
 
 
-def _pass(model: Any, body: Any, batch: Tensor, backward: bool, generator: torch.Generator) -> None:
-    if not backward:
-        with torch.no_grad():
-            _check(model, batch, body(input_ids=batch, **_no_cache(model))[0])
-        return
-    with torch.enable_grad():
-        logits = getattr(model(input_ids=batch, **_no_cache(model)), "logits", None)
-        if logits is None or logits.dim() != 3:
-            raise TwofoldError(
-                "this model gives no token logits, which the gradient moments need; use --objective svd-llm"
+class _Sweep:
+    """The state of a pass over all windows, stretch by stretch."""
+
+    def __init__(
+        self,
+        residence: Resident,
+        targets: list[Target],
+        request: Request,
+        windows: Tensor,
+        steps: list[_Step],
+        fingerprint: str,
+        seed: int,
+        batch_size: int,
+        folder: Path | None,
+        on_disk: bool,
+    ) -> None:
+        self.residence, self.request, self.windows, self.steps = residence, request, windows, steps
+        self.seed, self.batch_size, self.folder = seed, batch_size, folder
+        self.fingerprint = fingerprint
+        self.way = f"{distributed.world()} processes" + (", hidden states on disk" if on_disk else "")
+        first, last = distributed.share(-(-len(windows) // batch_size))
+        self.first, self.last = first * batch_size, min(last * batch_size, len(windows))
+        self.done = 0  # windows of the first step that are summed already
+        self.on_disk = on_disk and folder is not None
+        self.states: dict[str, Activations] = {}
+        self.resumed: dict[str, Tensor] = {}
+        model = residence.model
+        # Inputs alone need no head, unless a target stands in it.
+        prefix = str(getattr(model, "base_model_prefix", ""))
+        inside = bool(prefix) and hasattr(model, prefix) and all(t.name.startswith(f"{prefix}.") for t in targets)
+        self.body = getattr(model, prefix) if inside else model
+        if folder is not None:
+            make_folder(folder)
+
+    @property
+    def count(self) -> int:
+        """The windows of this process."""
+        return self.last - self.first
+
+    def _state(self, kind: str, place: int) -> Activations:
+        """The hidden states (or gradients) that go into a block."""
+        name = f"{kind}-{place:04d}"
+        if name not in self.states:
+            path = None
+            if self.on_disk and self.folder is not None:
+                path = self.folder / f"{name}.{distributed.rank()}.state"
+            self.states[name] = Activations(self.count, path)
+        return self.states[name]
+
+    def _progress_file(self) -> Path | None:
+        return None if self.folder is None else self.folder / f".progress.{distributed.rank()}.safetensors"
+
+    def _part(self, step: _Step) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{step.name}.safetensors"
+
+    def resume(self) -> int:
+        """Find the step to begin with, and what is left of it."""
+        if self.folder is None:
+            return 0
+        if not self.on_disk and len(self.steps) > 1:
+            return 0  # the hidden states were in memory
+        begin = 0
+        for step in self.steps:
+            about = self._described(self._part(step))
+            if about is None:
+                break
+            self._shaped(step, about)
+            begin += 1
+        begin = distributed.least(begin)
+        needed = [a for step in self.steps[begin:] for a in self._needed(step, self.steps[:begin])]
+        if not distributed.agree(all(self._state(*one).whole(self.count) for one in needed)):
+            begin = 0
+        progress_file = self._progress_file()
+        about = self._described(progress_file) if progress_file is not None else None
+        mine = about is not None and begin < len(self.steps) and about["step"] == self.steps[begin].name
+        if not distributed.agree(mine) or about is None or progress_file is None:
+            return begin
+        self._shaped(self.steps[begin], about)
+        done = int(about["windows"])
+        if not distributed.agree(all(self._state(*one).whole(done) for one in self._written(self.steps[begin]))):
+            return begin
+        self.done = done
+        self.resumed = {
+            name: Parts({name: progress_file})[name] for name in read_names(progress_file, self.fingerprint)[0]
+        }
+        return begin
+
+    def _shaped(self, step: _Step, about: dict[str, str]) -> None:
+        """Tell the states that an earlier process left what they hold."""
+        for kind, place in self._written(step):
+            if about["shape"]:
+                self._state(kind, place).shaped(tuple(json.loads(about["shape"])), getattr(torch, about["dtype"]))
+
+    def _described(self, path: Path) -> dict[str, str] | None:
+        """What the header of a part says; None if it is not whole, not ours, or made in another way."""
+        try:
+            about = read_names(path, self.fingerprint)[1]
+        except TwofoldError:
+            return None
+        return about if about.get("way") == self.way else None
+
+    @staticmethod
+    def _written(step: _Step) -> list[tuple[str, int]]:
+        """The states that a step leaves for others."""
+        if step.sweep == "forward":
+            return [] if step.stretch.is_last else [("hidden", step.stretch.last)]
+        return [] if step.stretch.is_first else [("gradient", step.stretch.first)]
+
+    def _needed(self, step: _Step, finished: list[_Step]) -> list[tuple[str, int]]:
+        """The states that a step reads and that finished steps have left."""
+        reads = [] if step.stretch.is_first else [("hidden", step.stretch.first)]
+        if step.sweep == "backward":
+            reads.append(("gradient", step.stretch.last))
+        left = [one for done in finished for one in self._written(done)]
+        return [one for one in reads if one in left]
+
+    def run(self, step: _Step, targets: list[Target], tick: Tick) -> dict[str, Tensor]:
+        """One step over the windows of this process; gives the sums over all processes."""
+        stretch, backward = step.stretch, step.sweep != "forward"
+        model = self.residence.model
+        accumulator = Accumulator(self.residence, targets, self.request, step.kinds)
+        for name, tensor in self.resumed.items():
+            accumulator.sums[name].copy_(tensor)
+        start_graph = None
+        if backward and stretch.is_first:
+            start_graph = model.get_input_embeddings().register_forward_hook(
+                lambda m, a, output: output.requires_grad_(True)
             )
-        if not logits.requires_grad:
-            raise TwofoldError(f"no gradient reaches the logits of {type(model).__name__}; use --objective svd-llm")
-        _check(model, batch, logits)
-        logits.backward(fisher_gradient(logits, generator))
+        begin, self.done, self.resumed = self.first + self.done, 0, {}
+        saved_at = time.monotonic()
+        about = {"way": self.way, "step": step.name, "shape": "", "dtype": ""}
+        try:
+            with self.residence.hold(units_of(stretch, head=backward and stretch.is_last)):
+                for first in range(begin, self.last, self.batch_size):
+                    last = min(first + self.batch_size, self.last)
+                    out = self._batch(step, first, last)
+                    for kind, place in self._written(step):
+                        assert out is not None
+                        self._state(kind, place).write(first - self.first, out)
+                        about |= {
+                            "shape": json.dumps(list(out.shape[1:])),
+                            "dtype": str(out.dtype).removeprefix("torch."),
+                        }
+                    tick((last - first) * self.windows.shape[1])
+                    path = self._progress_file()
+                    if path is not None and last < self.last and time.monotonic() - saved_at > SAVE_SECONDS:
+                        write_part(
+                            path, accumulator.sums, self.fingerprint, {**about, "windows": str(last - self.first)}
+                        )
+                        saved_at = time.monotonic()
+        finally:
+            accumulator.remove()
+            if start_graph is not None:
+                start_graph.remove()
+        sums = {name: accumulator.sums[name] for name in sorted(accumulator.sums)}
+        distributed.add_up(sums.values())
+        broken = next((name for name, tensor in sums.items() if not torch.isfinite(tensor).all()), None)
+        if broken is not None:
+            raise TwofoldError(
+                f"the calibration gave NaN or infinity in {broken.partition('/')[2]}; try --dtype float32, or check its weights"
+            )
+        if self.folder is not None and distributed.is_main():
+            write_part(self._part(step), sums, self.fingerprint, about)
+        distributed.wait()
+        self._drop(step)
+        return sums
+
+    def _drop(self, step: _Step) -> None:
+        """Remove what no later step reads."""
+        stretch = step.stretch
+        if step.sweep != "forward" or not self.request.backward:
+            self._state("hidden", stretch.first).remove()
+        if step.sweep == "backward":
+            self._state("gradient", stretch.last).remove()
+        path = self._progress_file()
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def clean(self) -> None:
+        """Remove what finished and abandoned passes left in the folder; nothing of another name is touched."""
+        assert self.folder is not None
+        parts = {f"{step.name}.safetensors" for step in self.steps}
+        for path in self.folder.iterdir():
+            if OURS.fullmatch(path.name) and path.name not in parts:
+                path.unlink(missing_ok=True)
+
+    def _batch(self, step: _Step, first: int, last: int) -> Tensor | None:
+        """Run a stretch on one batch; gives what the step leaves for others."""
+        model, stretch = self.residence.model, step.stretch
+        batch = self.windows[first:last].to(self.residence.device)
+        here, there = first - self.first, last - self.first
+        hidden = None
+        if not stretch.is_first:
+            hidden = self._state("hidden", stretch.first).read(here, there).to(self.residence.device)
+
+        def run(whole: bool) -> Any:
+            called = model if whole else self.body
+            return run_stretch(lambda: called(input_ids=batch, **no_cache(model)), model, stretch, hidden)
+
+        if step.sweep == "forward":
+            with torch.no_grad():
+                out = run(False)
+                out = out if isinstance(out, Tensor) else out[0]
+                self._check(out, run)
+                return None if stretch.is_last else out
+        with torch.enable_grad():
+            if hidden is not None:
+                hidden.requires_grad_(True)
+            out = run(step.sweep == "both")
+            if step.sweep == "both":
+                logits = getattr(out, "logits", None)
+                if logits is None or logits.dim() != 3:
+                    raise TwofoldError(
+                        "this model gives no token logits, which the gradient moments need; use --objective svd-llm"
+                    )
+                if not logits.requires_grad:
+                    raise TwofoldError(
+                        f"no gradient reaches the logits of {type(model).__name__}; use --objective svd-llm"
+                    )
+                self._check(logits, run)
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
+                logits.backward(fisher_gradient(logits, generator))
+            else:
+                gradient = self._state("gradient", stretch.last).read(here, there).to(out)
+                out.backward(gradient)
+        return None if hidden is None else hidden.grad
+
+    def _check(self, output: Tensor, run: Callable[[bool], Any]) -> None:
+        """Name the first layer whose output is not finite."""
+        if torch.isfinite(output).all():
+            return
+        where = _first_broken(self.residence.model, lambda: run(False))
+        raise TwofoldError(
+            f"the activations hold NaN or infinity, first in {where}; try --dtype float32, or check its weights"
+        )
 
 
-def _no_cache(model: Any) -> dict[str, bool]:
+def no_cache(model: Any) -> dict[str, bool]:
+    """The argument that keeps a model from filling a cache of keys and values."""
     return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
 
 
-def _check(model: nn.Module, batch: Tensor, output: Tensor) -> None:
-    """Name the first layer whose output is not finite."""
-    if torch.isfinite(output).all():
-        return
+def _first_broken(model: nn.Module, run: Callable[[], Any]) -> str:
+    """The name of the first layer whose output is not finite."""
     broken: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -233,11 +477,8 @@ def _check(model: nn.Module, batch: Tensor, output: Tensor) -> None:
     handles = [m.register_forward_hook(watch(name)) for name, m in leaves]
     try:
         with torch.no_grad():
-            model(input_ids=batch)
+            run()
     finally:
         for handle in handles:
             handle.remove()
-    where = broken[0] if broken else "the last layer"
-    raise TwofoldError(
-        f"the activations hold NaN or infinity, first in {where}; try --dtype float32, or check its weights"
-    )
+    return broken[0] if broken else "the last layer"

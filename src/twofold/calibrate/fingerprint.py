@@ -12,18 +12,22 @@ from torch import nn
 from twofold.cache import cache_folder
 from twofold.calibrate.moments import FORMAT, Request
 from twofold.calibrate.texts import TokenWindows
+from twofold.checkpoint.shards import Shards
 from twofold.recipe import Recipe
 
 
-def model_hash(model: nn.Module) -> str:
-    """The hash of a model's configuration and weights."""
-    digest = hashlib.sha256()
+def model_hash(model: nn.Module, shards: Shards | None = None) -> str:
+    """The hash of a model's configuration and weights: those in its files, or else those in memory."""
     config = getattr(model, "config", None)
+    described = ""
     if config is not None:
         settings = config.to_dict()
-        for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
             settings.pop(volatile, None)
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        described = json.dumps(settings, sort_keys=True, default=str)
+    if shards is not None:
+        return shards.hash(described)
+    digest = hashlib.sha256(described.encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -46,5 +50,5 @@ def fingerprint(hashed: str, windows: TokenWindows, request: Request, recipe: Re
 
 
 def moments_path(mark: str) -> Path:
-    """The file of the moments of a fingerprint."""
-    return cache_folder() / "moments" / f"{mark[:24]}.safetensors"
+    """The folder of the moments of a fingerprint."""
+    return cache_folder() / "moments" / mark[:24]

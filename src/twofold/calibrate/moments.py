@@ -1,4 +1,4 @@
-"""The moments of a model's targets: which are collected, and how they are kept in a file.
+"""The moments of a model's targets: which are collected, and how they are kept on disk.
 
 For each target either side of a pair suffices, and the smaller one is collected (section 1 of docs/design.md):
     input/LEADER           C = E[x xᵀ] (n, n), once for a group of targets with one input
@@ -9,16 +9,14 @@ For each target either side of a pair suffices, and the smaller one is collected
     fisher_rows/TARGET     Σ_j E[(g_i x_j)²] (m,)
     input_trace/LEADER, gradient_trace/TARGET: tr C, tr G
     rows/TARGET            how many vectors the layer was given: the tokens, unless it is called several times or not for all
-A file holds the sums; the number of tokens stands in its metadata. Inputs are averaged over the rows that a layer saw and
-gradients over the tokens, so that their product counts each call once.
+A folder holds the sums in parts, one for each stretch of blocks, and moments.json, which is written last. Inputs are averaged
+over the rows that a layer saw and gradients over the tokens, so that their product counts each call once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,10 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twofold.errors import TwofoldError
+from twofold.files import write_text, write_whole
 from twofold.objectives.base import LayerMoments, Statistic
 from twofold.targets import Target
 
-FORMAT = "twofold-moments-2"
+FORMAT = "twofold-moments-3"
+DESCRIPTION = "moments.json"
+SQUARE = ("input", "output", "gradient", "input_gradient")  # kinds of moments that are (k, k)
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,13 @@ class Request:
     @property
     def numbers(self) -> int:
         """How many numbers the moments hold."""
-        square = ("input", "output", "gradient", "input_gradient")
-        return sum(k * k if kind in square else k for kind, names in self.sizes.items() for k in names.values())
+        return sum(self.numbers_of(kind) for kind in self.sizes)
+
+    def numbers_of(self, kind: str, targets: Iterable[str] | None = None) -> int:
+        """How many numbers the moments of one kind hold, of all targets or of some."""
+        owners = self.sizes[kind]
+        chosen = owners if targets is None else owners.keys() & set(targets)
+        return sum(owners[name] ** 2 if kind in SQUARE else owners[name] for name in chosen)
 
 
 def request_statistics(
@@ -105,7 +111,7 @@ def request_statistics(
 class Moments:
     """The collected sums, and what they belong to."""
 
-    sums: dict[str, Tensor]  # "input/LEADER" → sum over tokens, and so on
+    sums: Mapping[str, Tensor]  # "input/LEADER" → sum over tokens, and so on
     tokens: int
     groups: dict[str, str]
     fingerprint: str
@@ -150,52 +156,122 @@ class Moments:
                 reasons[target.name] = "no gradient reaches it: it does not change the output"
         return reasons
 
+    def check(self, request: Request) -> None:
+        """Make sure that all that was asked for is there.
+
+        Raises:
+            TwofoldError: naming the first moment that is missing.
+        """
+        for kind, owners in request.sizes.items():
+            for name in owners:
+                if f"{kind}/{name}" not in self.sums:
+                    raise TwofoldError(f"the moments lack {kind} of {name}; delete them and run again")
+
     def first_not_finite(self) -> str | None:
         """The first moment that holds NaN or infinity."""
         return next((name for name, tensor in self.sums.items() if not torch.isfinite(tensor).all()), None)
 
-    def save(self, path: Path) -> None:
-        """Write the moments to a safetensors file, whole or not at all."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        metadata = {
+    def save(self, folder: Path) -> None:
+        """Write all the moments as one part, and their description."""
+        write_part(folder / "sums.safetensors", dict(self.sums), self.fingerprint)
+        self.finish(folder, ["sums.safetensors"])
+
+    def finish(self, folder: Path, parts: list[str]) -> None:
+        """Write the description of the parts that a folder holds; from then on it counts as whole."""
+        description = {
             "format": FORMAT,
-            "tokens": str(self.tokens),
-            "groups": json.dumps(self.groups),
             "fingerprint": self.fingerprint,
-            "about": json.dumps(self.about),
+            "tokens": self.tokens,
+            "groups": self.groups,
+            "about": self.about,
+            "parts": parts,
         }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in self.sums.items()}, temporary, metadata)
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise TwofoldError(
-                f"the moments can't be written to {path}: {error}; free some space or set TWOFOLD_CACHE"
-            ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        write_text(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path, fingerprint: str | None = None) -> Moments:
+    def load(cls, folder: Path, fingerprint: str | None = None) -> Moments:
         """Read moments, and make sure that they are those of this model, data, seed and settings.
 
+        The sums are read from the disk when they are asked for.
+
         Raises:
-            TwofoldError: if the file is not whole, or belongs to something else.
+            TwofoldError: if the folder is not whole, or belongs to something else.
         """
+        if not folder.is_dir():
+            raise TwofoldError(f"there are no moments in {folder}: it is no folder")
+        try:
+            description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            if description["format"] != FORMAT:
+                raise TwofoldError(f"{folder} holds no moments of this version; delete it and run again")
+            mark = str(description["fingerprint"])
+            if fingerprint is not None and mark != fingerprint:
+                raise TwofoldError(
+                    f"the moments in {folder} belong to another model, text, seed or setting; name another folder or delete it"
+                )
+            places: dict[str, Path] = {}
+            for part in description["parts"]:
+                path = folder / Path(part).name
+                names, _ = read_names(path, mark)
+                places |= dict.fromkeys(names, path)
+            about, groups = dict(description["about"]), dict(description["groups"])
+            tokens = int(description["tokens"])
+            if tokens < 1 or not places:
+                raise ValueError("it holds none")
+            return cls(Parts(places), tokens, groups, mark, about)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise TwofoldError(
+                f"the moments in {folder} can't be read ({error}); delete the folder and run again"
+            ) from error
+
+
+class Parts(Mapping[str, Tensor]):
+    """The sums of several files by name; each is read when it is asked for, so that they need not fit in memory."""
+
+    def __init__(self, places: dict[str, Path]) -> None:
+        self.places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self.places[name]
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise TwofoldError(f"{path} is not a file of moments of this version; delete it and run again")
-                if fingerprint is not None and metadata["fingerprint"] != fingerprint:
-                    raise TwofoldError(
-                        f"the moments in {path} belong to another model, text, seed or setting; name another file or delete it"
-                    )
-                sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return file.get_tensor(name).clone()  # type: ignore[no-any-return]
         except (SafetensorError, OSError) as error:
             raise TwofoldError(
-                f"the moments in {path} can't be read ({error}); delete the file and run again"
+                f"the moments in {path} can't be read ({error}); delete {path.parent} and run again"
             ) from error
-        about = json.loads(metadata["about"])
-        return cls(sums, int(metadata["tokens"]), json.loads(metadata["groups"]), metadata["fingerprint"], about)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def write_part(path: Path, sums: dict[str, Tensor], fingerprint: str, about: dict[str, str] | None = None) -> None:
+    """Write sums to one file, whole or not at all.
+
+    Raises:
+        TwofoldError: if the disk does not take them.
+    """
+    metadata = {"format": FORMAT, "fingerprint": fingerprint, **(about or {})}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sums.items()}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_names(path: Path, fingerprint: str) -> tuple[list[str], dict[str, str]]:
+    """The names in a part, and what else its header says.
+
+    Raises:
+        TwofoldError: if it is not whole, or belongs to something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise TwofoldError(
+            f"the moments in {path} can't be read ({error}); delete {path.parent} and run again"
+        ) from error
+    if metadata.get("format") != FORMAT or metadata.get("fingerprint") != fingerprint:
+        raise TwofoldError(f"{path} belongs to other moments; delete {path.parent} and run again")
+    return names, metadata

@@ -121,11 +121,15 @@ def _read_one(source: str, limit: float, tokenizer: Any, config: str | None, spl
 def _row_text(line: str, where: str, tokenizer: Any, column: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TwofoldError(
-            f"{where} is not JSON: {error.msg}; a .jsonl file has one JSON object on each line"
-        ) from error
-    return _text_of(row, where, tokenizer, column)
+    except (ValueError, RecursionError) as error:  # beside no JSON: a number of too many digits, too much nesting
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise TwofoldError(f"{where} is not JSON: {reason}; a .jsonl file has one JSON object on each line") from error
+    text = _text_of(row, where, tokenizer, column)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # "\ud800" in JSON: half of a character
+        raise TwofoldError(f"{where} holds half of a character (a lone surrogate); convert it first") from error
+    return text
 
 
 def _text_of(row: Any, where: str, tokenizer: Any, column: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +15,8 @@ from twofold.cache import cache_folder
 from twofold.calibrate.sample import beginnings, sample_texts
 from twofold.calibrate.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts, token_windows
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel, need_tokenizer, positions
+from twofold.files import write_whole
+from twofold.models import LoadedModel, check_ids, need_tokenizer, positions
 from twofold.progress import say
 from twofold.recipe import Recipe
 
@@ -64,9 +63,11 @@ def calibration_windows(
                 text_column=recipe.text_column,
             )
         )
-        return token_windows(
+        windows = token_windows(
             read, tokenizer, tokens=recipe.tokens, window=recipe.window, held_out=HELD_OUT, source=source
         )
+        check_ids(torch.cat([windows.ids, windows.held_out]), loaded)
+        return windows
     count = max(recipe.tokens // recipe.window, 1)
     begin = beginnings(tokenizer)
     key = hashlib.sha256(f"{hashed} {begin} {recipe.seed} {count} {recipe.window}".encode()).hexdigest()[:24]
@@ -94,13 +95,7 @@ def _sampled_before(path: Path) -> Tensor | None:
 
 def _keep_samples(ids: Tensor, path: Path) -> None:
     """Keep samples for another run; if the disk does not take them, this run goes on without."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"ids": ids.contiguous()}, temporary)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+        write_whole(path, lambda temporary: save_file({"ids": ids.contiguous()}, temporary))
+    except TwofoldError as error:
         say(f"the sampled texts are not kept for another run: {error}")
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ replaced, on the meta device, by ``FactoredLinear`` of the stored rank and form.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import torch
@@ -37,6 +38,14 @@ class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.modules = modules or {}
         self.format_version = format_version
         self.twofold_version = twofold_version
+        if not isinstance(self.modules, dict):
+            raise TwofoldError(
+                f"the factored modules in the model's config.json must be a mapping, got {type(modules).__name__}"
+            )
+        if type(format_version) is not int or format_version < 1:
+            raise TwofoldError(
+                f"the format version in the model's config.json must be a whole number, got {format_version!r}"
+            )
         if format_version > FORMAT_VERSION:
             raise TwofoldError(
                 f"this checkpoint has format version {format_version}, this Twofold reads up to {FORMAT_VERSION}; "
@@ -70,11 +79,14 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         prefix = str(getattr(model, "base_model_prefix", ""))
         modules = dict(model.named_modules())
+        itself = type(model).__name__ in (
+            getattr(model.config, "architectures", None) or ()
+        )  # the class that was saved
         found = 0
         stored_modules = self.quantization_config.modules.items()
         for stored, settings in sorted(stored_modules, key=lambda item: not item[0].startswith(f"{prefix}.")):
             name = _find(stored, modules, prefix)
-            if name is None and found and prefix and not stored.startswith(f"{prefix}."):
+            if name is None and found and prefix and not stored.startswith(f"{prefix}.") and not itself:
                 continue  # a part of another head, which this class does not have
             if name is None:
                 raise TwofoldError(
@@ -92,11 +104,9 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             TwofoldError: naming the first one.
         """
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
         children = {
-            f"{name}.{child}": getattr(module, child)
-            for name, module in model.named_modules()
-            if isinstance(module, FactoredLinear)
-            for child in ("reduce", "expand")
+            f"{name}.{child}": getattr(layer, child) for name, layer in layers.items() for child in ("reduce", "expand")
         }
         for name, child in children.items():
             expected, found = (child.out_features, child.in_features), tuple(child.weight.shape)
@@ -105,6 +115,8 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"size mismatch: the factor {name} in the checkpoint is {found}, its config.json says {expected}; "
                     "fetch the checkpoint again"
                 )
+        for name, layer in layers.items():
+            _check_order(layer, name)
         factors = {f"{name}.weight": child.weight for name, child in children.items()}
         # Loaded parameters carry this mark; those that transformers filled in do not.
         marked = {name: bool(getattr(p, "_is_hf_initialized", False)) for name, p in factors.items() if not p.is_meta}
@@ -158,18 +170,35 @@ def _skeleton(module: nn.Module, name: str, settings: dict[str, Any]) -> Factore
     else:
         raise TwofoldError(f"the checkpoint factorizes {name}, which is a {type(module).__name__} and no linear layer")
     try:
+        if (
+            not isinstance(settings, dict)
+            or type(settings.get("rank")) is not int
+            or settings.keys() - {"rank", "form"}
+        ):
+            raise TypeError(f"it must have a whole number as its rank, and a form, got {reprlib.repr(settings)}")
         return FactoredLinear(
             in_features,
             out_features,
-            rank=int(settings["rank"]),
+            rank=settings["rank"],
             form=settings.get("form", "plain"),
             bias=module.bias is not None,
             transposed=isinstance(module, Conv1D),
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise TwofoldError(f"the plan of {name} in the checkpoint does not fit: {error}") from error
+
+
+def _check_order(layer: FactoredLinear, name: str) -> None:
+    """Refuse an order that is no permutation: it would read beyond the layer, or leave a part of it out."""
+    order = layer.order
+    if order is None or order.is_meta:
+        return
+    length = layer.out_features if layer.form == "rows" else layer.in_features
+    whole = torch.arange(length, device=order.device)
+    if order.is_floating_point() or order.shape != whole.shape or not torch.equal(order.sort().values.long(), whole):
+        raise TwofoldError(f"{name}.order in the checkpoint is no order of its {length} {layer.form}; fetch it again")
 
 
 def dense_module(layer: FactoredLinear, dtype: torch.dtype | None = None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 import typer
 
-from twofold.cli import compress, eval, inspect, plan
+from twofold.cli import compress, eval, inspect, plan, status
 from twofold.cli.settings import repeat_flags
 
 
@@ -21,7 +22,7 @@ def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            print("twofold: stopped; moments that were saved are used again by the same command", file=sys.stderr)
+            print("twofold: stopped; the same command goes on from what was done", file=sys.stderr)
             sys.exit(130)
 
     return run
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (compress, plan, inspect, eval):
+for _module in (compress, plan, inspect, eval, status):
     app.command(name=_module.__name__.rpartition(".")[2], no_args_is_help=True)(_stoppable(_module.command))
 
 
@@ -54,6 +55,11 @@ def _root(
     pass
 
 
+def _one_line(error: Exception) -> str:
+    """What an error says, as one line without what a terminal would obey: it may hold names from a checkpoint."""
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in " ".join(str(error).split()))
+
+
 def main() -> None:
     """Run the command; 0 if it did what was asked, 2 if the user can put something right, 1 for a failure of ours."""
     from twofold.errors import TwofoldError
@@ -61,11 +67,17 @@ def main() -> None:
     try:
         app(repeat_flags(sys.argv[1:]))
     except TwofoldError as error:
-        print(f"twofold: {error}", file=sys.stderr)
+        print(f"twofold: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-            print("twofold: not enough memory; use a smaller --batch-size or --window", file=sys.stderr)
+            print(
+                "twofold: not enough memory; give less to the run with --memory, or use a smaller --batch-size or --window",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"twofold: no file can have the name {str(error.filename)[:80]!r}…: it is too long", file=sys.stderr)
             sys.exit(2)
         import traceback
 

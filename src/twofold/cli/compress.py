@@ -16,7 +16,7 @@ def command(
     recipe: Recipe,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
-    moments: Annotated[Path | None, typer.Option(help="File of the moments \\[default: in the cache].")] = None,
+    moments: Annotated[Path | None, typer.Option(help="Folder of the moments \\[default: in the cache].")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the record of the run as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
@@ -26,6 +26,8 @@ def command(
     from twofold.plan import Plan
 
     run = compress(recipe, out, overwrite=overwrite, moments_file=moments, quiet=quiet)
+    if run is None:  # one of many processes; the first prints
+        return
     if json_output:
         print(run.model_dump_json(indent=1))
     else:

@@ -16,7 +16,7 @@ from twofold.recipe import Recipe
 def command(
     recipe: Recipe,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan to this JSON file too.")] = None,
-    moments: Annotated[Path | None, typer.Option(help="File of the moments \\[default: in the cache].")] = None,
+    moments: Annotated[Path | None, typer.Option(help="Folder of the moments \\[default: in the cache].")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from unicodedata import category
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,19 +12,25 @@ from rich.table import Table
 
 from twofold.evaluation import Evaluation
 from twofold.inspection import Inspection
-from twofold.plan import Plan, PlanEntry
+from twofold.plan import Estimate, Plan, PlanEntry
 from twofold.run import Run
+from twofold.status import Status
 
 console = Console()
 
 
+def plain(text: str) -> str:
+    """Text from a model or from data as itself: no markup, and nothing else that a terminal obeys."""
+    return escape("".join(sign if sign in "\n\t" or category(sign) not in ("Cc", "Cs") else "\ufffd" for sign in text))
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
     """Print a table; the columns after the first ``left`` are numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold")
+    made = Table(title=plain(title), title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         made.add_column(column, justify="left" if i < left else "right")
     for row in rows:
-        made.add_row(*(escape(cell) for cell in row))
+        made.add_row(*(plain(cell) for cell in row))
     console.print(made)
 
 
@@ -53,6 +60,12 @@ def print_sizes(plan: Plan) -> None:
                 millions(plan.model_before),
                 millions(plan.model_after),
                 f"{plan.keep_model:.2%}",
+            ],
+            [
+                "multiplications a token, factorized weights",
+                millions(plan.target_before),
+                millions(plan.target_after),
+                f"{plan.keep:.2%}",
             ],
             [
                 "factorized weights, bytes",
@@ -102,8 +115,40 @@ def print_plan(plan: Plan) -> None:
         console.print(
             f"Predicted divergence from the original: {plan.predicted_divergence:.4f} nats per token (second order)."
         )
+    if plan.estimate is not None:
+        print_estimate(plan.estimate)
     for note in plan.notes:
-        console.print(f"Note: {escape(note)}.")
+        console.print(f"Note: {plain(note)}.")
+
+
+def print_estimate(estimate: Estimate) -> None:
+    """What a run will take."""
+    blocks = estimate.blocks_at_once
+    how = (
+        "the whole model in memory"
+        if blocks is None
+        else "block by block"
+        if blocks == 1
+        else f"{blocks} blocks at a time"
+    )
+    stages = [[name, f"{seconds:.0f} s"] for name, seconds in estimate.seconds.items() if seconds >= 0.5]
+    longest = max(estimate.memory, key=lambda name: estimate.memory[name])
+    rows = [
+        ["how", how],
+        ["peak memory", f"{estimate.peak_memory / 2**30:.2f} GiB (to {longest})"],
+        ["memory that may be used", f"{estimate.memory_limit / 2**30:.2f} GiB"],
+        ["disk while it runs", megabytes(estimate.work_bytes)],
+        ["disk for the moments, kept for the next budget", megabytes(estimate.moments_bytes)],
+        ["disk for the checkpoint", megabytes(estimate.output_bytes)],
+        *stages,
+        [
+            "time in all",
+            f"{estimate.total_seconds / 60:.0f} min"
+            if estimate.total_seconds > 120
+            else f"{estimate.total_seconds:.0f} s",
+        ],
+    ]
+    table(f"Estimate for this machine, {estimate.threads} threads", ["", ""], rows)
 
 
 def _rank(entry: PlanEntry) -> str:
@@ -146,15 +191,15 @@ def print_run(run: Run, plan: Plan, out: Path) -> None:
             ],
         )
     for sample in run.samples:
-        console.print(f"[bold]{escape(sample.prompt)}[/bold]")
-        console.print(f"  original: {escape(sample.original.strip())}")
-        console.print(f"  factored: {escape(sample.factored.strip())}")
+        console.print(f"[bold]{plain(sample.prompt)}[/bold]")
+        console.print(f"  original: {plain(sample.original.strip())}")
+        console.print(f"  factored: {plain(sample.factored.strip())}")
     for note in run.notes:
-        console.print(f"Note: {escape(note)}.")
+        console.print(f"Note: {plain(note)}.")
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items() if seconds >= 0.5)
     console.print(f"Time: {spent}. Peak memory: {run.peak_memory / 2**30:.2f} GiB.")
-    console.print(f"Checkpoint: {out}", highlight=False, soft_wrap=True)
-    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"Checkpoint: {plain(str(out))}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {plain(str(out / 'report.html'))}", highlight=False, soft_wrap=True)
 
 
 def _spread(ranks: list[int]) -> list[str]:
@@ -187,7 +232,7 @@ def print_inspection(found: Inspection, every: bool) -> None:
             left=3,
         )
         if found.shared:
-            console.print("Weights that share an input: " + "; ".join(escape(s) for s in found.shared) + ".")
+            console.print("Weights that share an input: " + "; ".join(plain(s) for s in found.shared) + ".")
     share = found.target_numbers / found.total_numbers
     console.print(
         f"{found.architecture}: {millions(found.total_numbers)} parameters, of which {millions(found.target_numbers)} "
@@ -228,6 +273,39 @@ def print_evaluation(result: Evaluation) -> None:
             for m in result.models
         ),
     )
+
+
+def print_status(status: Status, removed: bool) -> None:
+    """How far a run has come."""
+    if status.state == "finished":
+        console.print(
+            f"finished: {escape(status.model)}, in {status.hours:.2f} h; {escape(status.out)}", soft_wrap=True
+        )
+        return
+    if removed:
+        console.print(f"removed: {escape(status.work)} ({megabytes(status.work_bytes)})", soft_wrap=True)
+        return
+    rows = [
+        ["state", f"{status.state}, at: {status.stage}"],
+        ["model", status.model],
+        ["begun", f"{60 * status.hours:.0f} minutes ago"],
+        [
+            "calibration",
+            "finished" if status.moments_done else f"{status.moments_parts} sweeps over some blocks finished",
+        ],
+        ["weights decomposed", f"{status.decomposed} of {status.targets or '?'}"],
+        ["parts of the checkpoint written", str(status.parts)],
+        ["state on disk", megabytes(status.work_bytes)],
+        ["moments on disk", megabytes(status.moments_bytes)],
+    ]
+    table(status.out, ["", ""], rows, left=2)
+    console.print(f"State: {escape(status.work)}", soft_wrap=True)
+    if status.moments:
+        console.print(f"Moments: {escape(status.moments)}", soft_wrap=True)
+    if status.finished:
+        console.print("A finished checkpoint of an earlier run stands in the folder.")
+    if status.state == "stopped":
+        console.print("The command that began it goes on from here; twofold status --remove deletes it.")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -3,6 +3,7 @@
 from twofold.linalg.gauge import GaugeForm, gauge_form, gauge_rank, gauge_storage, plain_storage
 from twofold.linalg.metric import Metric, damp, is_full, metric_product, roots
 from twofold.linalg.spectrum import (
+    KnownRoots,
     Side,
     Spectrum,
     decompose,
@@ -15,6 +16,7 @@ from twofold.linalg.spectrum import (
 
 __all__ = [
     "GaugeForm",
+    "KnownRoots",
     "Metric",
     "Side",
     "Spectrum",

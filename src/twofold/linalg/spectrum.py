@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from twofold.linalg.metric import Metric, is_full, metric_product, roots
+from twofold.linalg.metric import Metric, eigen, is_full, metric_product, roots
 
 Side = Literal["rows", "columns"]
 
@@ -33,18 +33,18 @@ class Spectrum:
     """The decomposition of one weight (or of a batch of one shape); any rank can be read from it.
 
     ``values`` (..., k) are σ², largest first, k = min(m, n); those below the numerical cutoff are zero.
-    ``inner`` and ``outer`` (..., k, k) give the projector of rank r, inner[:, :r] @ outer[:, :r].T:
-    it acts on W from the left on the side "rows", and transposed from the right on "columns".
+    ``basis`` (..., k, k) is B = metric^-½ U. With A its first r columns, the projector of rank r is A (Aᵀ metric A)⁻¹ Aᵀ metric:
+    it acts on W from the left on the side "rows", and transposed from the right on "columns". The inverse is the identity but for
+    rounding; with it the basis may be kept in float32.
     """
 
     values: Tensor  # (..., k)
-    inner: Tensor  # (..., k, k), metric^-½ U
-    outer: Tensor  # (..., k, k), metric^½ U
+    basis: Tensor  # (..., k, k), metric^-½ U
     side: Side
 
     def __getitem__(self, index: int) -> Spectrum:
         """One problem of a batch."""
-        return Spectrum(self.values[index], self.inner[index], self.outer[index], self.side)
+        return Spectrum(self.values[index], self.basis[index], self.side)
 
     @property
     def tails(self) -> Tensor:  # (..., k + 1)
@@ -73,11 +73,13 @@ def decompose(
     gram: Tensor,  # (..., k, k), of the weight in the metric of the larger side
     side: Side,
     eps: float | None = None,
+    known: KnownRoots | None = None,
 ) -> Spectrum:
     """Decompose one weight, or a batch of them, for every rank at once.
 
     The dtype of ``gram`` is the working dtype; a Gram matrix squares the condition number, so form it in
     float64 where the device has it. ``eps`` is the precision that the metric was summed in, if it is lower.
+    ``known`` remembers the roots of a metric for the next weight that has the same input.
 
     Raises:
         ValueError: if the gram matrix or the metric holds NaN or infinity.
@@ -89,27 +91,45 @@ def decompose(
         root = inverse = torch.eye(k, dtype=gram.dtype, device=gram.device).expand_as(gram)
         middle = gram
     elif is_full(metric, k, gram.dim() - 2):
-        root, inverse = _distinct_roots(metric.to(gram.dtype), eps)
+        root, inverse = _distinct_roots(metric.to(gram.dtype), eps, known or KnownRoots())
         middle = root @ gram @ root
     else:
         values = metric.to(gram.dtype).clamp_min(0).sqrt()
         inverse_values = torch.where(values > 0, 1 / values.clamp_min(torch.finfo(gram.dtype).tiny), 0)
         root, inverse = torch.diag_embed(values), torch.diag_embed(inverse_values)
         middle = values[..., :, None] * gram * values[..., None, :]
-    values, vectors = torch.linalg.eigh((middle + middle.mT) / 2)
+    values, vectors = eigen((middle + middle.mT) / 2)
     values, vectors = values.flip(-1), vectors.flip(-1)
     cutoff = values[..., :1].clamp_min(0) * k * torch.finfo(gram.dtype).eps
     values = torch.where(values > cutoff, values, 0)
-    return Spectrum(values, inverse @ vectors, root @ vectors, side)
+    return Spectrum(values, inverse @ vectors, side)
+
+
+class KnownRoots:
+    """The roots of the metric that was decomposed last: weights that share an input often follow one another."""
+
+    def __init__(self) -> None:
+        self._metric: Tensor | None = None
+        self._roots: tuple[Tensor, Tensor] | None = None
+
+    def of(self, metrics: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:  # (b, k, k), or (k, k)
+        """The roots of a metric, or of a batch of them."""
+        if self._metric is not None and self._roots is not None and torch.equal(self._metric, metrics):
+            return self._roots
+        self._metric, self._roots = None, None  # frees the memory before more is taken
+        found = roots(metrics, eps)
+        self._metric, self._roots = metrics, found
+        return found
 
 
 def _distinct_roots(
     metrics: Tensor,  # (..., k, k)
     eps: float | None,
+    known: KnownRoots,
 ) -> tuple[Tensor, Tensor]:
     """The roots of metrics; those that are equal in a batch, since their weights share an input, are decomposed once."""
     if metrics.dim() != 3:
-        return roots(metrics, eps)
+        return known.of(metrics, eps)
     distinct: list[Tensor] = []
     places: list[int] = []
     for metric in metrics:
@@ -117,27 +137,46 @@ def _distinct_roots(
         if place == len(distinct):
             distinct.append(metric)
         places.append(place)
-    root, inverse = roots(torch.stack(distinct), eps)
+    root, inverse = known.of(torch.stack(distinct), eps)
+    if len(distinct) == len(places) == 1:
+        return root, inverse
     return root[places], inverse[places]
 
 
 def truncate(
     weight: Tensor,  # (m, n)
     spectrum: Spectrum,
+    metric: Metric,  # over the k directions of the smaller side: the one that was decomposed in
     rank: int,
 ) -> tuple[Tensor, Tensor]:  # (m, rank), (rank, n)
-    """The two factors of the best approximation of ``weight`` of a rank, in the spectrum's dtype.
+    """The two factors of the best approximation of ``weight`` of a rank, in the dtype of the spectrum's values.
 
     Raises:
         ValueError: if the rank is not between 1 and min(m, n).
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"the rank must be between 1 and {min(weight.shape)}, got {rank}")
-    weight = weight.to(spectrum.values.dtype)
-    inner, outer = spectrum.inner[:, :rank], spectrum.outer[:, :rank]
+    dtype = spectrum.values.dtype
+    weight = weight.to(dtype)
+    inner = spectrum.basis[:, :rank].to(dtype)
+    outer = metric_product(metric, inner)
+    overlap = inner.mT @ outer
+    outer = _solve((overlap + overlap.mT) / 2, outer.mT).mT
     if spectrum.side == "rows":
         return inner, outer.mT @ weight
     return weight @ outer, inner.mT
+
+
+def _solve(
+    matrix: Tensor,  # (r, r), nearly the identity
+    right: Tensor,  # (r, k)
+) -> Tensor:  # (r, k)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) == 0:
+        solution: Tensor = torch.cholesky_solve(right, factor)
+        return solution
+    inverse: Tensor = torch.linalg.pinv(matrix, hermitian=True)  # the metric does not see all directions
+    return inverse @ right
 
 
 def truncation_loss(
@@ -196,4 +235,4 @@ def weighted_low_rank(
     near, far = (left, right) if side == "rows" else (right, left)
     far = None if far is None else far.double()
     near = None if near is None else near.double()
-    return truncate(weight, decompose(near, gram(weight, far), side), rank)
+    return truncate(weight, decompose(near, gram(weight, far), side), near, rank)

@@ -114,7 +114,7 @@ def _auto_class(folder: Path, run: Run) -> str:
 
 def _words(text: str) -> str:
     """Text as Markdown that means nothing but itself."""
-    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return re.sub(r"([\\`*_~$\[\]|#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _markdown(table: Table) -> str:

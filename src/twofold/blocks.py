@@ -1,0 +1,215 @@
+"""The chain of equal blocks that a Transformer is made of, and how to run a stretch of it alone.
+
+A stretch is run through the model's own ``forward``, so that every block gets the masks, positions and other arguments that its
+architecture gives it: the blocks before the stretch hand on what is put in, and the first block after it ends the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The blocks of a model in the order in which they run; each gets the hidden state of the one before."""
+
+    blocks: tuple[str, ...]
+    tuples: bool  # a block returns (hidden state, …) and not the hidden state alone
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def block_of(self, name: str) -> int | None:
+        """The index of the block that holds a module or weight, None if it stands outside of all."""
+        return next((i for i, block in enumerate(self.blocks) if name == block or name.startswith(f"{block}.")), None)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The blocks first … last − 1 of a chain, with what stands before the first and after the last of all.
+
+    Without a chain the model is one stretch of one piece.
+    """
+
+    chain: Chain | None = None
+    first: int = 0
+    last: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.chain is None or self.last == len(self.chain)
+
+    def holds(self, name: str, before: frozenset[str]) -> bool:
+        """Whether a module runs in this stretch; ``before`` names those that run before the first block."""
+        block = self.chain.block_of(name) if self.chain is not None else None
+        if block is not None:
+            return self.first <= block < self.last
+        return self.is_first if name in before or self.chain is None else self.is_last
+
+
+def stretches(chain: Chain | None, blocks: int) -> list[Stretch]:
+    """Cut a chain into stretches of a number of blocks."""
+    if chain is None:
+        return [Stretch()]
+    return [Stretch(chain, i, min(i + blocks, len(chain))) for i in range(0, len(chain), max(blocks, 1))]
+
+
+class ChainWatch:
+    """What a run of the model tells about its blocks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = block_names(model)
+        self.calls: list[tuple[str, Any, Any]] = []  # block, hidden state put in, what came out
+        self.called: list[str] = []  # all modules in the order of their calls
+        self.crossed = False  # a block gets something else that was made of the embeddings
+
+    def chain(self) -> Chain | None:
+        """The chain, or None if the blocks do not simply follow one another."""
+        if self.crossed or len(self.names) < 2 or [name for name, _, _ in self.calls] != self.names:
+            return None
+        kinds = {type(out) for _, _, out in self.calls}
+        if len(kinds) != 1 or any(_hidden(out) is None for _, _, out in self.calls):
+            return None
+        for (_, _, out), (_, hidden, _) in zip(self.calls, self.calls[1:], strict=False):
+            if _hidden(out) is not hidden:
+                return None
+        return Chain(tuple(self.names), isinstance(self.calls[0][2], tuple))
+
+    def before(self) -> frozenset[str]:
+        """The modules that run before the first block."""
+        first = next((i for i, name in enumerate(self.called) if name in self.names[:1]), 0)
+        return frozenset(self.called[:first])
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The elements of the list of modules that holds the most parameters."""
+    best: tuple[int, list[str]] = (0, [])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1:
+            size = sum(p.numel() for p in module.parameters())
+            if size > best[0]:
+                best = size, [f"{name}.{i}" if name else str(i) for i in range(len(module))]
+    return best[1]
+
+
+def _hidden(output: Any) -> Tensor | None:
+    """The hidden state in what a block returns; None if it returns more that later blocks could need."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        return None if any(isinstance(rest, Tensor) for rest in output[1:]) else output[0]
+    return None
+
+
+@contextmanager
+def watch_chain(model: nn.Module) -> Iterator[ChainWatch]:
+    """Watch the runs of the model within the block.
+
+    If its embeddings' output is the one thing that requires a gradient, what else is made of it is seen.
+    """
+    watch = ChainWatch(model)
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            watch.called.append(name)
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            watch.calls.append((name, hidden, output))
+            others = [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, Tensor) and t is not hidden]
+            watch.crossed |= any(t.requires_grad for t in others)
+
+        return hook
+
+    handles: list[Any] = [m.register_forward_pre_hook(before(name)) for name, m in model.named_modules()]
+    handles += [model.get_submodule(name).register_forward_hook(after(name), with_kwargs=True) for name in watch.names]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Stop(Exception):  # noqa: N818, it is no error
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the block the module computes something else."""
+    own = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def run_stretch(
+    run: Callable[[], Any],
+    model: Any,
+    stretch: Stretch,
+    hidden: Tensor | None,  # (batch, length, width), what goes into the first block; None for the first stretch
+) -> Any:
+    """Run the model on one stretch.
+
+    Args:
+        run: runs the whole model on the batch of token ids that ``hidden`` belongs to.
+
+    Returns:
+        The hidden state after the stretch, or what the model gives if it is the last.
+    """
+    chain = stretch.chain
+    if chain is None or (stretch.is_first and stretch.is_last and hidden is None):
+        return run()
+
+    def wrap(value: Tensor) -> Any:
+        return (value,) if chain.tuples else value
+
+    def given(*args: Any, **kwargs: Any) -> Any:
+        return wrap(hidden)  # type: ignore[arg-type]
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise _Stop(args[0] if args else kwargs["hidden_states"])
+
+    with ExitStack() as stack:
+        for name in chain.blocks[: stretch.first]:
+            stack.enter_context(replaced_forward(model.get_submodule(name), given))
+        if stretch.first > 0:
+            embedding = model.get_input_embeddings()
+            stack.enter_context(replaced_forward(embedding, _no_embedding(embedding, hidden)))
+        if not stretch.is_last:
+            stack.enter_context(replaced_forward(model.get_submodule(chain.blocks[stretch.last]), stop))
+        try:
+            return run()
+        except _Stop as stopped:
+            return stopped.hidden
+
+
+def _no_embedding(embedding: Any, hidden: Tensor | None) -> Callable[..., Tensor]:
+    """Zeros in the place of embeddings that are not used, so that their table need not be in memory."""
+    assert hidden is not None
+    width = int(getattr(embedding, "embedding_dim", hidden.shape[-1]))
+
+    def zeros(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(*ids.shape, width, dtype=hidden.dtype, device=hidden.device)
+
+    return zeros

@@ -1,0 +1,65 @@
+"""What config.json says, checked before a model is made from it: each size is a possible one."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from twofold.errors import TwofoldError
+
+SIZES = (
+    "hidden_size", "intermediate_size", "vocab_size", "head_dim", "max_position_embeddings", "num_hidden_layers", "num_layers",
+    "num_attention_heads", "num_key_value_heads", "n_embd", "n_layer", "n_head", "n_positions", "d_model", "num_heads",
+)  # fmt: skip
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
+MOST_LAYERS = 10_000  # each is built, even where no weight is read
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings in a checkpoint's config.json.
+
+    Raises:
+        TwofoldError: if it is not JSON or no object, a number in it is NaN, or a size is not a whole number above zero.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise TwofoldError(f"the configuration {path} can't be read ({reason}); fetch the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise TwofoldError(f"the configuration {path} holds no settings; fetch the checkpoint again")
+    inner = config.get("text_config")
+    for settings in (config, inner if isinstance(inner, dict) else {}):
+        for key in SIZES:
+            value = settings.get(key)
+            if isinstance(value, bool | float | str) or (isinstance(value, int) and value < 1):
+                raise TwofoldError(f"{path}: {key} must be a whole number above 0, got {reprlib.repr(value)}")
+    check_depth(config, path, MOST_LAYERS, "any model has")
+    return config
+
+
+def _constant(word: str) -> float:
+    if word == "NaN":
+        raise ValueError("a number in it is NaN")
+    return float(word)
+
+
+def check_depth(config: Any, path: Path, most: int, words: str) -> None:
+    """Refuse a count of layers above ``most`` in any part of a configuration: making so many would take for ever.
+
+    Args:
+        words: what it is more than.
+
+    Raises:
+        TwofoldError: naming the setting.
+    """
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key in LAYERS and isinstance(value, int) and value > most:
+                raise TwofoldError(
+                    f"{path}: {key} is {reprlib.repr(value)}, more than {words}; fetch the checkpoint again"
+                )
+            check_depth(value, path, most, words)

@@ -1,0 +1,212 @@
+"""How fast this machine does the parts of a run: one block forward and backward, one weight decomposed, some bytes read."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twofold.blocks import Chain, Stretch, run_stretch
+from twofold.calibrate.collect import BACKWARD, FORWARD, Accumulator, fisher_gradient, no_cache
+from twofold.calibrate.moments import request_statistics
+from twofold.factorize import BATCH, BATCH_NUMBERS
+from twofold.linalg import decompose, gauge_rank, gram, smaller_side, truncate, truncation_loss
+from twofold.models import LoadedModel, empty_model
+from twofold.nn import FactoredLinear
+from twofold.objectives import get_objective
+from twofold.recipe import Recipe
+from twofold.residence import Resident
+from twofold.targets import Target
+
+LARGEST_BLOCK = 300_000_000  # numbers of a block that is tried as it is
+LARGEST_SIDE = 768  # of a weight that is decomposed as it is; larger ones are told from one of this side
+GROWTH = 2.8  # the power of its side with which the time of a decomposition grows
+TRIES = 3
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Seconds on this machine."""
+
+    forward: float  # one block, one batch, with the moments of its inputs
+    both: float  # the same, forward and backward, with all moments
+    head: float  # the output head and the sampled labels, forward and backward, one batch
+    head_forward: float  # the logits of one window
+    decompose: float  # the weights of one block
+    factorize: float
+    batch: int  # tokens
+
+
+class _Stands(Resident):
+    """A model of which one block was given numbers."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(model)
+        self._dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+
+def _median(run: Callable[[], Any], tries: int = TRIES) -> float:
+    run()
+    seconds = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def probe(
+    loaded: LoadedModel, chain: Chain | None, targets: list[Target], groups: dict[str, str], recipe: Recipe, table: int
+) -> Speeds:
+    """Try the parts of a run on random numbers; takes some seconds.
+
+    Args:
+        loaded: a model without weights.
+        targets: those of one block.
+        table: numbers of the output head.
+    """
+    objective = get_objective(recipe.objective)
+    batch = recipe.batch_size * recipe.window
+    request = request_statistics(targets, groups, objective.needs)
+    vocabulary = int(getattr(loaded.model.config.get_text_config(), "vocab_size", 0) or 0)
+    forward = both = head = head_forward = 0.0
+    size = sum(target.size for target in targets)
+    if objective.needs or recipe.eval_windows:
+        if chain is not None and len(chain) > 1 and size < LARGEST_BLOCK:
+            forward, both = _block(loaded, chain, targets, request, recipe)
+        else:
+            forward, both = _products(targets, batch, request.numbers)
+        head, head_forward = _head(table, vocabulary, batch, recipe.window)
+    decomposed, factored = _decomposed(targets, objective.needs != frozenset())
+    return Speeds(forward, both, head, head_forward, decomposed, factored, batch)
+
+
+def _block(
+    loaded: LoadedModel, chain: Chain, targets: list[Target], request: Any, recipe: Recipe
+) -> tuple[float, float]:
+    """One block of the model itself, filled with random numbers."""
+    model = empty_model(type(loaded.model), copy.deepcopy(loaded.model.config), torch.float32)
+    index = chain.block_of(targets[0].name) or 1
+    index = max(index, 1)
+    name = chain.blocks[index]
+    tables = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    for path, module in model.named_modules():
+        block = chain.block_of(path)
+        if module in tables or (block is not None and block != index):
+            continue
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                values = torch.randn(parameter.shape) * 0.02 if parameter.dim() > 1 else torch.ones(parameter.shape)
+                module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+    own = chain.blocks[chain.block_of(targets[0].name) or 0]
+    moved = [
+        Target(name + t.name.removeprefix(own), t.out_features, t.in_features, t.bias, t.transposed) for t in targets
+    ]
+    renamed = {
+        kind: {name + key.removeprefix(own): k for key, k in owners.items()} for kind, owners in request.sizes.items()
+    }
+    stands = _Stands(model, torch.float32)
+    body = getattr(model, model.base_model_prefix, model)
+    ids = torch.zeros(recipe.batch_size, recipe.window, dtype=torch.int64)
+    width = int(getattr(model.config.get_text_config(), "hidden_size", 0) or tables[0].weight.shape[-1])
+    hidden = torch.randn(recipe.batch_size, recipe.window, width)
+    stretch = Stretch(chain, index, index + 1)
+
+    def run(backward: bool) -> None:
+        given = hidden.clone().requires_grad_(backward)
+        with torch.set_grad_enabled(backward):
+            out = run_stretch(lambda: body(input_ids=ids, **no_cache(model)), model, stretch, given)
+            out = out if isinstance(out, Tensor) else out[0]
+            if backward:
+                out.backward(hidden)
+
+    def timed(kinds: tuple[str, ...], backward: bool) -> float:
+        accumulator = Accumulator(stands, moved, type(request)(renamed), kinds)
+        try:
+            return _median(lambda: run(backward))
+        finally:
+            accumulator.remove()
+
+    forward = timed(FORWARD, False)
+    return forward, timed(FORWARD + BACKWARD, True) if request.backward else forward
+
+
+def _products(targets: list[Target], batch: int, moments: int) -> tuple[float, float]:
+    """A block told from one product, where it is too large to try, or has no blocks."""
+    side = 1024
+    a, b = torch.randn(256, side), torch.randn(side, side)
+    rate = 256 * side * side / _median(lambda: a @ b)  # multiplications a second
+    block = sum(target.size for target in targets)
+    forward = 1.25 * batch * (block + moments / 2) / rate
+    return forward, 1.25 * batch * (2 * block + moments) / rate
+
+
+def _head(table: int, vocabulary: int, batch: int, window: int) -> tuple[float, float]:
+    """Logits, sampled labels and their gradient."""
+    if table == 0 or vocabulary == 0:
+        return 0.0, 0.0
+    width = max(table // vocabulary, 1)
+    rows, part = min(batch, 128), min(vocabulary, 16384)
+    x, weight = torch.randn(rows, width), torch.randn(part, width)
+    product = _median(lambda: x @ weight.T) * vocabulary / part / rows
+    logits = torch.randn(1, rows, vocabulary)
+    generator = torch.Generator().manual_seed(0)
+    labels = _median(lambda: fisher_gradient(logits, generator)) / rows
+    return batch * (2 * product + labels), window * (product + labels)
+
+
+def _decomposed(targets: list[Target], full: bool) -> tuple[float, float]:
+    """The weights of one block decomposed and factored, shape by shape."""
+    shapes: dict[tuple[int, int], int] = {}
+    for target in targets:
+        shape = (target.out_features, target.in_features)
+        shapes[shape] = shapes.get(shape, 0) + 1
+    decomposed = factored = 0.0
+    for (m, n), count in shapes.items():
+        scale = max(min(m, n) / LARGEST_SIDE, 1.0)
+        one, other = _one_weight(max(round(m / scale), 1), max(round(n / scale), 1), full, count)
+        decomposed += one * count * scale**GROWTH
+        factored += other * count * scale**GROWTH
+    return decomposed, factored
+
+
+def _one_weight(m: int, n: int, full: bool, count: int) -> tuple[float, float]:
+    generator = torch.Generator().manual_seed(0)
+    k, p = min(m, n), max(m, n)
+    weight = torch.randn(m, n, generator=generator).double()
+    root = torch.randn(k, k, generator=generator).double()
+    metric = root @ root.T / k + torch.eye(k).double() if full else None
+    together = max(1, min(BATCH, BATCH_NUMBERS // k**2, count))
+    side = smaller_side(m, n)
+    matrix = gram(weight, None)
+
+    def decomposing() -> Any:
+        stacked = None if metric is None else torch.stack([metric + i for i in range(together)])
+        grams = torch.stack([gram(weight, None) for _ in range(together)])
+        return decompose(stacked, grams, side)
+
+    spectrum = decompose(metric, matrix, side)
+    rank = max(gauge_rank(m, n, 0.6 * m * n), 1)
+
+    def factoring() -> None:
+        gram(weight, None)
+        left, right = truncate(weight, spectrum, metric, rank)
+        layer = FactoredLinear.from_factors(left, right, None, "auto", False, dtype=torch.float32)
+        truncation_loss(weight, layer.to_dense(torch.float64), metric, matrix)
+
+    tries = 1 if k * k * p > 10**8 else TRIES
+    return _median(decomposing, tries) / together, _median(factoring, tries)

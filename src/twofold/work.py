@@ -1,0 +1,137 @@
+"""The unfinished state of a run, beside its output: OUT.partial. A killed run goes on from it; it is removed at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pydantic
+
+from twofold import distributed
+from twofold.errors import TwofoldError
+from twofold.files import write_text
+from twofold.version import __version__
+
+STATE = "state.json"
+
+
+class State(pydantic.BaseModel):
+    """What a run has told about itself."""
+
+    version: str = __version__
+    mark: str = ""  # of the weights, data and settings that it belongs to
+    model: str = ""
+    stage: str = "begun"
+    moments: str = ""  # the folder of the moments
+    targets: int = 0  # weights to decompose
+    units: int = 0  # parts of the checkpoint to write
+    process: int = 0
+    host: str = ""
+    started: float = 0.0  # seconds since 1970
+    updated: float = 0.0
+
+
+def work_folder(out: Path) -> Path:
+    """Where the unfinished state of an output is."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def read_state(folder: Path) -> State | None:
+    """The state of an unfinished run; None if there is none.
+
+    Raises:
+        TwofoldError: if it can't be read.
+    """
+    if not (folder / STATE).is_file():
+        return None
+    try:
+        return State.model_validate_json((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TwofoldError(f"the state in {folder} can't be read; delete the folder and run again") from error
+
+
+def is_running(state: State) -> bool:
+    """Whether the process that wrote a state still runs on this machine."""
+    if state.host != platform.node() or state.process in (0, os.getpid()):
+        return False
+    try:
+        process = psutil.Process(state.process)
+        return bool(process.create_time() <= state.updated + 1)  # else the number was given to another one
+    except psutil.Error:
+        return False
+
+
+class Work:
+    """The state of the run that this process does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = State()
+
+    @property
+    def spectra(self) -> Path:
+        return self.folder / "spectra"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    def update(self, **changes: object) -> None:
+        """Write down how far the run has come."""
+        if not distributed.is_main():
+            return
+        self.state = self.state.model_copy(update={**changes, "updated": time.time()})
+        text = json.dumps(self.state.model_dump(), indent=1) + "\n"
+        write_text(self.folder / STATE, text)
+
+    def belongs_to(self, mark: str) -> None:
+        """Make sure that what the folder holds is of this model, data and settings.
+
+        Raises:
+            TwofoldError: if it is of others.
+        """
+        if self.state.mark not in ("", mark):
+            raise TwofoldError(
+                f"{self.folder} holds an unfinished run with another model, text, setting or version; finish that one "
+                f"with its own command, or remove it: twofold status {self.folder.with_suffix('')} --remove"
+            )
+        self.update(mark=mark)
+
+
+@contextmanager
+def working(out: Path, model: str) -> Iterator[Work]:
+    """Take up or begin the unfinished state of an output; it is removed if the block ends well.
+
+    What is kept after a failure or a kill is what took long; an empty state is not.
+
+    Raises:
+        TwofoldError: if another process works on the same output.
+    """
+    work = Work(work_folder(out))
+    state = read_state(work.folder)
+    if state is not None and is_running(state) and distributed.is_main():
+        raise TwofoldError(
+            f"the process {state.process} works on {out}; wait for it, stop it, or name another output folder"
+        )
+    work.state = state or State(started=time.time())
+    work.update(model=model, process=os.getpid(), host=platform.node())
+    distributed.wait()
+    try:
+        yield work
+    except BaseException:
+        if distributed.is_main():
+            kept = any(path.is_file() for name in ("spectra", "checkpoint") for path in (work.folder / name).glob("*"))
+            if not kept:
+                shutil.rmtree(work.folder, ignore_errors=True)
+            else:
+                work.update(process=0)
+        raise
+    if distributed.is_main():
+        shutil.rmtree(work.folder, ignore_errors=True)
