@@ -6,8 +6,9 @@ embedding or the output head) and drops them at the end; whatever else the model
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -192,6 +193,7 @@ class Streamed(Resident):
                 for unit in units:
                     for name in self.units[unit]:
                         self._put(name, self.state[name])
+                _return_memory()
 
     def _load(self, names: list[str], unit: str, stack: ExitStack | None = None) -> None:
         keys: dict[str, list[str]] = {}
@@ -255,6 +257,16 @@ class Streamed(Resident):
             module._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
         else:
             module._buffers[leaf] = tensor.data
+
+
+def _return_memory() -> None:
+    """Hand what was freed back to the system.
+
+    glibc keeps it for later, in pieces that the next block's tensors do not fit in, so that the memory would grow with the
+    number of blocks. Other libraries have no such function.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _lookup(module: Any, dtype: torch.dtype) -> Any:
