@@ -23,10 +23,11 @@ from twofold.evaluate.streamed import LastStates
 from twofold.factorize import dense_again, factor_entries
 from twofold.models import LoadedModel, cast_weights, load_streamed, need_tokenizer, positions, quiet_bars
 from twofold.nn import FactoredLinear
-from twofold.pipeline import Prepared, carry_out, open_for, prepare
+from twofold.pipeline import Prepared, carry_out, open_for, prepare, refine
 from twofold.plan import Plan, PlanEntry
 from twofold.progress import progress
 from twofold.recipe import Recipe
+from twofold.refine import Refined
 from twofold.residence import Streamed
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.work import Work, working
@@ -97,6 +98,11 @@ def _finish(
     from twofold.report import write_card, write_report
 
     loaded = prepared.loaded
+    refined: list[Refined] = []
+    if recipe.refine:
+        work.update(stage="refining")
+        with watch.stage("refine"):
+            refined = factored.refine(work.folder / "refine", quiet=quiet)
     work.update(stage="measuring")
     with watch.stage("measure"):
         measured = _measure(prepared, recipe, factored, measured_on, quiet=quiet)
@@ -114,9 +120,10 @@ def _finish(
         fingerprint=prepared.moments.fingerprint if prepared.moments else "",
         moments_reused=prepared.reused,
         predicted_divergence=prepared.plan.predicted_divergence,
+        refinement=refined,
         quality=measured,
         samples=samples,
-        notes=prepared.plan.notes,
+        notes=[*prepared.plan.notes, *(one.words for one in refined)],
         keep=prepared.plan.keep,
         keep_model=prepared.plan.keep_model,
         parameters_before=prepared.plan.model_before,
@@ -161,6 +168,9 @@ class _Resident:
     def factorize(self, *, quiet: bool) -> None:
         if distributed.is_main():
             self.replaced = carry_out(self.prepared, self.recipe, quiet=quiet)
+
+    def refine(self, folder: Path, *, quiet: bool) -> list[Refined]:
+        return refine(self.prepared, self.replaced, self.recipe, folder=folder, quiet=quiet)
 
     def models(self, windows: Tensor, *, quiet: bool) -> list[Logits]:
         """The original and the factored model as functions from token ids to logits."""
@@ -223,6 +233,9 @@ class _Streaming:
 
             prepared.plan, units = write_units(self.work.checkpoint, self.residence, prepared.plan, factor, tick)
         self.work.update(units=units)
+
+    def refine(self, folder: Path, *, quiet: bool) -> list[Refined]:
+        return []  # refused before any work
 
     def has_logits(self, windows: Tensor) -> bool:
         config = self.prepared.loaded.model.config.get_text_config()

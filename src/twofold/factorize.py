@@ -134,7 +134,8 @@ def _decompose(
 
 
 def factor_layer(
-    module: nn.Module,
+    weight: torch.Tensor,  # (out, in)
+    bias: torch.Tensor | None,  # (out,)
     entry: PlanEntry,
     spectrum: Spectrum,
     problem: Problem,
@@ -142,12 +143,10 @@ def factor_layer(
 ) -> tuple[FactoredLinear, PlanEntry, str | None]:
     """The factored layer of one plan entry, the entry as it was carried out, and a note if the gauge form had to give way.
 
-    The numbers are rounded to the dtype that will be stored, and computed with in the dtype of the module.
+    The numbers are rounded to the dtype that will be stored, and computed with in the dtype of the weight.
     """
     assert entry.rank is not None
-    weight = dense_weight(module).detach()
     left, right = truncate(weight, spectrum, problem.metric, entry.rank)
-    bias = getattr(module, "bias", None)
     form: Literal["auto", "plain"] = "plain" if entry.form == "plain" else "auto"
     layer = FactoredLinear.from_factors(left, right, bias, form, entry.transposed, dtype=stored_dtype)
     update: dict[str, Any] = {}
@@ -196,7 +195,9 @@ def factor_entries(
             target = target_of(entry)
             problem = layer_problem(model, target, moments, objective, damping)
             spectrum = spectra.get(target, problem.gram.dtype, problem.gram.device)
-            layer, done, note = factor_layer(module, entry, spectrum, problem, stored_dtype)
+            weight = dense_weight(module).detach()
+            bias = getattr(module, "bias", None)
+            layer, done, note = factor_layer(weight, bias, entry, spectrum, problem, stored_dtype)
             layer.requires_grad_(any(p.requires_grad for p in module.parameters()))
             yield done, layer, note
         tick()

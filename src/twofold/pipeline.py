@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from twofold.objectives import Objective, get_objective
 from twofold.plan import Plan, make_plan
 from twofold.progress import say
 from twofold.recipe import Recipe, make_recipe
+from twofold.refine import Refined, Task, get_refinement
 from twofold.residence import Streamed
 from twofold.run import Stopwatch
 from twofold.spectra import Spectra
@@ -86,12 +88,19 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
     Raises:
         TwofoldError: if there is no such model, or not even one of its blocks fits.
     """
+    for name in recipe.refine:
+        get_refinement(name)
     way = choose_way(recipe)
     needs = get_objective(recipe.objective).needs
     if way is not None and way.blocks is not None and needs and recipe.calibration == ["self"]:
         raise TwofoldError(
             "texts to calibrate on can't be sampled from a model that is worked through block by block (each token would read "
             f"all of its weights); name some with --calibration FILE, or give it {way.resident / 1e9:.1f} GB with --memory"
+        )
+    if way is not None and way.blocks is not None and recipe.refine:
+        raise TwofoldError(
+            "a model that is worked through block by block can't be refined yet; leave --refine out, or give it "
+            f"{way.resident / 1e9:.1f} GB with --memory"
         )
     if way is None or way.blocks is None:
         loaded = load_model(
@@ -186,6 +195,9 @@ def prepare(
             raise TwofoldError(
                 "nothing to factorize: no linear layer takes part when the model runs on the calibration text"
             )
+    elif recipe.refine:
+        with watch.stage("texts"):
+            windows = calibration_windows(loaded, recipe, hashed, texts, quiet=quiet)
     if work is not None:
         work.belongs_to(_mark(hashed, mark, recipe))
         work.update(stage="decomposing", targets=len(targets.targets))
@@ -361,6 +373,51 @@ def carry_out(prepared: Prepared, recipe: Recipe, *, quiet: bool = False) -> dic
     return replaced
 
 
+def refine(
+    prepared: Prepared,
+    replaced: dict[str, nn.Module],
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    quiet: bool = False,
+) -> list[Refined]:
+    """Train the factors of a model in memory, by each of the recipe's refinements in turn.
+
+    Args:
+        replaced: the dense layers that the factored ones took the place of.
+        folder: where what took long is kept, so that a killed run goes on from it; in memory if it is None.
+    """
+    windows = prepared.windows
+    if not recipe.refine or not replaced:
+        return []
+    assert windows is not None
+    began = time.monotonic()
+    made = hashlib.sha256(prepared.plan.model_dump_json().encode()).hexdigest()
+    # What the quality is measured on is not looked at before.
+    held_out = windows.held_out[recipe.eval_windows :] if recipe.eval_text is None else windows.held_out
+    done: list[Refined] = []
+    for i, name in enumerate(recipe.refine):
+        seconds = None
+        if recipe.minutes is not None:
+            seconds = max(60 * recipe.minutes - (time.monotonic() - began), 1.0) / (len(recipe.refine) - i)
+        task = Task(
+            prepared.loaded,
+            replaced,
+            prepared.plan,
+            prepared.moments,
+            prepared.objective,
+            windows.ids,
+            held_out,
+            recipe,
+            seconds,
+            folder / f"{i}-{name}" if folder is not None else None,
+            f"{prepared.spectra.mark} {made} {windows.sha256} {recipe.refine[: i + 1]} {recipe.minutes}",
+            quiet,
+        )
+        done.append(get_refinement(name)(task))
+    return done
+
+
 def factorize(
     model: Any,
     tokenizer: Any = None,
@@ -405,7 +462,8 @@ def factorize(
     recipe = fit_window(recipe, loaded, quiet=quiet)
     watch = Stopwatch()
     prepared = prepare(recipe, opened, watch, texts=texts, quiet=quiet)
-    carry_out(prepared, recipe, quiet=quiet)
+    replaced = carry_out(prepared, recipe, quiet=quiet)
+    refine(prepared, replaced, recipe, quiet=quiet)
     result = loaded.model
     cast_weights(result, loaded.stored_dtype)
     attach(result)

@@ -55,6 +55,32 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     form: Annotated[
         Literal["gauge", "plain"], Field(description="how factors are stored: gauge r(m+n-r) numbers, plain r(m+n)")
     ] = "gauge"
+    refine: Annotated[
+        list[str],
+        pydantic.BeforeValidator(lambda value: _split([value] if isinstance(value, str) else value)),
+        Field(description="better the factors after the closed form, one after another: anchored, distill"),
+    ] = []
+    anchor_mix: Annotated[
+        float,
+        Field(
+            ge=0, le=1, description="anchored: how far to aim at the dense model's outputs, 0 is at the weight itself"
+        ),
+    ] = 1.0
+    minutes: Annotated[float | None, Field(gt=0, description="that all refinements together may take")] = None
+    refine_passes: Annotated[
+        float, Field(gt=0, description="times that a refinement sees each window, if the minutes suffice")
+    ] = 4
+    refine_rate: Annotated[
+        float, Field(gt=0, lt=1, description="how much of its own size a weight changes in a step of refinement")
+    ] = 3e-3
+    refine_batch: Annotated[int, Field(ge=1, description="windows in a step of refinement")] = 2
+    refine_steps: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="steps in the place of passes and minutes; those that a run.json says are planned repeat that run",
+        ),
+    ] = None
     damping: Annotated[
         float, Field(ge=0, le=1, description="added to the diagonal of each moment, relative to its mean")
     ] = 1e-2
@@ -101,6 +127,13 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
         """The recipe as YAML; what is at its default is left in, so that a stored recipe says all."""
         settings = self.model_dump(mode="json", exclude_none=True, exclude={"trust_remote_code"})
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _split(value: object) -> object:
+    """Names between commas are several."""
+    if not isinstance(value, list):
+        return value
+    return [name for one in value for name in (one.split(",") if isinstance(one, str) else [one]) if name]
 
 
 def read_recipe(path: Path) -> dict[str, object]:

@@ -13,6 +13,7 @@ import torch
 
 from twofold.evaluate import Quality
 from twofold.recipe import Recipe
+from twofold.refine import Refined
 from twofold.version import __version__
 
 
@@ -72,6 +73,7 @@ class Run(pydantic.BaseModel, extra="forbid"):
     bytes_before: int
     bytes_after: int
     predicted_divergence: float | None
+    refinement: list[Refined] = []
     quality: Measured | None = None
     samples: list[Sample] = []
     seconds: dict[str, float] = {}

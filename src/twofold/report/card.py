@@ -69,6 +69,7 @@ def card(run: Run, plan: Plan, auto_class: str) -> str:
         f"- seed: {run.recipe.seed}\n"
         f"- calibration: {_words(without_paths(run.calibration))}, {count(run.calibration_tokens)} tokens"
         + (f", SHA-256 of the token ids `{run.calibration_sha256}`" if run.calibration_sha256 else ""),
+        *(["\n".join(f"- {_words(one.words)}" for one in run.refinement)] if run.refinement else []),
         *(["Paths in the recipe are shortened to their last part."] if shown != run.recipe else []),
         "## Limits",
         *_limits(run),

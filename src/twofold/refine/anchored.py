@@ -1,0 +1,199 @@
+"""Closed form, layer after layer, on what the layers before have become (AA-SVD, arXiv 2604.02119).
+
+A layer of the factored model gets inputs x̂ that differ from the x of the dense model. The best map from x̂ to the dense
+output Wx is W̃ = W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹; its best approximation of the planned rank in the metric of the objective, with
+E[x̂ x̂ᵀ] for the inputs, takes the layer's place before the next layer is looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from twofold.calibrate.moments import Parts, read_names, write_part
+from twofold.errors import TwofoldError
+from twofold.factorize import factor_layer, working_dtype
+from twofold.files import make_folder
+from twofold.linalg import damp, decompose
+from twofold.nn import FactoredLinear
+from twofold.objectives import LayerMoments, Objective, Problem
+from twofold.plan import PlanEntry
+from twofold.progress import progress
+from twofold.refine.base import Refined, Task, refinement
+from twofold.refine.streams import Streams
+from twofold.targets import dense_weight, replace_module
+
+
+def anchored_problem(
+    weight: Tensor,  # W (m, n)
+    layer: LayerMoments,  # of the dense model
+    inputs: Tensor,  # E[x̂ x̂ᵀ] (n, n)
+    cross: Tensor,  # E[x x̂ᵀ] (n, n)
+    objective: Objective,
+    damping: float,
+    mix: float,
+) -> tuple[Tensor, Problem]:
+    """The weight to approximate, and its problem.
+
+    Both moments get the same damping on the diagonal, so that with x̂ = x the weight to approximate is W.
+    """
+    damped = damp(inputs, damping)
+    cross = cross + (damped - inputs)
+    turn = torch.linalg.solve(damped, cross, left=False)  # E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹
+    turn = mix * turn + (1 - mix) * torch.eye(len(turn), dtype=turn.dtype, device=turn.device)
+    backward = layer.input_gradient
+    new = replace(
+        layer,
+        input=inputs,
+        output=None,
+        input_trace=float(inputs.trace()),
+        input_gradient=None if backward is None else turn.T @ backward.to(turn) @ turn,
+    )
+    aim = weight @ turn
+    return aim, objective.build(aim, new, damping)
+
+
+@refinement("anchored")
+def anchored(task: Task) -> Refined:
+    """Solve each layer anew on the factored model's own inputs.
+
+    Raises:
+        TwofoldError: if the model is no chain of blocks, or the objective does not look at inputs.
+    """
+    if "input" not in task.objective.needs:
+        raise TwofoldError(
+            f"the objective {task.objective.name} does not look at whole inputs, so it can't be anchored; "
+            "use two-sided or svd-llm"
+        )
+    assert task.moments is not None
+    began = time.monotonic()
+    count = len(task.windows)
+    windows = torch.cat([task.windows, task.held_out])
+    if task.folder is not None:
+        make_folder(task.folder)
+    streams = Streams(task.loaded, task.replaced, windows, task.folder if task.recipe.activations == "disk" else None)
+    chain = streams.chain
+    mark = hashlib.sha256(f"{task.mark} {task.recipe.anchor_mix}".encode()).hexdigest()
+    places = {entry.name: i for i, entry in enumerate(task.plan.entries)}
+    before = task.divergence()
+    with progress("Anchoring", len(chain), unit="blocks", quiet=task.quiet) as tick:
+        for b in range(len(chain)):
+            entries = [task.plan.entries[places[name]] for name in places if name in streams.replaced[b]]
+            path = None if task.folder is None else task.folder / f"block-{b:04d}.safetensors"
+            known = _take(path, mark, entries, task)
+            if known is None:
+                known = _solve(task, streams, entries, count)
+                if path is not None:
+                    _keep(path, mark, known, task)
+            for entry in known:
+                task.plan.entries[places[entry.name]] = entry
+            if b + 1 < len(chain):
+                streams.advance()
+            tick()
+    after = task.divergence()
+    streams.close()
+    return Refined(
+        method="anchored",
+        steps=0,
+        planned=0,
+        tokens=task.windows.numel(),
+        parameters=sum(p.numel() for name in task.replaced for p in task.model.get_submodule(name).parameters()),
+        seconds=time.monotonic() - began,
+        unit="nats",
+        loss_before=before,
+        loss_after=after,
+        ended="closed form",
+    )
+
+
+@torch.no_grad()
+def _solve(task: Task, streams: Streams, entries: list[PlanEntry], count: int) -> list[PlanEntry]:
+    """Solve the layers of a block, those that share an input together."""
+    groups: dict[str, list[PlanEntry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.group, []).append(entry)
+    assert task.moments is not None
+    solved: list[PlanEntry] = []
+    for group in groups.values():
+        name = group[0].name
+        dtype = working_dtype(task.model.device)
+        inputs = cross = None
+        rows = 0
+        for i in range(count):
+            own, dense = streams.input_of(name, "factored", i), streams.input_of(name, "dense", i)
+            if own is None or dense is None or len(own) != len(dense):
+                continue
+            if inputs is None or cross is None:
+                inputs = torch.zeros(own.shape[1], own.shape[1], dtype=own.dtype, device=own.device)
+                cross = torch.zeros_like(inputs)
+            inputs.addmm_(own.T, own)
+            cross.addmm_(dense.T, own)
+            rows += len(own)
+        if inputs is None or cross is None:
+            solved += group
+            continue
+        inputs, cross = inputs.to(dtype) / rows, cross.to(dtype) / rows
+        for entry in group:
+            module = task.replaced[entry.name]
+            weight = dense_weight(module).detach()
+            aim, problem = anchored_problem(
+                weight.to(dtype), task.moments.layer(entry.name), inputs, cross, task.objective, task.recipe.damping,
+                task.recipe.anchor_mix,
+            )  # fmt: skip
+            if not torch.isfinite(problem.gram).all():
+                raise TwofoldError(
+                    f"the inputs of {entry.name} in the factored model are NaN or infinite; keep more of it"
+                )
+            spectrum = decompose(problem.metric, problem.gram, problem.side, torch.finfo(torch.float32).eps)
+            bias = getattr(module, "bias", None)
+            wanted = entry.model_copy(update={"form": "plain" if entry.form == "plain" else "gauge"})
+            layer, done, note = factor_layer(
+                aim.to(weight.dtype), bias, wanted, spectrum, problem, task.loaded.stored_dtype
+            )
+            task.plan.notes.extend([note] if note is not None else [])
+            old = replace_module(task.model, entry.name, layer.to(weight.device))
+            layer.requires_grad_(any(p.requires_grad for p in old.parameters()))
+            solved.append(
+                done.model_copy(update={"predicted_loss": entry.predicted_loss, "measured_loss": entry.measured_loss})
+            )
+    return solved
+
+
+def _keep(path: Path, mark: str, entries: list[PlanEntry], task: Task) -> None:
+    """Write the layers of a block down, so that a killed run need not solve them again."""
+    tensors = {
+        f"{entry.name}.{key}": tensor
+        for entry in entries
+        for key, tensor in task.model.get_submodule(entry.name).state_dict().items()
+    }
+    about = {"entries": json.dumps([entry.model_dump(mode="json") for entry in entries])}
+    write_part(path, tensors, mark, about)
+
+
+def _take(path: Path | None, mark: str, entries: list[PlanEntry], task: Task) -> list[PlanEntry] | None:
+    """Put the layers that an earlier run has solved in their places; None if there are none that belong here."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        names, about = read_names(path, mark)
+    except TwofoldError:
+        return None
+    parts = Parts(dict.fromkeys(names, path))
+    known = [PlanEntry.model_validate(one) for one in json.loads(about["entries"])]
+    for entry in known:
+        old = task.model.get_submodule(entry.name)
+        assert entry.rank is not None and entry.form in ("plain", "rows", "columns")
+        layer = FactoredLinear(
+            entry.in_features, entry.out_features, entry.rank, entry.form, entry.bias, entry.transposed
+        )
+        layer.load_state_dict({key: parts[f"{entry.name}.{key}"] for key in layer.state_dict()})
+        like = next(old.parameters())
+        replace_module(task.model, entry.name, layer.to(like.device, like.dtype))
+        layer.requires_grad_(like.requires_grad)
+    return known

@@ -1,0 +1,120 @@
+"""Two streams of hidden states side by side, block after block: of the dense model, and of the factored one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from twofold.blocks import Stretch, run_stretch
+from twofold.calibrate.activations import Activations
+from twofold.calibrate.collect import no_cache
+from twofold.errors import TwofoldError
+from twofold.factorize import dense_again
+from twofold.models import LoadedModel, survey
+
+Stream = Literal["dense", "factored"]
+
+
+class _Enough(Exception):  # noqa: N818, it is no error
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class Streams:
+    """What goes into one block, for every window: of the dense model from the start, and of the factored one."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        replaced: Mapping[str, nn.Module],
+        windows: Tensor,  # (count, window)
+        folder: Path | None,
+    ) -> None:
+        """
+        Args:
+            folder: where the states are kept; in memory if it is None.
+
+        Raises:
+            TwofoldError: if the model is no chain of blocks.
+        """
+        self.model: Any = loaded.model
+        self.windows = windows
+        chain = survey(loaded, []).chain
+        if chain is None:
+            raise TwofoldError(
+                f"{type(self.model).__name__} is not one block after another, so it can't be refined block by block; "
+                "use --refine distill"
+            )
+        self.chain = chain
+        self.replaced = [
+            {name: module for name, module in replaced.items() if chain.block_of(name) == i} for i in range(len(chain))
+        ]
+        self.block = 0
+        self.folder = folder
+        self._states: dict[Stream, Activations] = {}
+
+    def _run(self, stream: Stream, i: int) -> Tensor:
+        """One window through the block; gives what comes out."""
+        model, name = self.model, self.chain.blocks[self.block]
+        body = getattr(model, model.base_model_prefix, model)
+        ids = self.windows[i : i + 1].to(model.device)
+        hidden = None if self.block == 0 else self._states[stream].read(i, i + 1).to(model.device)
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, out: Any) -> None:
+            kept.append(out if isinstance(out, Tensor) else out[0])
+
+        handle = model.get_submodule(name).register_forward_hook(keep)
+        stretch = Stretch(self.chain, self.block, self.block + 1)
+        try:
+            run_stretch(lambda: body(input_ids=ids, **no_cache(model)), model, stretch, hidden)
+        finally:
+            handle.remove()
+        return kept[0]
+
+    def output(self, stream: Stream, i: int) -> Tensor:  # (1, length, width)
+        """What the block makes of one window."""
+        if stream == "dense":
+            with torch.no_grad(), dense_again(self.model, self.replaced[self.block]):
+                return self._run(stream, i)
+        return self._run(stream, i)
+
+    @torch.no_grad()
+    def input_of(self, name: str, stream: Stream, i: int) -> Tensor | None:  # (tokens, in)
+        """What a layer of the block is given for one window; None if it is not called."""
+        replaced = self.replaced[self.block] if stream == "dense" else {}
+
+        def enough(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _Enough(args[0])
+
+        with dense_again(self.model, replaced):
+            handle = self.model.get_submodule(name).register_forward_pre_hook(enough)
+            try:
+                self._run(stream, i)
+            except _Enough as stopped:
+                return stopped.value.reshape(-1, stopped.value.shape[-1])
+            finally:
+                handle.remove()
+        return None
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Go on to the next block."""
+        states: dict[Stream, Activations] = {}
+        for stream in ("dense", "factored"):
+            path = None if self.folder is None else self.folder / f"{stream}-{self.block + 1}.state"
+            states[stream] = Activations(len(self.windows), path)  # type: ignore[index]
+            for i in range(len(self.windows)):
+                states[stream].write(i, self.output(stream, i))  # type: ignore[index, arg-type]
+        self.close()
+        self._states = states
+        self.block += 1
+
+    def close(self) -> None:
+        """Give the memory or the disk back."""
+        for state in self._states.values():
+            state.remove()

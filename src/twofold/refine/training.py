@@ -1,0 +1,274 @@
+"""Training of some parameters by AdamW with early stopping; a killed training goes on and ends with the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twofold.calibrate.moments import Parts, read_names, write_part
+from twofold.errors import TwofoldError
+from twofold.nn import FactoredLinear
+from twofold.progress import progress, say
+
+WARM_UP = 0.05  # share of the steps in which the rate rises
+LAST_RATE = 0.05  # of the first, at the end of the cosine
+CLIP = 1.0  # norm of the gradient, above which it is shortened
+CHECKS = 8  # how often the held-out loss is taken
+PATIENCE = 3  # checks without a gain, after which it stops
+DIVERGED = 2.0  # times the loss at the beginning
+SAVE_SECONDS = 120.0
+PROBES = 2  # windows that are timed before the steps are counted
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training went."""
+
+    steps: int
+    planned: int
+    windows: int  # seen, repeats counted
+    before: float
+    after: float
+    seconds: float
+    ended: str
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The factors, and the vectors of the model: norms and biases. Embeddings, heads and dense matrices stay as they are."""
+    factors = {id(p) for m in model.modules() if isinstance(m, FactoredLinear) for p in m.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in factors or p.dim() == 1}
+
+
+@contextmanager
+def training(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Within the block these parameters alone get gradients, and are kept in float32.
+
+    Dropout stays off: the aim is what the dense model gives.
+    """
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    dtypes = {name: p.dtype for name, p in parameters.items()}
+    was_training = model.training
+    model.eval()
+    model.requires_grad_(False)
+    narrow = {dtype for dtype in dtypes.values() if dtype in (torch.bfloat16, torch.float16)}
+    for parameter in parameters.values():
+        if parameter.dtype in narrow:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    device = next(model.parameters()).device
+    try:
+        with torch.autocast(device.type, dtype=next(iter(narrow), torch.bfloat16), enabled=bool(narrow)):
+            yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = parameter.data.to(dtypes[name])
+            parameter.grad = None
+        for parameter, was in required:
+            parameter.requires_grad_(was)
+        model.train(was_training)
+
+
+class _State:
+    """What a training needs to go on: the parameters, the moments of the optimizer, the best parameters so far."""
+
+    def __init__(self, path: Path | None, mark: str) -> None:
+        self.path, self.mark = path, hashlib.sha256(mark.encode()).hexdigest()
+
+    def save(
+        self,
+        about: dict[str, Any],
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        best: dict[str, Tensor],
+    ) -> None:
+        if self.path is None:
+            return
+        tensors: dict[str, Tensor] = {f"best/{name}": tensor for name, tensor in best.items()}
+        for name, parameter in parameters.items():
+            tensors[f"now/{name}"] = parameter.data
+            state = optimizer.state[parameter]
+            tensors[f"first/{name}"], tensors[f"second/{name}"] = state["exp_avg"], state["exp_avg_sq"]
+        write_part(self.path, tensors, self.mark, {"about": json.dumps(about)})
+
+    def load(
+        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Take up an earlier state, if there is a whole one that belongs here."""
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            names, header = read_names(self.path, self.mark)
+        except TwofoldError:
+            return None
+        about = json.loads(header["about"])
+        parts = Parts(dict.fromkeys(names, self.path))
+        best: dict[str, Tensor] = {}
+        for name, parameter in parameters.items():
+            parameter.data.copy_(parts[f"now/{name}"])
+            best[name] = parts[f"best/{name}"].clone()
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(about["step"])),
+                "exp_avg": parts[f"first/{name}"].to(parameter.device, copy=True),
+                "exp_avg_sq": parts[f"second/{name}"].to(parameter.device, copy=True),
+            }
+        return about, best
+
+
+def train(
+    parameters: dict[str, nn.Parameter],
+    loss_of: Callable[[int], Tensor],
+    held_out: Callable[[], float],
+    *,
+    windows: int,
+    batch: int,
+    passes: float,
+    rate: float,
+    steps: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    path: Path | None = None,
+    mark: str = "",
+    title: str = "Refining",
+    quiet: bool = False,
+) -> Trained:
+    """Lower a loss over windows, and leave the parameters that were best on held-out text.
+
+    The rate of a parameter is relative to the size of its numbers: each step changes a weight by about ``rate`` of its root mean
+    square, so that factors and norms of any scale need no rates of their own.
+
+    Args:
+        loss_of: the mean loss of one window, with a graph.
+        held_out: the loss that decides; lower is better.
+        batch: windows in a step; one after another, so that it costs no memory.
+        passes: times that each window is seen, if the seconds suffice.
+        steps: plan so many, in the place of passes and seconds.
+        seconds: that all may take. The number of steps is fixed by a probe at the beginning, and then never changes, but for a
+            machine that slows down: at the limit the training ends.
+        path: where the state is kept every two minutes.
+        mark: what the state belongs to.
+    """
+    began = time.monotonic()
+    rates: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters.values():
+        size = float(parameter.detach().float().square().mean().sqrt())
+        rates.setdefault(rate * max(size, 1e-3), []).append(parameter)
+    groups = [{"params": list(members), "lr": base, "base": base} for base, members in rates.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
+    state = _State(path, f"{mark} {title} {windows} {batch} {passes} {rate} {steps} {seed}")
+    taken = state.load(parameters, optimizer)
+    if taken is not None:
+        about, best = taken
+    else:
+        first = held_out()
+        total = steps or _steps_for(loss_of, held_out, windows, batch, passes, seconds, began)
+        about = {"step": 0, "total": total, "before": first, "best": first, "since": 0, "spent": 0.0}
+        best = {name: p.detach().clone() for name, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    total, step = int(about["total"]), int(about["step"])
+    every = max(total // CHECKS, 1)
+    ended = "all steps were done"
+    saved_at = time.monotonic()
+    order = _Order(windows, seed)
+    with progress(title, total, done=step, unit="steps", quiet=quiet) as tick:
+        while step < total:
+            scale = _scale(step, total)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base"] * scale
+            summed = 0.0
+            for k in range(batch):
+                loss = loss_of(order[step * batch + k]) / batch
+                loss.backward()  # type: ignore[no-untyped-call]
+                summed += float(loss.detach())
+            torch.nn.utils.clip_grad_norm_(list(parameters.values()), CLIP)
+            if math.isfinite(summed):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            tick()
+            spent = about["spent"] + time.monotonic() - began
+            late = seconds is not None and steps is None and spent > seconds
+            if step % every == 0 or step == total or late or not math.isfinite(summed):
+                now = held_out() if math.isfinite(summed) else math.nan
+                if now < about["best"]:
+                    about["best"], about["since"] = now, 0
+                    best = {name: p.detach().clone() for name, p in parameters.items()}
+                else:
+                    about["since"] += 1
+                if not now <= DIVERGED * about["before"]:
+                    ended = f"it diverged at step {step} of {total} (rate {rate:g}); the best state was restored"
+                    break
+                if about["since"] >= PATIENCE and step < total:
+                    ended = f"no gain on held-out text since step {step - PATIENCE * every} of {total}"
+                    break
+                if late and step < total:
+                    ended = f"the time was over at step {step} of {total}"
+                    break
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                state.save({**about, "step": step, "spent": spent}, parameters, optimizer, best)
+                saved_at = time.monotonic()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(best[name])
+    if "diverged" in ended:
+        say(f"{title}: {ended}")
+    spent = about["spent"] + time.monotonic() - began
+    return Trained(step, total, step * batch, about["before"], about["best"], spent, ended)
+
+
+def _steps_for(
+    loss_of: Callable[[int], Tensor],
+    held_out: Callable[[], float],
+    windows: int,
+    batch: int,
+    passes: float,
+    seconds: float | None,
+    began: float,
+) -> int:
+    """The steps of so many passes, or those that the seconds suffice for."""
+    total = max(round(passes * windows / batch), 1)
+    if seconds is None:
+        return total
+    start = time.monotonic()
+    for i in range(PROBES):
+        loss_of(i % windows).backward()  # type: ignore[no-untyped-call]
+    one = (time.monotonic() - start) / PROBES * batch
+    start = time.monotonic()
+    held_out()
+    checks = CHECKS * (time.monotonic() - start)
+    left = seconds - (time.monotonic() - began) - checks
+    return max(min(total, int(0.97 * left / one)), 1)
+
+
+def _scale(step: int, total: int) -> float:
+    """Linear warm-up, then a cosine."""
+    warm = max(int(WARM_UP * total), 1)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    along = (step - warm) / max(total - warm, 1)
+    return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * along)) / 2
+
+
+class _Order:
+    """The windows in the order of the steps: each pass in a random order of its own, known without those before it."""
+
+    def __init__(self, windows: int, seed: int) -> None:
+        self.windows, self.seed = windows, seed
+        self._pass, self._order = -1, torch.empty(0)
+
+    def __getitem__(self, i: int) -> int:
+        number, place = divmod(i, self.windows)
+        if number != self._pass:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            self._pass, self._order = number, torch.randperm(self.windows, generator=generator)
+        return int(self._order[place])

@@ -1,0 +1,328 @@
+"""Refinement: training lowers the divergence, stops when it must, and goes on after a kill with the same bits."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import TEXT, make_model
+from test_streaming import DYING, command, environment, same
+from twofold.compression import compress
+from twofold.errors import TwofoldError
+from twofold.factorize import dense_again
+from twofold.linalg import decompose, truncate, weighted_low_rank
+from twofold.models import LoadedModel
+from twofold.objectives import LayerMoments, get_objective
+from twofold.pipeline import factorize
+from twofold.recipe import make_recipe
+from twofold.refine.anchored import anchored_problem
+from twofold.refine.base import Task
+from twofold.refine.distill import distill
+from twofold.refine.teacher import Teacher, divergence
+from twofold.refine.training import train, trainable, training
+
+
+def recipe_of(checkpoint, text_file, **settings):
+    settings = {"keep": 0.4, "tokens": 640, "window": 32, "refine": "distill", "refine_passes": 2, **settings}
+    return make_recipe({"model": str(checkpoint), "calibration": [str(text_file)], **settings})
+
+
+def test_divergence_of_all_tokens_is_the_divergence():
+    torch.manual_seed(0)
+    first, second = torch.randn(5, 40), torch.randn(5, 40)
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    direct = (p.exp() * (p - q)).sum(-1).mean()
+    teacher = Teacher(None, "x", top=40)
+    teacher.ask(lambda ids: first[None], torch.zeros(1, 5, dtype=torch.long), "w", quiet=True)
+    assert divergence(second, *teacher.answer("w", 0)) == pytest.approx(float(direct), rel=1e-5)
+    few = Teacher(None, "x", top=10)
+    few.ask(lambda ids: first[None], torch.zeros(1, 5, dtype=torch.long), "w", quiet=True)
+    # The others as one token, by hand.
+    values, tokens = p.topk(10, -1)
+    own = q.gather(-1, tokens)
+    rest, own_rest = 1 - values.exp().sum(-1), 1 - own.exp().sum(-1)
+    by_hand = ((values.exp() * (values - own)).sum(-1) + rest * (rest / own_rest).log()).mean()
+    found = divergence(second, *few.answer("w", 0))
+    assert found == pytest.approx(float(by_hand), rel=1e-5)
+    assert 0 < found < direct
+    assert divergence(first, *few.answer("w", 0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_teacher_on_disk_is_taken_up_again(tmp_path):
+    torch.manual_seed(0)
+    windows, table = torch.randint(0, 30, (20, 6)), torch.randn(30, 30)
+    calls = []
+
+    def logits(ids):
+        calls.append(ids)
+        return table[ids]
+
+    memory, disk = Teacher(None, "m", 8), Teacher(tmp_path, "m", 8)
+    memory.ask(logits, windows, "w", quiet=True)
+    disk.ask(logits, windows, "w", quiet=True)
+    for i in (0, 15, 16, 19):
+        for a, b in zip(memory.answer("w", i), disk.answer("w", i), strict=True):
+            assert torch.equal(a, b)
+    calls.clear()
+    (tmp_path / "w-000016.safetensors").write_bytes(b"cut short")
+    Teacher(tmp_path, "m", 8).ask(logits, windows, "w", quiet=True)
+    assert len(calls) == 4  # the second file alone
+    calls.clear()
+    Teacher(tmp_path, "another", 8).ask(logits, windows, "w", quiet=True)
+    assert len(calls) == 20
+
+
+@pytest.mark.parametrize("form", ["gauge", "plain"])
+def test_distilling_lowers_the_divergence(checkpoint, text_file, tmp_path, form):
+    plain = compress(recipe_of(checkpoint, text_file, refine=[], form=form), tmp_path / "closed", quiet=True)
+    recipe = recipe_of(checkpoint, text_file, form=form, refine_rate=1e-2, refine_passes=6)
+    run = compress(recipe, tmp_path / "out", quiet=True)
+    (refined,) = run.refinement
+    assert refined.loss_after < 0.8 * refined.loss_before
+    assert run.quality.factored["divergence"] < 0.9 * plain.quality.factored["divergence"]
+    assert (run.target_after, run.parameters_after) == (plain.target_after, plain.parameters_after)
+    assert "refined by distill" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert any("refined by distill" in note for note in run.notes)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["refinement"][0]["steps"] == refined.steps
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_only_factors_and_vectors_learn(checkpoint):
+    dense = make_model()
+    before = {name: p.clone() for name, p in dense.named_parameters()}
+    small = factorize(
+        dense, tokenizer=tokenizer_of(checkpoint), texts=[TEXT], keep=0.5, tokens=320, window=32,
+        refine="distill", refine_passes=1, quiet=True,
+    )  # fmt: skip
+    learned = trainable(small)
+    changed = {name for name, p in small.named_parameters() if name not in before or not torch.equal(p, before[name])}
+    assert changed == set(learned)
+    assert "model.norm.weight" in changed and "model.embed_tokens.weight" not in changed
+    assert all(p.requires_grad for p in small.parameters())
+    assert all(p.grad is None for p in small.parameters())
+
+
+def tokenizer_of(checkpoint):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+def test_the_planned_steps_repeat_a_run_to_the_bit(checkpoint, text_file, tmp_path):
+    first = compress(recipe_of(checkpoint, text_file, minutes=0.1, refine_passes=5), tmp_path / "a", quiet=True)
+    planned = first.refinement[0].planned
+    assert 1 <= planned <= 50
+    second = compress(recipe_of(checkpoint, text_file, refine_steps=planned), tmp_path / "b", quiet=True)
+    same(tmp_path / "a", tmp_path / "b")
+    assert second.refinement[0].planned == planned
+    assert second.refinement[0].steps == first.refinement[0].steps
+
+
+def test_minutes_are_kept(checkpoint, text_file, tmp_path):
+    recipe = recipe_of(checkpoint, text_file, refine_passes=100_000, minutes=0.05)
+    run = compress(recipe, tmp_path / "a", quiet=True)
+    assert run.refinement[0].seconds < 6
+    assert run.refinement[0].steps > 1
+
+
+def test_killed_refinement_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path, monkeypatch):
+    rest = [*command(checkpoint, text_file, tmp_path / "out")[3:], "--refine", "distill", "--refine-passes", "3"]
+    whole = [*command(checkpoint, text_file, tmp_path / "whole")[3:], "--refine", "distill", "--refine-passes", "3"]
+    often = DYING.replace("main()", "import twofold.refine.training as t\nt.SAVE_SECONDS = 0.0\nmain()")
+    for point in ("*/0-distill/windows-*", "*/0-distill/distill.safetensors", "*/0-distill/distill.safetensors"):
+        killed = subprocess.run(
+            [sys.executable, "-c", often, point, *rest],
+            env=environment(tmp_path / "cache"),
+            capture_output=True,
+            text=True,
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert list((tmp_path / "out.partial").glob("refine/0-distill/windows-*"))
+    for arguments in (rest, whole):
+        done = subprocess.run(
+            [sys.executable, "-m", "twofold", *arguments],
+            env=environment(tmp_path / "cache"),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    same(tmp_path / "out", tmp_path / "whole")
+
+
+def parameters():
+    torch.manual_seed(1)
+    return {"a": torch.nn.Parameter(torch.randn(6)), "b": torch.nn.Parameter(10 * torch.randn(3, 2))}
+
+
+def test_a_training_that_diverges_gives_back_the_best(capsys):
+    given = parameters()
+    before = {name: p.detach().clone() for name, p in given.items()}
+    losses = iter([1.0, *[5.0] * 50])
+    trained = train(
+        given, lambda i: given["a"].square().sum() + given["b"].sum(), lambda: next(losses), windows=4, batch=2, passes=20,
+        rate=0.1, quiet=True,
+    )  # fmt: skip
+    assert "diverged at step 5 of 40" in trained.ended and trained.after == 1.0
+    assert all(torch.equal(p, before[name]) for name, p in given.items())
+    assert "the best state was restored" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_a_number_ends_it():
+    given = parameters()
+    before = {name: p.detach().clone() for name, p in given.items()}
+    trained = train(
+        given,
+        lambda i: given["a"].sum() * float("nan"),
+        lambda: 1.0,
+        windows=4,
+        batch=1,
+        passes=2,
+        rate=0.1,
+        quiet=True,
+    )
+    assert "diverged at step 1 " in trained.ended
+    assert all(torch.equal(p, before[name]) for name, p in given.items())
+
+
+def test_it_stops_when_held_out_text_gains_no_more():
+    given = parameters()
+    losses = iter([1.0, 0.9, *[0.95] * 50])
+    trained = train(
+        given, lambda i: given["a"].square().sum() + given["b"].square().sum(), lambda: next(losses), windows=4, batch=1,
+        passes=20, rate=0.01, quiet=True,
+    )  # fmt: skip
+    assert trained.ended.startswith("no gain on held-out text since step 10 of 80") and trained.after == 0.9
+    assert trained.steps == 40
+
+
+def test_narrow_models_are_trained_in_float32(checkpoint):
+    model = make_model(dtype=torch.bfloat16)
+    dense = make_model(dtype=torch.bfloat16)
+    small = factorize(
+        model, tokenizer=tokenizer_of(checkpoint), texts=[TEXT], keep=0.5, tokens=320, window=32, quiet=True
+    )
+    replaced = {e.name: dense.get_submodule(e.name) for e in small.twofold_plan.entries if e.rank is not None}
+    recipe = make_recipe({"model": "x", "keep": 0.5, "refine_rate": 1e-2, "refine_passes": 8})
+    windows = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
+    loaded = LoadedModel(small, None, "x", None, torch.bfloat16)
+    objective = get_objective("two-sided")
+    task = Task(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], recipe, quiet=True)
+    refined = distill(task)
+    assert refined.loss_after < 0.9 * refined.loss_before
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+
+
+def test_dense_again_is_what_the_teacher_sees(checkpoint):
+    """The dense layers come back while the teacher is asked."""
+    original = make_model()
+    ids = torch.arange(20)[None]
+    expected = original(input_ids=ids).logits
+    small = make_model()
+    factorize(small, tokenizer=tokenizer_of(checkpoint), texts=[TEXT], keep=0.4, tokens=320, window=32, quiet=True)
+    replaced = {e.name: original.get_submodule(e.name) for e in small.twofold_plan.entries if e.rank is not None}
+    with dense_again(small, replaced):
+        assert torch.allclose(small(input_ids=ids).logits, expected, atol=1e-5)
+    with training(small, trainable(small)):
+        assert not torch.allclose(small(input_ids=ids).logits, expected, atol=1e-2)
+
+
+def test_what_cannot_be_refined_is_refused(checkpoint, text_file, tmp_path):
+    with pytest.raises(TwofoldError, match=r"no refinement 'magic'; choose of anchored, distill"):
+        compress(recipe_of(checkpoint, text_file, refine="magic"), tmp_path / "o", quiet=True)
+    with pytest.raises(TwofoldError, match="can't be refined yet"):
+        compress(recipe_of(checkpoint, text_file, stream="always"), tmp_path / "o", quiet=True)
+    with pytest.raises(TwofoldError, match="--minutes: input should be greater than 0"):
+        recipe_of(checkpoint, text_file, minutes=-1)
+    assert recipe_of(checkpoint, text_file, refine="distill,distill").refine == ["distill", "distill"]
+    assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
+
+
+def test_weights_alone_can_be_refined_too(checkpoint, text_file, tmp_path):
+    """The svd objective needs no calibration; its refinement does."""
+    run = compress(
+        recipe_of(checkpoint, text_file, objective="svd", refine_rate=1e-2, refine_passes=4), tmp_path / "o", quiet=True
+    )
+    assert run.refinement[0].loss_after < run.refinement[0].loss_before
+
+
+def test_anchored_solves_the_published_problem():
+    """min ‖W X − W′ X̂‖ over W′ of a rank: the closed form against a direct one in float64."""
+    torch.manual_seed(0)
+    x = torch.randn(9, 200, dtype=torch.float64)
+    own = x + 0.3 * torch.randn(9, 9, dtype=torch.float64) @ x + 0.1 * torch.randn(9, 200, dtype=torch.float64)
+    inputs, cross = own @ own.T / 200, x @ own.T / 200
+    for m in (6, 14):
+        weight = torch.randn(m, 9, dtype=torch.float64)
+        layer = LayerMoments(input=x @ x.T / 200)
+        aim, problem = anchored_problem(weight, layer, inputs, cross, get_objective("svd-llm"), 0.0, 1.0)
+        left, right = truncate(aim, decompose(problem.metric, problem.gram, problem.side), problem.metric, 4)
+        # Directly: least squares, then the best rank-4 approximation of the outputs that it gives.
+        best = torch.linalg.lstsq(own.T, (weight @ x).T).solution.T
+        u, s, v = torch.linalg.svd(best @ own, full_matrices=False)
+        expected = torch.linalg.lstsq(own.T, ((u[:, :4] * s[:4]) @ v[:4]).T).solution.T
+        assert torch.allclose(left @ right, expected, atol=1e-8)
+        same_inputs, _ = anchored_problem(weight, layer, inputs, inputs, get_objective("svd-llm"), 0.01, 1.0)
+        assert torch.allclose(same_inputs, weight)
+
+
+def test_anchored_in_the_metric_of_the_gradients():
+    """Both sides of a two-sided problem, from the moments of the smaller side alone, against full matrices."""
+    torch.manual_seed(0)
+    for m, n in ((5, 8), (8, 5)):
+        weight = torch.randn(m, n, dtype=torch.float64)
+        gradients = gram_of(m)
+        inputs, cross = gram_of(n), gram_of(n) + 0.1 * torch.randn(n, n, dtype=torch.float64)
+        trace = float(gradients.trace())
+        if m <= n:
+            layer = LayerMoments(input=gram_of(n), gradient=gradients, gradient_trace=trace)
+        else:
+            layer = LayerMoments(input_gradient=weight.T @ gradients @ weight, gradient_trace=trace)
+        aim, problem = anchored_problem(weight, layer, inputs, cross, get_objective("two-sided"), 0.0, 0.7)
+        expected = weight @ (0.7 * cross @ torch.linalg.inv(inputs) + 0.3 * torch.eye(n, dtype=torch.float64))
+        assert torch.allclose(aim, expected)
+        found = truncate(aim, decompose(problem.metric, problem.gram, problem.side), problem.metric, 3)
+        direct = weighted_low_rank(expected, 3, gradients, inputs)
+        assert torch.allclose(found[0] @ found[1], direct[0] @ direct[1], atol=1e-8)
+
+
+def gram_of(k):
+    x = torch.randn(k, 3 * k, dtype=torch.float64)
+    return x @ x.T / k
+
+
+@pytest.mark.parametrize("objective", ["two-sided", "svd-llm"])
+def test_anchoring_lowers_the_divergence(checkpoint, text_file, tmp_path, objective):
+    settings = {"objective": objective, "tokens": 1600, "keep": 0.3}
+    plain = compress(recipe_of(checkpoint, text_file, refine=[], **settings), tmp_path / "closed", quiet=True)
+    run = compress(recipe_of(checkpoint, text_file, refine="anchored", **settings), tmp_path / "o", quiet=True)
+    (refined,) = run.refinement
+    assert refined.method == "anchored" and refined.loss_after < refined.loss_before
+    assert run.parameters_after == plain.parameters_after
+    assert run.quality.factored["divergence"] < plain.quality.factored["divergence"]
+
+
+def test_killed_anchoring_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path):
+    flags = ["--refine", "anchored,distill", "--refine-passes", "1"]
+    rest = [*command(checkpoint, text_file, tmp_path / "out")[3:], *flags]
+    killed = subprocess.run(
+        [sys.executable, "-c", DYING, "*/0-anchored/block-0000*", *rest],
+        env=environment(tmp_path / "cache"), capture_output=True, text=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    for arguments in (rest, [*command(checkpoint, text_file, tmp_path / "whole")[3:], *flags]):
+        done = subprocess.run(
+            [sys.executable, "-m", "twofold", *arguments],
+            env=environment(tmp_path / "cache"), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_weights_alone_cannot_be_anchored(checkpoint, text_file, tmp_path):
+    with pytest.raises(TwofoldError, match="svd does not look at whole inputs"):
+        compress(recipe_of(checkpoint, text_file, objective="svd", refine="anchored"), tmp_path / "o", quiet=True)
