@@ -232,7 +232,7 @@ def test_dense_again_is_what_the_teacher_sees(checkpoint):
 
 
 def test_what_cannot_be_refined_is_refused(checkpoint, text_file, tmp_path):
-    with pytest.raises(TwofoldError, match=r"no refinement 'magic'; choose of anchored, distill"):
+    with pytest.raises(TwofoldError, match=r"no refinement 'magic'; choose of anchored, blockwise, distill"):
         compress(recipe_of(checkpoint, text_file, refine="magic"), tmp_path / "o", quiet=True)
     with pytest.raises(TwofoldError, match="can't be refined yet"):
         compress(recipe_of(checkpoint, text_file, stream="always"), tmp_path / "o", quiet=True)
@@ -326,3 +326,31 @@ def test_killed_anchoring_goes_on_with_the_same_bits(checkpoint, text_file, tmp_
 def test_weights_alone_cannot_be_anchored(checkpoint, text_file, tmp_path):
     with pytest.raises(TwofoldError, match="svd does not look at whole inputs"):
         compress(recipe_of(checkpoint, text_file, objective="svd", refine="anchored"), tmp_path / "o", quiet=True)
+
+
+@pytest.mark.parametrize("objective", ["two-sided", "svd-llm"])
+def test_blockwise_lowers_the_divergence(checkpoint, text_file, tmp_path, objective):
+    recipe = recipe_of(
+        checkpoint, text_file, objective=objective, refine="blockwise", refine_rate=1e-2, refine_passes=4, keep=0.3
+    )
+    run = compress(recipe, tmp_path / "o", quiet=True)
+    (refined,) = run.refinement
+    assert refined.loss_after < 0.9 * refined.loss_before and refined.steps > 10
+    assert not list(tmp_path.rglob("*.state"))
+
+
+def test_killed_blockwise_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path):
+    flags = ["--refine", "blockwise", "--refine-passes", "1"]
+    rest = [*command(checkpoint, text_file, tmp_path / "out")[3:], *flags]
+    killed = subprocess.run(
+        [sys.executable, "-c", DYING, "*/0-blockwise/block-0000*", *rest],
+        env=environment(tmp_path / "cache"), capture_output=True, text=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    for arguments in (rest, [*command(checkpoint, text_file, tmp_path / "whole")[3:], *flags]):
+        done = subprocess.run(
+            [sys.executable, "-m", "twofold", *arguments],
+            env=environment(tmp_path / "cache"), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    same(tmp_path / "out", tmp_path / "whole")

@@ -58,7 +58,7 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     refine: Annotated[
         list[str],
         pydantic.BeforeValidator(lambda value: _split([value] if isinstance(value, str) else value)),
-        Field(description="better the factors after the closed form, one after another: anchored, distill"),
+        Field(description="better the factors after the closed form, one after another: anchored, blockwise, distill"),
     ] = []
     anchor_mix: Annotated[
         float,
