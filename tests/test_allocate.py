@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twofold.allocate import ALLOCATIONS, Candidate, get_allocation
+from twofold.allocate.base import cheapest
+from twofold.allocate.effective_rank import entropy_rank
 from twofold.budget import ModelSize, parse_budget, target_budget
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_storage
@@ -23,7 +26,7 @@ def candidates_of(shapes, seed):
         tails = np.append(np.cumsum(values[::-1])[::-1], 0.0)
         ranks = np.arange(1, min(m, n) + (m != n))
         costs = np.array([gauge_storage(m, n, int(r)) for r in ranks], dtype=float)
-        made.append(Candidate(str(i), ranks, costs, tails[ranks], float(m * n), float(m * n)))
+        made.append(Candidate(str(i), ranks, costs, tails[ranks], float(m * n), float(m * n), values))
     return made
 
 
@@ -77,7 +80,7 @@ def test_smallest_ranks_and_multiples_keep_the_budget(name, smallest, multiple):
     made = []
     for c in candidates_of([(30, 40), (12, 50), (20, 20), (9, 30)], 7):
         allowed = (c.ranks >= smallest) & (c.ranks % multiple == 0)
-        made.append(Candidate(c.name, c.ranks[allowed], c.costs[allowed], c.losses[allowed], c.dense_cost, c.full_cost))
+        made.append(replace(c, ranks=c.ranks[allowed], costs=c.costs[allowed], losses=c.losses[allowed]))
     for keep in (0.62, 0.7, 0.8):
         budget = keep * sum(c.full_cost for c in made)
         cost, _ = totals(made, get_allocation(name)(made, budget))
@@ -149,3 +152,50 @@ def test_budgets_leave_what_the_dense_parts_do_not_need():
 def test_impossible_budgets_say_what_is_possible(keep, budget, message):
     with pytest.raises(TwofoldError, match=message):
         target_budget(keep, budget, SIZE)
+
+
+@pytest.mark.parametrize("name", sorted(ALLOCATIONS))
+@settings(max_examples=40, deadline=None)
+@given(shapes=SHAPES, seed=st.integers(0, 10**6), keep=st.floats(0.35, 1.0))
+def test_every_allocation_meets_the_budget(name, shapes, seed, keep):
+    candidates = candidates_of(shapes, seed)
+    least = sum(cheapest(c).cost(c) for c in candidates)  # below it make_plan refuses
+    budget = max(keep * sum(c.full_cost for c in candidates), least)
+    cost, loss = totals(candidates, get_allocation(name)(candidates, budget))
+    assert cost <= budget * (1 + 1e-9)
+    assert totals(candidates, get_allocation("global")(candidates, budget))[1] <= loss * (1 + 1e-9) + 1e-12
+
+
+def test_energy_keeps_the_same_share_of_each():
+    candidates = candidates_of([(20, 25), (25, 20), (24, 30)], 3)
+    budget = 0.5 * sum(c.full_cost for c in candidates)
+    choices = get_allocation("energy")(candidates, budget)
+    kept, next_up = [], []
+    for candidate, choice in zip(candidates, choices, strict=True):
+        rank = candidate.ranks[choice.index]
+        shares = np.cumsum(candidate.values) / candidate.values.sum()
+        kept.append(shares[rank - 1])
+        next_up.append(shares[rank - 2] if rank > 1 else 0.0)
+    # One share lies between what each keeps and what one rank less would keep.
+    assert max(next_up) <= min(kept)
+
+
+def test_effective_rank_of_known_spectra():
+    assert entropy_rank(np.ones(7)) == pytest.approx(7)
+    assert entropy_rank(np.array([5.0, 0, 0])) == pytest.approx(1)
+    assert entropy_rank(np.zeros(3)) == 1
+    assert entropy_rank(np.array([0.5, 0.5, 0.0])) == pytest.approx(2)
+
+
+def test_effective_rank_gives_ranks_in_proportion():
+    flat, steep = np.ones(40), 2.0 ** -np.arange(40)
+    ranks = np.arange(1, 40)
+    costs = np.array([gauge_storage(40, 40, int(r)) for r in ranks], dtype=float)
+    made = [
+        Candidate(name, ranks, costs, np.append(np.cumsum(v[::-1])[::-1], 0.0)[ranks], 1600.0, 1600.0, v)
+        for name, v in (("flat", flat), ("steep", steep))
+    ]
+    choices = get_allocation("effective-rank")(made, 900.0)
+    first, second = (int(ranks[c.index]) for c in choices)
+    assert first / second == pytest.approx(entropy_rank(flat) / entropy_rank(steep), rel=0.35)
+    assert sum(c.cost(m) for c, m in zip(choices, made, strict=True)) <= 900

@@ -248,7 +248,13 @@ def make_plan(
         extra = 4.0 * max(target.out_features, target.in_features) + scale if bytes_budget and form != "plain" else 0.0
         costs = np.array([rank_cost(form, target, int(r)) for r in ranks], dtype=np.float64) * scale + extra
         candidate = Candidate(
-            target.name, ranks, costs, tails[ranks] * weight, float(target.size * scale), float(target.size * scale)
+            target.name,
+            ranks,
+            costs,
+            tails[ranks] * weight,
+            float(target.size * scale),
+            float(target.size * scale),
+            values,
         )
         candidates.append(candidate)
         if override is not None:

@@ -51,7 +51,9 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     objective: Annotated[
         str, Field(description="what a rank is chosen to preserve: two-sided, svd-llm, asvd, fwsvd, svd")
     ] = "two-sided"
-    allocate: Annotated[str, Field(description="how ranks are shared out: global, uniform")] = "global"
+    allocate: Annotated[str, Field(description="how ranks are shared out: global, uniform, energy, effective-rank")] = (
+        "global"
+    )
     form: Annotated[
         Literal["gauge", "plain"], Field(description="how factors are stored: gauge r(m+n-r) numbers, plain r(m+n)")
     ] = "gauge"

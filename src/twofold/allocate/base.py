@@ -25,6 +25,7 @@ class Candidate:
     losses: NDArray[np.float64]
     dense_cost: float | None
     full_cost: float  # m · n in the unit of the costs
+    values: NDArray[np.float64] | None = None  # σ² (k,), largest first; None if no spectrum was taken
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Choice:
         return 0.0 if self.index is None else float(candidate.losses[self.index])
 
 
+BISECTIONS = 50
 Allocate = Callable[[list[Candidate], float], list[Choice]]
 ALLOCATIONS: dict[str, Allocate] = {}
 
@@ -66,6 +68,45 @@ def get_allocation(name: str) -> Allocate:
     if name not in ALLOCATIONS:
         raise TwofoldError(f"there is no allocation {name!r}; choose one of {', '.join(sorted(ALLOCATIONS))}")
     return ALLOCATIONS[name]
+
+
+def fit(
+    candidates: list[Candidate],
+    budget: float,
+    choose: Callable[[Candidate, float], Choice],
+) -> list[Choice]:
+    """The largest share in [0, 1] whose choices keep the budget, found by bisection, and its choices.
+
+    Args:
+        choose: the choice for one weight at a share; a larger share must not cost less.
+    """
+
+    def at(share: float) -> tuple[list[Choice], float]:
+        choices = [choose(candidate, share) for candidate in candidates]
+        return choices, sum(choice.cost(c) for choice, c in zip(choices, candidates, strict=True))
+
+    choices, cost = at(1.0)
+    if cost <= budget:
+        return choices
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if at(middle)[1] > budget:
+            high = middle
+        else:
+            low = middle
+    return at(low)[0]
+
+
+def at_least(candidate: Candidate, rank: float) -> Choice:
+    """The smallest allowed rank that is not below ``rank``; dense where that stores no more, or there is no such rank."""
+    index = int(np.searchsorted(candidate.ranks, rank))
+    dense = candidate.dense_cost
+    if index >= len(candidate.ranks):
+        return Choice(None) if dense is not None else Choice(len(candidate.ranks) - 1)
+    if dense is not None and dense <= candidate.costs[index]:
+        return Choice(None)
+    return Choice(index)
 
 
 def cheapest(candidate: Candidate) -> Choice:

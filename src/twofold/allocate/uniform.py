@@ -6,29 +6,13 @@ than the budget, the largest share that keeps it.
 
 import numpy as np
 
-from twofold.allocate.base import Candidate, Choice, allocation, cheapest
-
-BISECTIONS = 50
+from twofold.allocate.base import Candidate, Choice, allocation, cheapest, fit
 
 
 @allocation("uniform")
 def uniform(candidates: list[Candidate], budget: float) -> list[Choice]:
-    def choose(share: float) -> tuple[list[Choice], float]:
-        choices = [_largest_within(candidate, share) for candidate in candidates]
-        return choices, sum(choice.cost(c) for choice, c in zip(choices, candidates, strict=True))
-
-    high = budget / sum(candidate.full_cost for candidate in candidates)
-    choices, cost = choose(high)
-    if cost <= budget:
-        return choices
-    low = 0.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if choose(middle)[1] > budget:
-            high = middle
-        else:
-            low = middle
-    return choose(low)[0]
+    most = budget / sum(candidate.full_cost for candidate in candidates)
+    return fit(candidates, budget, lambda candidate, share: _largest_within(candidate, share * most))
 
 
 def _largest_within(candidate: Candidate, share: float) -> Choice:

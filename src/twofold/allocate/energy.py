@@ -1,0 +1,20 @@
+"""The same share of its energy for every weight: the smallest rank that keeps that share of Σ σ².
+
+The rule of thumb for a truncated SVD, with the spectrum in the metric of the objective. It does not know that one weight's energy
+matters more to the model than another's.
+"""
+
+import numpy as np
+
+from twofold.allocate.base import Candidate, Choice, allocation, at_least, fit
+
+
+@allocation("energy")
+def energy(candidates: list[Candidate], budget: float) -> list[Choice]:
+    return fit(candidates, budget, _keeping)
+
+
+def _keeping(candidate: Candidate, share: float) -> Choice:
+    assert candidate.values is not None
+    kept = np.cumsum(candidate.values)
+    return at_least(candidate, int(np.searchsorted(kept, share * kept[-1] * (1 - 1e-12))) + 1)
