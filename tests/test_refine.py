@@ -84,7 +84,8 @@ def test_distilling_lowers_the_divergence(checkpoint, text_file, tmp_path, form)
     run = compress(recipe, tmp_path / "out", quiet=True)
     (refined,) = run.refinement
     assert refined.loss_after < 0.8 * refined.loss_before
-    assert run.quality.factored["divergence"] < 0.9 * plain.quality.factored["divergence"]
+    assert run.quality.factored["divergence"] < 0.97 * plain.quality.factored["divergence"]
+    assert run.quality.original == plain.quality.original  # the dense model is what it was
     assert (run.target_after, run.parameters_after) == (plain.target_after, plain.parameters_after)
     assert "refined by distill" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert any("refined by distill" in note for note in run.notes)
@@ -92,7 +93,7 @@ def test_distilling_lowers_the_divergence(checkpoint, text_file, tmp_path, form)
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_only_factors_and_vectors_learn(checkpoint):
+def test_only_factors_learn(checkpoint):
     dense = make_model()
     before = {name: p.clone() for name, p in dense.named_parameters()}
     small = factorize(
@@ -102,7 +103,7 @@ def test_only_factors_and_vectors_learn(checkpoint):
     learned = trainable(small)
     changed = {name for name, p in small.named_parameters() if name not in before or not torch.equal(p, before[name])}
     assert changed == set(learned)
-    assert "model.norm.weight" in changed and "model.embed_tokens.weight" not in changed
+    assert changed and all(".reduce." in name or ".expand." in name for name in changed)
     assert all(p.requires_grad for p in small.parameters())
     assert all(p.grad is None for p in small.parameters())
 
@@ -228,6 +229,10 @@ def test_dense_again_is_what_the_teacher_sees(checkpoint):
     with dense_again(small, replaced):
         assert torch.allclose(small(input_ids=ids).logits, expected, atol=1e-5)
     with training(small, trainable(small)):
+        before = small(input_ids=ids).logits
+        with torch.no_grad():
+            next(iter(trainable(small).values())).mul_(2)
+        assert not torch.equal(small(input_ids=ids).logits, before)
         assert not torch.allclose(small(input_ids=ids).logits, expected, atol=1e-2)
 
 

@@ -197,7 +197,7 @@ def prepare(
             )
     elif recipe.refine:
         with watch.stage("texts"):
-            windows = calibration_windows(loaded, recipe, hashed, texts, quiet=quiet)
+            windows = distributed.same(lambda: calibration_windows(loaded, recipe, hashed, texts, quiet=quiet))
     if work is not None:
         work.belongs_to(_mark(hashed, mark, recipe))
         work.update(stage="decomposing", targets=len(targets.targets))
@@ -395,6 +395,8 @@ def refine(
     made = hashlib.sha256(prepared.plan.model_dump_json().encode()).hexdigest()
     # What the quality is measured on is not looked at before.
     held_out = windows.held_out[recipe.eval_windows :] if recipe.eval_text is None else windows.held_out
+    stopped_on = hashlib.sha256(held_out.contiguous().numpy().tobytes()).hexdigest()
+    belongs = f"{prepared.spectra.mark} {made} {windows.sha256} {stopped_on} {recipe.minutes} {recipe.anchor_mix}"
     done: list[Refined] = []
     for i, name in enumerate(recipe.refine):
         seconds = None
@@ -411,7 +413,7 @@ def refine(
             recipe,
             seconds,
             folder / f"{i}-{name}" if folder is not None else None,
-            f"{prepared.spectra.mark} {made} {windows.sha256} {recipe.refine[: i + 1]} {recipe.minutes}",
+            f"{belongs} {recipe.refine[: i + 1]}",
             quiet,
         )
         done.append(get_refinement(name)(task))

@@ -74,10 +74,11 @@ def anchored(task: Task) -> Refined:
     assert task.moments is not None
     began = time.monotonic()
     count = len(task.windows)
-    windows = torch.cat([task.windows, task.held_out])
     if task.folder is not None:
         make_folder(task.folder)
-    streams = Streams(task.loaded, task.replaced, windows, task.folder if task.recipe.activations == "disk" else None)
+    streams = Streams(
+        task.loaded, task.replaced, task.windows, task.folder if task.recipe.activations == "disk" else None
+    )
     chain = streams.chain
     mark = hashlib.sha256(f"{task.mark} {task.recipe.anchor_mix}".encode()).hexdigest()
     places = {entry.name: i for i, entry in enumerate(task.plan.entries)}
@@ -129,6 +130,7 @@ def _solve(task: Task, streams: Streams, entries: list[PlanEntry], count: int) -
             own, dense = streams.input_of(name, "factored", i), streams.input_of(name, "dense", i)
             if own is None or dense is None or len(own) != len(dense):
                 continue
+            own, dense = (x if x.dtype == torch.float64 else x.float() for x in (own, dense))
             if inputs is None or cross is None:
                 inputs = torch.zeros(own.shape[1], own.shape[1], dtype=own.dtype, device=own.device)
                 cross = torch.zeros_like(inputs)
@@ -153,11 +155,9 @@ def _solve(task: Task, streams: Streams, entries: list[PlanEntry], count: int) -
             spectrum = decompose(problem.metric, problem.gram, problem.side, torch.finfo(torch.float32).eps)
             bias = getattr(module, "bias", None)
             wanted = entry.model_copy(update={"form": "plain" if entry.form == "plain" else "gauge"})
-            layer, done, note = factor_layer(
-                aim.to(weight.dtype), bias, wanted, spectrum, problem, task.loaded.stored_dtype
-            )
+            layer, done, note = factor_layer(aim, bias, wanted, spectrum, problem, task.loaded.stored_dtype)
             task.plan.notes.extend([note] if note is not None else [])
-            old = replace_module(task.model, entry.name, layer.to(weight.device))
+            old = replace_module(task.model, entry.name, layer.to(weight.device, weight.dtype))
             layer.requires_grad_(any(p.requires_grad for p in old.parameters()))
             solved.append(
                 done.model_copy(update={"predicted_loss": entry.predicted_loss, "measured_loss": entry.measured_loss})
@@ -190,8 +190,9 @@ def _take(path: Path | None, mark: str, entries: list[PlanEntry], task: Task) ->
         old = task.model.get_submodule(entry.name)
         assert entry.rank is not None and entry.form in ("plain", "rows", "columns")
         layer = FactoredLinear(
-            entry.in_features, entry.out_features, entry.rank, entry.form, entry.bias, entry.transposed
-        )
+            entry.in_features, entry.out_features, entry.rank, entry.form, entry.bias, entry.transposed,
+            dtype=next(old.parameters()).dtype,
+        )  # fmt: skip
         layer.load_state_dict({key: parts[f"{entry.name}.{key}"] for key in layer.state_dict()})
         like = next(old.parameters())
         replace_module(task.model, entry.name, layer.to(like.device, like.dtype))

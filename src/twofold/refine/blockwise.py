@@ -1,4 +1,4 @@
-"""Block after block: the factors and norms of a block learn to give what the dense block gives.
+"""Block after block: the factors of a block learn to give what the dense block gives.
 
 The block gets the factored model's own hidden states, and aims at the dense model's (as in AA-SVD, arXiv 2604.02119). Only one
 block is trained at a time, so the memory is that of one block, and a step costs no head.
@@ -20,7 +20,7 @@ from twofold.linalg import damp
 from twofold.progress import progress
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.streams import Streams
-from twofold.refine.training import Trained, train, trainable, training
+from twofold.refine.training import Trained, round_to, train, trainable, training
 
 RIDGE = 0.1  # damping of the metric of the error
 
@@ -62,7 +62,7 @@ def blockwise(task: Task) -> Refined:
     return Refined(
         method="blockwise",
         steps=sum(one.steps for one in done),
-        planned=done[0].planned,
+        planned=sum(one.planned for one in done),
         tokens=sum(one.windows for one in done) * windows.shape[1],
         parameters=trained_parameters,
         seconds=time.monotonic() - began,
@@ -91,6 +91,8 @@ def _block(
             for name, parameter in parameters.items():
                 parameter.data.copy_(parts[name])
             return Trained(**json.loads(about["trained"]))
+    if not parameters:
+        return Trained(0, 0, 0, 0.0, 0.0, 0.0, "all steps were done: it has no factors")
     metric = _metric(task, streams)
 
     def loss_of(i: int) -> Tensor:
@@ -120,6 +122,7 @@ def _block(
             title=f"Block {b + 1} of {len(streams.chain)}",
             quiet=True,
         )
+    round_to(parameters, task.loaded.stored_dtype)
     if path is not None:
         write_part(path, dict(parameters), mark, {"trained": json.dumps(vars(found))})
         path.with_name(f"training-{b:04d}.safetensors").unlink(missing_ok=True)

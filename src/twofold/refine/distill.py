@@ -1,4 +1,4 @@
-"""End to end: the factors and norms learn to predict what the dense model predicts.
+"""End to end: the factors learn to predict what the dense model predicts.
 
 The loss is KL(dense ‖ factored) over the next token, at every position of the calibration windows (Hinton et al. 2015). The
 dense model is run once; its most likely tokens are kept.
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.teacher import Teacher, divergence
-from twofold.refine.training import train, trainable, training
+from twofold.refine.training import round_to, train, trainable, training
 
 
 @refinement("distill")
 def distill(task: Task) -> Refined:
-    """Train the factors and norms on the divergence from the dense model.
+    """Train the factors on the divergence from the dense model.
 
     Raises:
         TwofoldError: if the model gives no token logits.
@@ -56,6 +56,7 @@ def distill(task: Task) -> Refined:
             title="Distilling",
             quiet=task.quiet,
         )
+    round_to(parameters, task.loaded.stored_dtype)
     return Refined(
         method="distill",
         steps=trained.steps,

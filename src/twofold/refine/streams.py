@@ -53,6 +53,7 @@ class Streams:
         self.replaced = [
             {name: module for name, module in replaced.items() if chain.block_of(name) == i} for i in range(len(chain))
         ]
+        self.outside = {name: module for name, module in replaced.items() if chain.block_of(name) is None}
         self.block = 0
         self.folder = folder
         self._states: dict[Stream, Activations] = {}
@@ -79,14 +80,14 @@ class Streams:
     def output(self, stream: Stream, i: int) -> Tensor:  # (1, length, width)
         """What the block makes of one window."""
         if stream == "dense":
-            with torch.no_grad(), dense_again(self.model, self.replaced[self.block]):
+            with torch.no_grad(), dense_again(self.model, {**self.outside, **self.replaced[self.block]}):
                 return self._run(stream, i)
         return self._run(stream, i)
 
     @torch.no_grad()
     def input_of(self, name: str, stream: Stream, i: int) -> Tensor | None:  # (tokens, in)
         """What a layer of the block is given for one window; None if it is not called."""
-        replaced = self.replaced[self.block] if stream == "dense" else {}
+        replaced = {**self.outside, **self.replaced[self.block]} if stream == "dense" else {}
 
         def enough(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             raise _Enough(args[0])

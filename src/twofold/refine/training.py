@@ -44,9 +44,15 @@ class Trained:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The factors, and the vectors of the model: norms and biases. Embeddings, heads and dense matrices stay as they are."""
+    """The factors, with the biases of factored layers. All else is shared with the dense model and stays as it is."""
     factors = {id(p) for m in model.modules() if isinstance(m, FactoredLinear) for p in m.parameters()}
-    return {name: p for name, p in model.named_parameters() if id(p) in factors or p.dim() == 1}
+    return {name: p for name, p in model.named_parameters() if id(p) in factors}
+
+
+def round_to(parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> None:
+    """Give parameters the precision in which they will be stored, so that what is measured is what is written."""
+    for parameter in parameters.values():
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
 @contextmanager
@@ -66,8 +72,11 @@ def training(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[
             parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     device = next(model.parameters()).device
+    # No cache: it would hold on to the first cast of weights that change with every step.
     try:
-        with torch.autocast(device.type, dtype=next(iter(narrow), torch.bfloat16), enabled=bool(narrow)):
+        with torch.autocast(
+            device.type, dtype=next(iter(narrow), torch.bfloat16), enabled=bool(narrow), cache_enabled=False
+        ):
             yield
     finally:
         for name, parameter in parameters.items():
@@ -144,7 +153,7 @@ def train(
     """Lower a loss over windows, and leave the parameters that were best on held-out text.
 
     The rate of a parameter is relative to the size of its numbers: each step changes a weight by about ``rate`` of its root mean
-    square, so that factors and norms of any scale need no rates of their own.
+    square, so that factors of any scale need no rates of their own.
 
     Args:
         loss_of: the mean loss of one window, with a graph.
@@ -176,7 +185,7 @@ def train(
     for parameter in parameters.values():
         parameter.grad = None
     total, step = int(about["total"]), int(about["step"])
-    every = max(total // CHECKS, 1)
+    every = -(-total // CHECKS)
     ended = "all steps were done"
     saved_at = time.monotonic()
     order = _Order(windows, seed)
