@@ -311,11 +311,15 @@ def test_anchoring_lowers_the_divergence(checkpoint, text_file, tmp_path, object
     assert run.quality.factored["divergence"] < plain.quality.factored["divergence"]
 
 
-def test_killed_anchoring_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path):
-    flags = ["--refine", "anchored,distill", "--refine-passes", "1"]
+@pytest.mark.parametrize(
+    ("refine", "point"),
+    [("anchored,distill", "*/0-anchored/block-0000*"), ("blockwise", "*/0-blockwise/block-0000*")],
+)
+def test_killed_between_blocks_it_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path, refine, point):
+    flags = ["--refine", refine, "--refine-passes", "1"]
     rest = [*command(checkpoint, text_file, tmp_path / "out")[3:], *flags]
     killed = subprocess.run(
-        [sys.executable, "-c", DYING, "*/0-anchored/block-0000*", *rest],
+        [sys.executable, "-c", DYING, point, *rest],
         env=environment(tmp_path / "cache"), capture_output=True, text=True,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -331,6 +335,7 @@ def test_killed_anchoring_goes_on_with_the_same_bits(checkpoint, text_file, tmp_
 def test_weights_alone_cannot_be_anchored(checkpoint, text_file, tmp_path):
     with pytest.raises(TwofoldError, match="svd does not look at whole inputs"):
         compress(recipe_of(checkpoint, text_file, objective="svd", refine="anchored"), tmp_path / "o", quiet=True)
+    assert not (tmp_path / "o.partial").exists()
 
 
 @pytest.mark.parametrize("objective", ["two-sided", "svd-llm"])
@@ -342,20 +347,3 @@ def test_blockwise_lowers_the_divergence(checkpoint, text_file, tmp_path, object
     (refined,) = run.refinement
     assert refined.loss_after < 0.9 * refined.loss_before and refined.steps > 10
     assert not list(tmp_path.rglob("*.state"))
-
-
-def test_killed_blockwise_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path):
-    flags = ["--refine", "blockwise", "--refine-passes", "1"]
-    rest = [*command(checkpoint, text_file, tmp_path / "out")[3:], *flags]
-    killed = subprocess.run(
-        [sys.executable, "-c", DYING, "*/0-blockwise/block-0000*", *rest],
-        env=environment(tmp_path / "cache"), capture_output=True, text=True,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    for arguments in (rest, [*command(checkpoint, text_file, tmp_path / "whole")[3:], *flags]):
-        done = subprocess.run(
-            [sys.executable, "-m", "twofold", *arguments],
-            env=environment(tmp_path / "cache"), capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    same(tmp_path / "out", tmp_path / "whole")

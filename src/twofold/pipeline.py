@@ -90,6 +90,11 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
     """
     for name in recipe.refine:
         get_refinement(name)
+        if name == "anchored" and "input" not in get_objective(recipe.objective).needs:
+            raise TwofoldError(
+                f"the objective {recipe.objective} does not look at whole inputs, so it can't be anchored; "
+                "use two-sided or svd-llm"
+            )
     way = choose_way(recipe)
     needs = get_objective(recipe.objective).needs
     if way is not None and way.blocks is not None and needs and recipe.calibration == ["self"]:

@@ -64,13 +64,8 @@ def anchored(task: Task) -> Refined:
     """Solve each layer anew on the factored model's own inputs.
 
     Raises:
-        TwofoldError: if the model is no chain of blocks, or the objective does not look at inputs.
+        TwofoldError: if the model is no chain of blocks.
     """
-    if "input" not in task.objective.needs:
-        raise TwofoldError(
-            f"the objective {task.objective.name} does not look at whole inputs, so it can't be anchored; "
-            "use two-sided or svd-llm"
-        )
     assert task.moments is not None
     began = time.monotonic()
     count = len(task.windows)
