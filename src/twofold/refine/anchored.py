@@ -68,7 +68,6 @@ def anchored(task: Task) -> Refined:
     """
     assert task.moments is not None
     began = time.monotonic()
-    count = len(task.windows)
     if task.folder is not None:
         make_folder(task.folder)
     streams = Streams(
@@ -84,7 +83,7 @@ def anchored(task: Task) -> Refined:
             path = None if task.folder is None else task.folder / f"block-{b:04d}.safetensors"
             known = _take(path, mark, entries, task)
             if known is None:
-                known = _solve(task, streams, entries, count)
+                known = _solve(task, streams, entries)
                 if path is not None:
                     _keep(path, mark, known, task)
             for entry in known:
@@ -109,7 +108,7 @@ def anchored(task: Task) -> Refined:
 
 
 @torch.no_grad()
-def _solve(task: Task, streams: Streams, entries: list[PlanEntry], count: int) -> list[PlanEntry]:
+def _solve(task: Task, streams: Streams, entries: list[PlanEntry]) -> list[PlanEntry]:
     """Solve the layers of a block, those that share an input together."""
     groups: dict[str, list[PlanEntry]] = {}
     for entry in entries:
@@ -121,7 +120,7 @@ def _solve(task: Task, streams: Streams, entries: list[PlanEntry], count: int) -
         dtype = working_dtype(task.model.device)
         inputs = cross = None
         rows = 0
-        for i in range(count):
+        for i in range(len(task.windows)):
             own, dense = streams.input_of(name, "factored", i), streams.input_of(name, "dense", i)
             if own is None or dense is None or len(own) != len(dense):
                 continue
