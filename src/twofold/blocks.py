@@ -59,10 +59,15 @@ class Stretch:
 
 
 def stretches(chain: Chain | None, blocks: int) -> list[Stretch]:
-    """Cut a chain into stretches of a number of blocks."""
+    """Cut a chain into stretches of a number of blocks; if they are not all of one size, the first is the smaller one.
+
+    The last stretch is the only one that a calibration with gradients does not compute twice.
+    """
     if chain is None:
         return [Stretch()]
-    return [Stretch(chain, i, min(i + blocks, len(chain))) for i in range(0, len(chain), max(blocks, 1))]
+    blocks = max(blocks, 1)
+    ends = range(len(chain), 0, -blocks)
+    return [Stretch(chain, max(end - blocks, 0), end) for end in reversed(ends)]
 
 
 class ChainWatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -139,9 +139,9 @@ class FactoredLinear(nn.Module):
             y = self.expand(self.reduce(x))
         elif self.form == "rows":
             pivots = self.reduce(x)
-            y = torch.cat([pivots, self.expand(pivots)], -1).index_select(-1, self.order)
+            y = _ordered(torch.cat([pivots, self.expand(pivots)], -1), self.order)
         else:
-            x = x.index_select(-1, self.order)
+            x = _ordered(x, self.order)
             y = self.expand(x[..., : self.rank] + self.reduce(x[..., self.rank :]))
         return y if self.bias is None else y + self.bias
 
@@ -166,3 +166,25 @@ class FactoredLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"form={self.form}, bias={self.bias is not None}, keep={self.keep:.3f}"
         )
+
+
+class _Order(torch.autograd.Function):
+    """``index_select`` by a permutation, whose gradient is one by the inverse; PyTorch would add rows up one after another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return x.index_select(-1, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return gradient.index_select(-1, order.argsort()), None
+
+
+def _ordered(x: Tensor, order: Tensor) -> Tensor:
+    """The last dimension in another order. The plain operation where no gradient is asked for, so that exporters know it."""
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        y: Tensor = _Order.apply(x, order)  # type: ignore[no-untyped-call]
+        return y
+    return x.index_select(-1, order)
