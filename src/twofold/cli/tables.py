@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from twofold.comparison import Comparison
 from twofold.evaluation import Evaluation
 from twofold.inspection import Inspection
 from twofold.plan import Estimate, Plan, PlanEntry
@@ -273,6 +274,20 @@ def print_evaluation(result: Evaluation) -> None:
             for m in result.models
         ),
     )
+
+
+def print_comparison(comparison: Comparison, out: Path) -> None:
+    """Every row that was measured, those that were not with the reason, and where the files are."""
+    from twofold.comparison.tables import explained, heads, lines
+
+    table(comparison.model, heads(comparison), lines(comparison), left=2)
+    for row in comparison.rows:
+        if row.skipped is not None:
+            console.print(f"Not measured: {plain(row.name)}: {plain(row.skipped)}", soft_wrap=True)
+    console.print(plain(explained(comparison)))
+    for note in comparison.notes:
+        console.print(f"Note: {plain(note)}.")
+    console.print(f"Tables and figure: {plain(str(out / 'compare.md'))}", highlight=False, soft_wrap=True)
 
 
 def print_status(status: Status, removed: bool) -> None:
