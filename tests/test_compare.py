@@ -102,7 +102,8 @@ def test_a_cell_is_what_compress_and_eval_give(settings, objective, allocate, ch
     recipe = grid.recipe(Cell(objective, allocate, 0.7, tuple(chain)))
     alone = compress(recipe, tmp_path / "alone", quiet=True)
     assert row.parameters == alone.parameters_after and row.bytes == alone.bytes_after
-    assert row.keep == alone.keep and row.predicted_divergence == pytest.approx(alone.predicted_divergence, rel=1e-5)
+    assert row.keep == alone.keep and (row.predicted_divergence is None) == (alone.predicted_divergence is None)
+    assert (row.predicted_divergence or 0) == pytest.approx(alone.predicted_divergence or 0, rel=1e-5)
     for i, text in enumerate((text_file, other_text)):
         dense, small = evaluate_models(
             str(tmp_path / "alone"), str(text), against=settings["model"], windows=2, window=128, quiet=True
@@ -134,7 +135,7 @@ def test_moments_are_collected_once_and_texts_read_once(settings, tmp_path, monk
 def test_what_needs_no_moments_collects_none(settings, tmp_path):
     made = compare({**settings, "objectives": "svd"}, tmp_path / "arena", quiet=True)
     assert not (cache_folder() / "moments").exists() and made.calibration_tokens == 0
-    assert made.rows[1].perplexity[0] > made.dense.perplexity[0]
+    assert made.rows[1].divergence > 0 and made.rows[1].predicted_divergence is None
 
 
 def test_an_interrupted_grid_goes_on(settings, tmp_path, monkeypatch):
@@ -284,7 +285,7 @@ def test_the_files_agree(settings, tmp_path):
         assert line["skipped"] == (row.skipped or "")
         if row.skipped is None:
             assert float(line["perplexity texts.txt (in-domain)"]) == row.perplexity[0]
-            assert float(line["perplexity stories.txt (out-domain)"]) == row.perplexity[1]
+            assert float(line["perplexity stories.txt (out-of-domain)"]) == row.perplexity[1]
             assert int(line["bytes"]) == row.bytes and int(line["bytes_16"]) == row.bytes_16
     for line, row in zip(table, made.measured, strict=True):
         assert f"{row.ratio[0]:.3f}" in line and f"{row.bytes / 1e6:,.1f}" in line
@@ -321,7 +322,7 @@ def test_the_command_prints_json_or_a_table(run, checkpoint, text_file, other_te
     ]  # fmt: skip
     assert "row 1 of" in err and "svd, uniform, keep 0.8" in err
     code, out, err = run(*command, "--quiet")
-    assert code == 0 and err == "" and "two-sided, global" in out and "compare.md" in out
+    assert code == 0 and err == "" and "two-sided" in out and "compare.md" in out
 
 
 def test_settings_of_a_recipe_hold_for_every_cell(run, checkpoint, text_file, tmp_path):
@@ -341,7 +342,7 @@ def test_settings_of_a_recipe_hold_for_every_cell(run, checkpoint, text_file, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--keep: field required"),
+        ([], "--keep is missing"),
         (["--keep", "0.5,0"], "--keep"),
         (["--keep", "1.5"], "--keep"),
         (["--keep", "much"], "--keep"),
@@ -411,7 +412,8 @@ def test_quantized_weights_are_within_half_a_step(architecture, name, steps):
                 exact = dict(make_model(architecture).named_modules())[target.name].weight
                 exact = exact.T if target.transposed else exact
                 wide = layer.weight.dequantize()
-                group = target.in_features if target.in_features % 32 or name == "int8" else 32
+                groups = [] if name == "int8" else [g for g in (128, 32) if target.in_features % g == 0]
+                group = next(iter(groups), target.in_features)
                 largest = exact.reshape(-1, group).abs().amax(1)
                 off = (wide - exact).reshape(-1, group).abs().amax(1)
                 assert (off <= 0.51 * largest / steps + 1e-6).all()

@@ -201,6 +201,8 @@ def checked(model: type[Settings], settings: dict[str, object], names: list[str]
             if where.startswith("overrides")
             else "--" + where.replace("_", "-")
         )
+        if first["type"] == "missing":
+            raise TwofoldError(f"{flag} is missing; give it, or put it into a recipe") from error
         raise TwofoldError(f"{flag}: {message[0].lower()}{message[1:]}, got {_short(first['input'])}") from error
 
 

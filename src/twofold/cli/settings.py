@@ -73,7 +73,7 @@ def _flags(
                 settings[name] = dict(parse_override(text) for text in value)
             else:
                 settings[name] = value
-        if given.get("keep") is not None:
+        if given.get("keep") not in (None, []):
             settings.pop("budget", None) if given.get("budget") is None else None
         elif given.get("budget") is not None:
             settings.pop("keep", None)

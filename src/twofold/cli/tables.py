@@ -278,9 +278,22 @@ def print_evaluation(result: Evaluation) -> None:
 
 def print_comparison(comparison: Comparison, out: Path) -> None:
     """Every row that was measured, those that were not with the reason, and where the files are."""
-    from twofold.comparison.tables import explained, heads, lines
+    from twofold.comparison.tables import explained
 
-    table(comparison.model, heads(comparison), lines(comparison), left=2)
+    texts = comparison.texts
+    table(
+        f"{comparison.model}: perplexity on {', '.join(text.words for text in texts)}",
+        ["", "MB in 16 bits", *(head for text in texts for head in (text.name, "× dense")), "divergence"],
+        (
+            [
+                row.name,
+                f"{(row.bytes_16 or 0) / 1e6:,.1f}",
+                *(cell for pair in zip(row.perplexity, row.ratio, strict=True) for cell in map("{:.4g}".format, pair)),
+                _number(row.divergence, ".4f"),
+            ]
+            for row in comparison.measured
+        ),
+    )
     for row in comparison.rows:
         if row.skipped is not None:
             console.print(f"Not measured: {plain(row.name)}: {plain(row.skipped)}", soft_wrap=True)

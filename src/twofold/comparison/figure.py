@@ -85,12 +85,12 @@ def _lines(comparison: Comparison) -> list[list[Row]]:
 
 def _kinds(comparison: Comparison) -> tuple[list[str], list[str], list[str]]:
     """The objectives, allocations and refinements that were measured, in the order of the table."""
-    rows = [row for row in comparison.measured if row.kind == "factored"]
-    return (
-        list(dict.fromkeys(str(row.objective) for row in rows)),
-        list(dict.fromkeys(str(row.allocate) for row in rows)),
-        list(dict.fromkeys(str(row.refine) for row in rows)),
-    )
+    rows = [row for row in comparison.rows if row.kind == "factored"]
+    kinds = []
+    for part in ("objective", "allocate", "refine"):
+        seen = {getattr(row, part) for row in rows if row.skipped is None}
+        kinds.append([str(name) for name in dict.fromkeys(getattr(row, part) for row in rows) if name in seen])
+    return kinds[0], kinds[1], kinds[2]
 
 
 def _style(comparison: Comparison, row: Row) -> dict[str, Any]:

@@ -38,10 +38,12 @@ def _chains(value: object) -> object:
     values = value if isinstance(value, list | tuple) else [value]
     parts = [part for one in values for part in (one.split(",") if isinstance(one, str) else [one])]
     chains = [part.split("+") if isinstance(part, str) else part for part in parts]
-    if not all(isinstance(chain, list | tuple) and all(isinstance(name, str) for name in chain) for chain in chains):
-        return chains
-    found = [tuple(name.strip() for name in chain if name.strip() not in ("", "none")) for chain in chains]
-    return [list(chain) for chain in dict.fromkeys(found)]
+    found: dict[tuple[str, ...], None] = {}
+    for chain in chains:
+        if not isinstance(chain, list | tuple) or not all(isinstance(name, str) for name in chain):
+            return chains  # pydantic says what is wrong with it
+        found[tuple(name.strip() for name in chain if name.strip() not in ("", "none"))] = None
+    return [list(chain) for chain in found]
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Grid(pydantic.BaseModel, extra="forbid"):
 
     @pydantic.model_validator(mode="after")
     def _names(self) -> Grid:
+        self.keep = list(dict.fromkeys(self.keep))  # 0.8 and 0.80 are one
         for name in self.baselines or []:
             if name not in QUANTIZED:
                 raise ValueError(f"there is no baseline {name!r}; choose of {', '.join(QUANTIZED)}")

@@ -7,6 +7,7 @@ is called, so that any processor measures them; it tells quality and size, not s
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ class Quantized:
 
     numbers: int  # of all weights, each of so many bits
     bits: int
-    scales: int  # floating-point numbers
+    scales: int  # floating-point numbers; the zero points are all zero, and not stored
     note: str
 
     def bytes(self, element: int) -> int:
@@ -67,13 +68,12 @@ def quantized(model: nn.Module, targets: list[Target], name: str) -> Iterator[Qu
     try:
         for target in targets:
             module = model.get_submodule(target.name)
-            layer, group = _quantize(module, target, BITS[name])
-            scale: Any = layer.weight.scale
-            scales += int(scale.numel())
+            layer, group, count = _quantize(module, target, BITS[name])
+            scales += count
             kind = "one scale for each output" if group is None else f"groups of {group}"
             kinds[kind] = kinds.get(kind, 0) + 1
             replaced[target.name] = replace_module(model, target.name, layer)
-        how = ", ".join(f"{kind} in {count} weights" for kind, count in kinds.items())
+        how = ", ".join(f"{kind} in {weights} weights" for kind, weights in kinds.items())
         note = f"{name}: torchao {torchao_version()}, weights alone, symmetric, round to nearest; {how}"
         if BITS[name] < 8:
             note += (
@@ -85,10 +85,9 @@ def quantized(model: nn.Module, targets: list[Target], name: str) -> Iterator[Qu
             replace_module(model, place, module)
 
 
-def _quantize(module: nn.Module, target: Target, bits: int) -> tuple[nn.Linear, int | None]:
-    """A linear layer with the quantized weight, and the size of its groups; None for one scale for each output."""
-    from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
-
+def _quantize(module: nn.Module, target: Target, bits: int) -> tuple[nn.Linear, int | None, int]:
+    """A linear layer with the quantized weight, the size of its groups (None: one scale for each output), and its scales."""
+    ao: Any = importlib.import_module("torchao.quantization")
     weight = dense_weight(module).detach()  # (out, in)
     bias = getattr(module, "bias", None)
     layer = nn.Linear(target.in_features, target.out_features, bias is not None, device="meta")
@@ -96,7 +95,8 @@ def _quantize(module: nn.Module, target: Target, bits: int) -> tuple[nn.Linear, 
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     group = None if bits == 8 else next((g for g in GROUPS if target.in_features % g == 0), None)
-    granularity = PerAxis(0) if group is None else PerGroup(group)
-    dtype = torch.int8 if bits == 8 else torch.int4
-    quantize_(nn.ModuleList([layer]), IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity))
-    return layer, group
+    granularity = ao.PerAxis(0) if group is None else ao.PerGroup(group)
+    dtype = getattr(torch, f"int{bits}")
+    ao.quantize_(nn.ModuleList([layer]), ao.IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity))
+    stored: Any = layer.weight
+    return layer, group, int(stored.scale.numel())

@@ -22,7 +22,11 @@ class Text(pydantic.BaseModel, extra="forbid"):
 
     @property
     def words(self) -> str:
-        return f"{self.name} ({self.domain}-domain)"
+        return f"{self.name} ({self.place})"
+
+    @property
+    def place(self) -> str:
+        return "in-domain" if self.domain == "in" else "out-of-domain"
 
 
 class Row(pydantic.BaseModel, extra="forbid"):

@@ -100,7 +100,7 @@ def markdown(comparison: Comparison) -> str:
                 f"- calibrated on {_plain(c.calibration)}, {count(c.calibration_tokens)} tokens, sha256 of the token ids "
                 f"`{c.calibration_sha256 or NONE}`",
                 *(
-                    f"- measured {text.domain}-domain on {_plain(text.name)}, {text.windows} windows of {count(text.window)} "
+                    f"- measured {text.place} on {_plain(text.name)}, {text.windows} windows of {count(text.window)} "
                     f"tokens, each scored alone, sha256 of the token ids `{text.sha256}`"
                     for text in c.texts
                 ),
@@ -117,13 +117,22 @@ def markdown(comparison: Comparison) -> str:
         parts.append("Not measured:\n\n" + "\n".join(skipped))
     said: dict[str, list[str]] = {}
     for row in c.measured:
-        for note in [*row.notes, *(one.words for one in row.refinement)]:
+        for note in row.notes:
             said.setdefault(note, []).append(row.name)
     notes = [f"- {_plain(note)}" for note in c.notes]
-    notes += [f"- {_plain(note)} ({_plain('; '.join(names))})" for note, names in said.items()]
+    notes += [f"- {_plain(note)} ({_rows(names)})" for note, names in said.items()]
+    if any(row.refinement for row in c.measured):
+        notes.append(
+            "- what each refinement did, and the held-out loss before and after it, is in compare.json and compare.csv"
+        )
     if notes:
         parts.append("Notes:\n\n" + "\n".join(notes))
     return "\n\n".join(parts) + "\n"
+
+
+def _rows(names: list[str]) -> str:
+    """Which rows a note is about."""
+    return _plain("; ".join(names)) if len(names) < 4 else f"{_plain(names[0])} and {len(names) - 1} more rows"
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
