@@ -278,26 +278,25 @@ def print_evaluation(result: Evaluation) -> None:
 
 def print_comparison(comparison: Comparison, out: Path) -> None:
     """Every row that was measured, those that were not with the reason, and where the files are."""
-    from twofold.comparison.tables import explained
-
     texts = comparison.texts
     table(
         f"{comparison.model}: perplexity on {', '.join(text.words for text in texts)}",
-        ["", "MB in 16 bits", *(head for text in texts for head in (text.name, "× dense")), "divergence"],
+        ["", "MB", *(text.name for text in texts), "divergence"],
         (
             [
                 row.name,
                 f"{(row.bytes_16 or 0) / 1e6:,.1f}",
-                *(cell for pair in zip(row.perplexity, row.ratio, strict=True) for cell in map("{:.4g}".format, pair)),
+                *(f"{now:.4g}, {ratio:.3f} ×" for now, ratio in zip(row.perplexity, row.ratio, strict=True)),
                 _number(row.divergence, ".4f"),
             ]
             for row in comparison.measured
         ),
     )
-    for row in comparison.rows:
-        if row.skipped is not None:
-            console.print(f"Not measured: {plain(row.name)}: {plain(row.skipped)}", soft_wrap=True)
-    console.print(plain(explained(comparison)))
+    for reason, names in comparison.skipped.items():
+        console.print(f"Not measured: {plain('; '.join(names))}: {plain(reason)}", soft_wrap=True)
+    console.print(
+        "MB: the whole model, numbers in 16 bits; ×: over the dense model's; divergence: on the first text, nats per token."
+    )
     for note in comparison.notes:
         console.print(f"Note: {plain(note)}.")
     console.print(f"Tables and figure: {plain(str(out / 'compare.md'))}", highlight=False, soft_wrap=True)

@@ -155,6 +155,7 @@ class _Arena:
                     assert of is not None
                     row = self._cell(cell, of, number)
                 yield row
+            of = None  # its bases go before the next ones come
 
     def _say(self, number: int, words: str) -> None:
         if not self.ground.quiet:
@@ -255,7 +256,7 @@ class _Arena:
             bytes_16=plan.model_copy(update={"element_bytes": 2}).bytes_after,
             divergence=divergence,
             predicted_divergence=plan.predicted_divergence,
-            seconds={"decompose": of.seconds, **watch.seconds},
+            seconds={**of.seconds, **watch.seconds},
             refinement=refined,
             notes=plan.notes,
             **self._figures(perplexity),
@@ -315,6 +316,12 @@ def _skipped(cell: Cell, reason: str) -> Row:
     )
 
 
+def _calibrated(rows: list[Row]) -> dict[str, float]:
+    """The seconds of the calibration, as the rows of the run that did it tell them."""
+    spent = [row.seconds["calibrate"] for row in rows if "calibrate" in row.seconds]
+    return {"calibrate": max(spent)} if spent else {}
+
+
 def _record(ground: Ground, rows: list[Row]) -> Comparison:
     from twofold.report.names import public_name, without_paths
 
@@ -330,6 +337,6 @@ def _record(ground: Ground, rows: list[Row]) -> Comparison:
         fingerprint=ground.fingerprint,
         texts=[text for text, _ in ground.texts],
         rows=rows,
-        seconds=ground.watch.seconds,
+        seconds={**_calibrated(rows), **ground.watch.seconds},
         notes=ground.notes,
     )

@@ -56,7 +56,7 @@ class Decomposed:
     targets: Targets  # without those that its moments say nothing about
     moments: Moments | None
     spectra: Spectra
-    seconds: float  # that the decompositions took
+    seconds: dict[str, float]  # of the decompositions, and of the calibration if this run did it
 
 
 @dataclass
@@ -142,7 +142,8 @@ class Ground:
                 blocks=RESIDENT_BLOCKS,
                 quiet=self.quiet,
             )
-        return Decomposed(objective, targets, moments, spectra, watch.seconds["decompose"])
+        shared = {name: spent for name, spent in self.watch.seconds.items() if name == "calibrate" and objective.needs}
+        return Decomposed(objective, targets, moments, spectra, {**shared, **watch.seconds})
 
 
 def union_of_needs(grid: Grid) -> frozenset[Statistic]:

@@ -47,7 +47,9 @@ class Row(pydantic.BaseModel, extra="forbid"):
     ratio: list[float] = []  # to the dense model's
     divergence: float | None = None  # on the first text, KL(dense ‖ this) in nats per token
     predicted_divergence: float | None = None  # before refinement
-    seconds: dict[str, float] = {}  # decompose (all cells of the objective together), factorize, refine, measure
+    seconds: dict[
+        str, float
+    ] = {}  # factorize, refine, measure; decompose and calibrate are of all rows that share them
     refinement: list[Refined] = []
     notes: list[str] = []
     skipped: str | None = None  # why it was not measured
@@ -78,6 +80,15 @@ class Comparison(pydantic.BaseModel, extra="forbid"):
     @property
     def dense(self) -> Row:
         return self.rows[0]
+
+    @property
+    def skipped(self) -> dict[str, list[str]]:
+        """The rows that were not measured, by their reason."""
+        reasons: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.skipped is not None:
+                reasons.setdefault(row.skipped, []).append(row.name)
+        return reasons
 
     @property
     def measured(self) -> list[Row]:

@@ -18,7 +18,7 @@ def csv_table(comparison: Comparison) -> str:
         "name", "kind", "objective", "allocate", "refine", "asked", "keep", "keep_model", "parameters", "bytes", "bytes_16",
         "divergence", "predicted_divergence",
     )  # fmt: skip
-    stages = ("decompose", "factorize", "refine", "measure")
+    stages = ("calibrate", "decompose", "factorize", "refine", "measure")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*columns, *texts, *(f"seconds {stage}" for stage in stages), "skipped", "notes"])
@@ -112,7 +112,7 @@ def markdown(comparison: Comparison) -> str:
         explained(c),
         "![Perplexity against stored size](compare.png)",
     ]
-    skipped = [f"- {_plain(row.name)}: {_plain(row.skipped)}" for row in c.rows if row.skipped is not None]
+    skipped = [f"- {_plain('; '.join(names))}: {_plain(reason)}" for reason, names in c.skipped.items()]
     if skipped:
         parts.append("Not measured:\n\n" + "\n".join(skipped))
     said: dict[str, list[str]] = {}
