@@ -15,16 +15,16 @@ import pytest
 import torch
 
 import twofold.cli
-import twofold.comparison.arena as arena
 from conftest import TEXT, make_model
 from twofold import TwofoldError
 from twofold.cache import cache_folder
 from twofold.calibrate.texts import read_texts
 from twofold.comparison import Comparison, compare, make_grid
-from twofold.comparison.arena import put_back
+from twofold.comparison.cells import only_run
 from twofold.comparison.grid import Cell
-from twofold.comparison.ground import lay
+from twofold.comparison.ground import Ground, lay
 from twofold.comparison.quantized import choose_baselines, quantized, torchao_version
+from twofold.comparison.rows import Rows, put_back
 from twofold.compression import compress
 from twofold.evaluation import evaluate_models
 from twofold.targets import find_targets
@@ -125,8 +125,8 @@ def test_moments_are_collected_once_and_texts_read_once(settings, tmp_path, monk
         "twofold.calibrate.windows.read_texts", lambda *a, **k: (reads.append(a), read_texts(*a, **k))[1]
     )
     decomposed = []
-    once = arena.Ground.decomposed
-    monkeypatch.setattr(arena.Ground, "decomposed", lambda self, o: (decomposed.append(o.name), once(self, o))[1])
+    once = Ground.decomposed
+    monkeypatch.setattr(Ground, "decomposed", lambda self, o: (decomposed.append(o.name), once(self, o))[1])
     objectives = ["svd", "asvd", "fwsvd", "svd-llm", "two-sided"]
     grid = {**settings, "objectives": objectives, "keep": [0.7, 0.5], "allocate": ["uniform", "global"]}
     made = compare(grid, tmp_path / "arena", quiet=True)
@@ -146,7 +146,7 @@ def test_an_interrupted_grid_goes_on(settings, tmp_path, monkeypatch):
     grid = {**settings, "objectives": ["svd-llm", "two-sided"], "keep": [0.7, 0.5], "refine": ["none", "distill"]}
     whole = compare(grid, tmp_path / "whole", quiet=True)
     done: list[str] = []
-    real = arena._Arena._factored
+    real = Rows.factored
 
     def stopped(self, cell, of, work):
         if len(done) == 3:
@@ -154,14 +154,14 @@ def test_an_interrupted_grid_goes_on(settings, tmp_path, monkeypatch):
         done.append(cell.name)
         return real(self, cell, of, work)
 
-    monkeypatch.setattr(arena._Arena, "_factored", stopped)
+    monkeypatch.setattr(Rows, "factored", stopped)
     with pytest.raises(KeyboardInterrupt):
         compare(grid, tmp_path / "arena", quiet=True)
     assert not [name for name in FILES if (tmp_path / "arena" / name).exists()]
     assert len(list((tmp_path / "arena" / "cells").iterdir())) == 1 + 3  # the dense model's, and those that were done
     before = set(done)
     monkeypatch.setattr(
-        arena._Arena, "_factored", lambda self, cell, of, work: (done.append(cell.name), real(self, cell, of, work))[1]
+        Rows, "factored", lambda self, cell, of, work: (done.append(cell.name), real(self, cell, of, work))[1]
     )
     assert figures(compare(grid, tmp_path / "arena", quiet=True)) == figures(whole)
     assert len(done) == 8 and len(set(done)) == 8 and before < set(done)
@@ -203,14 +203,14 @@ def test_a_killed_grid_goes_on(settings, tmp_path):
 def test_a_larger_grid_runs_its_new_cells_only(settings, tmp_path, monkeypatch):
     first = compare({**settings, "objectives": ["two-sided"]}, tmp_path / "arena", quiet=True)
     done: list[float] = []
-    real = arena._Arena._factored
+    real = Rows.factored
     monkeypatch.setattr(
-        arena._Arena, "_factored", lambda self, cell, of, work: (done.append(cell.keep), real(self, cell, of, work))[1]
+        Rows, "factored", lambda self, cell, of, work: (done.append(cell.keep), real(self, cell, of, work))[1]
     )
     second = compare({**settings, "objectives": ["two-sided"], "keep": [0.7, 0.5]}, tmp_path / "arena", quiet=True)
     assert done == [0.5] and figures(second)[:2] == figures(first)
     # All rows are there: neither the moments nor a decomposition is needed any more.
-    monkeypatch.setattr(arena.Ground, "decomposed", lambda self, o: 1 / 0)
+    monkeypatch.setattr(Ground, "decomposed", lambda self, o: 1 / 0)
     again = compare({**settings, "objectives": ["two-sided"], "keep": [0.7, 0.5]}, tmp_path / "arena", quiet=True)
     assert figures(again) == figures(second)
 
@@ -270,7 +270,7 @@ def test_a_cell_that_fails_is_a_row_and_the_model_is_whole_for_the_next(settings
     def fail(*args, **kwargs):
         raise TwofoldError("no such luck")
 
-    monkeypatch.setattr(arena, "refine", fail)
+    monkeypatch.setattr("twofold.comparison.rows.refine", fail)
     made = compare(grid, tmp_path / "arena", quiet=True)
     assert made.rows[1].skipped == "no such luck" and made.rows[1].perplexity == []
     assert figures(made)[2] == figures(whole)[1]
@@ -280,7 +280,7 @@ def test_a_cell_that_fails_is_a_row_and_the_model_is_whole_for_the_next(settings
 def test_the_model_is_dense_again_after_every_cell(settings, tmp_path, monkeypatch):
     ids = torch.arange(40)[None]
     seen: list[torch.Tensor] = []
-    real = arena._Arena._cell
+    real = Rows.cell
 
     def watched(self, cell, of, number):
         row = real(self, cell, of, number)
@@ -288,7 +288,7 @@ def test_the_model_is_dense_again_after_every_cell(settings, tmp_path, monkeypat
             seen.append(self.ground.model(input_ids=ids).logits)
         return row
 
-    monkeypatch.setattr(arena._Arena, "_cell", watched)
+    monkeypatch.setattr(Rows, "cell", watched)
     compare({**settings, "refine": ["none", "anchored", "blockwise+distill"]}, tmp_path / "arena", quiet=True)
     ground = lay(make_grid(settings), quiet=True)
     with torch.no_grad():
@@ -459,5 +459,5 @@ def test_quantized_weights_are_within_half_a_step(architecture, name, steps):
 
 def test_two_comparisons_do_not_write_to_one_folder(settings, tmp_path):
     out = Path(tmp_path / "arena").resolve()
-    with arena.only_run(out), pytest.raises(TwofoldError, match="another comparison works on"):
+    with only_run(out), pytest.raises(TwofoldError, match="another comparison works on"):
         compare(settings, out, quiet=True)
