@@ -361,6 +361,15 @@ def test_the_command_prints_json_or_a_table(run, checkpoint, text_file, other_te
     assert code == 0 and err == "" and "two-sided" in out and "compare.md" in out
 
 
+def test_help_shows_the_flags_of_the_grid_and_of_the_recipe(run):
+    code, out, _ = run("compare", "--help")
+    assert code == 0 and "Pydantic" not in out
+    assert all(
+        flag in out for flag in ("--objectives", "--refine", "--baselines", "--other-text", "--tokens", "--damping")
+    )
+    assert not any(f"{flag} " in out for flag in ("--objective", "--budget"))
+
+
 def test_settings_of_a_recipe_hold_for_every_cell(run, checkpoint, text_file, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {checkpoint}\ncalibration: [{text_file}]\ntokens: 96\nwindow: 32\nkeep: 0.5\n"

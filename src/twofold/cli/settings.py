@@ -49,7 +49,11 @@ def _flags(
         if name == "model":
             continue
         flag = "--override" if name == "overrides" else "--" + name.replace("_", "-")
-        shown = "" if field.default in (None, [], {}) else f"[default: {_plain(field.default)}]"
+        shown = (
+            ""
+            if field.is_required() or field.default in (None, [], {}, [[]])
+            else f"[default: {_plain(field.default)}]"
+        )
         description = f"{field.description} {shown}".strip().replace("[", "\\[")
         option = typer.Option(flag, help=description, show_default=False)
         if name == "trust_remote_code":
