@@ -4,6 +4,7 @@ Importing this package lets plain ``transformers`` load factored checkpoints.
 """
 
 from twofold.checkpoint import TwofoldConfig
+from twofold.comparison import compare
 from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.models import load_model
@@ -21,6 +22,7 @@ __all__ = [
     "TwofoldConfig",
     "TwofoldError",
     "__version__",
+    "compare",
     "compress",
     "factorize",
     "find_targets",

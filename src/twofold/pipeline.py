@@ -41,6 +41,7 @@ from twofold.models import (
     survey,
 )
 from twofold.objectives import Objective, get_objective
+from twofold.objectives.base import Statistic
 from twofold.plan import Plan, make_plan
 from twofold.progress import say
 from twofold.recipe import Recipe, make_recipe
@@ -88,13 +89,7 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
     Raises:
         TwofoldError: if there is no such model, or not even one of its blocks fits.
     """
-    for name in recipe.refine:
-        get_refinement(name)
-        if name == "anchored" and "input" not in get_objective(recipe.objective).needs:
-            raise TwofoldError(
-                f"the objective {recipe.objective} does not look at whole inputs, so it can't be anchored; "
-                "use two-sided or svd-llm"
-            )
+    check_refinements(recipe)
     way = choose_way(recipe)
     needs = get_objective(recipe.objective).needs
     if way is not None and way.blocks is not None and needs and recipe.calibration == ["self"]:
@@ -133,6 +128,21 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
     return Opened(loaded, way.blocks)
 
 
+def check_refinements(recipe: Recipe) -> None:
+    """Refuse refinements that there are not, or that do not go with the objective.
+
+    Raises:
+        TwofoldError: naming the first of them.
+    """
+    for name in recipe.refine:
+        get_refinement(name)
+        if name == "anchored" and "input" not in get_objective(recipe.objective).needs:
+            raise TwofoldError(
+                f"the objective {recipe.objective} does not look at whole inputs, so it can't be anchored; "
+                "use two-sided or svd-llm"
+            )
+
+
 def prepare(
     recipe: Recipe,
     opened: Opened,
@@ -157,7 +167,7 @@ def prepare(
     objective = get_objective(recipe.objective)
     targets = find_targets(model, recipe.include, recipe.exclude)
     get_allocation(recipe.allocate)
-    _plan_of_shapes(loaded, targets, recipe)  # an impossible budget or override is refused before any work
+    plan_of_shapes(loaded, targets, recipe)  # an impossible budget or override is refused before any work
     if objective.needs and getattr(model.config, "is_encoder_decoder", False):
         raise TwofoldError(
             f"{type(model).__name__} is an encoder-decoder model, which can't be calibrated yet; use --objective svd"
@@ -176,35 +186,17 @@ def prepare(
             windows = distributed.same(lambda: calibration_windows(loaded, recipe, hashed, texts, quiet=quiet))
             if windows.tokens < windows.asked - recipe.window and not quiet:
                 say(f"the calibration text gives {windows.tokens:,} tokens of the {windows.asked:,} asked for")
-            before: frozenset[str] = frozenset()
-            if residence.streamed:
-                found = survey(loaded, targets.targets)
-                targets, before = replace(targets, groups=found.groups), found.before
-            else:
-                targets = replace(targets, groups=_groups(model, targets, windows.ids[:1, :16].to(residence.device)))
-        request = request_statistics(targets.targets, targets.groups, objective.needs)
-        mark = fingerprint(hashed, windows, request, recipe, residence.dtype)
-        path = moments_folder or moments_path(mark)
-        if work is not None:
-            work.belongs_to(_mark(hashed, mark, recipe))
-            work.update(stage="calibrating", moments=str(path))
-        named = moments_folder is not None
-        with _only_one(path, quiet), watch.stage("calibrate"):
-            moments, reused = _moments(opened, recipe, targets, request, windows, before, mark, path, named, quiet)
-        if reused:
-            watch.seconds.pop("calibrate")
-            if not quiet:
-                say(f"the moments of an earlier run fit and are used again ({path})")
-        targets = targets.without(moments.unused(targets.targets))
-        if not targets.targets:
-            raise TwofoldError(
-                "nothing to factorize: no linear layer takes part when the model runs on the calibration text"
-            )
+        targets, moments, reused = calibrate(
+            recipe, opened, targets, objective.needs, windows, hashed, watch,
+            moments_folder=moments_folder, work=work, quiet=quiet,
+        )  # fmt: skip
+        mark = moments.fingerprint
+        targets = used_targets(targets, moments)
     elif recipe.refine:
         with watch.stage("texts"):
             windows = distributed.same(lambda: calibration_windows(loaded, recipe, hashed, texts, quiet=quiet))
     if work is not None:
-        work.belongs_to(_mark(hashed, mark, recipe))
+        work.belongs_to(spectra_mark(hashed, mark, recipe))
         work.update(stage="decomposing", targets=len(targets.targets))
     with watch.stage("decompose"):
         folder = work.spectra if work is not None else None
@@ -216,14 +208,74 @@ def prepare(
             moments,
             objective,
             recipe.damping,
-            Spectra(folder, _mark(hashed, mark, recipe), bases=bases),
-            chain=chain or _plain_chain(model),
+            Spectra(folder, spectra_mark(hashed, mark, recipe), bases=bases),
+            chain=chain or plain_chain(model),
             blocks=opened.blocks or RESIDENT_BLOCKS,
             quiet=quiet,
         )
     with watch.stage("plan"):
         plan = make_plan(loaded.name, targets, spectra.values, recipe, loaded.stored_dtype.itemsize)
     return Prepared(loaded, targets, objective, windows, moments, reused, spectra, plan)
+
+
+def calibrate(
+    recipe: Recipe,
+    opened: Opened,
+    targets: Targets,
+    needs: frozenset[Statistic],
+    windows: TokenWindows,
+    hashed: str,
+    watch: Stopwatch,
+    *,
+    moments_folder: Path | None = None,
+    work: Work | None = None,
+    quiet: bool = False,
+) -> tuple[Targets, Moments, bool]:
+    """The moments of a model on windows of tokens: those of an earlier run if they fit, else new ones.
+
+    Args:
+        needs: what the objectives that they will serve ask for.
+        hashed: the hash of the model.
+
+    Returns:
+        The targets with the groups that share an input, the moments, and whether they are those of an earlier run.
+    """
+    loaded, residence = opened.loaded, opened.loaded.residence
+    with watch.stage("texts"):
+        before: frozenset[str] = frozenset()
+        if residence.streamed:
+            found = survey(loaded, targets.targets)
+            targets, before = replace(targets, groups=found.groups), found.before
+        else:
+            targets = replace(targets, groups=_groups(loaded.model, targets, windows.ids[:1, :16].to(residence.device)))
+    request = request_statistics(targets.targets, targets.groups, needs)
+    mark = fingerprint(hashed, windows, request, recipe, residence.dtype)
+    path = moments_folder or moments_path(mark)
+    if work is not None:
+        work.belongs_to(spectra_mark(hashed, mark, recipe))
+        work.update(stage="calibrating", moments=str(path))
+    named = moments_folder is not None
+    with _only_one(path, quiet), watch.stage("calibrate"):
+        moments, reused = _moments(opened, recipe, targets, request, windows, before, mark, path, named, quiet)
+    if reused:
+        watch.seconds.pop("calibrate")
+        if not quiet:
+            say(f"the moments of an earlier run fit and are used again ({path})")
+    return targets, moments, reused
+
+
+def used_targets(targets: Targets, moments: Moments) -> Targets:
+    """The targets that the moments say something about; the others stay dense, with the reason.
+
+    Raises:
+        TwofoldError: if none is left.
+    """
+    used = targets.without(moments.unused(targets.targets))
+    if not used.targets:
+        raise TwofoldError(
+            "nothing to factorize: no linear layer takes part when the model runs on the calibration text"
+        )
+    return used
 
 
 def _moments(
@@ -290,17 +342,17 @@ def _states_bytes(opened: Opened, recipe: Recipe, windows: TokenWindows) -> int:
     return kept * windows.ids.numel() * width * opened.loaded.residence.dtype.itemsize
 
 
-def _mark(hashed: str, moments: str, recipe: Recipe) -> str:
+def spectra_mark(hashed: str, moments: str, recipe: Recipe) -> str:
     """What the spectra of a run belong to."""
     return json.dumps([FORMAT, __version__, hashed, moments, recipe.objective, recipe.damping, recipe.dtype])
 
 
-def _plain_chain(model: nn.Module) -> Chain:
+def plain_chain(model: nn.Module) -> Chain:
     """The blocks of a model by their names alone, to do work in parts; it says nothing of how they run."""
     return Chain(tuple(block_names(model)), False)
 
 
-def _plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Plan:
+def plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Plan:
     """The uniform plan, which needs the shapes alone."""
     uniform = recipe.model_copy(update={"allocate": "uniform"})
     return make_plan(loaded.name, targets, None, uniform, loaded.stored_dtype.itemsize)
@@ -345,7 +397,7 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
     if needs and "calibration" not in recipe.model_fields_set and moments_file is None:
         loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         recipe = fit_window(recipe, loaded, quiet=True)
-        plan = _plan_of_shapes(loaded, find_targets(loaded.model, recipe.include, recipe.exclude), recipe)
+        plan = plan_of_shapes(loaded, find_targets(loaded.model, recipe.include, recipe.exclude), recipe)
         note = (
             f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "
             f"the {recipe.allocate} plan needs the moments: name --calibration FILE, or --calibration self"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import reprlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import pydantic
 import yaml
 from pydantic import Field
 
 from twofold.errors import TwofoldError
+
+Settings = TypeVar("Settings", bound=pydantic.BaseModel)
 
 
 class Override(pydantic.BaseModel, extra="forbid"):
@@ -172,16 +174,26 @@ def make_recipe(settings: dict[str, object]) -> Recipe:
     Raises:
         TwofoldError: naming the first setting that is wrong, what it must be, and what came.
     """
+    return checked(Recipe, settings, list(Recipe.model_fields))
+
+
+def checked(model: type[Settings], settings: dict[str, object], names: list[str]) -> Settings:
+    """Settings as a pydantic model of them.
+
+    Args:
+        names: of all the settings that there are.
+
+    Raises:
+        TwofoldError: naming the first setting that is wrong, what it must be, and what came.
+    """
     try:
-        return Recipe.model_validate(settings)
+        return model.model_validate(settings)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(part for part in first["loc"] if isinstance(part, str))
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            raise TwofoldError(
-                f"there is no setting {where!r}; the settings are {', '.join(Recipe.model_fields)}"
-            ) from error
+            raise TwofoldError(f"there is no setting {where!r}; the settings are {', '.join(names)}") from error
         if not where:
             raise TwofoldError(message) from error
         flag = (
@@ -189,6 +201,8 @@ def make_recipe(settings: dict[str, object]) -> Recipe:
             if where.startswith("overrides")
             else "--" + where.replace("_", "-")
         )
+        if first["type"] == "missing":
+            raise TwofoldError(f"{flag} is missing; give it, or put it into a recipe") from error
         raise TwofoldError(f"{flag}: {message[0].lower()}{message[1:]}, got {_short(first['input'])}") from error
 
 

@@ -16,8 +16,8 @@ over the rows that a layer saw and gradients over the tokens, so that their prod
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -142,6 +142,11 @@ class Moments:
             fisher_rows=found.get("fisher_rows"),
         )
 
+    def only(self, request: Request) -> Moments:
+        """What a request asks for, as if nothing else had been collected."""
+        names = {f"{kind}/{name}" for kind, owners in request.sizes.items() for name in owners}
+        return replace(self, sums=Chosen(self.sums, names & self.sums.keys()))
+
     def rows(self, name: str) -> float:
         """How many input vectors a target was given."""
         return float(self.sums[f"rows/{name}"]) if f"rows/{name}" in self.sums else float(self.tokens)
@@ -222,6 +227,24 @@ class Moments:
             raise TwofoldError(
                 f"the moments in {folder} can't be read ({error}); delete the folder and run again"
             ) from error
+
+
+class Chosen(Mapping[str, Tensor]):
+    """Some of the sums by name."""
+
+    def __init__(self, sums: Mapping[str, Tensor], names: Set[str]) -> None:
+        self.sums, self.names = sums, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.sums[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.names))
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class Parts(Mapping[str, Tensor]):

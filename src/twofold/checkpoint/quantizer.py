@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from twofold.errors import TwofoldError
 from twofold.nn import FactoredLinear
+from twofold.silence import silence
 from twofold.targets import replace_module
+
+with silence():
+    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 METHOD = "twofold"
 FORMAT_VERSION = 1

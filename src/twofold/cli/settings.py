@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic.fields import FieldInfo
 
+from twofold.comparison.grid import grid_fields, make_grid
 from twofold.errors import TwofoldError
 from twofold.recipe import Recipe, make_recipe, parse_override, read_recipe
 
@@ -18,6 +20,20 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
 
     A flag that is not given leaves the value of the YAML file, or else the default.
     """
+    return _flags(function, "recipe", make_recipe, Recipe.model_fields)
+
+
+def grid_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """The same for a grid of recipes; the function gets ``grid``."""
+    return _flags(function, "grid", make_grid, grid_fields())
+
+
+def _flags(
+    function: Callable[..., None],
+    first: str,  # the parameter that gets what is made of the settings
+    make: Callable[[dict[str, object]], object],
+    fields: Mapping[str, FieldInfo],
+) -> Callable[..., None]:
     own = inspect.signature(function).parameters
     hints = get_type_hints(function, include_extras=True)
     annotations: dict[str, Any] = {}
@@ -29,11 +45,15 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
         parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
 
     add("model", Annotated[str | None, typer.Argument(help=Recipe.model_fields["model"].description)], None)
-    for name, field in Recipe.model_fields.items():
+    for name, field in fields.items():
         if name == "model":
             continue
         flag = "--override" if name == "overrides" else "--" + name.replace("_", "-")
-        shown = "" if field.default in (None, [], {}) else f"[default: {_plain(field.default)}]"
+        shown = (
+            ""
+            if field.is_required() or field.default in (None, [], {}, [[]])
+            else f"[default: {_plain(field.default)}]"
+        )
         description = f"{field.description} {shown}".strip().replace("[", "\\[")
         option = typer.Option(flag, help=description, show_default=False)
         if name == "trust_remote_code":
@@ -43,11 +63,11 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
     recipe_help = "A YAML file with any of these settings; flags come first."
     add("recipe", Annotated[Path | None, typer.Option("--recipe", help=recipe_help)], None)
     for parameter in own.values():
-        if parameter.name != "recipe":
+        if parameter.name != first:
             add(parameter.name, hints[parameter.name], parameter.default)
 
     def command(**given: Any) -> None:
-        rest = {name: given.pop(name) for name in own if name != "recipe"}
+        rest = {name: given.pop(name) for name in own if name != first}
         file = given.pop("recipe")
         settings = read_recipe(file) if file is not None else {}
         for name, value in given.items():
@@ -57,13 +77,13 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
                 settings[name] = dict(parse_override(text) for text in value)
             else:
                 settings[name] = value
-        if given.get("keep") is not None:
+        if given.get("keep") not in (None, []):
             settings.pop("budget", None) if given.get("budget") is None else None
         elif given.get("budget") is not None:
             settings.pop("keep", None)
         if not settings.get("model"):
             raise TwofoldError("name a model: a folder, a hub id, a .gguf file, or smollm2")
-        function(recipe=make_recipe(settings), **rest)
+        function(**{first: make(settings)}, **rest)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = annotations
@@ -71,7 +91,9 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-SEVERAL = ("--calibration", "--text", "--include", "--exclude", "--override")  # flags that may take several values
+SEVERAL = (  # flags that may take several values
+    "--calibration", "--text", "--include", "--exclude", "--override", "--objectives", "--other-text", "--baselines"
+)  # fmt: skip
 
 
 def repeat_flags(arguments: list[str]) -> list[str]:
@@ -105,8 +127,9 @@ def _plain(value: Any) -> str:
 def _flag_type(annotation: Any) -> Any:
     """The type of a flag for the type of a field; each may be left out. Pydantic checks the values."""
     arguments = [a for a in get_args(annotation) if a is not type(None)]
-    origin = get_origin(annotation)
-    if origin in (list, dict):
+    if get_origin(annotation) in (list, dict):
         return list[str] | None
     inner = arguments[0] if arguments else annotation
+    if get_origin(inner) in (list, dict):
+        return list[str] | None
     return (inner if inner in (int, float, str) else str) | None

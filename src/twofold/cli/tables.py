@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from twofold.comparison import Comparison
 from twofold.evaluation import Evaluation
 from twofold.inspection import Inspection
 from twofold.plan import Estimate, Plan, PlanEntry
@@ -273,6 +274,32 @@ def print_evaluation(result: Evaluation) -> None:
             for m in result.models
         ),
     )
+
+
+def print_comparison(comparison: Comparison, out: Path) -> None:
+    """Every row that was measured, those that were not with the reason, and where the files are."""
+    texts = comparison.texts
+    table(
+        f"{comparison.model}: perplexity on {', '.join(text.words for text in texts)}",
+        ["", "MB", *(text.name for text in texts), "divergence"],
+        (
+            [
+                row.name,
+                f"{(row.bytes_16 or 0) / 1e6:,.1f}",
+                *(f"{now:.4g}, {ratio:.3f} ×" for now, ratio in zip(row.perplexity, row.ratio, strict=True)),
+                _number(row.divergence, ".4f"),
+            ]
+            for row in comparison.measured
+        ),
+    )
+    for reason, names in comparison.skipped.items():
+        console.print(f"Not measured: {plain('; '.join(names))}: {plain(reason)}", soft_wrap=True)
+    console.print(
+        "MB: the whole model, numbers in 16 bits; ×: over the dense model's; divergence: on the first text, nats per token."
+    )
+    for note in comparison.notes:
+        console.print(f"Note: {plain(note)}.")
+    console.print(f"Tables and figure: {plain(str(out / 'compare.md'))}", highlight=False, soft_wrap=True)
 
 
 def print_status(status: Status, removed: bool) -> None:

@@ -1,0 +1,104 @@
+"""The record of a comparison: a row for every cell, for the dense model and for the baselines. Kept as compare.json."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pydantic
+
+from twofold.refine import Refined
+from twofold.run import Machine
+from twofold.version import __version__
+
+
+class Text(pydantic.BaseModel, extra="forbid"):
+    """What was measured on."""
+
+    name: str
+    domain: Literal["in", "out"]  # of the calibration's kind, or of another
+    windows: int
+    window: int  # tokens
+    sha256: str  # of the token ids
+
+    @property
+    def words(self) -> str:
+        return f"{self.name} ({self.place})"
+
+    @property
+    def place(self) -> str:
+        return "in-domain" if self.domain == "in" else "out-of-domain"
+
+
+class Row(pydantic.BaseModel, extra="forbid"):
+    """One model. A row that was skipped has a reason in the place of figures."""
+
+    name: str
+    kind: Literal["dense", "factored", "quantized"]
+    objective: str | None = None
+    allocate: str | None = None
+    refine: str | None = None  # names with + between
+    asked: float | None = None  # the keep ratio that was asked for
+    keep: float | None = None  # share of the targeted weights' parameters
+    keep_model: float | None = None  # share of the whole model's parameters
+    parameters: int | None = None  # numbers stored for weights, scales not counted
+    bytes: int | None = None  # of the whole model as it is stored
+    bytes_16: int | None = None  # the same, were its floating-point numbers of 16 bits
+    perplexity: list[float] = []  # on each text, in their order
+    ratio: list[float] = []  # to the dense model's
+    divergence: float | None = None  # on the first text, KL(dense ‖ this) in nats per token
+    predicted_divergence: float | None = None  # before refinement
+    seconds: dict[
+        str, float
+    ] = {}  # factorize, refine, measure; decompose and calibrate are of all rows that share them
+    refinement: list[Refined] = []
+    notes: list[str] = []
+    skipped: str | None = None  # why it was not measured
+
+    @property
+    def method(self) -> str:
+        """What a line of the figure joins: all but the keep ratio."""
+        return self.name if self.kind != "factored" else f"{self.objective}, {self.allocate}, {self.refine}"
+
+
+class Comparison(pydantic.BaseModel, extra="forbid"):
+    """A whole comparison."""
+
+    version: str = __version__
+    command: str
+    model: str
+    machine: Machine
+    seed: int
+    calibration: str  # in words
+    calibration_tokens: int
+    calibration_sha256: str
+    fingerprint: str  # of the moments; empty if no objective needs any
+    texts: list[Text]
+    rows: list[Row]
+    seconds: dict[str, float] = {}  # of what all cells share
+    notes: list[str] = []
+
+    @property
+    def dense(self) -> Row:
+        return self.rows[0]
+
+    @property
+    def skipped(self) -> dict[str, list[str]]:
+        """The rows that were not measured, by their reason."""
+        reasons: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.skipped is not None:
+                reasons.setdefault(row.skipped, []).append(row.name)
+        return reasons
+
+    @property
+    def measured(self) -> list[Row]:
+        return [row for row in self.rows if row.skipped is None]
+
+    def front(self, text: int) -> list[Row]:
+        """The rows that no other beats in both size and perplexity on a text, from the smallest on."""
+        rows = sorted(self.measured, key=lambda row: (row.bytes_16 or 0, row.perplexity[text]))
+        best: list[Row] = []
+        for row in rows:
+            if not best or row.perplexity[text] < best[-1].perplexity[text]:
+                best.append(row)
+        return best
