@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from twofold.errors import TwofoldError
-from twofold.recipe import Recipe, make_recipe, parse_override, read_recipe
+from twofold.recipe import SIZES, Recipe, make_recipe, parse_override, read_recipe
 
 
 def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
@@ -57,10 +57,9 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
                 settings[name] = dict(parse_override(text) for text in value)
             else:
                 settings[name] = value
-        if given.get("keep") is not None:
-            settings.pop("budget", None) if given.get("budget") is None else None
-        elif given.get("budget") is not None:
-            settings.pop("keep", None)
+        if any(given.get(name) is not None for name in SIZES):  # then the file's size is put aside
+            for name in SIZES:
+                settings.pop(name, None) if given.get(name) is None else None
         if not settings.get("model"):
             raise TwofoldError("name a model: a folder, a hub id, a .gguf file, or smollm2")
         function(recipe=make_recipe(settings), **rest)
