@@ -256,7 +256,7 @@ def stop(self, plan):
     return measure(self, plan)
 sizing.Sizing._measure = stop
 compress(make_recipe({"model": sys.argv[1], "calibration": [sys.argv[2]], "tokens": 256, "window": 32, "eval_windows": 4,
-    "kl_at_most": 0.05}), sys.argv[3], quiet=True)
+    "allocate": "svd-llm-v2", "kl_at_most": 0.05}), sys.argv[3], quiet=True)
 """
 
 
@@ -271,7 +271,7 @@ def test_a_killed_search_measures_nothing_twice(checkpoint, text_file, tmp_path,
     measured = []
     measure = Sizing._measure
     monkeypatch.setattr(Sizing, "_measure", lambda self, plan: measured.append(1) or measure(self, plan))
-    recipe = goal_recipe(checkpoint, text_file, kl_at_most=0.05)
+    recipe = goal_recipe(checkpoint, text_file, allocate="svd-llm-v2", kl_at_most=0.05)
     run = compress(recipe, out, quiet=True)
     distinct = len({one.kept for one in run.probes})
     assert len(measured) == distinct - 2 > 0 and not work_folder(out).exists()

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from twofold import distributed
-from twofold.allocate import get_allocation
+from twofold.allocate import Evidence, get_allocation
 from twofold.blocks import Chain, block_names, stretches
 from twofold.calibrate import Moments, TokenWindows, collect_moments, request_statistics
 from twofold.calibrate.fingerprint import fingerprint, model_hash, moments_path
@@ -30,6 +30,7 @@ from twofold.checkpoint.write import check_space
 from twofold.errors import TwofoldError
 from twofold.estimate import choose_way, estimate_run
 from twofold.evaluation import evaluation_text
+from twofold.evidence import gather
 from twofold.factorize import apply_plan, decompose_targets
 from twofold.models import (
     LoadedModel,
@@ -68,6 +69,7 @@ class Prepared:
     moments: Moments | None
     reused: bool
     spectra: Spectra
+    evidence: Evidence
     plan: Plan
 
 
@@ -108,6 +110,11 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
         raise TwofoldError(
             "a model that is worked through block by block can't be refined yet; leave --refine out, or give it "
             f"{way.resident / 1e9:.1f} GB with --memory"
+        )
+    if way is not None and way.blocks is not None and get_allocation(recipe.allocate).needs:
+        raise TwofoldError(
+            f"--allocate {recipe.allocate} measures the whole model, and this one is worked through block by block; use "
+            f"--allocate global, or give {way.resident / 1e9:.1f} GB with --memory"
         )
     if way is not None and way.blocks is not None and recipe.goal is not None:
         raise TwofoldError(
@@ -165,7 +172,7 @@ def prepare(
     model, residence = loaded.model, loaded.residence
     objective = get_objective(recipe.objective)
     targets = find_targets(model, recipe.include, recipe.exclude)
-    get_allocation(recipe.allocate)
+    measured = get_allocation(recipe.allocate).needs
     _plan_of_shapes(loaded, targets, recipe)  # an impossible budget or override is refused before any work
     if objective.needs and getattr(model.config, "is_encoder_decoder", False):
         raise TwofoldError(
@@ -180,7 +187,7 @@ def prepare(
     windows: TokenWindows | None = None
     moments: Moments | None = None
     reused = False
-    if objective.needs or recipe.refine or (recipe.goal is not None and recipe.eval_text is None):
+    if objective.needs or recipe.refine or measured or (recipe.goal is not None and recipe.eval_text is None):
         with watch.stage("texts"):
             windows = distributed.same(lambda: calibration_windows(loaded, recipe, hashed, texts, quiet=quiet))
     if begin is not None and distributed.is_main():
@@ -228,14 +235,20 @@ def prepare(
             moments,
             objective,
             recipe.damping,
-            Spectra(folder, _mark(hashed, mark, recipe), bases=bases),
+            Spectra(folder, _mark(hashed, mark, recipe), bases=bases or bool(measured)),
             chain=chain or _plain_chain(model),
             blocks=opened.blocks or RESIDENT_BLOCKS,
             quiet=quiet,
         )
+    if measured and work is not None:
+        work.update(stage=f"measuring for the allocation {recipe.allocate}")
+    with watch.stage("sensitivities" if measured else "plan"):
+        evidence = distributed.same(
+            lambda: gather(loaded, recipe, targets.targets, windows, spectra, moments, objective, quiet=quiet)
+        )
     with watch.stage("plan"):
-        plan = make_plan(loaded.name, targets, spectra.values, recipe.at(1.0), loaded.stored_dtype.itemsize)
-    return Prepared(loaded, targets, objective, windows, moments, reused, spectra, plan)
+        plan = make_plan(loaded.name, targets, spectra.values, recipe.at(1.0), loaded.stored_dtype.itemsize, evidence)
+    return Prepared(loaded, targets, objective, windows, moments, reused, spectra, evidence, plan)
 
 
 def _moments(

@@ -12,7 +12,7 @@ import pydantic
 from numpy.typing import NDArray
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from twofold.allocate import Candidate, Choice, get_allocation
+from twofold.allocate import Candidate, Choice, Evidence, get_allocation
 from twofold.allocate.base import cheapest
 from twofold.budget import Budget, ModelSize, parse_budget, target_budget
 from twofold.errors import TwofoldError
@@ -207,11 +207,13 @@ def make_plan(
     spectra: Mapping[str, NDArray[np.float64]] | None,  # σ² (k,), largest first
     recipe: Recipe,
     element_bytes: int,
+    evidence: Evidence | None = None,
 ) -> Plan:
     """Choose a rank for every target.
 
     Args:
         spectra: of every target; None for ranks that need no loss (allocate "uniform").
+        evidence: what else the allocation looks at.
 
     Raises:
         TwofoldError: if the budget can't be met, or an override fits no target.
@@ -229,7 +231,9 @@ def make_plan(
             f"the losses of {recipe.objective} differ in scale from layer to layer, so the global allocation compares "
             "the share of each layer's own total that is left out"
         )
-    candidates, overrides, tails_of = _options(targets, spectra, recipe, element_bytes, relative)
+    candidates, overrides, tails_of = _options(
+        targets, spectra, recipe, element_bytes, relative, evidence or Evidence()
+    )
     for pattern in recipe.overrides:
         if not any(matches(target.name, [pattern]) for target in targets.targets):
             raise TwofoldError(
@@ -281,7 +285,7 @@ def make_plan(
 
 def least_keep(targets: Targets, spectra: Mapping[str, NDArray[np.float64]], recipe: Recipe) -> float:
     """The smallest share of the factorized weights that the settings of a recipe allow, rounded up to four digits."""
-    candidates, overrides, _ = _options(targets, spectra, recipe.at(1.0), 1, False)
+    candidates, overrides, _ = _options(targets, spectra, recipe.at(1.0), 1, False, Evidence())
     least = sum((overrides.get(c.name) or cheapest(c)).cost(c) for c in candidates)
     return math.ceil(1e4 * least / targets.target_numbers) / 1e4
 
@@ -292,6 +296,7 @@ def _options(
     recipe: Recipe,
     element_bytes: int,
     relative: bool,
+    evidence: Evidence,
 ) -> tuple[list[Candidate], dict[str, Choice], dict[str, NDArray[np.float64]]]:
     """What may be chosen for every target, what is chosen by an override, and the loss of each rank from 0 on.
 
@@ -325,6 +330,10 @@ def _options(
             float(target.size * scale),
             float(target.size * scale),
             values,
+            target.kind,
+            evidence.tokens,
+            evidence.perplexities.get(target.name),
+            evidence.scores.get(target.name),
         )
         candidates.append(candidate)
         if override is not None:

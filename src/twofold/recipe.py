@@ -68,9 +68,15 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     objective: Annotated[
         str, Field(description="what a rank is chosen to preserve: two-sided, svd-llm, asvd, fwsvd, svd")
     ] = "two-sided"
-    allocate: Annotated[str, Field(description="how ranks are shared out: global, uniform, energy, effective-rank")] = (
-        "global"
-    )
+    allocate: Annotated[
+        str,
+        Field(
+            description="how ranks are shared out: global, uniform, energy, effective-rank, svd-llm-v2, sensitivity, zero-sum"
+        ),
+    ] = "global"
+    sensitivity_windows: Annotated[
+        int, Field(ge=1, description="sensitivity: calibration windows that each weight is measured on at each share")
+    ] = 1
     form: Annotated[
         Literal["gauge", "plain"], Field(description="how factors are stored: gauge r(m+n-r) numbers, plain r(m+n)")
     ] = "gauge"

@@ -141,6 +141,7 @@ class Sizing:
                 found.spectra.values,
                 self.recipe.at(keep),
                 self.loaded.stored_dtype.itemsize,
+                found.evidence,
             )
         return self._plans[keep]
 
