@@ -24,6 +24,7 @@ from twofold.plan import Plan
 from twofold.recipe import make_recipe
 from twofold.run import Run
 from twofold.search import TOLERANCE, Probe, smallest
+from twofold.status import status_of
 from twofold.work import work_folder
 
 SMALL = {"tokens": 256, "window": 32, "eval_windows": 4}
@@ -268,6 +269,7 @@ def test_a_killed_search_measures_nothing_twice(checkpoint, text_file, tmp_path,
         [sys.executable, "-c", KILLED, checkpoint, text_file, out], capture_output=True, text=True, check=False
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert status_of(out).measured == 2
     measured = []
     measure = Sizing._measure
     monkeypatch.setattr(Sizing, "_measure", lambda self, plan: measured.append(1) or measure(self, plan))
