@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from twofold.allocate import ALLOCATIONS, Candidate, get_allocation
 from twofold.allocate.base import cheapest
 from twofold.allocate.effective_rank import entropy_rank
+from twofold.allocate.sensitivity import GRID
+from twofold.allocate.svd_llm_v2 import removal_factors
 from twofold.budget import ModelSize, parse_budget, target_budget
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_storage
@@ -26,7 +28,12 @@ def candidates_of(shapes, seed):
         tails = np.append(np.cumsum(values[::-1])[::-1], 0.0)
         ranks = np.arange(1, min(m, n) + (m != n))
         costs = np.array([gauge_storage(m, n, int(r)) for r in ranks], dtype=float)
-        made.append(Candidate(str(i), ranks, costs, tails[ranks], float(m * n), float(m * n), values))
+        perplexities = 20 + np.sort(generator.exponential(size=len(GRID)) * 10 ** generator.uniform(-2, 2))[::-1]
+        kept = {"kind": "qkv"[i % 3], "tokens": 4096, "perplexities": perplexities}
+        scores = generator.normal(size=min(m, n)) * np.sqrt(values)
+        made.append(
+            Candidate(str(i), ranks, costs, tails[ranks], float(m * n), float(m * n), values, **kept, scores=scores)
+        )
     return made
 
 
@@ -101,7 +108,9 @@ def test_full_budget_keeps_all_dense():
 
 
 def test_names():
-    assert {"uniform", "global"} <= set(ALLOCATIONS)
+    assert {"uniform", "global", "energy", "effective-rank", "svd-llm-v2", "sensitivity", "zero-sum"} == set(
+        ALLOCATIONS
+    )
     with pytest.raises(TwofoldError, match="no allocation 'even'"):
         get_allocation("even")
 
@@ -198,3 +207,97 @@ def test_effective_rank_gives_ranks_in_proportion():
     first, second = (int(ranks[c.index]) for c in choices)
     assert first / second == pytest.approx(entropy_rank(flat) / entropy_rank(steep), rel=0.35)
     assert sum(c.cost(m) for c, m in zip(choices, made, strict=True)) <= 900
+
+
+def plain_candidates(shapes, kinds, tokens, seed):
+    """Plain factors of weights W with inputs X (n, tokens): candidates of their spectra, and the matrices W X."""
+    generator = np.random.default_rng(seed)
+    made, outputs = [], []
+    for i, ((m, n), kind) in enumerate(zip(shapes, kinds, strict=True)):
+        inputs = generator.normal(size=(n, tokens)) * 10 ** generator.uniform(0, 2)
+        outputs.append(generator.normal(size=(m, n)) * generator.exponential(size=n) ** 2 @ inputs)
+        values = np.linalg.svd(outputs[-1], compute_uv=False)[: min(m, n)] ** 2 / tokens
+        tails = np.append(np.cumsum(values[::-1])[::-1], 0.0)
+        ranks = np.arange(1, (m * n - 1) // (m + n) + 1)
+        costs = ranks * float(m + n)
+        made.append(Candidate(str(i), ranks, costs, tails[ranks], m * n, m * n, values, kind=kind, tokens=tokens))
+    return made, outputs
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.6, 0.8])
+def test_svd_llm_v2_follows_algorithm_1_of_the_paper(keep):
+    shapes, kinds = [(40, 60)] * 4 + [(60, 30)] * 3, ["q"] * 4 + ["k"] * 3
+    candidates, outputs = plain_candidates(shapes, kinds, 80, 5)
+    logs = []
+    for (m, n), output in zip(shapes, outputs, strict=True):
+        left, values, right = np.linalg.svd(output, full_matrices=False)
+        rank = int(keep * m * n / (m + n))
+        logs.append(np.log(np.linalg.norm(output - (left[:, :rank] * values[:rank]) @ right[:rank])))
+    removed = {}
+    for kind in ("q", "k"):
+        members = [i for i, one in enumerate(kinds) if one == kind]
+        for i in members:
+            removed[str(i)] = len(members) * (1 / logs[i]) / sum(1 / logs[j] for j in members)
+    assert removal_factors(candidates, keep) == pytest.approx(removed, rel=1e-9)
+    choices = get_allocation("svd-llm-v2")(candidates, keep * sum(c.full_cost for c in candidates))
+    # One R gives every rank: that of the largest share not above 1 − R · factor. It is the target, but for whole ranks.
+    low, high = 0.0, 1.0
+    for candidate, choice in zip(candidates, choices, strict=True):
+        rank = candidate.ranks[choice.index]
+        m, n = shapes[int(candidate.name)]
+        high = min(high, (1 - rank * (m + n) / (m * n)) / removed[candidate.name])
+        low = max(low, (1 - (rank + 1) * (m + n) / (m * n)) / removed[candidate.name])
+    assert low < high and low - 0.03 < 1 - keep < high + 0.03
+
+
+def test_svd_llm_v2_removes_most_where_truncation_loses_least():
+    candidates, _ = plain_candidates([(40, 60)] * 3, ["q"] * 3, 80, 0)
+    scaled = [replace(c, losses=c.losses * 100.0**i) for i, c in enumerate(candidates)]
+    choices = get_allocation("svd-llm-v2")(scaled, 0.5 * 3 * 2400)
+    assert scaled[0].ranks[choices[0].index] < scaled[1].ranks[choices[1].index] < scaled[2].ranks[choices[2].index]
+    flat = [replace(c, losses=0 * c.losses) for c in candidates]  # log L has no meaning there, so all give up the same
+    assert removal_factors(flat, 0.5) == {c.name: 1.0 for c in flat}
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("keep", [0.3, 0.55, 0.8, 0.97])
+def test_sensitivity_is_the_best_of_all_thresholds(seed, keep):
+    candidates = candidates_of([(20, 30), (30, 20), (24, 24), (12, 40)], seed)
+    budget = keep * sum(c.full_cost for c in candidates)
+    best = None
+    for threshold in sorted({0.0, *(float(p) for c in candidates for p in c.perplexities)}):
+        cost, picked = 0.0, []
+        for candidate in candidates:
+            shares = [share for share, p in zip(GRID, candidate.perplexities, strict=True) if p <= threshold]
+            allowed = min(shares, default=1.0) * candidate.full_cost
+            ranks = [r for r, c in zip(candidate.ranks, candidate.costs, strict=True) if c <= allowed + 1e-6]
+            rank = None if not shares else max(ranks, default=1)
+            picked.append(rank)
+            cost += candidate.full_cost if rank is None else candidate.costs[rank - candidate.ranks[0]]
+        if cost <= budget and best is None:
+            best = picked
+    choices = get_allocation("sensitivity")(candidates, budget)
+    found = [None if x.index is None else c.ranks[x.index] for x, c in zip(choices, candidates, strict=True)]
+    assert found == best
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("keep", [0.4, 0.7, 0.9])
+def test_zero_sum_takes_the_components_that_a_slow_search_takes(seed, keep):
+    candidates = candidates_of([(10, 14), (14, 10), (12, 12)], seed)
+    budget = keep * sum(c.full_cost for c in candidates)
+
+    def stored(candidate, rank):  # of the smallest allowed rank that is not below it, or dense
+        return min(
+            [c for r, c in zip(candidate.ranks, candidate.costs, strict=True) if r >= rank], default=candidate.full_cost
+        )
+
+    left, drift = [len(c.values) for c in candidates], 0.0
+    while sum(stored(c, r) for c, r in zip(candidates, left, strict=True)) > budget:
+        offered = [(c.scores[r - 1], i) for i, (c, r) in enumerate(zip(candidates, left, strict=True)) if r > 1]
+        wanted = [one for one in offered if (one[0] >= 0) == (drift <= 0)] or offered
+        change, i = min(wanted, key=lambda one: abs(one[0]))
+        drift, left[i] = drift + change, left[i] - 1
+    choices = get_allocation("zero-sum")(candidates, budget)
+    for candidate, choice, rank in zip(candidates, choices, left, strict=True):
+        assert choice.cost(candidate) == stored(candidate, rank)

@@ -182,6 +182,14 @@ def test_recipe_file_flags_and_stored_recipe_are_one(run, checkpoint, text_file,
         (["--keep", "nan"], "--keep"),
         ([], "give either keep"),
         (["--keep", "0.5", "--budget", "70%"], "give either keep"),
+        (["--keep", "0.5", "--perplexity-at-most", "1.1x"], "give either keep"),
+        (["--perplexity-at-most", "0.9x"], "must be at least 1x, which is the dense model itself"),
+        (["--perplexity-at-most", "little"], "--perplexity-at-most: must be a perplexity"),
+        (["--perplexity-at-most", "2"], "the dense model itself has a perplexity of"),
+        (["--kl-at-most", "0"], "--kl-at-most"),
+        (["--kl-at-most", "inf"], "--kl-at-most"),
+        (["--kl-at-most", "0.1", "--eval-windows", "0"], "--eval-windows 0 measures nothing"),
+        (["--kl-at-most", "0.1", "--stream", "always"], "is searched for on the whole model"),
         (["--budget", "lots"], "is not understood"),
         (["--budget", "1K"], "the smallest possible is"),
         (["--budget", "1KB"], "the smallest possible is"),
@@ -202,6 +210,23 @@ def test_recipe_file_flags_and_stored_recipe_are_one(run, checkpoint, text_file,
 def test_bad_settings(run, quick, tmp_path, arguments, message):
     refused(run("compress", *quick, "--out", tmp_path / "small", *arguments), message)
     assert not (tmp_path / "small").exists()
+
+
+def test_a_quality_in_the_place_of_a_size(run, quick, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("keep: 0.9")
+    flags = [*quick, "--recipe", recipe, "--kl-at-most", 0.05, "--json"]
+    code, out, err = run("compress", *flags, "--out", tmp_path / "small")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["keep"] < 0.9 and record["quality"]["factored"]["divergence"] <= 0.05 and len(record["probes"]) > 1
+    code, out, err = run("plan", *flags)
+    assert code == 0, err
+    assert sum(e["numbers_after"] for e in json.loads(out)["entries"]) == record["target_after"]
+    again = ["--recipe", tmp_path / "small" / "recipe.yaml", "--quiet"]
+    code, _, err = run("compress", *again, "--keep", 0.9, "--out", tmp_path / "larger")
+    assert code == 0, err
+    assert Plan.load(tmp_path / "larger" / "plan.json").keep == pytest.approx(0.9, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ from twofold.calibrate.windows import fit_window
 from twofold.checkpoint import attach, staged_folder
 from twofold.checkpoint.stream import finish, write_units
 from twofold.checkpoint.write import check_apart, check_output, check_space
-from twofold.evaluate import evaluation_windows, measure_quality
+from twofold.evaluate import measure_quality
 from twofold.evaluate.quality import Logits
 from twofold.evaluate.streamed import LastStates
+from twofold.evaluation import evaluation_text, gives_logits
 from twofold.factorize import dense_again, factor_entries
-from twofold.models import LoadedModel, cast_weights, load_streamed, need_tokenizer, positions, quiet_bars
+from twofold.models import LoadedModel, cast_weights, load_streamed, quiet_bars
 from twofold.nn import FactoredLinear
 from twofold.pipeline import Prepared, carry_out, open_for, prepare, refine
 from twofold.plan import Plan, PlanEntry
@@ -30,6 +31,7 @@ from twofold.recipe import Recipe
 from twofold.refine import Refined
 from twofold.residence import Streamed
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
+from twofold.sizing import Sizing
 from twofold.work import Work, working
 
 SAMPLE_TOKENS = 32
@@ -66,9 +68,14 @@ def compress(
     loaded = opened.loaded
     recipe = fit_window(recipe, loaded, quiet=quiet)
     check_apart(out, loaded.source, _files_read(recipe, moments_file))
-    measured_on = _evaluation_text(loaded, recipe)
+    measured_on = evaluation_text(loaded, recipe)
     with working(out, recipe.model) as work:
-        prepared = prepare(recipe, opened, watch, moments_folder=moments_file, work=work, quiet=quiet)
+        sizing = Sizing(loaded, recipe, measured_on, work=work, quiet=quiet) if recipe.goal is not None else None
+        begin = sizing.begin if sizing is not None else None
+        prepared = prepare(recipe, opened, watch, moments_folder=moments_file, work=work, begin=begin, quiet=quiet)
+        if sizing is not None and distributed.is_main():
+            with watch.stage("search"):
+                sizing.find(prepared)
         check_space(out, int(prepared.plan.bytes_after * 1.05) + 20_000_000)
         work.update(stage="factorizing")
         factored = _Streaming(prepared, recipe, work) if loaded.residence.streamed else _Resident(prepared, recipe)
@@ -77,7 +84,9 @@ def compress(
         if not distributed.is_main():
             distributed.wait()
             return None
-        run = _finish(out, prepared, factored, recipe, measured_on, watch, work, overwrite=overwrite, quiet=quiet)
+        run = _finish(
+            out, prepared, factored, recipe, measured_on, sizing, watch, work, overwrite=overwrite, quiet=quiet
+        )
     distributed.wait()
     return run
 
@@ -88,6 +97,7 @@ def _finish(
     factored: _Resident | _Streaming,
     recipe: Recipe,
     measured_on: Tensor | None,
+    sizing: Sizing | None,
     watch: Stopwatch,
     work: Work,
     *,
@@ -105,7 +115,7 @@ def _finish(
             refined = factored.refine(work.folder / "refine", quiet=quiet)
     work.update(stage="measuring")
     with watch.stage("measure"):
-        measured = _measure(prepared, recipe, factored, measured_on, quiet=quiet)
+        measured = _measure(prepared, recipe, factored, measured_on, sizing, quiet=quiet)
     if loaded.tokenizer is None:
         prepared.plan.notes.append(f"no tokenizer was written: {loaded.no_tokenizer or 'the model has none'}")
     with watch.stage("samples"):
@@ -120,6 +130,7 @@ def _finish(
         fingerprint=prepared.moments.fingerprint if prepared.moments else "",
         moments_reused=prepared.reused,
         predicted_divergence=prepared.plan.predicted_divergence,
+        probes=sizing.probes if sizing is not None else [],
         refinement=refined,
         quality=measured,
         samples=samples,
@@ -187,13 +198,7 @@ class _Resident:
 
     def has_logits(self, windows: Tensor) -> bool:
         """Whether the model gives logits over the vocabulary."""
-        model = self.prepared.loaded.model
-        try:
-            with torch.no_grad():
-                probe = getattr(model(input_ids=windows[:1, :8].to(model.device)), "logits", None)
-        except Exception:  # an architecture that needs other inputs fails in its own way
-            return False
-        return probe is not None and probe.dim() == 3 and probe.shape[-1] > int(windows.max())
+        return gives_logits(self.prepared.loaded.model, windows)
 
     def samples(self) -> list[Sample]:
         return _samples(self.prepared.loaded, self.replaced)
@@ -273,23 +278,18 @@ def _files_read(recipe: Recipe, moments_file: Path | None) -> list[Path]:
     return [Path(one) for name in names if name for one in glob.glob(name) or [name] if Path(one).exists()]  # noqa: PTH207
 
 
-def _evaluation_text(loaded: LoadedModel, recipe: Recipe) -> Tensor | None:
-    """The windows of the evaluation text, read before any work so that a text that can't be used is refused at once."""
-    if recipe.eval_text is None or recipe.eval_windows == 0:
-        return None
-    window = min(1024, positions(loaded.model) or 1024)
-    return evaluation_windows(recipe.eval_text, need_tokenizer(loaded), window=window, windows=recipe.eval_windows)
-
-
 def _measure(
     prepared: Prepared,
     recipe: Recipe,
     factored: _Resident | _Streaming,
     windows: Tensor | None,
+    sizing: Sizing | None,
     *,
     quiet: bool,
 ) -> Measured | None:
     """The quality of both models on the evaluation text, or on the held-out part of the calibration.
+
+    Where the size was searched for, the original was measured then and is not again.
 
     A model without token logits is not measured, and one that predicts no next token is measured with a note.
     """
@@ -308,7 +308,11 @@ def _measure(
         prepared.plan.notes.append(
             "this model does not predict the next token, so its perplexity says little; its divergence is what counts"
         )
-    original, smaller = measure_quality(factored.models(windows, quiet=quiet), windows, quiet=quiet)
+    models = factored.models(windows, quiet=quiet)
+    if sizing is not None:
+        original, smaller = sizing.dense, sizing.reference.measure(models[1], quiet=quiet)
+    else:
+        original, smaller = measure_quality(models, windows, quiet=quiet)
     return Measured.of(source, (windows.shape[0], windows.shape[1]), original, smaller)
 
 

@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from twofold import distributed
-from twofold.allocate import get_allocation
+from twofold.allocate import Evidence, get_allocation
 from twofold.blocks import Chain, block_names, stretches
 from twofold.calibrate import Moments, TokenWindows, collect_moments, request_statistics
 from twofold.calibrate.fingerprint import fingerprint, model_hash, moments_path
@@ -29,6 +29,8 @@ from twofold.checkpoint import attach
 from twofold.checkpoint.write import check_space
 from twofold.errors import TwofoldError
 from twofold.estimate import choose_way, estimate_run
+from twofold.evaluation import evaluation_text
+from twofold.evidence import gather
 from twofold.factorize import apply_plan, decompose_targets
 from twofold.models import (
     LoadedModel,
@@ -48,6 +50,7 @@ from twofold.recipe import Recipe, make_recipe
 from twofold.refine import Refined, Task, get_refinement
 from twofold.residence import Streamed
 from twofold.run import Stopwatch
+from twofold.sizing import Sizing
 from twofold.spectra import Spectra
 from twofold.targets import Targets, find_groups, find_targets
 from twofold.version import __version__
@@ -67,6 +70,7 @@ class Prepared:
     moments: Moments | None
     reused: bool
     spectra: Spectra
+    evidence: Evidence
     plan: Plan
 
 
@@ -101,6 +105,16 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
         raise TwofoldError(
             "a model that is worked through block by block can't be refined yet; leave --refine out, or give it "
             f"{way.resident / 1e9:.1f} GB with --memory"
+        )
+    if way is not None and way.blocks is not None and get_allocation(recipe.allocate).needs:
+        raise TwofoldError(
+            f"--allocate {recipe.allocate} measures the whole model, and this one is worked through block by block; use "
+            f"--allocate global, or give {way.resident / 1e9:.1f} GB with --memory"
+        )
+    if way is not None and way.blocks is not None and recipe.goal is not None:
+        raise TwofoldError(
+            f"{recipe.goal.flag} is searched for on the whole model, and this one is worked through block by block; give "
+            f"--keep or --budget, or {way.resident / 1e9:.1f} GB with --memory"
         )
     if way is None or way.blocks is None:
         loaded = load_model(
@@ -152,21 +166,23 @@ def prepare(
     moments_folder: Path | None = None,
     work: Work | None = None,
     bases: bool = True,
+    begin: Callable[[TokenWindows | None, str], None] | None = None,
     quiet: bool = False,
 ) -> Prepared:
-    """All stages up to the plan.
+    """All stages up to the plan; where a quality is asked for, that is the plan of the whole, before the search.
 
     Args:
         texts: to calibrate on, in the place of the recipe's.
         moments_folder: where the moments are kept; in the cache, by fingerprint, if it is None.
         work: the unfinished state of the run; what it holds already is used. In memory if it is None.
         bases: whether factors will be made, or only the plan.
+        begin: is given the windows and the hash of the model before the calibration, and may refuse.
     """
     loaded, chain = opened.loaded, opened.chain
     model, residence = loaded.model, loaded.residence
     objective = get_objective(recipe.objective)
     targets = find_targets(model, recipe.include, recipe.exclude)
-    get_allocation(recipe.allocate)
+    measured = get_allocation(recipe.allocate).needs
     plan_of_shapes(loaded, targets, recipe)  # an impossible budget or override is refused before any work
     if objective.needs and getattr(model.config, "is_encoder_decoder", False):
         raise TwofoldError(
@@ -181,9 +197,15 @@ def prepare(
     windows: TokenWindows | None = None
     moments: Moments | None = None
     reused = False
-    if objective.needs:
+    if objective.needs or recipe.refine or measured or (recipe.goal is not None and recipe.eval_text is None):
         with watch.stage("texts"):
             windows = distributed.same(lambda: calibration_windows(loaded, recipe, hashed, texts, quiet=quiet))
+    if begin is not None and distributed.is_main():
+        with watch.stage("measure"):
+            begin(windows, hashed)
+    if objective.needs:
+        assert windows is not None
+        with watch.stage("texts"):
             if windows.tokens < windows.asked - recipe.window and not quiet:
                 say(f"the calibration text gives {windows.tokens:,} tokens of the {windows.asked:,} asked for")
         targets, moments, reused = calibrate(
@@ -192,9 +214,6 @@ def prepare(
         )  # fmt: skip
         mark = moments.fingerprint
         targets = used_targets(targets, moments)
-    elif recipe.refine:
-        with watch.stage("texts"):
-            windows = distributed.same(lambda: calibration_windows(loaded, recipe, hashed, texts, quiet=quiet))
     if work is not None:
         work.belongs_to(spectra_mark(hashed, mark, recipe))
         work.update(stage="decomposing", targets=len(targets.targets))
@@ -208,14 +227,20 @@ def prepare(
             moments,
             objective,
             recipe.damping,
-            Spectra(folder, spectra_mark(hashed, mark, recipe), bases=bases),
+            Spectra(folder, spectra_mark(hashed, mark, recipe), bases=bases or bool(measured)),
             chain=chain or plain_chain(model),
             blocks=opened.blocks or RESIDENT_BLOCKS,
             quiet=quiet,
         )
+    if measured and work is not None:
+        work.update(stage=f"measuring for the allocation {recipe.allocate}")
+    with watch.stage("sensitivities" if measured else "plan"):
+        evidence = distributed.same(
+            lambda: gather(loaded, recipe, targets.targets, windows, spectra, moments, objective, quiet=quiet)
+        )
     with watch.stage("plan"):
-        plan = make_plan(loaded.name, targets, spectra.values, recipe, loaded.stored_dtype.itemsize)
-    return Prepared(loaded, targets, objective, windows, moments, reused, spectra, plan)
+        plan = make_plan(loaded.name, targets, spectra.values, recipe.at(1.0), loaded.stored_dtype.itemsize, evidence)
+    return Prepared(loaded, targets, objective, windows, moments, reused, spectra, evidence, plan)
 
 
 def calibrate(
@@ -354,7 +379,7 @@ def plain_chain(model: nn.Module) -> Chain:
 
 def plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Plan:
     """The uniform plan, which needs the shapes alone."""
-    uniform = recipe.model_copy(update={"allocate": "uniform"})
+    uniform = recipe.at(1.0).model_copy(update={"allocate": "uniform"})
     return make_plan(loaded.name, targets, None, uniform, loaded.stored_dtype.itemsize)
 
 
@@ -387,7 +412,8 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
 
     If the recipe names a calibration, the plan is the one that ``compress`` makes, and the moments are kept for it. If it
     leaves the calibration to its default, no weight is read: the ranks are uniform, a note says so, and the memory and time that
-    a run will take are estimated, the time from a probe of some seconds.
+    a run will take are estimated, the time from a probe of some seconds. A quality that is asked for is measured, so it needs
+    a named calibration.
 
     Raises:
         TwofoldError: for whatever the user can put right.
@@ -395,6 +421,10 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
     needs = get_objective(recipe.objective).needs
     get_allocation(recipe.allocate)
     if needs and "calibration" not in recipe.model_fields_set and moments_file is None:
+        if recipe.goal is not None:
+            raise TwofoldError(
+                f"{recipe.goal.flag} needs measuring: name --calibration FILE, or --calibration self; or give --keep or --budget"
+            )
         loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         recipe = fit_window(recipe, loaded, quiet=True)
         plan = plan_of_shapes(loaded, find_targets(loaded.model, recipe.include, recipe.exclude), recipe)
@@ -412,7 +442,26 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
         return plan.model_copy(update={"notes": notes, "estimate": given})
     opened = open_for(recipe, quiet=quiet)
     recipe = fit_window(recipe, opened.loaded, quiet=quiet)
-    return prepare(recipe, opened, Stopwatch(), moments_folder=moments_file, bases=False, quiet=quiet).plan
+    sizing = _sizing(recipe, opened.loaded, quiet=quiet)
+    prepared = prepare(
+        recipe,
+        opened,
+        Stopwatch(),
+        moments_folder=moments_file,
+        bases=sizing is not None,
+        begin=sizing.begin if sizing is not None else None,
+        quiet=quiet,
+    )
+    if sizing is not None:
+        sizing.find(prepared)
+    return prepared.plan
+
+
+def _sizing(recipe: Recipe, loaded: LoadedModel, *, quiet: bool) -> Sizing | None:
+    """The search for the size, if a quality is asked for in its place."""
+    if recipe.goal is None:
+        return None
+    return Sizing(loaded, recipe, evaluation_text(loaded, recipe), quiet=quiet)
 
 
 def carry_out(prepared: Prepared, recipe: Recipe, *, quiet: bool = False) -> dict[str, nn.Module]:
@@ -496,7 +545,8 @@ def factorize(
         tokenizer: of a loaded model.
         texts: an iterable of texts to calibrate on.
         calibration: text files or data set names; "self" (the default) samples texts from the model.
-        settings: any field of ``twofold.Recipe``: keep or budget, tokens, objective, allocate, seed, …
+        settings: any field of ``twofold.Recipe``: one of keep, budget, perplexity_at_most and kl_at_most; tokens, objective,
+            allocate, seed, …
 
     Returns:
         The model with ``FactoredLinear`` layers. ``model.twofold_plan`` tells what was done with every weight,
@@ -520,7 +570,11 @@ def factorize(
         )
     recipe = fit_window(recipe, loaded, quiet=quiet)
     watch = Stopwatch()
-    prepared = prepare(recipe, opened, watch, texts=texts, quiet=quiet)
+    sizing = _sizing(recipe, loaded, quiet=quiet)
+    begin = sizing.begin if sizing is not None else None
+    prepared = prepare(recipe, opened, watch, texts=texts, begin=begin, quiet=quiet)
+    if sizing is not None:
+        sizing.find(prepared)
     replaced = carry_out(prepared, recipe, quiet=quiet)
     refine(prepared, replaced, recipe, quiet=quiet)
     result = loaded.model

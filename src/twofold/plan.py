@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ import pydantic
 from numpy.typing import NDArray
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from twofold.allocate import Candidate, Choice, get_allocation
+from twofold.allocate import Candidate, Choice, Evidence, get_allocation
 from twofold.allocate.base import cheapest
 from twofold.budget import Budget, ModelSize, parse_budget, target_budget
 from twofold.errors import TwofoldError
@@ -206,11 +207,13 @@ def make_plan(
     spectra: Mapping[str, NDArray[np.float64]] | None,  # σ² (k,), largest first
     recipe: Recipe,
     element_bytes: int,
+    evidence: Evidence | None = None,
 ) -> Plan:
     """Choose a rank for every target.
 
     Args:
         spectra: of every target; None for ranks that need no loss (allocate "uniform").
+        evidence: what else the allocation looks at.
 
     Raises:
         TwofoldError: if the budget can't be met, or an override fits no target.
@@ -228,47 +231,21 @@ def make_plan(
             f"the losses of {recipe.objective} differ in scale from layer to layer, so the global allocation compares "
             "the share of each layer's own total that is left out"
         )
-    multiple, form = recipe.rank_multiple, recipe.form
-    candidates: list[Candidate] = []
-    overrides: dict[str, Choice] = {}
-    tails_of: dict[str, NDArray[np.float64]] = {}
-    bytes_budget = recipe.budget is not None and _is_bytes(recipe.budget)
-    scale = element_bytes if bytes_budget else 1
-    for target in targets.targets:
-        values = None if spectra is None else np.asarray(spectra[target.name], dtype=np.float64)
-        numerical = None if values is None else int((values > 0).sum())
-        override = _override_of(target, recipe.overrides)
-        ranks = possible_ranks(target, form, multiple, recipe.min_rank, numerical)
-        if values is None:
-            tails = np.zeros(min(target.out_features, target.in_features) + 1)
-        else:
-            tails = np.append(np.cumsum(values[::-1])[::-1], 0.0)
-        tails_of[target.name] = tails
-        weight = 1.0 / tails[0] if relative and tails[0] > 0 else 1.0
-        extra = 4.0 * max(target.out_features, target.in_features) + scale if bytes_budget and form != "plain" else 0.0
-        costs = np.array([rank_cost(form, target, int(r)) for r in ranks], dtype=np.float64) * scale + extra
-        candidate = Candidate(
-            target.name,
-            ranks,
-            costs,
-            tails[ranks] * weight,
-            float(target.size * scale),
-            float(target.size * scale),
-            values,
-        )
-        candidates.append(candidate)
-        if override is not None:
-            overrides[target.name] = _forced(target, override, candidate, form)
+    candidates, overrides, tails_of = _options(
+        targets, spectra, recipe, element_bytes, relative, evidence or Evidence()
+    )
     for pattern in recipe.overrides:
         if not any(matches(target.name, [pattern]) for target in targets.targets):
             raise TwofoldError(
                 f"the override {pattern!r} matches no weight that is factorized; list them with: twofold inspect"
             )
 
+    bytes_budget = recipe.budget is not None and _is_bytes(recipe.budget)
+    scale = element_bytes if bytes_budget else 1
     fixed = sum(overrides[c.name].cost(c) for c in candidates if c.name in overrides)
     free = [c for c in candidates if c.name not in overrides]
     least = fixed + sum(cheapest(c).cost(c) for c in free)
-    order = sum(max(t.out_features, t.in_features) for t in targets.targets) if form != "plain" else 0
+    order = sum(max(t.out_features, t.in_features) for t in targets.targets) if recipe.form != "plain" else 0
     size = ModelSize(
         targets.target_numbers,
         targets.total_numbers - targets.target_numbers,
@@ -304,6 +281,64 @@ def make_plan(
         dense=dense,
         notes=notes,
     )
+
+
+def least_keep(targets: Targets, spectra: Mapping[str, NDArray[np.float64]], recipe: Recipe) -> float:
+    """The smallest share of the factorized weights that the settings of a recipe allow, rounded up to four digits."""
+    candidates, overrides, _ = _options(targets, spectra, recipe.at(1.0), 1, False, Evidence())
+    least = sum((overrides.get(c.name) or cheapest(c)).cost(c) for c in candidates)
+    return math.ceil(1e4 * least / targets.target_numbers) / 1e4
+
+
+def _options(
+    targets: Targets,
+    spectra: Mapping[str, NDArray[np.float64]] | None,
+    recipe: Recipe,
+    element_bytes: int,
+    relative: bool,
+    evidence: Evidence,
+) -> tuple[list[Candidate], dict[str, Choice], dict[str, NDArray[np.float64]]]:
+    """What may be chosen for every target, what is chosen by an override, and the loss of each rank from 0 on.
+
+    Args:
+        relative: whether losses are shares of each target's own total.
+    """
+    multiple, form = recipe.rank_multiple, recipe.form
+    candidates: list[Candidate] = []
+    overrides: dict[str, Choice] = {}
+    tails_of: dict[str, NDArray[np.float64]] = {}
+    bytes_budget = recipe.budget is not None and _is_bytes(recipe.budget)
+    scale = element_bytes if bytes_budget else 1
+    for target in targets.targets:
+        values = None if spectra is None else np.asarray(spectra[target.name], dtype=np.float64)
+        numerical = None if values is None else int((values > 0).sum())
+        override = _override_of(target, recipe.overrides)
+        ranks = possible_ranks(target, form, multiple, recipe.min_rank, numerical)
+        if values is None:
+            tails = np.zeros(min(target.out_features, target.in_features) + 1)
+        else:
+            tails = np.append(np.cumsum(values[::-1])[::-1], 0.0)
+        tails_of[target.name] = tails
+        weight = 1.0 / tails[0] if relative and tails[0] > 0 else 1.0
+        extra = 4.0 * max(target.out_features, target.in_features) + scale if bytes_budget and form != "plain" else 0.0
+        costs = np.array([rank_cost(form, target, int(r)) for r in ranks], dtype=np.float64) * scale + extra
+        candidate = Candidate(
+            target.name,
+            ranks,
+            costs,
+            tails[ranks] * weight,
+            float(target.size * scale),
+            float(target.size * scale),
+            values,
+            target.kind,
+            evidence.tokens,
+            evidence.perplexities.get(target.name),
+            evidence.scores.get(target.name),
+        )
+        candidates.append(candidate)
+        if override is not None:
+            overrides[target.name] = _forced(target, override, candidate, form)
+    return candidates, overrides, tails_of
 
 
 def _is_bytes(budget: str) -> bool:

@@ -11,6 +11,9 @@ import yaml
 from pydantic import Field
 
 from twofold.errors import TwofoldError
+from twofold.goal import Goal, parse_perplexity
+
+SIZES = ("keep", "budget", "perplexity_at_most", "kl_at_most")  # exactly one of these says how small a model gets
 
 Settings = TypeVar("Settings", bound=pydantic.BaseModel)
 
@@ -39,6 +42,20 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     budget: Annotated[
         str | None, Field(description="size of the whole model: parameters (90M), bytes (180MB) or a share (70%)")
     ] = None
+    perplexity_at_most: Annotated[
+        str | None,
+        pydantic.BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value),
+        pydantic.AfterValidator(lambda value: _readable(value)),
+        Field(description="the smallest model with this perplexity at most: 25, or 1.1x the dense model's"),
+    ] = None
+    kl_at_most: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="the smallest model with this divergence from the dense one at most, in nats per token",
+        ),
+    ] = None
     calibration: Annotated[
         list[str],
         pydantic.BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
@@ -53,9 +70,15 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     objective: Annotated[
         str, Field(description="what a rank is chosen to preserve: two-sided, svd-llm, asvd, fwsvd, svd")
     ] = "two-sided"
-    allocate: Annotated[str, Field(description="how ranks are shared out: global, uniform, energy, effective-rank")] = (
-        "global"
-    )
+    allocate: Annotated[
+        str,
+        Field(
+            description="how ranks are shared out: global, uniform, energy, effective-rank, svd-llm-v2, sensitivity, zero-sum"
+        ),
+    ] = "global"
+    sensitivity_windows: Annotated[
+        int, Field(ge=1, description="sensitivity: calibration windows that each weight is measured on at each share")
+    ] = 1
     form: Annotated[
         Literal["gauge", "plain"], Field(description="how factors are stored: gauge r(m+n-r) numbers, plain r(m+n)")
     ] = "gauge"
@@ -123,14 +146,44 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
 
     @pydantic.model_validator(mode="after")
     def _one_size(self) -> Recipe:
-        if (self.keep is None) == (self.budget is None):
-            raise ValueError("give either keep (share of the factorized weights) or budget (size of the whole model)")
+        if sum(getattr(self, name) is not None for name in SIZES) != 1:
+            raise ValueError(
+                "give either keep (share of the factorized weights), budget (size of the whole model), perplexity_at_most "
+                "(25 or 1.1x) or kl_at_most (nats per token), and only one of them"
+            )
+        if self.goal is not None and self.eval_windows == 0:
+            raise ValueError(
+                f"{self.goal.flag} needs measuring, and --eval-windows 0 measures nothing; give some windows, or --keep"
+            )
         return self
+
+    @property
+    def goal(self) -> Goal | None:
+        """How good the model must stay, if that is asked for in the place of a size."""
+        if self.kl_at_most is not None:
+            return Goal("divergence", self.kl_at_most)
+        if self.perplexity_at_most is not None:
+            number, kind = parse_perplexity(self.perplexity_at_most)
+            return Goal(kind, number)
+        return None
+
+    def at(self, keep: float) -> Recipe:
+        """The same with a share to keep in the place of a goal; a recipe without a goal as it is."""
+        if self.goal is None:
+            return self
+        return self.model_copy(update={"keep": keep, "perplexity_at_most": None, "kl_at_most": None})
 
     def to_yaml(self) -> str:
         """The recipe as YAML; what is at its default is left in, so that a stored recipe says all."""
         settings = self.model_dump(mode="json", exclude_none=True, exclude={"trust_remote_code"})
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _readable(perplexity: str | None) -> str | None:
+    """Refuse a perplexity that can't be read."""
+    if perplexity is not None:
+        parse_perplexity(perplexity)
+    return perplexity
 
 
 def _split(value: object) -> object:

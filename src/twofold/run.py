@@ -14,6 +14,7 @@ import torch
 from twofold.evaluate import Quality
 from twofold.recipe import Recipe
 from twofold.refine import Refined
+from twofold.search import Probe
 from twofold.version import __version__
 
 
@@ -73,6 +74,7 @@ class Run(pydantic.BaseModel, extra="forbid"):
     bytes_before: int
     bytes_after: int
     predicted_divergence: float | None
+    probes: list[Probe] = []  # what was measured in the search for the size, where a quality was asked for
     refinement: list[Refined] = []
     quality: Measured | None = None
     samples: list[Sample] = []

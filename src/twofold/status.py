@@ -34,6 +34,7 @@ class Status(pydantic.BaseModel, extra="forbid"):
     targets: int = 0  # weights to decompose
     decomposed: int = 0
     parts: int = 0  # parts of the checkpoint that are written
+    measured: int = 0  # models measured in the search for the size, where a quality was asked for
     hours: float = 0.0  # since the run began, or that it took
     finished: bool = False  # a finished checkpoint stands in the folder (beside an unfinished one, perhaps)
 
@@ -80,6 +81,7 @@ def status_of(out: Path) -> Status:
         targets=state.targets,
         decomposed=_decomposed(work / "spectra"),
         parts=len(list((work / "checkpoint").glob("model-*.json"))),
+        measured=len(state.measured),
         hours=(time.time() - state.started) / 3600 if state.started else 0.0,
         finished=finished,
     )

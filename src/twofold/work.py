@@ -32,6 +32,7 @@ class State(pydantic.BaseModel):
     moments: str = ""  # the folder of the moments
     targets: int = 0  # weights to decompose
     units: int = 0  # parts of the checkpoint to write
+    measured: dict[str, dict[str, float | int | None]] = {}  # quality by the plan, where the size is searched for
     process: int = 0
     host: str = ""
     started: float = 0.0  # seconds since 1970

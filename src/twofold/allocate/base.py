@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,12 @@ class Candidate:
     dense_cost: float | None
     full_cost: float  # m · n in the unit of the costs
     values: NDArray[np.float64] | None = None  # σ² (k,), largest first; None if no spectrum was taken
+    kind: str = ""  # the last part of the name, as q_proj
+    tokens: int = 1  # that the losses are the mean over
+    perplexities: NDArray[np.float64] | None = None  # of the model with this weight alone at each share of a grid
+    scores: NDArray[np.float64] | None = (
+        None  # (k,), first-order change of the loss without each component, nats per token
+    )
 
 
 @dataclass(frozen=True)
@@ -46,20 +53,44 @@ class Choice:
 
 BISECTIONS = 50
 Allocate = Callable[[list[Candidate], float], list[Choice]]
-ALLOCATIONS: dict[str, Allocate] = {}
+Measurement = Literal["perplexities", "scores"]
 
 
-def allocation(name: str) -> Callable[[Allocate], Allocate]:
+@dataclass(frozen=True)
+class Allocation:
+    """An allocation by its name; ``needs`` are the fields of a candidate that are measured on the model for it."""
+
+    name: str
+    needs: frozenset[Measurement]
+    choose: Allocate
+
+    def __call__(self, candidates: list[Candidate], budget: float) -> list[Choice]:
+        return self.choose(candidates, budget)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of all weights beside their spectra, by the names of weights."""
+
+    tokens: int = 1  # that were calibrated on
+    perplexities: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    scores: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+ALLOCATIONS: dict[str, Allocation] = {}
+
+
+def allocation(name: str, *, needs: Iterable[Measurement] = ()) -> Callable[[Allocate], Allocate]:
     """Register a function (candidates, budget) → choices as an allocation."""
 
     def register(function: Allocate) -> Allocate:
-        ALLOCATIONS[name] = function
+        ALLOCATIONS[name] = Allocation(name, frozenset(needs), function)
         return function
 
     return register
 
 
-def get_allocation(name: str) -> Allocate:
+def get_allocation(name: str) -> Allocation:
     """The allocation of a name.
 
     Raises:
@@ -107,6 +138,16 @@ def at_least(candidate: Candidate, rank: float) -> Choice:
     if dense is not None and dense <= candidate.costs[index]:
         return Choice(None)
     return Choice(index)
+
+
+def largest_within(candidate: Candidate, share: float) -> Choice:
+    """The largest rank that stores at most a share of the weight; full rank is factored where it stores as much as dense."""
+    allowed = share * candidate.full_cost * (1 + 1e-9)
+    fits = int(np.searchsorted(candidate.costs, allowed, side="right")) - 1
+    dense = candidate.dense_cost
+    if dense is not None and dense <= allowed and (fits < 0 or candidate.costs[fits] < dense):
+        return Choice(None)
+    return Choice(fits) if fits >= 0 else cheapest(candidate)
 
 
 def cheapest(candidate: Candidate) -> Choice:

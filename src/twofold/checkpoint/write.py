@@ -62,16 +62,27 @@ def check_space(out: Path, needed: int) -> None:
     Raises:
         TwofoldError: if the disk has less than ``needed`` bytes free.
     """
-    parent = out.absolute()
-    while not parent.exists():
-        parent = parent.parent
+    parent = _nearest(out)
     if parent != out.absolute() and (not parent.is_dir() or not os.access(parent, os.W_OK)):
         raise TwofoldError(f"{out} can't be written: {parent} is no folder that can be written to; name another place")
-    free = shutil.disk_usage(parent).free
+    free = free_space(out)
     if free < needed:
         raise TwofoldError(
             f"no space for {out}: it needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; free some space first"
         )
+
+
+def free_space(out: Path) -> int:
+    """Free bytes on the disk where a file or folder is, or will be."""
+    return shutil.disk_usage(_nearest(out)).free
+
+
+def _nearest(out: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    parent = out.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    return parent
 
 
 @contextmanager

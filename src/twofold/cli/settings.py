@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from twofold.comparison.grid import grid_fields, make_grid
 from twofold.errors import TwofoldError
-from twofold.recipe import Recipe, make_recipe, parse_override, read_recipe
+from twofold.recipe import SIZES, Recipe, make_recipe, parse_override, read_recipe
 
 
 def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
@@ -77,10 +77,9 @@ def _flags(
                 settings[name] = dict(parse_override(text) for text in value)
             else:
                 settings[name] = value
-        if given.get("keep") not in (None, []):
-            settings.pop("budget", None) if given.get("budget") is None else None
-        elif given.get("budget") is not None:
-            settings.pop("keep", None)
+        if any(given.get(name) not in (None, []) for name in SIZES):  # then the file's size is put aside
+            for name in SIZES:
+                settings.pop(name, None) if given.get(name) in (None, []) else None
         if not settings.get("model"):
             raise TwofoldError("name a model: a folder, a hub id, a .gguf file, or smollm2")
         function(**{first: make(settings)}, **rest)

@@ -321,6 +321,7 @@ def print_status(status: Status, removed: bool) -> None:
             "finished" if status.moments_done else f"{status.moments_parts} sweeps over some blocks finished",
         ],
         ["weights decomposed", f"{status.decomposed} of {status.targets or '?'}"],
+        *([["models measured to find the size", str(status.measured)]] if status.measured else []),
         ["parts of the checkpoint written", str(status.parts)],
         ["state on disk", megabytes(status.work_bytes)],
         ["moments on disk", megabytes(status.moments_bytes)],

@@ -11,16 +11,9 @@ import pydantic
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
-from twofold.recipe import Recipe, checked, make_recipe
+from twofold.recipe import SIZES, Recipe, checked, make_recipe
 
-OWN = (
-    "objective",
-    "allocate",
-    "keep",
-    "budget",
-    "refine",
-    "eval_windows",
-)  # of the recipe, that a grid has in its own way
+OWN = (*SIZES, "objective", "allocate", "refine", "eval_windows")  # of the recipe, that a grid has in its own way
 HELD_OUT_MEASURED = 4  # of the held-out windows of the calibration, at the most; refinement stops on the others
 QUANTIZED = ("int8", "int4")
 
@@ -81,7 +74,11 @@ class Grid(pydantic.BaseModel, extra="forbid"):
     allocate: Annotated[
         list[str],
         BeforeValidator(_several),
-        Field(min_length=1, description="allocations, with commas between: global, uniform, energy, effective-rank"),
+        Field(
+            min_length=1,
+            description="allocations, with commas between: global, uniform, energy, effective-rank, svd-llm-v2, "
+            "sensitivity, zero-sum",
+        ),
     ] = ["global"]
     keep: Annotated[
         list[Annotated[float, Field(gt=0, le=1)]],
@@ -120,9 +117,9 @@ class Grid(pydantic.BaseModel, extra="forbid"):
         if not isinstance(given, dict):
             return given
         own = {**given}
-        if own.get("budget") is not None:
-            raise ValueError("a comparison goes by keep ratios, not by a budget: name them with --keep 0.8,0.6")
-        own.pop("budget", None)
+        for other in SIZES:
+            if other != "keep" and own.pop(other, None) is not None:
+                raise ValueError(f"a comparison goes by keep ratios, not by {other}: name them with --keep 0.8,0.6")
         single = own.pop("objective", None)
         if single is not None:
             own.setdefault("objectives", single)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twofold.allocate import get_allocation
 from twofold.calibrate import Moments, TokenWindows, request_statistics
 from twofold.calibrate.fingerprint import model_hash
 from twofold.calibrate.windows import calibration_windows, fit_window
@@ -180,7 +181,8 @@ def lay(grid: Grid, *, quiet: bool = False) -> Ground:
     with watch.stage("hash"):
         hashed = model_hash(loaded.model, loaded.shards)
     windows: TokenWindows | None = None
-    if union_of_needs(grid) or any(grid.refine) or recipe.eval_text is None:
+    measuring = any(get_allocation(name).needs for name in grid.allocate)
+    if union_of_needs(grid) or any(grid.refine) or measuring or recipe.eval_text is None:
         with watch.stage("texts"):
             windows = calibration_windows(loaded, recipe, hashed, quiet=quiet)
         if windows.tokens < windows.asked - recipe.window:

@@ -12,19 +12,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from twofold.allocate import Evidence
 from twofold.comparison.cells import Cells
 from twofold.comparison.grid import Cell
 from twofold.comparison.ground import Decomposed, Ground
 from twofold.comparison.quantized import quantized, torchao_version
 from twofold.comparison.record import Row
-from twofold.comparison.reference import Reference
 from twofold.errors import TwofoldError
-from twofold.evaluate import measure_quality
+from twofold.evaluate import Reference, measure_quality
+from twofold.evidence import gather
 from twofold.factorize import dense_again
 from twofold.objectives import get_objective
 from twofold.pipeline import Prepared, carry_out, refine
 from twofold.plan import make_plan
 from twofold.progress import say
+from twofold.recipe import Recipe
 from twofold.run import Stopwatch
 from twofold.targets import replace_module
 
@@ -47,7 +49,8 @@ class Rows:
     def __init__(self, ground: Ground, out: Path, impossible: Mapping[Cell, str], baselines: list[str]) -> None:
         self.ground, self.out, self.impossible, self.baselines = ground, out, impossible, baselines
         self.cells = Cells(out, ground.belongs())
-        self.reference = Reference(out / "work" / "dense", self.cells.mark, ground.texts[0][1])
+        self._reference: Reference | None = None
+        self._evidence: dict[tuple[str, str], Evidence] = {}  # of an objective and an allocation, for all keep ratios
         self.total = 1 + len(baselines) + sum(1 for _ in ground.grid.cells())
         self.dense: Row | None = None
 
@@ -74,6 +77,7 @@ class Rows:
                     row = self.cell(cell, of, number)
                 yield row
             of = None  # its bases go before the next ones come
+            self._evidence.clear()
 
     def _say(self, number: int, words: str) -> None:
         if not self.ground.quiet:
@@ -149,8 +153,12 @@ class Rows:
 
     def factored(self, cell: Cell, of: Decomposed, work: Path) -> Row:
         ground, watch, recipe = self.ground, Stopwatch(), self.ground.recipe_of(cell)
-        plan = make_plan(ground.loaded.name, of.targets, of.spectra.values, recipe, ground.element_bytes)
-        prepared = Prepared(ground.loaded, of.targets, of.objective, ground.windows, of.moments, True, of.spectra, plan)
+        with watch.stage("plan"):
+            evidence = self._evidence_of(cell, of, recipe)
+            plan = make_plan(ground.loaded.name, of.targets, of.spectra.values, recipe, ground.element_bytes, evidence)
+        prepared = Prepared(
+            ground.loaded, of.targets, of.objective, ground.windows, of.moments, True, of.spectra, evidence, plan
+        )
         with watch.stage("factorize"):
             replaced = carry_out(prepared, recipe, quiet=ground.quiet)
         refined = []
@@ -209,17 +217,24 @@ class Rows:
             with dense_again(model, replaced or {}):
                 return logits(ids)
 
-        def kept(ids: Tensor) -> Tensor:
-            return self.reference.logits(ids, dense).to(model.device)
+        (_, first), *others = self.ground.texts
+        quiet = self.ground.quiet
+        if self._reference is None:
+            self._reference = Reference(dense, first, self.out / "work" / "dense", self.cells.mark, quiet=quiet)
+        self._reference.original = dense
+        found = self._reference.quality if replaced is None else self._reference.measure(logits, quiet=quiet)
+        further = [measure_quality([logits], windows, quiet=quiet)[0].perplexity for _, windows in others]
+        return [found.perplexity, *further], found.divergence
 
-        perplexity: list[float] = []
-        divergence: float | None = None
-        for i, (_, windows) in enumerate(self.ground.texts):
-            models = [logits] if i else [kept] if replaced is None else [kept, logits]
-            measured = measure_quality(models, windows, quiet=self.ground.quiet)[-1]
-            perplexity.append(measured.perplexity)
-            divergence = measured.divergence if i == 0 else divergence
-        return perplexity, divergence
+    def _evidence_of(self, cell: Cell, of: Decomposed, recipe: Recipe) -> Evidence:
+        """What an allocation measures, once for all cells of an objective."""
+        key = cell.objective, cell.allocate
+        if key not in self._evidence:
+            ground, targets = self.ground, of.targets.targets
+            self._evidence[key] = gather(
+                ground.loaded, recipe, targets, ground.windows, of.spectra, of.moments, of.objective, quiet=ground.quiet
+            )
+        return self._evidence[key]
 
 
 def skipped_row(cell: Cell, reason: str) -> Row:

@@ -42,41 +42,58 @@ def measure_quality(
     Args:
         models: functions from token ids (1, window) to logits; the first is the one that the others are compared with.
     """
-    count, window = windows.shape
     losses = [0.0] * len(models)
     divergences = [0.0] * len(models)
     agreed = [0] * len(models)
-    with progress("Measuring", count * len(models), unit="windows", quiet=quiet) as tick:
+    with progress("Measuring", len(windows) * len(models), unit="windows", quiet=quiet) as tick:
         for ids in windows[:, None]:
             reference: Tensor | None = None  # log-probabilities of the first model
             for i, model in enumerate(models):
-                logits = model(ids)[0, :-1]  # (window − 1, vocabulary)
-                labels = ids[0, 1:].to(logits.device)
-                probabilities = torch.cat([torch.log_softmax(rows.float(), -1) for rows in torch.split(logits, ROWS)])
-                del logits
-                losses[i] -= float(probabilities.gather(1, labels[:, None]).double().sum())
+                loss, probabilities = score(model(ids), ids)
+                losses[i] += loss
                 if i == 0:
                     reference = probabilities if len(models) > 1 else None
                 else:
                     assert reference is not None
-                    divergence, same = _divergence(reference, probabilities)
-                    divergences[i] += divergence
+                    further, same = divergence(reference, probabilities)
+                    divergences[i] += further
                     agreed[i] += same
                 tick()
-    predicted = count * (window - 1)
     return [
-        Quality(
-            math.exp(min(losses[i] / predicted, 700.0)),
-            losses[i] / predicted,
-            predicted,
-            None if i == 0 else divergences[i] / predicted,
-            None if i == 0 else agreed[i] / predicted,
-        )
+        quality(losses[i], windows, *((divergences[i], agreed[i]) if i > 0 else (None, None)))
         for i in range(len(models))
     ]
 
 
-def _divergence(
+def score(
+    logits: Tensor,  # (1, window, vocabulary)
+    ids: Tensor,  # (1, window)
+) -> tuple[float, Tensor]:
+    """The negative log-likelihood of one window, summed, and the log-probabilities (window − 1, vocabulary) in float32."""
+    rows = logits[0, :-1]
+    labels = ids[0, 1:].to(rows.device)
+    probabilities = torch.cat([torch.log_softmax(some.float(), -1) for some in torch.split(rows, ROWS)])
+    return -float(probabilities.gather(1, labels[:, None]).double().sum()), probabilities
+
+
+def quality(
+    loss: float,  # summed over positions, as the other two
+    windows: Tensor,  # (count, window)
+    apart: float | None = None,
+    agreed: int | None = None,
+) -> Quality:
+    """The means per predicted token of what was summed over windows."""
+    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    return Quality(
+        math.exp(min(loss / predicted, 700.0)),
+        loss / predicted,
+        predicted,
+        None if apart is None else apart / predicted,
+        None if agreed is None else agreed / predicted,
+    )
+
+
+def divergence(
     first: Tensor,  # (positions, vocabulary), log-probabilities
     second: Tensor,
 ) -> tuple[float, int]:

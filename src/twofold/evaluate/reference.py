@@ -1,0 +1,101 @@
+"""What the original says on the evaluation windows, computed once, for models that are compared with it one after another."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from twofold.calibrate.moments import read_names, write_part
+from twofold.checkpoint.write import free_space
+from twofold.errors import TwofoldError
+from twofold.evaluate.quality import Logits, Quality, divergence, quality, score
+from twofold.progress import progress, say
+
+LIMIT = 16e9  # bytes that may be kept; beyond, the original is run again for every model
+
+
+class Reference:
+    """The log-probabilities of the original at every position, in a folder: four bytes a token of the vocabulary.
+
+    Where they would take more than ``LIMIT``, or half of what is free on the disk, they are not kept.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        original: Logits,
+        windows: Tensor,  # (count, window)
+        folder: Path,
+        mark: str,
+        *,
+        quiet: bool = False,
+    ) -> None:
+        """Run the original over the windows; what the folder holds already of the same mark and windows is not done again.
+
+        Args:
+            original: if what it gives is not kept, it is asked again for each model that is measured.
+
+        Raises:
+            TwofoldError: if the disk does not take it.
+        """
+        self.original, self.windows, self.folder = original, windows, folder
+        self.kept = True
+        self._losses: dict[int, float] = {}
+        told = windows.contiguous().numpy().tobytes()
+        self.mark = hashlib.sha256(mark.encode() + told).hexdigest()
+        count = len(windows)
+        missing = [i for i in range(count) if not self._whole(i)]
+        with progress("Measuring the original", count, done=count - len(missing), unit="windows", quiet=quiet) as tick:
+            for i in missing:
+                self._losses[i], values = score(original(windows[i : i + 1]), windows[i : i + 1])
+                if i == missing[0]:
+                    self.kept = len(missing) * values.nbytes <= min(LIMIT, free_space(folder) / 2)
+                if self.kept:
+                    part = {"values": values, "loss": torch.tensor(self._losses[i], dtype=torch.float64)}
+                    write_part(self._path(i), part, self.mark)
+                tick()
+        if not self.kept and not quiet:
+            say("what the original says takes too much of the disk to be kept, so it is run again for every model")
+        self.quality = quality(sum(self._loss(i) for i in range(count)), windows)
+
+    @torch.no_grad()
+    def measure(self, model: Logits, *, quiet: bool = False) -> Quality:
+        """Measure a model on the windows, against the original: the same numbers as ``measure_quality`` of both."""
+        total, apart, agreed = 0.0, 0.0, 0
+        with progress("Measuring", len(self.windows), unit="windows", quiet=quiet) as tick:
+            for i in range(len(self.windows)):
+                ids = self.windows[i : i + 1]
+                loss, values = score(model(ids), ids)
+                total += loss
+                further, same = divergence(self._values(i).to(values.device), values)
+                apart, agreed = apart + further, agreed + same
+                tick()
+        return quality(total, self.windows, apart, agreed)
+
+    def _loss(self, i: int) -> float:
+        return self._losses[i] if i in self._losses else float(self._read(i, "loss"))
+
+    def _values(self, i: int) -> Tensor:
+        if not self.kept and not self._path(i).is_file():
+            return score(self.original(self.windows[i : i + 1]), self.windows[i : i + 1])[1]
+        return self._read(i, "values")
+
+    def _path(self, i: int) -> Path:
+        return self.folder / f"reference-{i:04d}.safetensors"
+
+    def _whole(self, i: int) -> bool:
+        try:
+            return set(read_names(self._path(i), self.mark)[0]) == {"values", "loss"}
+        except TwofoldError:
+            return False
+
+    def _read(self, i: int, name: str) -> Tensor:
+        try:
+            with safe_open(self._path(i), "pt") as file:
+                return file.get_tensor(name)  # type: ignore[no-any-return]
+        except (SafetensorError, OSError) as error:
+            raise TwofoldError(f"{self._path(i)} can't be read ({error}); run again") from error

@@ -1,0 +1,196 @@
+"""What is measured on the model for an allocation: weights truncated alone, and first-order scores of components."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import twofold
+import twofold.truncated as truncated
+from conftest import TEXT, make_model, make_tokenizer
+from twofold.allocate.sensitivity import GRID
+from twofold.compression import compress
+from twofold.factorize import layer_problem
+from twofold.first_order import component_scores
+from twofold.linalg import gauge_rank, truncate
+from twofold.pipeline import open_for, plan_model, prepare
+from twofold.recipe import make_recipe
+from twofold.run import Stopwatch
+from twofold.targets import dense_weight
+
+SMALL = {"tokens": 128, "window": 32, "quiet": True}
+
+
+def prepared_of(architecture, tmp_path, text_file, **settings):
+    folder = tmp_path / architecture
+    make_model(architecture, dtype=torch.float64).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    recipe = make_recipe({"model": str(folder), "calibration": [str(text_file)], "keep": 0.7, "tokens": 128, "window": 32,
+        "dtype": "float64", **settings})  # fmt: skip
+    return recipe, prepare(recipe, open_for(recipe, quiet=True), Stopwatch(), quiet=True)
+
+
+def mean_loss(model, windows):
+    losses = [torch.nn.functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:]) for ids in windows]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("objective", ["two-sided", "svd-llm", "svd"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_scores_are_the_gradient_times_each_component(architecture, objective, tmp_path, text_file):
+    recipe, prepared = prepared_of(architecture, tmp_path, text_file, objective=objective, allocate="zero-sum")
+    model, windows = prepared.loaded.model, prepared.windows.ids
+    modules = {t.name: model.get_submodule(t.name) for t in prepared.targets.targets}
+    assert not any(p.grad is not None for p in model.parameters())
+    for module in modules.values():
+        module.weight.requires_grad_(True)
+    mean_loss(model, windows).backward()
+    sides = set()
+    for target in prepared.targets.targets:
+        module = modules[target.name]
+        gradient = (module.weight.grad.T if target.transposed else module.weight.grad).detach()
+        problem = layer_problem(model, target, prepared.moments, prepared.objective, recipe.damping)
+        spectrum = prepared.spectra.get(target, torch.float64, torch.device("cpu"))
+        sides.add(spectrum.side)
+        weight, before = dense_weight(module).detach(), 0.0
+        expected = []
+        for rank in range(1, spectrum.numerical_rank + 1):
+            left, right = truncate(weight, spectrum, problem.metric, rank)
+            now = float((gradient * (left @ right)).sum())
+            expected.append(before - now)
+            before = now
+        found = prepared.evidence.scores[target.name]
+        scale = max(map(abs, expected))
+        assert len(found) == len(spectrum.values)
+        assert found[: len(expected)] == pytest.approx(expected, abs=1e-4 * scale)
+        # Without every component the weight is zero: the change is that of the whole weight.
+        assert found.sum() == pytest.approx(-float((gradient * weight).sum()), abs=1e-3 * scale)
+    assert sides == {"rows", "columns"}
+
+
+def test_a_score_tells_the_change_of_the_loss(tmp_path, text_file):
+    _, prepared = prepared_of("llama", tmp_path, text_file, objective="svd-llm", allocate="zero-sum")
+    model, windows = prepared.loaded.model, prepared.windows.ids
+    target = prepared.targets.targets[0]
+    problem = layer_problem(model, target, prepared.moments, prepared.objective, 1e-2)
+    spectrum = prepared.spectra.get(target, torch.float64, torch.device("cpu"))
+    module = model.get_submodule(target.name)
+    one = torch.matmul(*truncate(module.weight.detach(), spectrum, problem.metric, 1))
+    with torch.no_grad():
+        step = 0.02  # norms and softmax are taken in float32, so a smaller one would drown
+        module.weight.sub_(step * one)
+        less = mean_loss(model, windows)
+        module.weight.add_(2 * step * one)
+        more = mean_loss(model, windows)
+    assert float(less - more) / (2 * step) == pytest.approx(prepared.evidence.scores[target.name][0], rel=0.02)
+
+
+def test_the_model_is_left_as_it_was(tmp_path, text_file):
+    _, prepared = prepared_of("llama", tmp_path, text_file, allocate="uniform")
+    model = prepared.loaded.model
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.train()
+    moments, objective = prepared.moments, prepared.objective
+    spectra, targets = prepared.spectra, prepared.targets.targets
+    component_scores(model, targets, prepared.windows.ids, spectra, moments, objective, 1e-2, quiet=True)
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("form", ["gauge", "plain"])
+def test_sensitivities_are_the_perplexities_of_truncated_weights(form, tmp_path, text_file):
+    settings = {"allocate": "sensitivity", "form": form, "sensitivity_windows": 2}
+    recipe, prepared = prepared_of("gpt2", tmp_path, text_file, **settings)
+    model = prepared.loaded.model
+    fresh = make_model("gpt2", dtype=torch.float64)
+    assert all(torch.equal(p, dict(fresh.named_parameters())[name]) for name, p in model.named_parameters())
+    for target in (prepared.targets.targets[0], prepared.targets.targets[-1]):
+        m, n = target.out_features, target.in_features
+        problem = layer_problem(model, target, prepared.moments, prepared.objective, recipe.damping)
+        spectrum = prepared.spectra.get(target, torch.float64, torch.device("cpu"))
+        module = fresh.get_submodule(target.name)
+        weight = dense_weight(module).detach().clone()
+        for share, found in zip(GRID, prepared.evidence.perplexities[target.name], strict=True):
+            rank = max(int(share * m * n / (m + n)) if form == "plain" else gauge_rank(m, n, share * m * n), 1)
+            left, right = truncate(weight, spectrum, problem.metric, rank)
+            with torch.no_grad():
+                module.weight.copy_((left @ right).T)
+                expected = math.exp(float(mean_loss(fresh, prepared.windows.ids[:2])))
+                module.weight.copy_(weight.T)
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["two-sided", "svd"])
+@pytest.mark.parametrize("allocate", ["svd-llm-v2", "sensitivity", "zero-sum"])
+def test_the_whole_job(allocate, objective):
+    model = twofold.factorize(
+        make_model(), make_tokenizer(), keep=0.6, objective=objective, allocate=allocate, texts=[TEXT], **SMALL
+    )
+    plan = model.twofold_plan
+    assert 0.5 < plan.keep <= 0.6 + 1e-9
+    assert len({e.rank for e in plan.entries}) > 1
+    logits = model(input_ids=torch.arange(20)[None]).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_sensitivities_are_measured_once_for_every_budget_and_taken_up_after_a_stop(
+    checkpoint, text_file, tmp_path, monkeypatch
+):
+    measured, stops = [], [True]
+    perplexity = truncated._perplexity
+
+    def stopping(*arguments):
+        measured.append(1)
+        if len(measured) == 30 and stops:
+            stops.clear()
+            raise RuntimeError("stopped")
+        return perplexity(*arguments)
+
+    monkeypatch.setattr(truncated, "_perplexity", stopping)
+    given = {
+        "model": str(checkpoint),
+        "calibration": [str(text_file)],
+        "tokens": 128,
+        "window": 32,
+        "allocate": "sensitivity",
+    }
+    with pytest.raises(RuntimeError, match="stopped"):
+        plan_model(make_recipe({**given, "keep": 0.6}), quiet=True)
+    plan = plan_model(make_recipe({**given, "keep": 0.6}), quiet=True)
+    assert len(measured) == 30 + (14 - 3) * len(GRID)  # three of the fourteen weights were whole
+    measured.clear()
+    run = compress(make_recipe({**given, "keep": 0.8}), tmp_path / "a", quiet=True)
+    assert not measured and plan.keep <= 0.6 < run.keep <= 0.8
+    compress(make_recipe({**given, "perplexity_at_most": "1.2x"}), tmp_path / "b", quiet=True)
+    assert not measured
+    plan_model(make_recipe({**given, "keep": 0.8, "sensitivity_windows": 2}), quiet=True)
+    assert len(measured) == 14 * len(GRID)
+    for path in (tmp_path / "cache" / "sensitivity").iterdir():
+        path.write_text(json.dumps({"mark": "other"}))
+    measured.clear()
+    assert plan_model(make_recipe({**given, "keep": 0.6}), quiet=True) == plan and len(measured) == 14 * len(GRID)
+
+
+@pytest.mark.parametrize("allocate", ["sensitivity", "zero-sum"])
+def test_what_can_not_be_measured_is_refused(allocate, checkpoint, text_file, tmp_path):
+    given = {"model": str(checkpoint), "calibration": [str(text_file)], "keep": 0.6, "allocate": allocate, "window": 32}
+    with pytest.raises(twofold.TwofoldError, match="worked through block by block"):
+        compress(make_recipe({**given, "stream": "always"}), tmp_path / "a", quiet=True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_overflow_counts_as_the_worst():
+    from twofold.allocate import Candidate
+    from twofold.allocate.sensitivity import within
+
+    ranks, values = np.arange(1, 40), np.ones(40)
+    costs = ranks * (80.0 - ranks)
+    table = np.array([math.inf, 9.0, 8, 7, 6, 5, 4, 3, 2])
+    candidate = Candidate("a", ranks, costs, 40.0 - ranks, 1600.0, 1600.0, values, perplexities=table)
+    assert 160 < within(candidate, 9.0).cost(candidate) <= 320 < within(candidate, 8.5).cost(candidate)
+    assert within(candidate, 1.0).index is None
