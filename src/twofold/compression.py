@@ -24,11 +24,11 @@ from twofold.evaluation import evaluation_text, gives_logits
 from twofold.factorize import dense_again, factor_entries
 from twofold.models import LoadedModel, cast_weights, load_streamed, quiet_bars
 from twofold.nn import FactoredLinear
-from twofold.pipeline import Prepared, carry_out, open_for, prepare, refine
+from twofold.pipeline import Prepared, carry_out, open_for, prepare
 from twofold.plan import Plan, PlanEntry
 from twofold.progress import progress
 from twofold.recipe import Recipe
-from twofold.refine import Refined
+from twofold.refine import Refined, refine
 from twofold.residence import Streamed
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.sizing import Sizing

@@ -18,7 +18,7 @@ from twofold import distributed
 from twofold.blocks import Chain
 from twofold.budget import parse_budget
 from twofold.calibrate.moments import request_statistics
-from twofold.calibrate.windows import HELD_OUT
+from twofold.calibrate.windows import held_out_windows
 from twofold.errors import TwofoldError
 from twofold.factorize import BATCH, BATCH_NUMBERS
 from twofold.models import LoadedModel, choose_device, compute_dtype, load_skeleton, survey
@@ -323,7 +323,9 @@ def seconds_of(f: Figures, s: Speeds, recipe: Recipe, blocks: int | None, bytes_
         "write and report": 4 + stored / WRITTEN,
     }
     if recipe.calibration == ["self"] and get_objective(recipe.objective).needs:
-        found["texts"] = (recipe.tokens + HELD_OUT * recipe.window) / s.batch * count * s.forward * SAMPLING
+        found["texts"] = (
+            (recipe.tokens + held_out_windows(recipe) * recipe.window) / s.batch * count * s.forward * SAMPLING
+        )
     if blocks is None:
         found["samples"] = SAMPLE_STEPS * f.numbers * f.element / MOVED
     else:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,7 +46,7 @@ from twofold.objectives.base import Statistic
 from twofold.plan import Plan, make_plan
 from twofold.progress import say
 from twofold.recipe import Recipe, make_recipe
-from twofold.refine import Refined, Task, get_refinement
+from twofold.refine import check_refinable, check_refinements, refine
 from twofold.residence import Streamed
 from twofold.run import Stopwatch
 from twofold.sizing import Sizing
@@ -124,6 +123,7 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
             revision=recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
         )
+        check_refinable(recipe, loaded)
         return Opened(loaded)
     if not quiet:
         why = f"{way.limit / 1e9:.1f} GB may be used" if recipe.stream == "auto" else "--stream always asks for it"
@@ -140,21 +140,6 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
         trust_remote_code=recipe.trust_remote_code,
     )
     return Opened(loaded, way.blocks)
-
-
-def check_refinements(recipe: Recipe) -> None:
-    """Refuse refinements that there are not, or that do not go with the objective.
-
-    Raises:
-        TwofoldError: naming the first of them.
-    """
-    for name in recipe.refine:
-        get_refinement(name)
-        if name == "anchored" and "input" not in get_objective(recipe.objective).needs:
-            raise TwofoldError(
-                f"the objective {recipe.objective} does not look at whole inputs, so it can't be anchored; "
-                "use two-sided or svd-llm"
-            )
 
 
 def prepare(
@@ -479,53 +464,6 @@ def carry_out(prepared: Prepared, recipe: Recipe, *, quiet: bool = False) -> dic
     return replaced
 
 
-def refine(
-    prepared: Prepared,
-    replaced: dict[str, nn.Module],
-    recipe: Recipe,
-    *,
-    folder: Path | None = None,
-    quiet: bool = False,
-) -> list[Refined]:
-    """Train the factors of a model in memory, by each of the recipe's refinements in turn.
-
-    Args:
-        replaced: the dense layers that the factored ones took the place of.
-        folder: where what took long is kept, so that a killed run goes on from it; in memory if it is None.
-    """
-    windows = prepared.windows
-    if not recipe.refine or not replaced:
-        return []
-    assert windows is not None
-    began = time.monotonic()
-    made = hashlib.sha256(prepared.plan.model_dump_json().encode()).hexdigest()
-    # What the quality is measured on is not looked at before.
-    held_out = windows.held_out[recipe.eval_windows :] if recipe.eval_text is None else windows.held_out
-    stopped_on = hashlib.sha256(held_out.contiguous().numpy().tobytes()).hexdigest()
-    belongs = f"{prepared.spectra.mark} {made} {windows.sha256} {stopped_on} {recipe.minutes} {recipe.anchor_mix}"
-    done: list[Refined] = []
-    for i, name in enumerate(recipe.refine):
-        seconds = None
-        if recipe.minutes is not None:
-            seconds = max(60 * recipe.minutes - (time.monotonic() - began), 1.0) / (len(recipe.refine) - i)
-        task = Task(
-            prepared.loaded,
-            replaced,
-            prepared.plan,
-            prepared.moments,
-            prepared.objective,
-            windows.ids,
-            held_out,
-            recipe,
-            seconds,
-            folder / f"{i}-{name}" if folder is not None else None,
-            f"{belongs} {recipe.refine[: i + 1]}",
-            quiet,
-        )
-        done.append(get_refinement(name)(task))
-    return done
-
-
 def factorize(
     model: Any,
     tokenizer: Any = None,
@@ -596,4 +534,7 @@ def _given(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
     stored = first.dtype
     if first.device.type == "cpu" and stored in (torch.bfloat16, torch.float16):
         cast_weights(model, torch.float32)
-    return Opened(LoadedModel(model, tokenizer, recipe.model, None, stored))
+    loaded = LoadedModel(model, tokenizer, recipe.model, None, stored)
+    check_refinements(recipe)
+    check_refinable(recipe, loaded)
+    return Opened(loaded)

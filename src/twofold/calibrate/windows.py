@@ -20,7 +20,7 @@ from twofold.models import LoadedModel, check_ids, need_tokenizer, positions
 from twofold.progress import say
 from twofold.recipe import Recipe
 
-HELD_OUT = 8  # windows set aside to measure on
+HELD_OUT = 8  # windows set aside to measure on, or to stop a refinement on
 
 
 def fit_window(recipe: Recipe, loaded: LoadedModel, *, quiet: bool = False) -> Recipe:
@@ -46,11 +46,12 @@ def calibration_windows(
 ) -> TokenWindows:
     """The token windows to calibrate on: from texts, files or data sets, or sampled from the model itself."""
     tokenizer = need_tokenizer(loaded)
+    held_out = held_out_windows(recipe)
     if texts is not None or recipe.calibration != ["self"]:
         if "self" in recipe.calibration and texts is None:
             raise TwofoldError("'self' can't be mixed with calibration texts; name either")
         source = "given texts" if texts is not None else ", ".join(Path(one).name for one in recipe.calibration)
-        needed = (recipe.tokens + HELD_OUT * recipe.window) * CHARACTERS_PER_TOKEN
+        needed = (recipe.tokens + held_out * recipe.window) * CHARACTERS_PER_TOKEN
         read = (
             texts
             if texts is not None
@@ -64,23 +65,29 @@ def calibration_windows(
             )
         )
         windows = token_windows(
-            read, tokenizer, tokens=recipe.tokens, window=recipe.window, held_out=HELD_OUT, source=source
+            read, tokenizer, tokens=recipe.tokens, window=recipe.window, held_out=held_out, source=source
         )
         check_ids(torch.cat([windows.ids, windows.held_out]), loaded)
         return windows
     count = max(recipe.tokens // recipe.window, 1)
     begin = beginnings(tokenizer)
-    key = hashlib.sha256(f"{hashed} {begin} {recipe.seed} {count} {recipe.window}".encode()).hexdigest()[:24]
+    key = hashlib.sha256(f"{hashed} {begin} {recipe.seed} {count} {held_out} {recipe.window}".encode()).hexdigest()[:24]
     path = cache_folder() / "samples" / f"{key}.safetensors"
     ids = _sampled_before(path)
     if ids is None:
         ids = sample_texts(
-            loaded.model, begin, sequences=count + HELD_OUT, length=recipe.window, seed=recipe.seed, quiet=quiet
+            loaded.model, begin, sequences=count + held_out, length=recipe.window, seed=recipe.seed, quiet=quiet
         )
         # An even spread of both kinds of beginning over what is calibrated on and what is held out.
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(recipe.seed))]
         _keep_samples(ids, path)
     return TokenWindows(ids[:count], ids[count:], "texts sampled from the model itself", recipe.tokens)
+
+
+def held_out_windows(recipe: Recipe) -> int:
+    """How many windows are set aside: a refinement stops on others than those that the quality is measured on."""
+    measured = recipe.eval_windows if recipe.refine and recipe.eval_text is None else 0
+    return HELD_OUT + measured
 
 
 def _sampled_before(path: Path) -> Tensor | None:

@@ -17,8 +17,9 @@ from twofold.comparison.record import Comparison, Row
 from twofold.comparison.rows import Rows
 from twofold.errors import TwofoldError
 from twofold.objectives import get_objective
-from twofold.pipeline import check_refinements, plan_of_shapes
+from twofold.pipeline import plan_of_shapes
 from twofold.progress import say
+from twofold.refine import check_refinements
 from twofold.run import machine
 
 

@@ -23,10 +23,11 @@ from twofold.evaluate import Reference, measure_quality
 from twofold.evidence import gather
 from twofold.factorize import dense_again
 from twofold.objectives import get_objective
-from twofold.pipeline import Prepared, carry_out, refine
+from twofold.pipeline import Prepared, carry_out
 from twofold.plan import make_plan
 from twofold.progress import say
 from twofold.recipe import Recipe
+from twofold.refine import refine
 from twofold.run import Stopwatch
 from twofold.targets import replace_module
 

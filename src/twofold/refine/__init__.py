@@ -6,7 +6,19 @@ from pkgutil import iter_modules
 from twofold.refine.base import REFINEMENTS, Refined, Refinement, Task, get_refinement, refinement
 
 for _module in iter_modules(__path__):
-    if _module.name not in ("base", "streams", "teacher", "training"):
+    if _module.name not in ("base", "series", "streams", "teacher", "training"):
         import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["REFINEMENTS", "Refined", "Refinement", "Task", "get_refinement", "refinement"]
+from twofold.refine.series import check_refinable, check_refinements, refine  # noqa: E402, the methods come first
+
+__all__ = [
+    "REFINEMENTS",
+    "Refined",
+    "Refinement",
+    "Task",
+    "check_refinable",
+    "check_refinements",
+    "get_refinement",
+    "refine",
+    "refinement",
+]

@@ -59,7 +59,7 @@ def anchored_problem(
     return aim, objective.build(aim, new, damping)
 
 
-@refinement("anchored")
+@refinement("anchored", needs={"chain", "inputs"})
 def anchored(task: Task) -> Refined:
     """Solve each layer anew on the factored model's own inputs.
 

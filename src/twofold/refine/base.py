@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 from torch import Tensor, nn
@@ -96,15 +96,31 @@ class Task:
         return found
 
 
-Refinement = Callable[[Task], Refined]
+Need = Literal["chain", "inputs"]
+Refine = Callable[[Task], Refined]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A refinement by its name.
+
+    ``needs``: "chain", a model whose blocks follow one another; "inputs", an objective that looks at whole inputs. All need token
+    logits, by which they are judged.
+    """
+
+    name: str
+    needs: frozenset[Need]
+    run: Refine
+
+
 REFINEMENTS: dict[str, Refinement] = {}
 
 
-def refinement(name: str) -> Callable[[Refinement], Refinement]:
+def refinement(name: str, *, needs: Iterable[Need] = ()) -> Callable[[Refine], Refine]:
     """Register a function that refines a model in place."""
 
-    def register(function: Refinement) -> Refinement:
-        REFINEMENTS[name] = function
+    def register(function: Refine) -> Refine:
+        REFINEMENTS[name] = Refinement(name, frozenset(needs), function)
         return function
 
     return register

@@ -25,7 +25,7 @@ from twofold.refine.training import Trained, round_to, train, trainable, trainin
 RIDGE = 0.1  # damping of the metric of the error
 
 
-@refinement("blockwise")
+@refinement("blockwise", needs={"chain"})
 def blockwise(task: Task) -> Refined:
     """Train the blocks one after another on the dense model's hidden states.
 

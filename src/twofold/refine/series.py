@@ -1,0 +1,140 @@
+"""Refinements one after another on one model: what can't be done is refused before any work, what does harm is taken back."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from twofold.errors import TwofoldError
+from twofold.evaluation import gives_logits
+from twofold.models import LoadedModel, survey
+from twofold.objectives import get_objective
+from twofold.progress import say
+from twofold.recipe import Recipe
+from twofold.refine.base import Refined, Task, get_refinement
+from twofold.targets import replace_module
+
+if TYPE_CHECKING:
+    from twofold.pipeline import Prepared
+
+MANY = 2000  # trained numbers for each calibration token: twice what the measured runs had (docs/benchmarks.md)
+
+
+def check_refinements(recipe: Recipe) -> None:
+    """Refuse refinements that there are not, or that do not go with the objective.
+
+    Raises:
+        TwofoldError: naming the first of them.
+    """
+    for name in recipe.refine:
+        if "inputs" in get_refinement(name).needs and "input" not in get_objective(recipe.objective).needs:
+            raise TwofoldError(
+                f"the objective {recipe.objective} does not look at whole inputs, so it can't be {name}; "
+                "use two-sided or svd-llm"
+            )
+
+
+def check_refinable(recipe: Recipe, loaded: LoadedModel) -> None:
+    """Refuse a model in memory that the refinements of a recipe can't work on.
+
+    Raises:
+        TwofoldError: if it gives no token logits, or its blocks do not follow one another and a refinement needs that.
+    """
+    if not recipe.refine:
+        return
+    model: Any = loaded.model
+    if not gives_logits(model, torch.zeros(1, 2, dtype=torch.int64)):
+        raise TwofoldError(f"{type(model).__name__} gives no token logits, so it can't be refined; leave --refine out")
+    for name in recipe.refine:
+        if "chain" in get_refinement(name).needs and survey(loaded, []).chain is None:
+            raise TwofoldError(
+                f"{type(model).__name__} is not one block after another, so it can't be refined by {name}; "
+                "use --refine distill"
+            )
+
+
+def refine(
+    prepared: Prepared,
+    replaced: dict[str, nn.Module],
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    quiet: bool = False,
+) -> list[Refined]:
+    """Better the factors of a model in memory, by each of the recipe's refinements in turn.
+
+    One that makes the model worse on held-out text is taken back.
+
+    Args:
+        replaced: the dense layers that the factored ones took the place of.
+        folder: where what took long is kept, so that a killed run goes on from it; in memory if it is None.
+    """
+    windows = prepared.windows
+    if not recipe.refine or not replaced:
+        return []
+    assert windows is not None
+    began = time.monotonic()
+    model = prepared.loaded.model
+    made = hashlib.sha256(prepared.plan.model_dump_json().encode()).hexdigest()
+    # What the quality is measured on is not looked at before.
+    held_out = windows.held_out[recipe.eval_windows :] if recipe.eval_text is None else windows.held_out
+    stopped_on = hashlib.sha256(held_out.contiguous().numpy().tobytes()).hexdigest()
+    belongs = f"{prepared.spectra.mark} {made} {windows.sha256} {stopped_on} {recipe.minutes} {recipe.anchor_mix}"
+    prepared.plan.notes += _warnings(prepared, recipe, len(held_out), quiet)
+    done: list[Refined] = []
+    for i, name in enumerate(recipe.refine):
+        seconds = None
+        if recipe.minutes is not None:
+            seconds = max(60 * recipe.minutes - (time.monotonic() - began), 1.0) / (len(recipe.refine) - i)
+        task = Task(
+            prepared.loaded,
+            replaced,
+            prepared.plan,
+            prepared.moments,
+            prepared.objective,
+            windows.ids,
+            held_out,
+            recipe,
+            seconds,
+            folder / f"{i}-{name}" if folder is not None else None,
+            f"{belongs} {recipe.refine[: i + 1]}",
+            quiet,
+        )
+        before = {name: copy.deepcopy(model.get_submodule(name)) for name in replaced}
+        entries = list(prepared.plan.entries)
+        refined = get_refinement(name).run(task)
+        if not math.isfinite(refined.loss_after) or refined.loss_after > refined.loss_before:
+            for place, module in before.items():
+                replace_module(model, place, module)
+            prepared.plan.entries[:] = entries
+            refined = refined.model_copy(update={"ended": f"{refined.ended}; it was taken back, since it did harm"})
+            if not quiet:
+                say(refined.words)
+        done.append(refined)
+    return done
+
+
+def _warnings(prepared: Prepared, recipe: Recipe, held_out: int, quiet: bool) -> list[str]:
+    """What a reader should know before a training: too few tokens, or none to stop on."""
+    found = []
+    numbers = sum(entry.numbers_after for entry in prepared.plan.entries if entry.rank is not None)
+    windows = prepared.windows
+    assert windows is not None
+    trained = [name for name in recipe.refine if name != "anchored"]
+    if trained and numbers > MANY * windows.tokens:
+        found.append(
+            f"{numbers:,} numbers are trained on {windows.tokens:,} calibration tokens, {numbers / windows.tokens:,.0f} each; "
+            "a training may learn so few by heart: give more with --tokens"
+        )
+    if not held_out:
+        found.append("the calibration text left nothing to stop the refinement on, so its first window was taken")
+    for note in found if not quiet else []:
+        say(note)
+    return found
