@@ -92,3 +92,14 @@ def test_full_rank_of_a_rectangle():
 def test_falls_back_to_plain_without_bounded_coefficients():
     layer = FactoredLinear.from_factors(torch.zeros(6, 2), torch.zeros(2, 5))
     assert layer.form == "plain" and torch.equal(layer.to_dense(), torch.zeros(6, 5))
+
+
+@pytest.mark.parametrize("form", ["rows", "columns"])
+def test_gradients_through_the_order(form):
+    """The layer reorders by a function of its own where gradients are asked for."""
+    layer, _, _ = make(form)
+    x = torch.randn(3, 14, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    with torch.no_grad():
+        plain = layer(x)
+    torch.testing.assert_close(layer(x).detach(), plain, rtol=0, atol=0)

@@ -12,6 +12,8 @@ import torch
 
 from conftest import TEXT, make_model
 from test_streaming import DYING, command, environment, same
+from twofold.cache import cache_folder
+from twofold.calibrate.windows import HELD_OUT, held_out_windows
 from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.factorize import dense_again
@@ -19,10 +21,12 @@ from twofold.linalg import decompose, truncate, weighted_low_rank
 from twofold.models import LoadedModel
 from twofold.objectives import LayerMoments, get_objective
 from twofold.pipeline import factorize
+from twofold.plan import Plan
 from twofold.recipe import make_recipe
 from twofold.refine.anchored import anchored_problem
-from twofold.refine.base import Task
+from twofold.refine.base import REFINEMENTS, Refined, Refinement, Task
 from twofold.refine.distill import distill
+from twofold.refine.streams import Streams
 from twofold.refine.teacher import Teacher, divergence
 from twofold.refine.training import train, trainable, training
 
@@ -347,3 +351,107 @@ def test_blockwise_lowers_the_divergence(checkpoint, text_file, tmp_path, object
     (refined,) = run.refinement
     assert refined.loss_after < 0.9 * refined.loss_before and refined.steps > 10
     assert not list(tmp_path.rglob("*.state"))
+
+
+def spoil(task):
+    """A refinement that does harm: it doubles every factor."""
+    before = task.divergence()
+    with torch.no_grad():
+        for parameter in trainable(task.model).values():
+            parameter.mul_(2)
+    for entry in task.plan.entries:
+        task.plan.entries[task.plan.entries.index(entry)] = entry.model_copy(update={"reason": "spoiled"})
+    return Refined(
+        method="spoil", steps=1, planned=1, tokens=1, parameters=1, seconds=0.0, unit="nats", loss_before=before,
+        loss_after=task.divergence(), ended="all steps were done",
+    )  # fmt: skip
+
+
+def test_what_does_harm_is_taken_back(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(REFINEMENTS, "spoil", Refinement("spoil", frozenset(), spoil))
+    plain = compress(recipe_of(checkpoint, text_file, refine=[]), tmp_path / "plain", quiet=True)
+    run = compress(recipe_of(checkpoint, text_file, refine="spoil"), tmp_path / "o")
+    (refined,) = run.refinement
+    assert refined.loss_after > refined.loss_before and "taken back, since it did harm" in refined.ended
+    assert "taken back" in capsys.readouterr().err
+    assert run.quality.factored == plain.quality.factored
+    assert "spoiled" not in (tmp_path / "o" / "plan.json").read_text(encoding="utf-8")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_refinement_stops_on_other_windows_than_are_measured(checkpoint, text_file, tmp_path):
+    for settings, count in (
+        ({"refine": [], "eval_windows": 9}, HELD_OUT),
+        ({"refine": "distill", "eval_windows": 9}, HELD_OUT + 9),
+        ({"refine": "distill", "eval_windows": 9, "eval_text": str(text_file)}, HELD_OUT),
+    ):
+        assert held_out_windows(recipe_of(checkpoint, text_file, **settings)) == count
+    # More windows to measure on than used to be set aside: some are left to stop on all the same.
+    run = compress(recipe_of(checkpoint, text_file, eval_windows=9, tokens=320), tmp_path / "o", quiet=True)
+    assert run.quality.windows == 9 and not any("nothing to stop" in note for note in run.notes)
+
+
+def test_too_few_tokens_for_so_many_numbers_are_warned_of(checkpoint, text_file, tmp_path, monkeypatch):
+    run = compress(recipe_of(checkpoint, text_file, refine_passes=0.1), tmp_path / "a", quiet=True)
+    assert not any("by heart" in note for note in run.notes)
+    monkeypatch.setattr("twofold.refine.series.MANY", 1)
+    few = recipe_of(checkpoint, text_file, refine_passes=0.1)
+    numbers = sum(e.numbers_after for e in Plan.load(tmp_path / "a" / "plan.json").entries if e.rank is not None)
+    (note,) = [n for n in compress(few, tmp_path / "b", quiet=True).notes if "by heart" in n]
+    assert f"{numbers:,} numbers are trained on 640 calibration tokens, {numbers / 640:,.0f} each" in note
+
+
+def test_a_model_that_gives_no_logits_is_refused_before_any_work(tmp_path, tokenizer, text_file):
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    with pytest.raises(TwofoldError, match="BertModel gives no token logits, so it can't be refined"):
+        compress(recipe_of(tmp_path / "bert", text_file), tmp_path / "o", quiet=True)
+    assert not (cache_folder() / "moments").exists() and not (tmp_path / "o").exists()
+
+
+def test_blocks_that_cross_one_another_are_refused_before_any_work(checkpoint, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("twofold.blocks.ChainWatch.chain", lambda watch: None)
+    for name in ("anchored", "blockwise"):
+        with pytest.raises(TwofoldError, match=f"not one block after another, so it can't be refined by {name}"):
+            compress(recipe_of(checkpoint, text_file, refine=f"distill,{name}"), tmp_path / "o", quiet=True)
+    assert not (cache_folder() / "moments").exists() and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_the_metric_of_a_block_is_that_of_what_it_adds(architecture):
+    """Of these blocks the last layer's output is added to what comes out, and no other's of the same width."""
+    model = make_model(architecture)
+    windows = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    streams = Streams(LoadedModel(model, None, "x", None, torch.float32), {}, windows, None)
+    block = streams.chain.blocks[0]
+    last = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "opt": "fc2"}[architecture]
+    other = {"llama": "self_attn.o_proj", "gpt2": "attn.c_proj", "opt": "self_attn.out_proj"}[architecture]
+    assert streams.adds(f"{block}.{last}")
+    assert not streams.adds(f"{block}.{other}")
+
+
+def test_a_norm_after_the_layer_gives_no_metric():
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=264, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, do_layer_norm_before=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    windows = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    streams = Streams(LoadedModel(model, None, "x", None, torch.float32), {}, windows, None)
+    assert not streams.adds(f"{streams.chain.blocks[0]}.fc2")
+
+
+def test_blockwise_keeps_the_minutes(checkpoint, text_file, tmp_path):
+    recipe = recipe_of(checkpoint, text_file, refine="blockwise", refine_passes=100_000, minutes=0.1)
+    (refined,) = compress(recipe, tmp_path / "o", quiet=True).refinement
+    assert 3 < refined.seconds < 8

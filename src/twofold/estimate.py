@@ -37,6 +37,10 @@ WRITTEN = 3e8  # bytes a second
 MOVED = 8e9  # bytes a second of weights that are read from memory to write one token
 SAMPLE_STEPS = 128  # tokens of the sample answers of both models
 SAMPLING = 3.5  # time of a sampled token over that of one that is read
+TRAINED = (
+    24  # bytes of a trained number beside itself: gradient, two moments, the best, what stood before, one more at work
+)
+GRADIENTS = 1.25  # time of a pass that gives weights gradients too, over that of a calibration pass
 SAVED = 1.4  # bytes of a forward pass that are kept for the backward pass, over those of the linear layers' inputs and outputs
 
 
@@ -193,6 +197,12 @@ def memory_of(f: Figures, recipe: Recipe, blocks: int | None) -> dict[str, float
     stages["decompose"] = LIBRARIES + weights + unit * 2 + work
     factors = f.numbers * f.element if blocks is None else f.block * at_once * f.stored + table
     stages["factorize"] = LIBRARIES + weights + factors + side * side * 8 * 6 + size * 8 * 3
+    if recipe.refine and blocks is None:
+        trained = (recipe.keep or 1.0) * sum(t.size for t in f.targets)
+        window_acting = recipe.window * through * f.element * SAVED * at_once
+        stages["refine"] = (
+            LIBRARIES + weights + trained * (f.element + TRAINED) + window_acting + 3 * recipe.window * f.vocabulary * 4
+        )
     if recipe.eval_windows:
         stages["measure"] = (
             LIBRARIES + weights + (factors if blocks is None else table + part) + window * f.vocabulary * 4 * 4
@@ -322,6 +332,8 @@ def seconds_of(f: Figures, s: Speeds, recipe: Recipe, blocks: int | None, bytes_
         "measure": 2 * windows * (count * window + s.head_forward),
         "write and report": 4 + stored / WRITTEN,
     }
+    if recipe.refine and blocks is None:
+        found["refine"] = _refining(s, recipe, count, batches)
     if recipe.calibration == ["self"] and get_objective(recipe.objective).needs:
         found["texts"] = (
             (recipe.tokens + held_out_windows(recipe) * recipe.window) / s.batch * count * s.forward * SAMPLING
@@ -333,6 +345,23 @@ def seconds_of(f: Figures, s: Speeds, recipe: Recipe, blocks: int | None, bytes_
         found["read blocks"] = reads * stored / bytes_a_second
         found["load"] = 3.0
     return found
+
+
+def _refining(s: Speeds, recipe: Recipe, count: int, batches: int) -> float:
+    """The time of all refinements of a recipe.
+
+    Args:
+        count: blocks of the model.
+        batches: of the calibration.
+    """
+    learn = s.both * GRADIENTS
+    each = {
+        "anchored": count * (batches * 5 * s.forward + 2 * s.decompose),
+        "blockwise": count * batches * (2 * s.forward + recipe.refine_passes * (s.forward + learn)),
+        "distill": batches * ((count * s.forward + s.head_forward) + recipe.refine_passes * (count * learn + s.head)),
+    }
+    total = sum(each.get(name, 0.0) for name in recipe.refine)
+    return min(total, 60 * recipe.minutes) if recipe.minutes is not None else total
 
 
 def read_speed(loaded: LoadedModel) -> float:

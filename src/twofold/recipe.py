@@ -99,7 +99,7 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     ] = 4
     refine_rate: Annotated[
         float, Field(gt=0, lt=1, description="how much of its own size a weight changes in a step of refinement")
-    ] = 3e-3
+    ] = 5e-4
     refine_batch: Annotated[int, Field(ge=1, description="windows in a step of refinement")] = 2
     refine_steps: Annotated[
         int | None,

@@ -184,7 +184,8 @@ def lay(grid: Grid, *, quiet: bool = False) -> Ground:
     measuring = any(get_allocation(name).needs for name in grid.allocate)
     if union_of_needs(grid) or any(grid.refine) or measuring or recipe.eval_text is None:
         with watch.stage("texts"):
-            windows = calibration_windows(loaded, recipe, hashed, quiet=quiet)
+            refined = recipe.model_copy(update={"refine": max(grid.refine, key=len)})  # which sets more windows aside
+            windows = calibration_windows(loaded, refined, hashed, quiet=quiet)
         if windows.tokens < windows.asked - recipe.window:
             notes.append(f"the calibration text gives {windows.tokens:,} tokens of the {windows.asked:,} asked for")
             if not quiet:

@@ -8,11 +8,11 @@ E[x̂ x̂ᵀ] for the inputs, takes the layer's place before the next layer is l
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import pydantic
 import torch
 from torch import Tensor
 
@@ -81,13 +81,14 @@ def anchored(task: Task) -> Refined:
         for b in range(len(chain)):
             entries = [task.plan.entries[places[name]] for name in places if name in streams.replaced[b]]
             path = None if task.folder is None else task.folder / f"block-{b:04d}.safetensors"
-            known = _take(path, mark, entries, task)
+            known = _take(path, mark, task)
             if known is None:
                 known = _solve(task, streams, entries)
                 if path is not None:
                     _keep(path, mark, known, task)
-            for entry in known:
+            for entry in known.entries:
                 task.plan.entries[places[entry.name]] = entry
+            task.plan.notes.extend(known.notes)
             if b + 1 < len(chain):
                 streams.advance()
             tick()
@@ -107,14 +108,22 @@ def anchored(task: Task) -> Refined:
     )
 
 
+class _Solved(pydantic.BaseModel, extra="forbid"):
+    """The layers of a block as they were carried out, and what the plan has to say of them."""
+
+    entries: list[PlanEntry]
+    notes: list[str]
+
+
 @torch.no_grad()
-def _solve(task: Task, streams: Streams, entries: list[PlanEntry]) -> list[PlanEntry]:
+def _solve(task: Task, streams: Streams, entries: list[PlanEntry]) -> _Solved:
     """Solve the layers of a block, those that share an input together."""
     groups: dict[str, list[PlanEntry]] = {}
     for entry in entries:
         groups.setdefault(entry.group, []).append(entry)
     assert task.moments is not None
     solved: list[PlanEntry] = []
+    notes: list[str] = []
     for group in groups.values():
         name = group[0].name
         dtype = working_dtype(task.model.device)
@@ -150,27 +159,26 @@ def _solve(task: Task, streams: Streams, entries: list[PlanEntry]) -> list[PlanE
             bias = getattr(module, "bias", None)
             wanted = entry.model_copy(update={"form": "plain" if entry.form == "plain" else "gauge"})
             layer, done, note = factor_layer(aim, bias, wanted, spectrum, problem, task.loaded.stored_dtype)
-            task.plan.notes.extend([note] if note is not None else [])
+            notes += [note] if note is not None else []
             old = replace_module(task.model, entry.name, layer.to(weight.device, weight.dtype))
             layer.requires_grad_(any(p.requires_grad for p in old.parameters()))
             solved.append(
                 done.model_copy(update={"predicted_loss": entry.predicted_loss, "measured_loss": entry.measured_loss})
             )
-    return solved
+    return _Solved(entries=solved, notes=notes)
 
 
-def _keep(path: Path, mark: str, entries: list[PlanEntry], task: Task) -> None:
+def _keep(path: Path, mark: str, known: _Solved, task: Task) -> None:
     """Write the layers of a block down, so that a killed run need not solve them again."""
     tensors = {
         f"{entry.name}.{key}": tensor
-        for entry in entries
+        for entry in known.entries
         for key, tensor in task.model.get_submodule(entry.name).state_dict().items()
     }
-    about = {"entries": json.dumps([entry.model_dump(mode="json") for entry in entries])}
-    write_part(path, tensors, mark, about)
+    write_part(path, tensors, mark, {"solved": known.model_dump_json()})
 
 
-def _take(path: Path | None, mark: str, entries: list[PlanEntry], task: Task) -> list[PlanEntry] | None:
+def _take(path: Path | None, mark: str, task: Task) -> _Solved | None:
     """Put the layers that an earlier run has solved in their places; None if there are none that belong here."""
     if path is None or not path.is_file():
         return None
@@ -179,8 +187,8 @@ def _take(path: Path | None, mark: str, entries: list[PlanEntry], task: Task) ->
     except TwofoldError:
         return None
     parts = Parts(dict.fromkeys(names, path))
-    known = [PlanEntry.model_validate(one) for one in json.loads(about["entries"])]
-    for entry in known:
+    known = _Solved.model_validate_json(about["solved"])
+    for entry in known.entries:
         old = task.model.get_submodule(entry.name)
         assert entry.rank is not None and entry.form in ("plain", "rows", "columns")
         layer = FactoredLinear(

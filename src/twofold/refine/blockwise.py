@@ -42,7 +42,14 @@ def blockwise(task: Task) -> Refined:
     if task.folder is not None:
         make_folder(task.folder)
     streams = Streams(task.loaded, task.replaced, windows, task.folder if recipe.activations == "disk" else None)
+    start = time.monotonic()
     before = task.divergence()
+    judging = time.monotonic() - start
+    start = time.monotonic()
+    for stream in ("dense", "factored"):
+        with torch.no_grad():
+            streams.output(stream, 0)
+    moving = (time.monotonic() - start) * len(windows)  # seconds to go on to the next block
     done: list[Trained] = []
     trained_parameters = 0
     with progress("Block after block", len(streams.chain), unit="blocks", quiet=task.quiet) as tick:
@@ -52,11 +59,13 @@ def blockwise(task: Task) -> Refined:
             trained_parameters += sum(p.numel() for p in parameters.values())
             seconds = None
             if task.seconds is not None:
-                left = max(task.seconds - (time.monotonic() - began), 1.0)
-                seconds = left / (len(streams.chain) - b)
+                left = task.seconds - (time.monotonic() - began) - judging - moving * (len(streams.chain) - b - 1)
+                seconds = max(left, 0.1) / (len(streams.chain) - b)
             done.append(_block(task, streams, parameters, count, seconds))
             if b + 1 < len(streams.chain):
+                start = time.monotonic()
                 streams.advance()
+                moving = time.monotonic() - start
             tick()
     streams.close()
     return Refined(
@@ -130,14 +139,19 @@ def _block(
 
 
 def _metric(task: Task, streams: Streams) -> Tensor | None:  # (width, width), the mean of its diagonal is 1
-    """The second moment of the gradients at the output of the block: that of its last layer that writes to the hidden state."""
+    """The second moment of the gradients at the output of the block.
+
+    It is that at the output of its last layer, dense or factored, if the block adds this to what it gives; None (the plain
+    metric) if a norm comes between, or no gradients were collected.
+    """
     if task.moments is None or "gradient" not in task.objective.needs:
         return None
     width = streams.output("dense", 0).shape[-1]
     for entry in reversed(task.plan.entries):
-        if entry.name in streams.replaced[streams.block] and entry.out_features == width:
+        if streams.chain.block_of(entry.name) == streams.block and entry.out_features == width:
             gradient = task.moments.layer(entry.name).gradient
-            if gradient is not None:
-                damped = damp(gradient.float(), RIDGE)
-                return (damped / damped.diagonal().mean()).to(task.model.device)
+            if gradient is None or not streams.adds(entry.name):
+                return None
+            damped = damp(gradient.float(), RIDGE)
+            return (damped / damped.diagonal().mean()).to(task.model.device)
     return None

@@ -82,7 +82,10 @@ def refine(
     assert windows is not None
     began = time.monotonic()
     model = prepared.loaded.model
-    made = hashlib.sha256(prepared.plan.model_dump_json().encode()).hexdigest()
+    # Not the losses, which another number of threads rounds otherwise.
+    losses = {"predicted_loss", "total_loss", "measured_loss"}
+    told = prepared.plan.model_dump_json(exclude={"notes": True, "entries": {"__all__": losses}})
+    made = hashlib.sha256(told.encode()).hexdigest()
     # What the quality is measured on is not looked at before.
     held_out = windows.held_out[recipe.eval_windows :] if recipe.eval_text is None else windows.held_out
     stopped_on = hashlib.sha256(held_out.contiguous().numpy().tobytes()).hexdigest()

@@ -17,6 +17,7 @@ from twofold.factorize import dense_again
 from twofold.models import LoadedModel, survey
 
 Stream = Literal["dense", "factored"]
+ADDED = 0.05  # relative error, that of bfloat16 among it, below which something counts as added
 
 
 class _Enough(Exception):  # noqa: N818, it is no error
@@ -101,6 +102,24 @@ class Streams:
             finally:
                 handle.remove()
         return None
+
+    @torch.no_grad()
+    def adds(self, name: str) -> bool:
+        """Whether the dense block adds what a layer gives to what it gives itself, so that both have the same gradient."""
+        before = self.output("dense", 0)
+        shift = before.std() * torch.randn(before.shape[-1], generator=torch.Generator().manual_seed(0)).to(before)
+
+        def shifted(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            return out + shift
+
+        with dense_again(self.model, {**self.outside, **self.replaced[self.block]}):
+            handle = self.model.get_submodule(name).register_forward_hook(shifted)
+            try:
+                after = self._run("dense", 0)
+            finally:
+                handle.remove()
+        error = (after - before - shift).norm() / (after - before).norm().clamp_min(torch.finfo(before.dtype).tiny)
+        return bool(error < ADDED)
 
     @torch.no_grad()
     def advance(self) -> None:

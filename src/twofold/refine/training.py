@@ -251,6 +251,8 @@ def _steps_for(
     start = time.monotonic()
     for i in range(PROBES):
         loss_of(i % windows).backward()  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     one = (time.monotonic() - start) / PROBES * batch
     start = time.monotonic()
     held_out()
