@@ -8,7 +8,7 @@ from twofold.comparison import compare
 from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.models import load_model
-from twofold.nn import FactoredLinear
+from twofold.nn import DenseColumnsLinear, FactoredLinear, SlicedLinear
 from twofold.pipeline import factorize
 from twofold.plan import Plan
 from twofold.recipe import Recipe
@@ -16,9 +16,11 @@ from twofold.targets import find_targets
 from twofold.version import __version__
 
 __all__ = [
+    "DenseColumnsLinear",
     "FactoredLinear",
     "Plan",
     "Recipe",
+    "SlicedLinear",
     "TwofoldConfig",
     "TwofoldError",
     "__version__",

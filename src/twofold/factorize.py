@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,12 +15,14 @@ from twofold.blocks import Chain, stretches
 from twofold.calibrate import Moments
 from twofold.errors import TwofoldError
 from twofold.linalg import KnownRoots, Spectrum, decompose, truncate, truncation_loss
-from twofold.nn import FactoredLinear
+from twofold.nn import CompactLinear, FactoredLinear
 from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.plan import Plan, PlanEntry, rank_cost
 from twofold.progress import Tick, progress
 from twofold.residence import Resident
 from twofold.spectra import Spectra
+from twofold.structures import Structure
+from twofold.structures.carry_out import cut_entries
 from twofold.targets import Target, dense_weight, replace_module
 
 BATCH = 4  # weights of one shape that are decomposed together, as long as they are small
@@ -39,6 +41,7 @@ def layer_problem(
     weight = dense_weight(model.get_submodule(target.name)).detach()
     weight = weight.to(working_dtype(weight.device))
     layer = moments.layer(target.name) if moments is not None else LayerMoments()
+    assert objective.build is not None  # those without cut structures
     return objective.build(weight, layer, damping)
 
 
@@ -212,23 +215,33 @@ def apply_plan(
     damping: float,
     stored_dtype: torch.dtype,
     *,
+    structures: Sequence[Structure] = (),
     quiet: bool = False,
 ) -> tuple[Plan, dict[str, nn.Module]]:
     """Put the factored layers in the place of the dense ones of a model that is in memory.
 
+    Args:
+        structures: the weights that are cut together, if the plan is of such.
+
     Returns:
         The plan as it was carried out (forms, measured losses, notes), and the dense modules that were replaced.
     """
-    entries: list[PlanEntry] = []
+    done: dict[str, PlanEntry] = {}
     notes = list(plan.notes)
     replaced: dict[str, nn.Module] = {}
     with progress("Factorizing", len(plan.entries), unit="weights", quiet=quiet) as tick:
-        made = factor_entries(model, plan.entries, spectra, moments, objective, damping, stored_dtype, tick)
+        made: Iterable[tuple[PlanEntry, CompactLinear | None, str | None]]
+        if structures:
+            assert moments is not None
+            made = cut_entries(model, plan.entries, structures, moments, damping, stored_dtype, tick)
+        else:
+            made = factor_entries(model, plan.entries, spectra, moments, objective, damping, stored_dtype, tick)
         for entry, layer, note in made:
-            entries.append(entry)
+            done[entry.name] = entry
             notes += [note] if note is not None else []
             if layer is not None:
                 replaced[entry.name] = replace_module(model, entry.name, layer)
+    entries = [done[entry.name] for entry in plan.entries]
     return plan.model_copy(update={"entries": entries, "notes": notes}), replaced
 
 

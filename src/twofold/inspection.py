@@ -9,7 +9,7 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.models import LoadedModel, load_skeleton, survey
-from twofold.nn import FactoredLinear
+from twofold.nn import CompactLinear
 from twofold.targets import Targets, find_groups, list_weights
 
 
@@ -46,7 +46,7 @@ def inspect_model(
     """
     loaded = load_skeleton(name, trust_remote_code=trust_remote_code)
     model = loaded.model
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, CompactLinear)}
     weights: list[Weight] = []
     targets = list_weights(model, include, exclude)
     groups = _groups(loaded, targets)
@@ -73,12 +73,12 @@ def inspect_model(
                 kind=layer_name.rpartition(".")[2],
                 shape=[layer.out_features, layer.in_features],
                 numbers=layer.numbers,
-                what=f"factored, {layer.form}, rank {layer.rank}, keeps {layer.keep:.1%}",
+                what=f"{layer.words}, keeps {layer.keep:.1%}",
                 group=None,
             )
         )
         numbers += layer.numbers
-    factors = tuple(f"{n}.{child}." for n in layers for child in ("reduce", "expand"))
+    factors = tuple(f"{n}.{child}." for n, layer in layers.items() for child in layer.CHILDREN)
     for entry in targets.dense:
         if entry.name.startswith(factors):
             continue

@@ -47,10 +47,13 @@ from twofold.plan import Plan, make_plan
 from twofold.progress import say
 from twofold.recipe import Recipe, make_recipe
 from twofold.refine import check_refinable, check_refinements, refine
-from twofold.residence import Streamed
+from twofold.residence import Resident, Streamed
 from twofold.run import Stopwatch
 from twofold.sizing import Sizing
 from twofold.spectra import Spectra
+from twofold.structures import few_tokens, find_structures
+from twofold.structures.carry_out import measure_structures
+from twofold.structures.options import check_structural
 from twofold.targets import Targets, find_groups, find_targets
 from twofold.version import __version__
 from twofold.work import Work
@@ -93,7 +96,14 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
         TwofoldError: if there is no such model, or not even one of its blocks fits.
     """
     check_refinements(recipe)
+    structures = get_objective(recipe.objective).structures
+    check_structural(recipe, bool(structures))
     way = choose_way(recipe)
+    if way is not None and way.blocks is not None and structures:
+        raise TwofoldError(
+            f"--objective {recipe.objective} works on a model that is whole in memory, and this one is worked through "
+            f"block by block; use another objective, or give it {way.resident / 1e9:.1f} GB with --memory"
+        )
     needs = get_objective(recipe.objective).needs
     if way is not None and way.blocks is not None and needs and recipe.calibration == ["self"]:
         raise TwofoldError(
@@ -166,7 +176,7 @@ def prepare(
     loaded, chain = opened.loaded, opened.chain
     model, residence = loaded.model, loaded.residence
     objective = get_objective(recipe.objective)
-    targets = find_targets(model, recipe.include, recipe.exclude)
+    targets = with_structures(loaded, find_targets(model, recipe.include, recipe.exclude), recipe)
     measured = get_allocation(recipe.allocate).needs
     plan_of_shapes(loaded, targets, recipe)  # an impossible budget or override is refused before any work
     if objective.needs and getattr(model.config, "is_encoder_decoder", False):
@@ -204,11 +214,11 @@ def prepare(
         work.update(stage="decomposing", targets=len(targets.targets))
     with watch.stage("decompose"):
         folder = work.spectra if work is not None else None
-        if folder is not None:
+        if folder is not None and not targets.structures:
             check_space(folder, 4 * sum(min(t.out_features, t.in_features) ** 2 for t in targets.targets))
-        spectra = decompose_targets(
+        spectra = decompose(
             residence,
-            targets.targets,
+            targets,
             moments,
             objective,
             recipe.damping,
@@ -226,6 +236,43 @@ def prepare(
     with watch.stage("plan"):
         plan = make_plan(loaded.name, targets, spectra.values, recipe.at(1.0), loaded.stored_dtype.itemsize, evidence)
     return Prepared(loaded, targets, objective, windows, moments, reused, spectra, evidence, plan)
+
+
+def with_structures(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Targets:
+    """The targets with those that the objective cuts together, if it does; the model is run to confirm them.
+
+    Raises:
+        TwofoldError: if there are none, or the model does not run on text alone.
+    """
+    model, kinds = loaded.model, get_objective(recipe.objective).structures
+    if not kinds:
+        return targets
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return find_structures(model, targets, kinds, None, recipe.form)
+    ids = few_tokens(model)
+    with _on_text_alone(model):
+        return find_structures(model, targets, kinds, lambda: model(input_ids=ids), recipe.form)
+
+
+def decompose(
+    residence: Resident,
+    targets: Targets,
+    moments: Moments | None,
+    objective: Objective,
+    damping: float,
+    spectra: Spectra,
+    *,
+    chain: Chain,
+    blocks: int,
+    quiet: bool = False,
+) -> Spectra:
+    """What every rank of every target loses, or every size of those that are cut together."""
+    if targets.structures:
+        assert moments is not None
+        return measure_structures(residence.model, targets.structures, moments, damping, spectra, quiet=quiet)
+    return decompose_targets(
+        residence, targets.targets, moments, objective, damping, spectra, chain=chain, blocks=blocks, quiet=quiet
+    )
 
 
 def calibrate(
@@ -370,8 +417,17 @@ def plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Pla
 
 def _groups(model: Any, targets: Targets, sample: Tensor) -> dict[str, str]:
     """Which targets share an input, and whether the model runs on token ids at all."""
-    try:
+    with _on_text_alone(model):
         return find_groups(model, targets.targets, lambda: model(input_ids=sample))
+
+
+@contextmanager
+def _on_text_alone(model: Any) -> Iterator[None]:
+    """Say what is wrong with a model that can't be run within the block."""
+    try:
+        yield
+    except TwofoldError:
+        raise
     except Exception as error:  # an architecture that needs other inputs fails in its own way
         raise TwofoldError(
             f"{type(model).__name__} does not run on text alone, so it can't be calibrated on it ({first_line(error)}); "
@@ -412,7 +468,8 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
             )
         loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         recipe = fit_window(recipe, loaded, quiet=True)
-        plan = plan_of_shapes(loaded, find_targets(loaded.model, recipe.include, recipe.exclude), recipe)
+        found = find_targets(loaded.model, recipe.include, recipe.exclude)
+        plan = plan_of_shapes(loaded, with_structures(loaded, found, recipe), recipe)
         note = (
             f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "
             f"the {recipe.allocate} plan needs the moments: name --calibration FILE, or --calibration self"
@@ -459,6 +516,7 @@ def carry_out(prepared: Prepared, recipe: Recipe, *, quiet: bool = False) -> dic
         prepared.objective,
         recipe.damping,
         prepared.loaded.stored_dtype,
+        structures=prepared.targets.structures,
         quiet=quiet,
     )
     return replaced
@@ -536,5 +594,6 @@ def _given(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
         cast_weights(model, torch.float32)
     loaded = LoadedModel(model, tokenizer, recipe.model, None, stored)
     check_refinements(recipe)
+    check_structural(recipe, bool(get_objective(recipe.objective).structures))
     check_refinable(recipe, loaded)
     return Opened(loaded)

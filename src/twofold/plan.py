@@ -19,6 +19,7 @@ from twofold.errors import TwofoldError
 from twofold.linalg import gauge_rank, gauge_storage, plain_storage
 from twofold.objectives import get_objective
 from twofold.recipe import Override, Recipe
+from twofold.structures.options import check_structural, forced_size, sizes_at, structure_candidate
 from twofold.targets import Target, Targets, matches
 
 
@@ -32,7 +33,9 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     in_features: PositiveInt
     group: str  # the first target that shares its input
     rank: PositiveInt | None  # None: dense
-    form: Literal["plain", "rows", "columns", "gauge"] | None  # "gauge": rows or columns, chosen when it is factorized
+    # "gauge": rows or columns, chosen when it is factorized; for kept-rows and kept-columns the rank is how many
+    form: Literal["plain", "rows", "columns", "gauge", "kept-rows", "kept-columns"] | None
+    columns: NonNegativeInt = 0  # of the inputs that are dense beside the factors
     transposed: bool
     bias: bool
     numbers_before: PositiveInt  # m · n
@@ -44,7 +47,9 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> PlanEntry:
-        if self.rank is not None and self.rank > min(self.out_features, self.in_features):
+        full = min(self.out_features, self.in_features)
+        largest = {"kept-rows": self.out_features, "kept-columns": self.in_features}.get(self.form or "", full)
+        if self.rank is not None and self.rank > largest:
             raise ValueError(f"the rank {self.rank} is above the full rank of {self.out_features} × {self.in_features}")
         return self
 
@@ -113,8 +118,13 @@ class Plan(pydantic.BaseModel, extra="forbid"):
 
     @property
     def order_numbers(self) -> int:
-        """The integers (four bytes each) that the gauge form adds, and the guards."""
-        return sum(order_length(e.form, e.out_features, e.in_features) for e in self.entries if e.rank is not None)
+        """The integers (four bytes each) that the forms add."""
+        return sum(
+            order_length(e.form, e.out_features, e.in_features - e.columns, e.rank)
+            + (e.in_features if e.columns else 0)
+            for e in self.entries
+            if e.rank is not None
+        )
 
     @property
     def bytes_before(self) -> int:
@@ -169,9 +179,12 @@ class Plan(pydantic.BaseModel, extra="forbid"):
             raise TwofoldError(f"{path} is not a plan of this version of Twofold: it is no text in UTF-8") from error
 
 
-def order_length(form: str | None, out_features: int, in_features: int) -> int:
+def order_length(form: str | None, out_features: int, in_features: int, rank: int) -> int:
     """The length of the integer order that a form stores; for a form not chosen yet, the longer of the two."""
-    return {"rows": out_features, "columns": in_features, "gauge": max(out_features, in_features)}.get(form or "", 0)
+    return {
+        "rows": out_features, "columns": in_features, "gauge": max(out_features, in_features),
+        "kept-rows": rank, "kept-columns": rank,
+    }.get(form or "", 0)  # fmt: skip
 
 
 def rank_cost(form: str, target: Target, rank: int) -> int:
@@ -220,6 +233,7 @@ def make_plan(
     """
     notes: list[str] = []
     allocate = recipe.allocate
+    check_structural(recipe, bool(targets.structures))
     if spectra is None and allocate != "uniform":
         raise TwofoldError(
             f"the allocation {allocate!r} needs spectra; use --allocate uniform or give a calibration text"
@@ -231,9 +245,8 @@ def make_plan(
             f"the losses of {recipe.objective} differ in scale from layer to layer, so the global allocation compares "
             "the share of each layer's own total that is left out"
         )
-    candidates, overrides, tails_of = _options(
-        targets, spectra, recipe, element_bytes, relative, evidence or Evidence()
-    )
+    options = _structure_options if targets.structures else _options
+    candidates, overrides, tails_of = options(targets, spectra, recipe, element_bytes, relative, evidence or Evidence())
     for pattern in recipe.overrides:
         if not any(matches(target.name, [pattern]) for target in targets.targets):
             raise TwofoldError(
@@ -245,7 +258,8 @@ def make_plan(
     fixed = sum(overrides[c.name].cost(c) for c in candidates if c.name in overrides)
     free = [c for c in candidates if c.name not in overrides]
     least = fixed + sum(cheapest(c).cost(c) for c in free)
-    order = sum(max(t.out_features, t.in_features) for t in targets.targets) if recipe.form != "plain" else 0
+    gauge = recipe.form != "plain" and not targets.structures
+    order = sum(max(t.out_features, t.in_features) for t in targets.targets) if gauge else 0
     size = ModelSize(
         targets.target_numbers,
         targets.total_numbers - targets.target_numbers,
@@ -257,19 +271,23 @@ def make_plan(
     if free:
         picked = get_allocation(allocate)(free, budget.amount - fixed)
         choices |= {c.name: choice for c, choice in zip(free, picked, strict=True)}
-    entries = [
-        _entry(
-            target,
-            candidate,
-            choices[target.name],
-            tails_of[target.name],
-            target.name in overrides,
-            recipe,
-            targets,
-            spectra is not None,
-        )
-        for target, candidate in zip(targets.targets, candidates, strict=True)
-    ]
+    measured = spectra is not None
+    if targets.structures:
+        entries = _structure_entries(targets, candidates, choices, tails_of, overrides, recipe, measured)
+    else:
+        entries = [
+            _entry(
+                target,
+                candidate,
+                choices[target.name],
+                tails_of[target.name],
+                target.name in overrides,
+                recipe,
+                targets,
+                measured,
+            )
+            for target, candidate in zip(targets.targets, candidates, strict=True)
+        ]
     dense = [DenseEntry(name=d.name, shape=list(d.shape), numbers=d.size, reason=d.reason) for d in targets.dense]
     return Plan(
         model=model_name,
@@ -285,7 +303,8 @@ def make_plan(
 
 def least_keep(targets: Targets, spectra: Mapping[str, NDArray[np.float64]], recipe: Recipe) -> float:
     """The smallest share of the factorized weights that the settings of a recipe allow, rounded up to four digits."""
-    candidates, overrides, _ = _options(targets, spectra, recipe.at(1.0), 1, False, Evidence())
+    options = _structure_options if targets.structures else _options
+    candidates, overrides, _ = options(targets, spectra, recipe.at(1.0), 1, False, Evidence())
     least = sum((overrides.get(c.name) or cheapest(c)).cost(c) for c in candidates)
     return math.ceil(1e4 * least / targets.target_numbers) / 1e4
 
@@ -382,20 +401,89 @@ def _entry(
     targets: Targets,
     measured: bool,
 ) -> PlanEntry:
-    if choice.index is None:
-        rank, numbers, lost = None, target.size, 0.0
-        reason = (
-            "dense: an override asks for as much"
-            if forced
-            else "dense: at this budget every rank that saves numbers would lose more here than elsewhere"
-            if recipe.allocate != "uniform"
-            else "dense: full rank stores as much"
-        )
-    else:
+    rank, numbers, lost = None, target.size, 0.0
+    if choice.index is not None:
         rank = int(candidate.ranks[choice.index])
         numbers = rank_cost(recipe.form, target, rank)
         lost = float(tails[rank])
-        reason = "an override says so" if forced else f"{recipe.allocate} allocation"
+    losses = (lost, float(tails[0])) if measured else None
+    reason = _reason(rank, forced, recipe)
+    return _written(target, rank, recipe.form, numbers, losses, reason, targets)
+
+
+def _structure_options(
+    targets: Targets,
+    spectra: Mapping[str, NDArray[np.float64]] | None,
+    recipe: Recipe,
+    element_bytes: int,
+    relative: bool,
+    evidence: Evidence,
+) -> tuple[list[Candidate], dict[str, Choice], dict[str, NDArray[np.float64]]]:
+    """The same as ``_options`` for weights that are cut together: one candidate for each structure, by its name."""
+    candidates: list[Candidate] = []
+    overrides: dict[str, Choice] = {}
+    tails_of: dict[str, NDArray[np.float64]] = {}
+    in_bytes = recipe.budget is not None and _is_bytes(recipe.budget)
+    for structure in targets.structures:
+        length = structure.units * structure.members[-1].per_unit
+        values = np.zeros(length) if spectra is None else np.asarray(spectra[structure.name], dtype=np.float64)
+        tails = np.append(np.cumsum(values[::-1])[::-1], 0.0)
+        weight = 1.0 / tails[0] if relative and tails[0] > 0 else 1.0
+        element = element_bytes if in_bytes else 1
+        candidate = structure_candidate(targets, structure, tails, recipe, element, in_bytes, weight)
+        forced = forced_size(structure, candidate, recipe.overrides)
+        candidates.append(candidate)
+        tails_of[structure.name] = tails
+        if forced is not None:
+            overrides[structure.name] = forced
+    return candidates, overrides, tails_of
+
+
+def _structure_entries(
+    targets: Targets,
+    candidates: list[Candidate],
+    choices: dict[str, Choice],
+    tails_of: dict[str, NDArray[np.float64]],
+    overrides: dict[str, Choice],
+    recipe: Recipe,
+    measured: bool,
+) -> list[PlanEntry]:
+    """The entries of weights that are cut together, in the order of the targets; the last of a structure has its loss."""
+    found: dict[str, PlanEntry] = {}
+    for structure, candidate in zip(targets.structures, candidates, strict=True):
+        index, tails = choices[structure.name].index, tails_of[structure.name]
+        for one in sizes_at(targets, structure, None if index is None else int(candidate.ranks[index])):
+            last = one.member.name == structure.name
+            lost = float(max(tails[one.kept], 0.0)) if last and one.kept is not None else 0.0
+            losses = (lost, float(tails[0]) if last else 0.0) if measured else None
+            reason = _reason(one.kept, structure.name in overrides, recipe)
+            if not last:
+                reason += f", together with {structure.name}"
+            entry = _written(one.target, one.kept, one.member.form, one.numbers, losses, reason, targets)
+            found[one.target.name] = entry
+    return [found[target.name] for target in targets.targets]
+
+
+def _reason(rank: int | None, forced: bool, recipe: Recipe) -> str:
+    """Why a weight has its rank, or is dense."""
+    if rank is not None:
+        return "an override says so" if forced else f"{recipe.allocate} allocation"
+    if forced:
+        return "dense: an override asks for as much"
+    if recipe.allocate != "uniform":
+        return "dense: at this budget every rank that saves numbers would lose more here than elsewhere"
+    return "dense: full rank stores as much"
+
+
+def _written(
+    target: Target,
+    rank: int | None,
+    form: str,
+    numbers: int,
+    losses: tuple[float, float] | None,  # left out, in all
+    reason: str,
+    targets: Targets,
+) -> PlanEntry:
     return PlanEntry(
         name=target.name,
         kind=target.kind,
@@ -404,12 +492,12 @@ def _entry(
         in_features=target.in_features,
         group=targets.groups.get(target.name, target.name),
         rank=rank,
-        form=None if rank is None else recipe.form,
+        form=None if rank is None else form,  # type: ignore[arg-type]
         transposed=target.transposed,
         bias=target.bias,
         numbers_before=target.size,
         numbers_after=numbers,
-        predicted_loss=lost if measured else None,
-        total_loss=float(tails[0]) if measured else None,
+        predicted_loss=None if losses is None else losses[0],
+        total_loss=None if losses is None else losses[1],
         reason=reason,
     )

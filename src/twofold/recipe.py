@@ -68,7 +68,10 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     window: Annotated[int, Field(ge=2, description="tokens in a calibration window")] = 512
     batch_size: Annotated[int, Field(ge=1, description="windows in a calibration batch; more takes more memory")] = 1
     objective: Annotated[
-        str, Field(description="what a rank is chosen to preserve: two-sided, svd-llm, asvd, fwsvd, svd")
+        str,
+        Field(
+            description="what a rank is chosen to preserve: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns"
+        ),
     ] = "two-sided"
     allocate: Annotated[
         str,

@@ -179,6 +179,7 @@ class Sizing:
             found.objective,
             self.recipe.damping,
             self.loaded.stored_dtype,
+            structures=found.targets.structures,
             quiet=self.quiet,
         )
         try:

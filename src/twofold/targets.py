@@ -10,13 +10,17 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
-from twofold.nn import FactoredLinear
+from twofold.nn import CompactLinear
+
+if TYPE_CHECKING:
+    from twofold.structures.base import Structure
 
 SMALLEST = 8  # a weight with fewer rows or columns is left dense
 
@@ -68,16 +72,27 @@ class Targets:
     targets: list[Target]
     dense: list[DenseWeight]
     groups: dict[str, str] = field(default_factory=dict)  # target → the first target that shares its input
+    structures: tuple[
+        Structure, ...
+    ] = ()  # targets whose sizes are chosen together; if there are any, all belong to one
 
     def without(self, reasons: dict[str, str]) -> Targets:
-        """The same with some targets left dense, each for its reason."""
+        """The same with some targets left dense, each for its reason; those that are cut together with them stay dense too."""
+        reasons, whole = dict(reasons), []
+        for structure in self.structures:
+            names = [member.name for member in structure.members]
+            gone = next((name for name in names if name in reasons), None)
+            if gone is None:
+                whole.append(structure)
+            else:
+                reasons = {**dict.fromkeys(names, f"cut together with {gone}, which stays dense"), **reasons}
         left = [t for t in self.targets if t.name not in reasons]
         dropped = [
             DenseWeight(f"{t.name}.weight", (t.out_features, t.in_features), reasons[t.name])
             for t in self.targets
             if t.name in reasons
         ]
-        return Targets(left, dropped + self.dense, self.groups)
+        return Targets(left, dropped + self.dense, self.groups, tuple(whole))
 
     @property
     def target_numbers(self) -> int:
@@ -99,7 +114,7 @@ def dense_weight(
     module: nn.Module,
 ) -> Tensor:  # (out, in)
     """The weight of a target in the layout y = Wx, whatever layout the module keeps."""
-    if isinstance(module, FactoredLinear):
+    if isinstance(module, CompactLinear):
         return module.to_dense()
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -118,7 +133,7 @@ def find_targets(
     """
     found = list_weights(model, include, exclude)
     if not found.targets:
-        factored = any(isinstance(module, FactoredLinear) for module in model.modules())
+        factored = any(isinstance(module, CompactLinear) for module in model.modules())
         raise TwofoldError(
             "nothing to factorize: the model has no linear layer that is included and large enough"
             + (" (it is factorized already)" if factored else "")
@@ -148,7 +163,7 @@ def list_weights(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    factored = {name for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+    factored = {name for name, module in model.named_modules() if isinstance(module, CompactLinear)}
     for pattern in [*include, *exclude]:
         if not any(matches(name, [pattern]) for name in linear):
             raise TwofoldError(

@@ -34,7 +34,14 @@ from twofold.residence import Resident, units_of
 from twofold.targets import Target
 
 SAVE_SECONDS = 120.0  # how often an unfinished pass is saved
-FORWARD = ("rows", "input", "output", "input_abs", "input_trace")  # kinds of moments by the sweep that gives them
+FORWARD = (
+    "rows",
+    "input",
+    "input_mean",
+    "output",
+    "input_abs",
+    "input_trace",
+)  # kinds of moments by the sweep that gives them
 BACKWARD = ("gradient", "input_gradient", "gradient_trace", "fisher_rows")
 OURS = re.compile(
     r"(forward|backward|both)-\d+-\d+\.safetensors|\.progress\.\d+\.safetensors|(hidden|gradient)-\d+\.\d+\.state|\..*\.\d+\.tmp"
@@ -78,13 +85,15 @@ class Accumulator:
             with torch.no_grad():
                 if f"rows/{name}" in self.sums:
                     self.sums[f"rows/{name}"] += args[0].numel() // max(args[0].shape[-1], 1)
-                if any(f"{kind}/{name}" in self.sums for kind in ("input", "input_abs", "input_trace")) or (
-                    f"fisher_rows/{name}" in self.sums
-                ):
+                if any(
+                    f"{kind}/{name}" in self.sums for kind in ("input", "input_mean", "input_abs", "input_trace")
+                ) or (f"fisher_rows/{name}" in self.sums):
                     x = self._flat(args[0])
                     self._add(f"input/{name}", x)
                     if f"input_trace/{name}" in self.sums:
                         self.sums[f"input_trace/{name}"] += x.square().sum()
+                    if f"input_mean/{name}" in self.sums:
+                        self.sums[f"input_mean/{name}"] += x.sum(0)
                     if f"input_abs/{name}" in self.sums:
                         self.sums[f"input_abs/{name}"] += x.abs().sum(0)
                     if f"fisher_rows/{name}" in self.sums:

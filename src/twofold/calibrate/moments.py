@@ -2,6 +2,7 @@
 
 For each target either side of a pair suffices, and the smaller one is collected (section 1 of docs/design.md):
     input/LEADER           C = E[x xᵀ] (n, n), once for a group of targets with one input
+    input_mean/LEADER      E[x] (n,)
     output/TARGET          W C Wᵀ = E[y yᵀ] (m, m), y without the bias
     gradient/TARGET        G = E[g gᵀ] (m, m), g the gradient of the loss at the output
     input_gradient/TARGET  Wᵀ G W = E[z zᵀ] (n, n), z = Wᵀ g
@@ -92,6 +93,10 @@ def request_statistics(
                 for target in group:
                     ask("output", target.name, target.out_features)
             ask("input_trace", leader, 1)
+        if "whole_input" in needs:
+            ask("input", leader, n)
+        if "input_mean" in needs:
+            ask("input_mean", leader, n)
         if "input_abs" in needs:
             ask("input_abs", leader, n)
         for target in group:
@@ -123,6 +128,7 @@ class Moments:
         rows = max(self.rows(name), 1.0)
         places = {
             "output": (name, rows), "input": (leader, rows), "input_abs": (leader, rows), "input_trace": (leader, rows),
+            "input_mean": (leader, rows),
             "gradient": (name, self.tokens), "input_gradient": (name, self.tokens), "fisher_rows": (name, self.tokens),
             "gradient_trace": (name, self.tokens),
         }  # fmt: skip
@@ -136,6 +142,7 @@ class Moments:
             output=found.get("output"),
             gradient=found.get("gradient"),
             input_gradient=found.get("input_gradient"),
+            input_mean=found.get("input_mean"),
             input_trace=float(found["input_trace"]) if "input_trace" in found else 0.0,
             gradient_trace=float(found["gradient_trace"]) if "gradient_trace" in found else 0.0,
             input_abs=found.get("input_abs"),

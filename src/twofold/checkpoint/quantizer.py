@@ -1,7 +1,7 @@
 """The plug-in by which transformers loads and saves factored models: ``quant_method: twofold`` in config.json.
 
 It serves every architecture and Auto class: before the weights are loaded, the linear layers that the configuration names are
-replaced, on the meta device, by ``FactoredLinear`` of the stored rank and form.
+replaced, on the meta device, by ``FactoredLinear`` or ``SlicedLinear`` of the stored size and form.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from twofold.errors import TwofoldError
-from twofold.nn import FactoredLinear
+from twofold.nn import CompactLinear, DenseColumnsLinear, FactoredLinear, SlicedLinear
 from twofold.silence import silence
 from twofold.targets import replace_module
 
@@ -23,12 +23,14 @@ with silence():
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 METHOD = "twofold"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: sliced layers, and dense columns
 
 
 @register_quantization_config(METHOD)
 class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Which modules are factored, and how: name → {"rank": r, "form": "rows" | "columns" | "plain"}."""
+    """Which modules are smaller, and how: name → {"rank": r, "form": "rows" | "columns" | "plain"} for factored ones ("columns"
+    too if some are dense), and {"kept": k, "form": "kept-rows" | "kept-columns"} for sliced ones.
+    """
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts factored layers where the configuration says, and dense ones back on ``dequantize``."""
+    """Puts smaller layers where the configuration says, and dense ones back on ``dequantize``."""
 
     requires_calibration = True
     quantization_config: TwofoldConfig
@@ -107,9 +109,9 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             TwofoldError: naming the first one.
         """
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, CompactLinear)}
         children = {
-            f"{name}.{child}": getattr(layer, child) for name, layer in layers.items() for child in ("reduce", "expand")
+            f"{name}.{child}": getattr(layer, child) for name, layer in layers.items() for child in layer.CHILDREN
         }
         for name, child in children.items():
             expected, found = (child.out_features, child.in_features), tuple(child.weight.shape)
@@ -119,7 +121,9 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
                     "fetch the checkpoint again"
                 )
         for name, layer in layers.items():
-            _check_order(layer, name)
+            wrong = layer.index_error()
+            if wrong is not None:
+                raise TwofoldError(f"{name}.{wrong}; fetch it again")
         factors = {f"{name}.weight": child.weight for name, child in children.items()}
         # Loaded parameters carry this mark; those that transformers filled in do not.
         marked = {name: bool(getattr(p, "_is_hf_initialized", False)) for name, p in factors.items() if not p.is_meta}
@@ -148,7 +152,7 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         if isinstance(dtype, str):  # a saved model's config holds the name
             dtype = getattr(torch, dtype.removeprefix("torch."))
         for name, module in list(model.named_modules()):
-            if isinstance(module, FactoredLinear):
+            if isinstance(module, CompactLinear):
                 replace_module(model, name, dense_module(module, dtype))  # type: ignore[arg-type]
         return model
 
@@ -164,47 +168,41 @@ def _find(stored: str, modules: dict[str, nn.Module], prefix: str) -> str | None
     return None
 
 
-def _skeleton(module: nn.Module, name: str, settings: dict[str, Any]) -> FactoredLinear:
-    """An empty factored layer in the place of a dense one, on its device."""
+def _skeleton(module: nn.Module, name: str, settings: dict[str, Any]) -> CompactLinear:
+    """An empty smaller layer in the place of a dense one, on its device."""
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
     elif isinstance(module, nn.Linear):
         out_features, in_features = module.weight.shape
     else:
         raise TwofoldError(f"the checkpoint factorizes {name}, which is a {type(module).__name__} and no linear layer")
+    stored = settings if isinstance(settings, dict) else {}
+    sliced = stored.get("form") in SlicedLinear.FORMS
+    size, what = ("kept", "how much it keeps") if sliced else ("rank", "its rank")
+    kind: type[CompactLinear] = SlicedLinear if sliced else FactoredLinear
+    columns: dict[str, Any] = {}
+    if "columns" in stored and not sliced:
+        kind, columns = DenseColumnsLinear, {"columns": stored["columns"]}
     try:
-        if (
-            not isinstance(settings, dict)
-            or type(settings.get("rank")) is not int
-            or settings.keys() - {"rank", "form"}
-        ):
-            raise TypeError(f"it must have a whole number as its rank, and a form, got {reprlib.repr(settings)}")
-        return FactoredLinear(
+        whole = [stored.get(size), *columns.values()]
+        if any(type(number) is not int for number in whole) or stored.keys() - {size, "form", *columns}:
+            raise TypeError(f"it must have a whole number as {what}, and a form, got {reprlib.repr(settings)}")
+        return kind(  # type: ignore[call-arg]
             in_features,
             out_features,
-            rank=settings["rank"],
+            settings[size],
             form=settings.get("form", "plain"),
             bias=module.bias is not None,
             transposed=isinstance(module, Conv1D),
             device=module.weight.device,
             dtype=module.weight.dtype,
+            **columns,
         )
     except (ValueError, TypeError) as error:
         raise TwofoldError(f"the plan of {name} in the checkpoint does not fit: {error}") from error
 
 
-def _check_order(layer: FactoredLinear, name: str) -> None:
-    """Refuse an order that is no permutation: it would read beyond the layer, or leave a part of it out."""
-    order = layer.order
-    if order is None or order.is_meta:
-        return
-    length = layer.out_features if layer.form == "rows" else layer.in_features
-    whole = torch.arange(length, device=order.device)
-    if order.is_floating_point() or order.shape != whole.shape or not torch.equal(order.sort().values.long(), whole):
-        raise TwofoldError(f"{name}.order in the checkpoint is no order of its {length} {layer.form}; fetch it again")
-
-
-def dense_module(layer: FactoredLinear, dtype: torch.dtype | None = None) -> nn.Module:
+def dense_module(layer: CompactLinear, dtype: torch.dtype | None = None) -> nn.Module:
     """The dense layer that computes the same, of the kind that the architecture has at that place."""
     weight = layer.to_dense().to(dtype or layer.weight.dtype)
     dense: nn.Module
@@ -225,11 +223,7 @@ def attach(model: Any) -> None:
     """Make a model with factored layers save, reload and dequantize as transformers' models do."""
     from twofold.version import __version__
 
-    modules = {
-        name: {"rank": module.rank, "form": module.form}
-        for name, module in model.named_modules()
-        if isinstance(module, FactoredLinear)
-    }
+    modules = {name: module.settings() for name, module in model.named_modules() if isinstance(module, CompactLinear)}
     config = TwofoldConfig(modules, twofold_version=__version__)
     model.config.quantization_config = config
     model.hf_quantizer = TwofoldQuantizer(config)

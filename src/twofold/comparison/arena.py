@@ -21,6 +21,7 @@ from twofold.pipeline import plan_of_shapes
 from twofold.progress import say
 from twofold.refine import check_refinements
 from twofold.run import machine
+from twofold.structures.options import check_structural
 
 
 def compare(grid: Grid | Mapping[str, Any], out: Path | str, *, quiet: bool = False) -> Comparison:
@@ -73,6 +74,7 @@ def check_names(grid: Grid) -> dict[Cell, str]:
     for cell in grid.cells():
         try:
             check_refinements(grid.recipe(cell))
+            check_structural(grid.recipe(cell), bool(get_objective(cell.objective).structures))
             possible.add(cell.refine)
         except TwofoldError as error:
             if "there is no refinement" in str(error):

@@ -18,7 +18,6 @@ from twofold.comparison.grid import Cell, Grid
 from twofold.comparison.record import Text
 from twofold.errors import TwofoldError
 from twofold.evaluate import evaluation_windows
-from twofold.factorize import decompose_targets
 from twofold.models import LoadedModel, check_ids, first_line, need_tokenizer, positions
 from twofold.objectives import Objective, get_objective
 from twofold.objectives.base import Statistic
@@ -26,10 +25,12 @@ from twofold.pipeline import (
     RESIDENT_BLOCKS,
     Opened,
     calibrate,
+    decompose,
     open_for,
     plain_chain,
     spectra_mark,
     used_targets,
+    with_structures,
 )
 from twofold.progress import say
 from twofold.recipe import Recipe
@@ -124,17 +125,17 @@ class Ground:
     def decomposed(self, objective: Objective) -> Decomposed:
         """All targets decomposed under one objective, as if it were the only one."""
         targets, moments = self.targets, None
+        recipe = self.recipe.model_copy(update={"objective": objective.name})
         if objective.needs:
             everything = self.moments()
             targets = self.targets  # now with the groups that share an input
             moments = everything.only(request_statistics(targets.targets, targets.groups, objective.needs))
-            targets = used_targets(targets, moments)
-        recipe = self.recipe.model_copy(update={"objective": objective.name})
+            targets = used_targets(with_structures(self.loaded, targets, recipe), moments)
         watch = Stopwatch()
         with watch.stage("decompose"):
-            spectra = decompose_targets(
+            spectra = decompose(
                 self.loaded.residence,
-                targets.targets,
+                targets,
                 moments,
                 objective,
                 recipe.damping,
@@ -160,7 +161,8 @@ def lay(grid: Grid, *, quiet: bool = False) -> Ground:
     """
     watch = Stopwatch()
     most = max(grid.objectives, key=lambda name: len(get_objective(name).needs))
-    recipe = grid.recipe(Cell(most, grid.allocate[0], max(grid.keep), ()))
+    allocate = "uniform" if get_objective(most).structures else grid.allocate[0]  # the others are refused with it
+    recipe = grid.recipe(Cell(most, allocate, max(grid.keep), ()))
     with watch.stage("load"):
         opened = open_for(recipe, quiet=True)
     loaded = opened.loaded

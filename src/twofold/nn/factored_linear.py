@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from twofold.linalg import gauge_form, gauge_storage, plain_storage
+from twofold.nn.compact_linear import CompactLinear
 
 Form = Literal["plain", "rows", "columns"]
 
 
-class FactoredLinear(nn.Module):
+class FactoredLinear(CompactLinear):
     """y = W′x + b with W′ (out, in) of rank r, kept as two ``nn.Linear`` children, ``reduce`` and ``expand``.
 
     The children are ordinary linear layers, so quantizers, adapters and exporters handle them with no code of ours.
@@ -39,7 +40,9 @@ class FactoredLinear(nn.Module):
     torch.Size([2, 6])
     """
 
-    weight: Tensor
+    CHILDREN: ClassVar[tuple[str, ...]] = ("reduce", "expand")
+    FORMS = ("plain", "rows", "columns")
+
     order: Tensor | None
 
     def __init__(
@@ -67,17 +70,14 @@ class FactoredLinear(nn.Module):
                 f"must be between 1 and {largest}, got {rank}"
             )
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.factored_inputs = in_features
         self.form: Form = form
         self.transposed = transposed
         inner = in_features - rank if form == "columns" else in_features
         outer = out_features - rank if form == "rows" else out_features
         self.reduce = nn.Linear(inner, rank, bias=False, device=device, dtype=dtype)
         self.expand = nn.Linear(rank, outer, bias=False, device=device, dtype=dtype)
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
+        self._add_bias_and_guard(bias, device, dtype)
         permuted = {"plain": 0, "rows": out_features, "columns": in_features}[form]
         self.register_buffer("order", torch.arange(permuted, device=device, dtype=torch.int32) if permuted else None)
 
@@ -123,12 +123,29 @@ class FactoredLinear(nn.Module):
     def numbers(self) -> int:
         """The numbers that represent the weight: r(m + n) or r(m + n − r)."""
         count = plain_storage if self.form == "plain" else gauge_storage
-        return count(self.out_features, self.in_features, self.rank)
+        return count(self.out_features, self.factored_inputs, self.rank)
 
     @property
-    def keep(self) -> float:
-        """The numbers that represent the weight over m · n."""
-        return self.numbers / (self.out_features * self.in_features)
+    def words(self) -> str:
+        return f"factored, {self.form}, rank {self.rank}"
+
+    def settings(self) -> dict[str, Any]:
+        return {"rank": self.rank, "form": self.form}
+
+    def index_error(self) -> str | None:
+        """An order that is no permutation would read beyond the layer, or leave a part of it out."""
+        order = self.order
+        if order is None or order.is_meta:
+            return None
+        length = self.out_features if self.form == "rows" else self.factored_inputs
+        whole = torch.arange(length, device=order.device)
+        if (
+            not order.is_floating_point()
+            and order.shape == whole.shape
+            and torch.equal(order.sort().values.long(), whole)
+        ):
+            return None
+        return f"order in the checkpoint is no order of its {length} {self.form}"
 
     def forward(
         self,
@@ -156,7 +173,7 @@ class FactoredLinear(nn.Module):
             return torch.cat([reduce, expand @ reduce]).index_select(0, self.order).to(dtype)
         if self.form == "columns":
             assert self.order is not None
-            dense = torch.empty(self.out_features, self.in_features, dtype=wide, device=expand.device)
+            dense = torch.empty(self.out_features, self.factored_inputs, dtype=wide, device=expand.device)
             dense[:, self.order.long()] = torch.cat([expand, expand @ reduce], 1)
             return dense.to(dtype)
         return (expand @ reduce).to(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from twofold.errors import TwofoldError
 from twofold.linalg import Side, damp, gram, smaller_side
 
-Statistic = Literal["input", "input_abs", "gradient", "fisher_rows"]
+Statistic = Literal["input", "whole_input", "input_mean", "input_abs", "gradient", "fisher_rows"]
 Loss = Literal["nats", "output", "weight"]
 
 
@@ -20,13 +20,15 @@ Loss = Literal["nats", "output", "weight"]
 class LayerMoments:
     """The moments of one layer, averaged over the calibration tokens; what was not asked for is None.
 
-    For W (m, n) and C = E[x xᵀ], G = E[g gᵀ]; of each pair one side suffices (section 1 of docs/design.md).
+    For W (m, n) and C = E[x xᵀ], G = E[g gᵀ]; of each pair one side suffices (section 1 of docs/design.md). C itself is there
+    whatever its size if "whole_input" was asked for.
     """
 
     input: Tensor | None = None  # C (n, n)
     output: Tensor | None = None  # W C Wᵀ (m, m)
     gradient: Tensor | None = None  # G (m, m)
     input_gradient: Tensor | None = None  # Wᵀ G W (n, n)
+    input_mean: Tensor | None = None  # E[x] (n,)
     input_trace: float = 0.0  # tr C
     gradient_trace: float = 0.0  # tr G
     input_abs: Tensor | None = None  # E|x| (n,)
@@ -43,6 +45,7 @@ class Problem:
 
 
 Build = Callable[[Tensor, LayerMoments, float], Problem]
+StructureKind = Literal["mlp", "value-output", "query-key", "dense-columns"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,17 @@ class Objective:
 
     ``loss`` is the unit of σ²: "nats" (twice an estimate of the model's loss per token, one scale for every layer),
     "output" (energy of the layer's output) or "weight" (energy of the weight); the last two differ in scale from layer to layer.
+
+    An objective without ``build`` has no problem of this kind: it cuts the structures of the kinds that it names
+    (twofold.structures).
     """
 
     name: str
     source: str
     needs: frozenset[Statistic]
     loss: Loss
-    build: Build
+    build: Build | None
+    structures: frozenset[StructureKind] = frozenset()
 
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -71,6 +78,13 @@ def objective(name: str, *, source: str, needs: set[Statistic], loss: Loss) -> C
         return build
 
     return register
+
+
+def structural_objective(
+    name: str, *, source: str, needs: set[Statistic], loss: Loss, structures: set[StructureKind]
+) -> None:
+    """Register an objective that chooses the sizes of several weights together, or has more than one way to a size."""
+    OBJECTIVES[name] = Objective(name, source, frozenset(needs), loss, None, frozenset(structures))
 
 
 def get_objective(name: str) -> Objective:

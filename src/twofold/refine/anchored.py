@@ -56,6 +56,7 @@ def anchored_problem(
         input_gradient=None if backward is None else turn.T @ backward.to(turn) @ turn,
     )
     aim = weight @ turn
+    assert objective.build is not None
     return aim, objective.build(aim, new, damping)
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 from twofold.builtin import ALIAS
 from twofold.plan import Plan
 from twofold.report.formats import count
+from twofold.report.kinds import made_of
 from twofold.report.names import ALIAS_LICENSE, base_model, model_title, public_recipe, without_paths
 from twofold.report.tables import Table, quality_table, size_table
 from twofold.run import Run
@@ -47,8 +48,8 @@ def card(run: Run, plan: Plan, auto_class: str) -> str:
     parts = [
         f"---\n{data.to_yaml().strip()}\n---",
         f"# {_words(title)}, factorized",
-        f"{_words(title)} with {count(factored)} of its weights as products of two smaller ones, made by Twofold "
-        f"{m.twofold}. `report.html` shows every rank and why it was chosen; `plan.json`, `recipe.yaml` and `run.json` "
+        f"{_words(title)} with {count(factored)} of its weights as {made_of(plan)}, made by "
+        f"Twofold {m.twofold}. `report.html` shows every rank and why it was chosen; `plan.json`, `recipe.yaml` and `run.json` "
         "are the record.",
         "## How to load it",
         "```python\n"

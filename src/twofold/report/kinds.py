@@ -105,6 +105,12 @@ def by_kind(plan: Plan) -> list[Group]:
     return _grouped(plan, lambda entry: labels[entry.name])
 
 
+def made_of(plan: Plan) -> str:
+    """What became of the weights that are smaller now."""
+    sliced = any(entry.form in ("kept-rows", "kept-columns") for entry in plan.entries)
+    return "smaller dense ones, with some of their rows or columns" if sliced else "products of two smaller ones"
+
+
 def layer_label(layer: int | None) -> str:
     return "none" if layer is None else str(layer)
 

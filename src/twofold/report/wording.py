@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from twofold.plan import Plan, PlanEntry
 from twofold.report.formats import count, megabytes, millions, number, percent, share
-from twofold.report.kinds import Group, Spectra, by_kind, by_layer, loss_at_share, loss_of, spread
+from twofold.report.kinds import Group, Spectra, by_kind, by_layer, loss_at_share, loss_of, made_of, spread
 from twofold.report.names import model_title, without_paths
 from twofold.report.scatter import compared, largest_difference
 from twofold.report.tables import ratio
@@ -21,7 +21,7 @@ def summary(run: Run, plan: Plan) -> str:
         return f"{name} was left as it is: none of its {count(every)} weights is factorized."
     which = f"all {count(every)} weights" if factored == every else f"{count(factored)} of the {count(every)} weights"
     words = (
-        f"{name} was factorized: {which} that could be are now products of two smaller ones. These weights keep "
+        f"{name} was factorized: {which} that could be are now {made_of(plan)}. These weights keep "
         f"{percent(share(plan.target_after, plan.target_before))} of their parameters; the whole model keeps "
         f"{percent(share(plan.model_after, plan.model_before))}, and takes {megabytes(plan.bytes_after)} instead of "
         f"{megabytes(plan.bytes_before)}."
@@ -72,7 +72,8 @@ def check_text(plan: Plan) -> str:
         return "No weight has both a predicted loss and one measured from its factors."
     entry, difference = worst
     pairs = len(compared(plan))
-    others = sum(one.rank is not None and one.measured_loss is not None for one in plan.entries) - pairs
+    shown = [one for one in plan.entries if one.rank is not None and one.measured_loss is not None and one.total_loss]
+    others = len(shown) - pairs
     return (
         f"The largest relative difference over {count(pairs)} weights is {number(difference, 2)}, at {entry.name}. "
         + (f"{count(others)} more lose nothing beyond rounding and are not shown. " if others else "")
@@ -142,7 +143,7 @@ def _kind_reason(group: Group, run: Run, plan: Plan, spectra: Spectra) -> str:
     words = f"keeps {percent(group.keep)}. It was {percent(share(group.before, plan.target_before))} of the parameters"
     if loss.known and loss.additive and lost:
         words += f" and carries {percent(group.lost / lost)} of the predicted loss"
-    elif loss.known and not loss.additive:
+    elif loss.known and not loss.additive and group.total:
         words += f" and leaves out {percent(group.shown(loss), 2)} of its Σσ²"
     words += "."
     needed = spread(group.entries, spectra)

@@ -1,0 +1,60 @@
+"""What the layers that take the place of a dense linear layer have in common."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class CompactLinear(nn.Module):
+    """y = W′x + b with W′ (out, in) kept in fewer than out · in numbers, by ``nn.Linear`` children that ``CHILDREN`` names.
+
+    ``weight`` is a buffer of one element, a guard: a program that does not know the layer finds a weight of the wrong shape in
+    the checkpoint and stops, where it would otherwise start from random weights.
+    """
+
+    CHILDREN: ClassVar[tuple[str, ...]] = ()
+    FORMS: ClassVar[tuple[str, ...]] = ()
+
+    weight: Tensor
+    bias: nn.Parameter | None
+    in_features: int
+    out_features: int
+    transposed: bool
+    form: str
+
+    def _add_bias_and_guard(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
+
+    @property
+    def numbers(self) -> int:
+        """The numbers that represent the weight."""
+        return sum(getattr(self, child).weight.numel() for child in self.CHILDREN)
+
+    @property
+    def keep(self) -> float:
+        """The numbers that represent the weight over out · in."""
+        return self.numbers / (self.out_features * self.in_features)
+
+    @property
+    def words(self) -> str:
+        """What kind of layer it is, for a table."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What config.json says of the layer, beside its shape."""
+        raise NotImplementedError
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:  # (out, in)
+        """The weight as one matrix, in the layer's dtype or the given one."""
+        raise NotImplementedError
+
+    def index_error(self) -> str | None:
+        """What is wrong with the integers that were loaded, in words that follow the layer's name; None if nothing is."""
+        raise NotImplementedError

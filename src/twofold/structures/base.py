@@ -1,0 +1,63 @@
+"""What a structure is: weights of one block whose sizes are chosen together, since one makes what the other reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from twofold.nn import CompactLinear
+from twofold.nn.sliced_linear import SlicedForm
+from twofold.objectives.base import StructureKind
+
+if TYPE_CHECKING:
+    from twofold.calibrate import Moments
+
+Pairing = Literal["single", "halves", "neighbours"]  # of the dimensions of a head that rotary embeddings turn together
+
+
+@dataclass(frozen=True)
+class Member:
+    """One weight of a structure."""
+
+    name: str
+    form: SlicedForm | Literal["gauge", "plain"]  # what of it is kept, or how it is factored
+    per_unit: int  # the rows, columns or ranks that one unit is
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Weights that are cut together.
+
+    A unit is what is kept or dropped: a hidden unit of an MLP, a dimension of every head of an attention, or a pair of them that
+    rotary embeddings turn together. For a weight with dense columns, alone in its structure, it is the storage of a rank. The
+    last member gives the structure its name, and the plan's losses stand with it.
+    """
+
+    kind: StructureKind
+    members: tuple[Member, ...]
+    units: int
+    heads: int = 0  # query heads of an attention
+    key_heads: int = 0
+    watched: str = ""  # the module behind the structure, whose output the check looks at
+    pairing: Pairing = "single"
+
+    @property
+    def name(self) -> str:
+        return self.members[-1].name
+
+
+class Cut(Protocol):
+    """A structure that is ready to be cut to any size."""
+
+    losses: Tensor  # (units + 1,), of keeping 0, 1, … units
+
+    def layers(self, units: int, stored: torch.dtype) -> tuple[Mapping[str, CompactLinear], float]:
+        """The layers of one size by the names of the members, and the loss that was measured from what they store."""
+        ...
+
+
+Prepare = Callable[[Structure, nn.Module, "Moments", float], Cut]

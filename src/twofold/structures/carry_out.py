@@ -1,0 +1,91 @@
+"""Structures measured at every size, and cut to the sizes of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from twofold.calibrate import Moments
+from twofold.errors import TwofoldError
+from twofold.nn import CompactLinear, DenseColumnsLinear, FactoredLinear
+from twofold.objectives.base import StructureKind
+from twofold.plan import PlanEntry
+from twofold.progress import Tick, progress
+from twofold.spectra import Spectra
+from twofold.structures.base import Cut, Prepare, Structure
+from twofold.structures.dense_columns import CutColumns
+from twofold.structures.mlp import CutMLP
+from twofold.structures.query_key import CutQueries
+from twofold.structures.value_output import CutValues
+
+KINDS: dict[StructureKind, Prepare] = {
+    "mlp": CutMLP, "value-output": CutValues, "query-key": CutQueries, "dense-columns": CutColumns,
+}  # fmt: skip
+
+
+def prepare(structure: Structure, model: nn.Module, moments: Moments, damping: float) -> Cut:
+    """A structure that is ready to be cut.
+
+    Raises:
+        TwofoldError: naming it, if its weights or moments are not finite.
+    """
+    cut = KINDS[structure.kind](structure, model, moments, damping)
+    if not torch.isfinite(cut.losses).all():
+        raise TwofoldError(f"the weights or the moments of {structure.name} hold NaN or infinity")
+    return cut
+
+
+def measure_structures(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    moments: Moments,
+    damping: float,
+    spectra: Spectra,
+    *,
+    quiet: bool = False,
+) -> Spectra:
+    """What every size of every structure loses, as values whose tails are the losses.
+
+    They stand with the last weight of each, one for each of its rows or columns.
+    """
+    with progress("Decomposing", len(structures), unit="structures", quiet=quiet) as tick:
+        for structure in structures:
+            losses = prepare(structure, model, moments, damping).losses.cpu().double().numpy()
+            each = structure.members[-1].per_unit
+            spectra.values[structure.name] = ((losses[:-1] - losses[1:]) / each).repeat(each)
+            tick()
+    return spectra
+
+
+def cut_entries(
+    model: nn.Module,
+    entries: Iterable[PlanEntry],
+    structures: Sequence[Structure],
+    moments: Moments,
+    damping: float,
+    stored: torch.dtype,
+    tick: Tick,
+) -> Iterator[tuple[PlanEntry, CompactLinear | None, str | None]]:
+    """Cut structures of a model that is in memory, one after another; gives their entries as they were carried out."""
+    by_name = {entry.name: entry for entry in entries}
+    for structure in structures:
+        last = structure.members[-1]
+        rank = by_name[structure.name].rank
+        made: Mapping[str, CompactLinear] = {}
+        measured = 0.0
+        if rank is not None:
+            cut = prepare(structure, model, moments, damping)
+            made, measured = cut.layers(rank // last.per_unit, stored)
+        for member in structure.members:
+            update: dict[str, Any] = {}
+            layer = made.get(member.name)
+            if layer is not None:
+                update = {"measured_loss": measured if member is last else 0.0}
+            if isinstance(layer, FactoredLinear):  # the plan says how much it may store
+                columns = layer.columns if isinstance(layer, DenseColumnsLinear) else 0
+                update |= {"rank": layer.rank, "form": layer.form, "columns": columns, "numbers_after": layer.numbers}
+            yield by_name[member.name].model_copy(update=update), layer, None
+            tick()

@@ -1,0 +1,69 @@
+"""The structures of a model: candidates by their names and shapes, confirmed by running it; all other weights stay dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from twofold.errors import TwofoldError
+from twofold.objectives.base import StructureKind
+from twofold.structures.base import Structure
+from twofold.structures.check import confirm
+from twofold.structures.roles import alone, candidates
+from twofold.targets import Targets
+
+
+def find_structures(
+    model: nn.Module,
+    targets: Targets,
+    kinds: Collection[StructureKind],
+    run: Callable[[], object] | None,
+    form: Literal["gauge", "plain"] = "gauge",
+) -> Targets:
+    """The targets that can be cut together, with their structures; the others are dense, each with the reason.
+
+    Args:
+        form: how weights that are factored store a rank.
+        run: runs the model on a few tokens; None for a model without weights, whose structures can't be confirmed.
+
+    Raises:
+        TwofoldError: if no weight belongs to a structure.
+    """
+    reasons: dict[str, str] = {}
+    structures: list[Structure] = []
+    training = model.training
+    model.eval()
+    try:
+        if "dense-columns" in kinds:
+            structures += alone(targets.targets, form)
+        for candidate in candidates(model, targets.targets, kinds):
+            structure, reason = (candidate, None) if run is None else confirm(model, candidate, run)
+            if reason is None:
+                structures.append(structure)
+            else:
+                reasons |= {member.name: f"can't be cut with its partner: {reason}" for member in candidate.members}
+    finally:
+        model.train(training)
+    inside = {member.name for structure in structures for member in structure.members}
+    for target in targets.targets:
+        if target.name not in inside:
+            reasons.setdefault(target.name, "no partner that it could be cut together with is factorized")
+    if not structures:
+        first = next(iter(reasons.values()), "it has no linear layers")
+        raise TwofoldError(
+            f"no weights of {type(model).__name__} can be cut together ({first}); use an objective that treats each weight "
+            "alone, as two-sided"
+        )
+    return replace(targets.without(reasons), structures=tuple(structures))
+
+
+def few_tokens(model: nn.Module, count: int = 8) -> torch.Tensor:  # (1, count)
+    """Token ids to run a model on, always the same."""
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    return torch.randint(int(getattr(table, "num_embeddings", 256)), (1, count), generator=generator).to(device)

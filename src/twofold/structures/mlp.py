@@ -1,0 +1,52 @@
+"""Fewer hidden units of an MLP: ridge leverage scores choose them, and the last weight makes up for the others (Nyström).
+
+With C = E[h hᵀ] of the hidden units h that the last weight W reads, damped by λ: the k units K with the largest scores
+diag(C (C + λ)⁻¹) stay, and W becomes W C_:K C_KK⁻¹ (C damped), the least-squares estimate of all units from those. The loss is
+the energy of what that misses, E‖W h − W′ h_K‖². All sizes come from one Cholesky factor L of C in the order of the scores: the
+residual after k units is L_:,k: L_:,k:ᵀ. Source: MoDeGPT, type I (Lin et al., ICLR 2025, arXiv 2408.09632).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from twofold.calibrate import Moments
+from twofold.nn import SlicedLinear
+from twofold.structures.base import Structure
+from twofold.structures.weights import definite, part_of, wide, working
+from twofold.targets import dense_weight
+
+
+class CutMLP:
+    """An MLP that is ready to be cut to any number of hidden units."""
+
+    def __init__(self, structure: Structure, model: nn.Module, moments: Moments, damping: float) -> None:
+        self.structure, self.model = structure, model
+        self.reader = model.get_submodule(structure.name)
+        moment = moments.layer(structure.name).input
+        assert moment is not None
+        self.weight = wide(self.reader)  # (m, n)
+        self.moment, factor, damping = definite(working(moment.to(self.weight.device)), damping)
+        ridge = damping * self.moment.diagonal().mean() / (1 + damping)
+        scores = 1 - ridge * torch.cholesky_inverse(factor).diagonal()
+        self.order = scores.argsort(descending=True, stable=True)
+        factor = torch.linalg.cholesky(self.moment[self.order][:, self.order])
+        parts = (self.weight[:, self.order] @ factor).square().sum(0)  # what each unit adds in this order
+        self.losses = torch.cat([parts.flip(0).cumsum(0).flip(0), parts.new_zeros(1)])
+
+    def layers(self, units: int, stored: torch.dtype) -> tuple[dict[str, SlicedLinear], float]:
+        kept = self.order[:units].sort().values
+        factor = torch.linalg.cholesky(self.moment[kept][:, kept])
+        weight = torch.cholesky_solve(self.moment[kept] @ self.weight.T, factor).T  # (m, k)
+        made: dict[str, SlicedLinear] = {}
+        for member in self.structure.members[:-1]:
+            module = self.model.get_submodule(member.name)
+            made[member.name] = part_of(module, "kept-rows", dense_weight(module)[kept], kept, stored)
+        reader = part_of(self.reader, "kept-columns", weight, kept, stored)
+        made[self.structure.name] = reader
+        return made, self._loss(reader.to_dense(self.weight.dtype))
+
+    def _loss(self, weight: Tensor) -> float:
+        missing = self.weight - weight
+        return float((missing @ self.moment * missing).sum())

@@ -1,0 +1,123 @@
+"""The sizes that a structure may have, as a candidate of an allocation: one choice for all its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twofold.allocate import Candidate, Choice
+from twofold.errors import TwofoldError
+from twofold.linalg import gauge_storage, plain_storage
+from twofold.recipe import Override, Recipe
+from twofold.structures.base import Member, Structure
+from twofold.targets import Target, Targets, matches
+
+ALLOCATIONS = ("global", "uniform")
+
+
+def check_structural(recipe: Recipe, structural: bool) -> None:
+    """Refuse settings that are for weights that are treated alone.
+
+    Raises:
+        TwofoldError: naming the first of them.
+    """
+    if structural and recipe.allocate not in ALLOCATIONS:
+        raise TwofoldError(
+            f"--allocate {recipe.allocate} looks at the spectrum of each weight alone, and {recipe.objective} has none; "
+            "use --allocate global or uniform"
+        )
+
+
+@dataclass(frozen=True)
+class MemberSize:
+    """What one weight keeps at one size of its structure."""
+
+    target: Target
+    member: Member
+    kept: int | None  # rows or columns; None: dense
+
+    @property
+    def numbers(self) -> int:
+        return self.target.size if self.kept is None else cost(self.target, self.member, self.kept)
+
+
+def cost(target: Target, member: Member, kept: int) -> int:
+    """The numbers that so many rows, columns or ranks of a weight store."""
+    if member.form == "gauge":
+        return gauge_storage(target.out_features, target.in_features, kept)
+    if member.form == "plain":
+        return plain_storage(target.out_features, target.in_features, kept)
+    return kept * (target.in_features if member.form == "kept-rows" else target.out_features)
+
+
+def integers(target: Target, member: Member, kept: int) -> int:
+    """The integers that are stored beside them, at the most."""
+    if member.form == "gauge":
+        return target.in_features + max(target.out_features, target.in_features)
+    return target.in_features if member.form == "plain" else kept
+
+
+def sizes_at(targets: Targets, structure: Structure, units: int | None) -> list[MemberSize]:
+    """What each weight of a structure keeps at a number of units; None: dense."""
+    by_name = {target.name: target for target in targets.targets}
+    return [
+        MemberSize(by_name[member.name], member, None if units is None else units * member.per_unit)
+        for member in structure.members
+    ]
+
+
+def structure_candidate(
+    targets: Targets,
+    structure: Structure,
+    tails: NDArray[np.float64],  # (rows or columns of the last member + 1,), what keeping so many loses
+    recipe: Recipe,
+    element: int,  # the unit of the costs: 1, or the bytes of a number
+    in_bytes: bool,
+    weight: float,
+) -> Candidate:
+    """A structure as a candidate: its ranks are units."""
+    units = np.arange(min(max(recipe.min_rank, 1), structure.units - 1), structure.units)
+    units = units[units > 0]
+    aligned = units[units % recipe.rank_multiple == 0]
+    units = aligned if len(aligned) else units[:1]
+    costs = []
+    for count in units:
+        members = sizes_at(targets, structure, int(count))
+        extra = sum(4 * integers(one.target, one.member, one.kept or 0) + element for one in members) if in_bytes else 0
+        costs.append(element * sum(one.numbers for one in members) + extra)
+    full = float(element * sum(one.numbers for one in sizes_at(targets, structure, None)))
+    losses = tails[units * structure.members[-1].per_unit] * weight
+    return Candidate(structure.name, units, np.array(costs, dtype=np.float64), losses, full, full, kind=structure.kind)
+
+
+def forced_size(structure: Structure, candidate: Candidate, overrides: Mapping[str, Override]) -> Choice | None:
+    """What an override of any of its weights asks for; the last one that matches wins.
+
+    Raises:
+        TwofoldError: if it asks for a rank, which says nothing of several weights.
+    """
+    found = None
+    for pattern, override in overrides.items():
+        if any(matches(member.name, [pattern]) for member in structure.members):
+            if override.rank is not None and len(structure.members) > 1:
+                raise TwofoldError(
+                    f"the override {pattern!r} asks for a rank, and {structure.name} is cut together with others; "
+                    "use keep:SHARE or dense"
+                )
+            found = override
+    if found is None:
+        return None
+    if found.dense or not len(candidate.ranks):
+        return Choice(None)
+    if found.rank is not None:
+        if found.rank >= structure.units:
+            return Choice(None)
+        return Choice(max(int(np.searchsorted(candidate.ranks, found.rank, side="right")) - 1, 0))
+    assert found.keep is not None
+    allowed = found.keep * candidate.full_cost * (1 + 1e-9)
+    if allowed >= candidate.full_cost:
+        return Choice(None)
+    return Choice(max(int(np.searchsorted(candidate.costs, allowed, side="right")) - 1, 0))

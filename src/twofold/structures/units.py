@@ -1,0 +1,38 @@
+"""Where the units of a structure stand among the rows or columns of a weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twofold.structures.base import Structure
+
+
+def head_rows(head: int, dim: int) -> slice:
+    """The rows of one head."""
+    return slice(head * dim, (head + 1) * dim)
+
+
+def unit_dims(structure: Structure) -> Tensor:  # (units, 1) or (units, 2)
+    """The dimensions of a head that each unit is: itself, or the two that rotary embeddings turn together."""
+    units = torch.arange(structure.units)
+    if structure.pairing == "halves":  # (i, i + d/2): Llama
+        return torch.stack([units, units + structure.units], 1)
+    if structure.pairing == "neighbours":  # (2i, 2i + 1): GPT-J
+        return torch.stack([2 * units, 2 * units + 1], 1)
+    return units[:, None]
+
+
+def unit_rows(
+    structure: Structure,
+    units: Tensor,  # (key heads, count), of each key head
+    heads: int,  # of the weight: key heads or query heads; the latter follow the key head that they share
+) -> Tensor:  # (heads · count · 1 or 2,), ascending
+    """The rows of a weight that the chosen units of every head are."""
+    dims = unit_dims(structure)
+    size = dims.numel()
+    rows = [
+        head * size + dims[units[head // (heads // structure.key_heads)]].reshape(-1).sort().values
+        for head in range(heads)
+    ]
+    return torch.cat(rows)
