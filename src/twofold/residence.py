@@ -51,6 +51,10 @@ class Resident:
         return False
 
 
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+APART = 2 * 1024**2  # bytes, from which a tensor has memory of its own
+
+
 class Streamed(Resident):
     """The weights are on disk."""
 
@@ -65,6 +69,7 @@ class Streamed(Resident):
         device: torch.device,
     ) -> None:
         super().__init__(model)
+        _keep_apart()
         self.shards, self.chain = shards, chain
         self._dtype, self._device = dtype, device
         self.state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
@@ -257,6 +262,16 @@ class Streamed(Resident):
             module._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
         else:
             module._buffers[leaf] = tensor.data
+
+
+def _keep_apart() -> None:
+    """Let each large tensor have memory of its own, which goes back to the system as soon as it is freed.
+
+    glibc begins so, but raises the limit to the size of whatever is freed, up to 32 MB; from then on the tensors of a block stand
+    between small things that outlive it, and their places are not whole any more.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, APART)
 
 
 def _return_memory() -> None:
