@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, GPTJConfig, PhiConfig, Qwen3Config
 
 import twofold
 from conftest import CONFIGS, TEXT, VOCABULARY, make_model, make_tokenizer
@@ -171,6 +171,28 @@ def test_structures_are_found_and_the_weights_keep_their_bits():
 
 def reason_of(found, end):
     return next(entry.reason for entry in found.dense if entry.name.endswith(end))
+
+
+def test_rotations_of_other_kinds():
+    shape = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+    neighbours = GPTJConfig(**shape, n_embd=32, n_layer=1, n_head=4, n_positions=64, rotary_dim=4)
+    partial = PhiConfig(
+        **shape, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, partial_rotary_factor=0.5,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    found = []
+    for config in (neighbours, partial):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(4 if parameter.dim() > 1 else 1)
+        found.append(structures_of(model))
+    # Pairs next to one another, of which half are not turned at all, can be cut.
+    assert sizes(found[0]) == [("mlp", 128, "single"), ("query-key", 4, "neighbours"), ("value-output", 8, "single")]
+    # Halves of a part of the head are no pairs (i, i + d/2).
+    assert sizes(found[1]) == [("mlp", 96, "single"), ("value-output", 16, "single")]
+    assert "partial rotation" in reason_of(found[1], "q_proj.weight")
 
 
 def test_what_does_not_fit_stays_dense_with_the_reason():

@@ -250,8 +250,9 @@ def with_structures(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Ta
     if any(parameter.is_meta for parameter in model.parameters()):
         return find_structures(model, targets, kinds, None, recipe.form)
     ids = few_tokens(model)
-    with _on_text_alone(model):
-        return find_structures(model, targets, kinds, lambda: model(input_ids=ids), recipe.form)
+    with _on_text_alone(model), torch.no_grad():
+        model(input_ids=ids)
+    return find_structures(model, targets, kinds, lambda: model(input_ids=ids), recipe.form)
 
 
 def decompose(
