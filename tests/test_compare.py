@@ -24,9 +24,10 @@ from twofold.comparison.cells import only_run
 from twofold.comparison.grid import Cell
 from twofold.comparison.ground import Ground, lay
 from twofold.comparison.quantized import choose_baselines, quantized, torchao_version
-from twofold.comparison.rows import Rows, put_back
+from twofold.comparison.rows import Rows
 from twofold.compression import compress
 from twofold.evaluation import evaluate_models
+from twofold.factorize import put_back
 from twofold.targets import find_targets
 
 NO_TORCHAO = "torchao is not installed: pip install 'twofold[quantize]'"
@@ -470,3 +471,36 @@ def test_two_comparisons_do_not_write_to_one_folder(settings, tmp_path):
     out = Path(tmp_path / "arena").resolve()
     with only_run(out), pytest.raises(TwofoldError, match="another comparison works on"):
         compare(settings, out, quiet=True)
+
+
+def test_an_objective_that_does_not_go_with_the_model_is_skipped(settings, tmp_path, monkeypatch):
+    """The rows of the others are measured and written all the same."""
+    from twofold.comparison.ground import Ground
+
+    decomposed = Ground.decomposed
+
+    def failing(ground, objective):
+        if objective.name == "svd-llm":
+            raise TwofoldError("nothing to cut in this model")
+        return decomposed(ground, objective)
+
+    monkeypatch.setattr(Ground, "decomposed", failing)
+    made = compare({**settings, "objectives": "svd-llm,two-sided"}, tmp_path / "arena", quiet=True)
+    assert [row.skipped for row in made.rows[1:]] == ["nothing to cut in this model", None]
+    assert (tmp_path / "arena" / "compare.md").is_file()
+
+
+def test_what_belongs_to_a_comparison_outlives_a_rerun(settings, tmp_path):
+    first = compare({**settings, "refine": "none"}, tmp_path / "arena", quiet=True)
+    again = compare({**settings, "refine": "none"}, tmp_path / "arena", quiet=True)
+    assert again.fingerprint == first.fingerprint != ""
+    # A refinement that is added later finds the same texts.
+    more = compare({**settings, "refine": "none,distill"}, tmp_path / "arena", quiet=True)
+    assert figures(more)[:2] == figures(first)
+
+
+def test_a_refinement_can_be_added_without_a_text_to_measure_on(settings, tmp_path):
+    settings = {**settings, "eval_text": None, "other_text": []}
+    first = compare({**settings, "refine": "none"}, tmp_path / "arena", quiet=True)
+    more = compare({**settings, "refine": "none,distill"}, tmp_path / "arena", quiet=True)
+    assert figures(more)[:2] == figures(first)

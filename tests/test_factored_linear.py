@@ -99,7 +99,10 @@ def test_gradients_through_the_order(form):
     """The layer reorders by a function of its own where gradients are asked for."""
     layer, _, _ = make(form)
     x = torch.randn(3, 14, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(layer, (x,))
+    assert torch.autograd.gradcheck(layer, (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(layer, (x,))
+    batched = torch.func.vmap(torch.func.grad(lambda one: layer(one).square().sum()))(x)
+    torch.testing.assert_close(batched, torch.autograd.grad(layer(x).square().sum(), x)[0])
     with torch.no_grad():
         plain = layer(x)
     torch.testing.assert_close(layer(x).detach(), plain, rtol=0, atol=0)

@@ -119,11 +119,35 @@ def test_a_reference_gives_the_numbers_of_both_models_side_by_side(tmp_path):
     together = measure_quality([original, other], windows, quiet=True)
     calls.clear()
     reference = Reference(original, windows, tmp_path, "a", quiet=True)
-    assert [reference.quality, reference.measure(other, quiet=True)] == together
-    assert reference.measure(original, quiet=True).divergence == 0 and len(calls) == 6
+    assert [reference.quality, reference.measure(other, original, quiet=True)] == together
+    assert reference.measure(original, original, quiet=True).divergence == 0 and len(calls) == 6
     calls.clear()
     assert Reference(original, windows, tmp_path, "a", quiet=True).quality == together[0] and not calls
     assert Reference(original, windows, tmp_path, "b", quiet=True).quality == together[0] and len(calls) == 3
+
+
+def test_a_reference_that_is_not_kept_gives_the_same_numbers(checkpoint, text_file, tmp_path, monkeypatch):
+    """The original is run again for every model, and it is the dense one that is run."""
+    recipe = goal_recipe(checkpoint, text_file, kl_at_most=0.05)
+    kept = compress(recipe, tmp_path / "kept", quiet=True)
+    monkeypatch.setattr("twofold.evaluate.reference.LIMIT", 0)
+    again = compress(recipe, tmp_path / "again", quiet=True)
+    assert again.probes == kept.probes and again.quality == kept.quality
+    assert min(one.divergence for one in again.probes) > 0
+
+
+def test_files_of_another_reference_are_not_read(tmp_path, monkeypatch):
+    model = make_model()
+    first, second = (torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+
+    def original(ids):
+        return model(input_ids=ids).logits
+
+    Reference(original, first, tmp_path, "a", quiet=True)
+    monkeypatch.setattr("twofold.evaluate.reference.LIMIT", 0)
+    assert (
+        Reference(original, second, tmp_path, "a", quiet=True).measure(original, original, quiet=True).divergence == 0
+    )
 
 
 @pytest.mark.parametrize(

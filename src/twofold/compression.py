@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,9 +74,9 @@ def compress(
         sizing = Sizing(loaded, recipe, measured_on, work=work, quiet=quiet) if recipe.goal is not None else None
         begin = sizing.begin if sizing is not None else None
         prepared = prepare(recipe, opened, watch, moments_folder=moments_file, work=work, begin=begin, quiet=quiet)
-        if sizing is not None and distributed.is_main():
+        if sizing is not None:
             with watch.stage("search"):
-                sizing.find(prepared)
+                distributed.same(partial(sizing.find, prepared))
         check_space(out, int(prepared.plan.bytes_after * 1.05) + 20_000_000)
         work.update(stage="factorizing")
         factored = _Streaming(prepared, recipe, work) if loaded.residence.streamed else _Resident(prepared, recipe)
@@ -310,7 +311,7 @@ def _measure(
         )
     models = factored.models(windows, quiet=quiet)
     if sizing is not None:
-        original, smaller = sizing.dense, sizing.reference.measure(models[1], quiet=quiet)
+        original, smaller = sizing.dense, sizing.reference.measure(models[1], models[0], quiet=quiet)
     else:
         original, smaller = measure_quality(models, windows, quiet=quiet)
     return Measured.of(source, (windows.shape[0], windows.shape[1]), original, smaller)

@@ -246,6 +246,18 @@ def apply_plan(
 
 
 @contextmanager
+def put_back(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """After the block the model has the same modules again at these places, however the block ends."""
+    before = {name: model.get_submodule(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if model.get_submodule(name) is not module:
+                replace_module(model, name, module)
+
+
+@contextmanager
 def dense_again(model: nn.Module, replaced: dict[str, nn.Module]) -> Iterator[None]:
     """Within the block the model has its dense layers back, with no copy made."""
     factored = {name: replace_module(model, name, module) for name, module in replaced.items()}

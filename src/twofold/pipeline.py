@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +196,9 @@ def prepare(
     if objective.needs or recipe.refine or measured or (recipe.goal is not None and recipe.eval_text is None):
         with watch.stage("texts"):
             windows = distributed.same(lambda: calibration_windows(loaded, recipe, hashed, texts, quiet=quiet))
-    if begin is not None and distributed.is_main():
+    if begin is not None:
         with watch.stage("measure"):
-            begin(windows, hashed)
+            distributed.same(partial(begin, windows, hashed))
     if objective.needs:
         assert windows is not None
         with watch.stage("texts"):
@@ -462,6 +463,8 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
     """
     needs = get_objective(recipe.objective).needs
     get_allocation(recipe.allocate)
+    check_refinements(recipe)
+    check_structural(recipe, bool(get_objective(recipe.objective).structures))
     if needs and "calibration" not in recipe.model_fields_set and moments_file is None:
         if recipe.goal is not None:
             raise TwofoldError(

@@ -248,8 +248,9 @@ def checked(model: type[Settings], settings: dict[str, object], names: list[str]
         first = error.errors()[0]
         where = ".".join(part for part in first["loc"] if isinstance(part, str))
         message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            raise TwofoldError(f"there is no setting {where!r}; the settings are {', '.join(names)}") from error
+        if first["type"] in ("extra_forbidden", "invalid_key"):
+            unknown = ".".join(map(str, first["loc"]))
+            raise TwofoldError(f"there is no setting {unknown!r}; the settings are {', '.join(names)}") from error
         if not where:
             raise TwofoldError(message) from error
         flag = (

@@ -18,13 +18,12 @@ from twofold.calibrate import TokenWindows
 from twofold.errors import TwofoldError
 from twofold.evaluate import Quality, Reference
 from twofold.evaluation import gives_logits
-from twofold.factorize import apply_plan
+from twofold.factorize import apply_plan, dense_again, put_back
 from twofold.models import LoadedModel
 from twofold.plan import Plan, least_keep, make_plan
 from twofold.progress import say
 from twofold.recipe import Recipe
 from twofold.search import TOLERANCE, Probe, smallest
-from twofold.targets import replace_module
 from twofold.work import Work
 
 if TYPE_CHECKING:
@@ -81,7 +80,8 @@ class Sizing:
             assert self._temporary is not None
             folder = Path(self._temporary.name)
         with _as_measured(self.loaded.model):
-            mark = f"{hashed} {self.recipe.dtype} {self.recipe.device}"
+            residence = self.loaded.residence
+            mark = f"{hashed} {residence.dtype} {residence.device}"
             self.reference = Reference(self._logits, self.windows, folder, mark, quiet=self.quiet)
         if not self.goal.met(self.dense, replace(self.dense, divergence=0.0)):
             raise TwofoldError(
@@ -171,23 +171,24 @@ class Sizing:
     def _measure(self, plan: Plan) -> Quality:
         """Factor the model by a plan, measure it, and give it its dense layers back."""
         found, model = self.prepared, self.loaded.model
-        _, replaced = apply_plan(
-            model,
-            plan,
-            found.spectra,
-            found.moments,
-            found.objective,
-            self.recipe.damping,
-            self.loaded.stored_dtype,
-            structures=found.targets.structures,
-            quiet=self.quiet,
-        )
-        try:
-            with _as_measured(model):
-                return self.reference.measure(self._logits, quiet=self.quiet)
-        finally:
-            for name, module in replaced.items():
-                replace_module(model, name, module)
+        with put_back(model, [target.name for target in found.targets.targets]), _as_measured(model):
+            _, replaced = apply_plan(
+                model,
+                plan,
+                found.spectra,
+                found.moments,
+                found.objective,
+                self.recipe.damping,
+                self.loaded.stored_dtype,
+                structures=found.targets.structures,
+                quiet=self.quiet,
+            )
+
+            def original(ids: Tensor) -> Tensor:
+                with dense_again(model, replaced):
+                    return self._logits(ids)
+
+            return self.reference.measure(self._logits, original, quiet=self.quiet)
 
     def _estimate(self, probes: list[Probe]) -> float | None:
         """Where the plan's predicted divergence, scaled by what the last probe measured of it, is what the goal has room for."""

@@ -22,6 +22,9 @@ from twofold.version import __version__
 STATE = "state.json"
 
 
+LONG = ("spectra", "checkpoint", "reference", "refine")  # folders of what took long, kept after a failure
+
+
 class State(pydantic.BaseModel):
     """What a run has told about itself."""
 
@@ -128,8 +131,8 @@ def working(out: Path, model: str) -> Iterator[Work]:
         yield work
     except BaseException:
         if distributed.is_main():
-            kept = any(path.is_file() for name in ("spectra", "checkpoint") for path in (work.folder / name).glob("*"))
-            if not kept:
+            kept = any(path.is_file() for name in LONG for path in (work.folder / name).rglob("*"))
+            if not kept and not work.state.measured:
                 shutil.rmtree(work.folder, ignore_errors=True)
             else:
                 work.update(process=0)

@@ -224,7 +224,8 @@ def attach(model: Any) -> None:
     from twofold.version import __version__
 
     modules = {name: module.settings() for name, module in model.named_modules() if isinstance(module, CompactLinear)}
-    config = TwofoldConfig(modules, twofold_version=__version__)
+    newer = any(settings.keys() & {"kept", "columns"} for settings in modules.values())
+    config = TwofoldConfig(modules, FORMAT_VERSION if newer else 1, __version__)  # the oldest that can read it
     model.config.quantization_config = config
     model.hf_quantizer = TwofoldQuantizer(config)
     model.is_quantized = True

@@ -123,7 +123,7 @@ def _record(ground: Ground, rows: list[Row]) -> Comparison:
         calibration=without_paths(windows.source) if windows is not None else "none: the weights alone are used",
         calibration_tokens=windows.tokens if windows is not None else 0,
         calibration_sha256=windows.sha256 if windows is not None else "",
-        fingerprint=ground.fingerprint,
+        fingerprint=next((row.fingerprint for row in rows if row.fingerprint), ""),
         texts=[text for text, _ in ground.texts],
         rows=rows,
         seconds={**_calibrated(rows), **ground.watch.seconds},

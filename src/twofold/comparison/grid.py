@@ -69,7 +69,10 @@ class Grid(pydantic.BaseModel, extra="forbid"):
     objectives: Annotated[
         list[str],
         BeforeValidator(_several),
-        Field(min_length=1, description="objectives, with commas between: two-sided, svd-llm, asvd, fwsvd, svd"),
+        Field(
+            min_length=1,
+            description="objectives, with commas between: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns",
+        ),
     ] = ["two-sided"]
     allocate: Annotated[
         list[str],
@@ -123,6 +126,8 @@ class Grid(pydantic.BaseModel, extra="forbid"):
         single = own.pop("objective", None)
         if single is not None:
             own.setdefault("objectives", single)
+        if not isinstance(own.get("settings", {}), dict):
+            raise ValueError("settings must be a mapping of settings that all cells share")
         shared = {name: own.pop(name) for name in list(own) if name in Recipe.model_fields and name not in OWN}
         return {**own, "settings": {**own.get("settings", {}), **shared}}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from twofold.allocate import get_allocation
@@ -34,6 +36,7 @@ from twofold.pipeline import (
 )
 from twofold.progress import say
 from twofold.recipe import Recipe
+from twofold.refine import check_refinements
 from twofold.run import Stopwatch
 from twofold.spectra import Spectra
 from twofold.targets import Targets, find_targets
@@ -104,6 +107,7 @@ class Ground:
         return {
             **self.recipe.model_dump(mode="json", exclude=APART),
             "version": __version__,
+            "libraries": [torch.__version__, transformers.__version__],
             "model": self.hashed,
             "calibration text": self.windows.sha256 if self.windows is not None else "",
             "held-out text": ids_hash(self.windows.held_out) if self.windows is not None else "",
@@ -153,6 +157,16 @@ def union_of_needs(grid: Grid) -> frozenset[Statistic]:
     return frozenset().union(*(get_objective(name).needs for name in grid.objectives))
 
 
+def _heaviest(grid: Grid, recipe: Recipe) -> Recipe:
+    """The recipe that takes the most memory: refined, if any cell that goes with its objective is."""
+    for chain in sorted(grid.refine, key=len, reverse=True):
+        refined = recipe.model_copy(update={"refine": list(chain)})
+        with suppress(TwofoldError):
+            check_refinements(refined)
+            return refined
+    return recipe
+
+
 def lay(grid: Grid, *, quiet: bool = False) -> Ground:
     """Load the model and read the texts, once for all cells.
 
@@ -164,7 +178,7 @@ def lay(grid: Grid, *, quiet: bool = False) -> Ground:
     allocate = "uniform" if get_objective(most).structures else grid.allocate[0]  # the others are refused with it
     recipe = grid.recipe(Cell(most, allocate, max(grid.keep), ()))
     with watch.stage("load"):
-        opened = open_for(recipe, quiet=True)
+        opened = open_for(_heaviest(grid, recipe), quiet=True)
     loaded = opened.loaded
     if loaded.residence.streamed:
         raise TwofoldError(
@@ -184,9 +198,13 @@ def lay(grid: Grid, *, quiet: bool = False) -> Ground:
         hashed = model_hash(loaded.model, loaded.shards)
     windows: TokenWindows | None = None
     measuring = any(get_allocation(name).needs for name in grid.allocate)
-    if union_of_needs(grid) or any(grid.refine) or measuring or recipe.eval_text is None:
+    # Texts that need no sampling are read all the same, so that a cell that is added later finds the same ones.
+    named = recipe.calibration != ["self"]
+    if named or union_of_needs(grid) or any(grid.refine) or measuring or recipe.eval_text is None:
         with watch.stage("texts"):
-            refined = recipe.model_copy(update={"refine": max(grid.refine, key=len)})  # which sets more windows aside
+            refined = recipe.model_copy(
+                update={"refine": ["distill"]}
+            )  # windows to stop on are set aside for all cells
             windows = calibration_windows(loaded, refined, hashed, quiet=quiet)
         if windows.tokens < windows.asked - recipe.window:
             notes.append(f"the calibration text gives {windows.tokens:,} tokens of the {windows.asked:,} asked for")

@@ -51,6 +51,7 @@ class Row(pydantic.BaseModel, extra="forbid"):
         str, float
     ] = {}  # factorize, refine, measure; decompose and calibrate are of all rows that share them
     refinement: list[Refined] = []
+    fingerprint: str = ""  # of the moments that it was made from
     notes: list[str] = []
     skipped: str | None = None  # why it was not measured
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from twofold.comparison.record import Row
 from twofold.errors import TwofoldError
 from twofold.evaluate import Reference, measure_quality
 from twofold.evidence import gather
-from twofold.factorize import dense_again
+from twofold.factorize import dense_again, put_back
 from twofold.objectives import get_objective
 from twofold.pipeline import Prepared, carry_out
 from twofold.plan import make_plan
@@ -29,19 +28,6 @@ from twofold.progress import say
 from twofold.recipe import Recipe
 from twofold.refine import refine
 from twofold.run import Stopwatch
-from twofold.targets import replace_module
-
-
-@contextmanager
-def put_back(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """After the block the model has the same modules again at these places, however the block ends."""
-    before = {name: model.get_submodule(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            if model.get_submodule(name) is not module:
-                replace_module(model, name, module)
 
 
 class Rows:
@@ -67,15 +53,19 @@ class Rows:
             group = list(together)
             found = {cell: self.cells.load(cell.name) for cell in group}
             missing = [cell for cell in group if found[cell] is None and cell not in self.impossible]
-            of = self.ground.decomposed(get_objective(objective)) if missing else None
+            of, reason = None, ""
+            try:
+                of = self.ground.decomposed(get_objective(objective)) if missing else None
+            except TwofoldError as error:  # this objective does not go with the model; the others may
+                reason = str(error)
+                self._say(number + 1, f"{objective} skipped: {reason}")
             for cell in group:
                 number += 1
                 row = found[cell]
                 if cell in self.impossible:
                     row = skipped_row(cell, self.impossible[cell])
                 elif row is None:
-                    assert of is not None
-                    row = self.cell(cell, of, number)
+                    row = self.cell(cell, of, number) if of is not None else skipped_row(cell, reason)
                 yield row
             of = None  # its bases go before the next ones come
             self._evidence.clear()
@@ -144,12 +134,12 @@ class Rows:
         try:
             with put_back(ground.model, [target.name for target in ground.targets.targets]):
                 row = self.factored(cell, of, work)
-        except TwofoldError as error:
+        except TwofoldError as error:  # what it had done is kept for another try
             row = skipped_row(cell, str(error))
             self._say(number, f"skipped: {error}")
         else:
             self.cells.save(cell.name, row)
-        shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
         return row
 
     def factored(self, cell: Cell, of: Decomposed, work: Path) -> Row:
@@ -185,6 +175,7 @@ class Rows:
             predicted_divergence=plan.predicted_divergence,
             seconds={**of.seconds, **watch.seconds},
             refinement=refined,
+            fingerprint=of.moments.fingerprint if of.moments is not None else "",
             notes=plan.notes,
             **self._figures(perplexity),
         )
@@ -222,8 +213,8 @@ class Rows:
         quiet = self.ground.quiet
         if self._reference is None:
             self._reference = Reference(dense, first, self.out / "work" / "dense", self.cells.mark, quiet=quiet)
-        self._reference.original = dense
-        found = self._reference.quality if replaced is None else self._reference.measure(logits, quiet=quiet)
+        reference = self._reference
+        found = reference.quality if replaced is None else reference.measure(logits, dense, quiet=quiet)
         further = [measure_quality([logits], windows, quiet=quiet)[0].perplexity for _, windows in others]
         return [found.perplexity, *further], found.divergence
 

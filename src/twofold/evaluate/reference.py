@@ -36,19 +36,17 @@ class Reference:
     ) -> None:
         """Run the original over the windows; what the folder holds already of the same mark and windows is not done again.
 
-        Args:
-            original: if what it gives is not kept, it is asked again for each model that is measured.
-
         Raises:
             TwofoldError: if the disk does not take it.
         """
-        self.original, self.windows, self.folder = original, windows, folder
+        self.windows, self.folder = windows, folder
         self.kept = True
         self._losses: dict[int, float] = {}
         told = windows.contiguous().numpy().tobytes()
         self.mark = hashlib.sha256(mark.encode() + told).hexdigest()
         count = len(windows)
         missing = [i for i in range(count) if not self._whole(i)]
+        self._there = set(range(count)) - set(missing)
         with progress("Measuring the original", count, done=count - len(missing), unit="windows", quiet=quiet) as tick:
             for i in missing:
                 self._losses[i], values = score(original(windows[i : i + 1]), windows[i : i + 1])
@@ -57,21 +55,26 @@ class Reference:
                 if self.kept:
                     part = {"values": values, "loss": torch.tensor(self._losses[i], dtype=torch.float64)}
                     write_part(self._path(i), part, self.mark)
+                    self._there.add(i)
                 tick()
         if not self.kept and not quiet:
             say("what the original says takes too much of the disk to be kept, so it is run again for every model")
         self.quality = quality(sum(self._loss(i) for i in range(count)), windows)
 
     @torch.no_grad()
-    def measure(self, model: Logits, *, quiet: bool = False) -> Quality:
-        """Measure a model on the windows, against the original: the same numbers as ``measure_quality`` of both."""
+    def measure(self, model: Logits, original: Logits, *, quiet: bool = False) -> Quality:
+        """Measure a model on the windows, against the original: the same numbers as ``measure_quality`` of both.
+
+        Args:
+            original: is asked where nothing was kept, so it must still give what the original does.
+        """
         total, apart, agreed = 0.0, 0.0, 0
         with progress("Measuring", len(self.windows), unit="windows", quiet=quiet) as tick:
             for i in range(len(self.windows)):
                 ids = self.windows[i : i + 1]
                 loss, values = score(model(ids), ids)
                 total += loss
-                further, same = divergence(self._values(i).to(values.device), values)
+                further, same = divergence(self._values(i, original).to(values.device), values)
                 apart, agreed = apart + further, agreed + same
                 tick()
         return quality(total, self.windows, apart, agreed)
@@ -79,10 +82,10 @@ class Reference:
     def _loss(self, i: int) -> float:
         return self._losses[i] if i in self._losses else float(self._read(i, "loss"))
 
-    def _values(self, i: int) -> Tensor:
-        if not self.kept and not self._path(i).is_file():
-            return score(self.original(self.windows[i : i + 1]), self.windows[i : i + 1])[1]
-        return self._read(i, "values")
+    def _values(self, i: int, original: Logits) -> Tensor:
+        if i in self._there:
+            return self._read(i, "values")
+        return score(original(self.windows[i : i + 1]), self.windows[i : i + 1])[1]
 
     def _path(self, i: int) -> Path:
         return self.folder / f"reference-{i:04d}.safetensors"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twofold.nn.factored_linear import FactoredLinear, Form
+from twofold.nn.factored_linear import FactoredLinear, Form, ordered
 
 
 class DenseColumnsLinear(FactoredLinear):
@@ -101,7 +101,7 @@ class DenseColumnsLinear(FactoredLinear):
         self,
         x: Tensor,  # (..., in)
     ) -> Tensor:  # (..., out)
-        x = x.index_select(-1, self.split)
+        x = ordered(x, self.split)
         y: Tensor = super().forward(x[..., self.columns :]) + self.dense(x[..., : self.columns])
         return y
 

@@ -156,9 +156,9 @@ class FactoredLinear(CompactLinear):
             y = self.expand(self.reduce(x))
         elif self.form == "rows":
             pivots = self.reduce(x)
-            y = _ordered(torch.cat([pivots, self.expand(pivots)], -1), self.order)
+            y = ordered(torch.cat([pivots, self.expand(pivots)], -1), self.order)
         else:
-            x = _ordered(x, self.order)
+            x = ordered(x, self.order)
             y = self.expand(x[..., : self.rank] + self.reduce(x[..., self.rank :]))
         return y if self.bias is None else y + self.bias
 
@@ -188,10 +188,20 @@ class FactoredLinear(CompactLinear):
 class _Order(torch.autograd.Function):
     """``index_select`` by a permutation, whose gradient is one by the inverse; PyTorch would add rows up one after another."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
+    def forward(x: Tensor, order: Tensor) -> Tensor:
         return x.index_select(-1, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, order: None) -> Tensor:
+        return x.index_select(-1, *ctx.saved_tensors)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -199,9 +209,10 @@ class _Order(torch.autograd.Function):
         return gradient.index_select(-1, order.argsort()), None
 
 
-def _ordered(x: Tensor, order: Tensor) -> Tensor:
+def ordered(x: Tensor, order: Tensor) -> Tensor:
     """The last dimension in another order. The plain operation where no gradient is asked for, so that exporters know it."""
-    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if torch.is_grad_enabled() and x.requires_grad and not tracing:
         y: Tensor = _Order.apply(x, order)  # type: ignore[no-untyped-call]
         return y
     return x.index_select(-1, order)

@@ -27,6 +27,7 @@ def distill(task: Task) -> Refined:
     model, recipe = task.model, task.recipe
     parameters = trainable(model)
     held = task.tested
+    before = task.divergence()
     teacher = Teacher(task.folder, task.mark)
     teacher.ask(task.dense_logits, torch.cat([task.windows, held]), "windows", quiet=task.quiet)
 
@@ -65,7 +66,7 @@ def distill(task: Task) -> Refined:
         parameters=sum(p.numel() for p in parameters.values()),
         seconds=time.monotonic() - began,
         unit="nats",
-        loss_before=trained.before,
-        loss_after=trained.after,
+        loss_before=before,
+        loss_after=task.divergence(),
         ended=trained.ended,
     )

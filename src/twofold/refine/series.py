@@ -24,7 +24,7 @@ from twofold.targets import replace_module
 if TYPE_CHECKING:
     from twofold.pipeline import Prepared
 
-MANY = 2000  # trained numbers for each calibration token: twice what the measured runs had (docs/benchmarks.md)
+MANY = 2000  # trained numbers for each calibration token: twice what the measured runs had (docs/experiments.md)
 
 
 def check_refinements(recipe: Recipe) -> None:
@@ -117,12 +117,12 @@ def refine(
             quiet,
         )
         before = {name: copy.deepcopy(model.get_submodule(name)) for name in replaced}
-        entries = list(prepared.plan.entries)
+        entries, notes = list(prepared.plan.entries), list(prepared.plan.notes)
         refined = get_refinement(name).run(task)
         if not math.isfinite(refined.loss_after) or refined.loss_after > refined.loss_before:
             for place, module in before.items():
                 replace_module(model, place, module)
-            prepared.plan.entries[:] = entries
+            prepared.plan.entries[:], prepared.plan.notes[:] = entries, notes
             refined = refined.model_copy(update={"ended": f"{refined.ended}; it was taken back, since it did harm"})
             if not quiet:
                 say(refined.words)
