@@ -83,6 +83,7 @@ def decompose_targets(
     Raises:
         TwofoldError: naming the layer whose weight or moments are not finite.
     """
+    residence.keep_apart()
     summed_low = moments is not None and residence.dtype != torch.float64
     eps = torch.finfo(torch.float32).eps if summed_low else None
     units = work_units(targets, chain, blocks)

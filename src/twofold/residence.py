@@ -46,6 +46,9 @@ class Resident:
         """Within the block the weights of these units are in memory."""
         yield
 
+    def keep_apart(self) -> None:
+        """Keep memory from growing with the number of blocks, where they come and go."""
+
     def fused(self, name: str) -> bool:
         """Whether a weight is stored in one tensor with others."""
         return False
@@ -69,7 +72,6 @@ class Streamed(Resident):
         device: torch.device,
     ) -> None:
         super().__init__(model)
-        _keep_apart()
         self.shards, self.chain = shards, chain
         self._dtype, self._device = dtype, device
         self.state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
@@ -86,6 +88,16 @@ class Streamed(Resident):
                 if buffer is not None and not buffer.is_meta:
                     buffer_owner._buffers[leaf] = buffer.to(device)
         self._load(self.units.get("", []), "")
+
+    def keep_apart(self) -> None:
+        """From here on let each large tensor have memory of its own, which goes back to the system as soon as it is freed.
+
+        glibc begins so, but raises the limit to the size of whatever is freed, up to 32 MB; from then on the tensors of a block
+        stand between small things that outlive it, such as its spectra, and their places are not whole any more. It holds for
+        the whole process, and costs time where tensors come and go quickly, so not before the calibration is done.
+        """
+        with suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, APART)
 
     @property
     def device(self) -> torch.device:
@@ -262,16 +274,6 @@ class Streamed(Resident):
             module._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
         else:
             module._buffers[leaf] = tensor.data
-
-
-def _keep_apart() -> None:
-    """Let each large tensor have memory of its own, which goes back to the system as soon as it is freed.
-
-    glibc begins so, but raises the limit to the size of whatever is freed, up to 32 MB; from then on the tensors of a block stand
-    between small things that outlive it, and their places are not whole any more.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, APART)
 
 
 def _return_memory() -> None:

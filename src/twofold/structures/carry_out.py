@@ -81,11 +81,21 @@ def cut_entries(
             made, measured = cut.layers(rank // last.per_unit, stored)
         for member in structure.members:
             update: dict[str, Any] = {}
-            layer = made.get(member.name)
+            note = None
+            entry, layer = by_name[member.name], made.get(member.name)
             if layer is not None:
                 update = {"measured_loss": measured if member is last else 0.0}
             if isinstance(layer, FactoredLinear):  # the plan says how much it may store
                 columns = layer.columns if isinstance(layer, DenseColumnsLinear) else 0
                 update |= {"rank": layer.rank, "form": layer.form, "columns": columns, "numbers_after": layer.numbers}
-            yield by_name[member.name].model_copy(update=update), layer, None
+                if entry.form == "gauge" and layer.form == "plain":
+                    note = (
+                        f"{entry.name}: no bounded gauge form, so plain factors of rank {layer.rank} and {columns} dense columns "
+                        f"take the place of rank {entry.rank}"
+                    )
+                    update |= {
+                        "predicted_loss": measured,
+                        "reason": f"{entry.reason}; plain factors, no bounded gauge form",
+                    }
+            yield entry.model_copy(update=update), layer, note
             tick()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
@@ -63,7 +64,9 @@ def find_structures(
 
 def few_tokens(model: nn.Module, count: int = 8) -> torch.Tensor:  # (1, count)
     """Token ids to run a model on, always the same."""
-    table = model.get_input_embeddings()  # type: ignore[operator]
+    table = None
+    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
+        table = model.get_input_embeddings()  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     return torch.randint(int(getattr(table, "num_embeddings", 256)), (1, count), generator=generator).to(device)
