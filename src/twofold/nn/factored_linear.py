@@ -211,7 +211,7 @@ class _Order(torch.autograd.Function):
 
 def ordered(x: Tensor, order: Tensor) -> Tensor:
     """The last dimension in another order. The plain operation where no gradient is asked for, so that exporters know it."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if torch.is_grad_enabled() and x.requires_grad and not tracing:
         y: Tensor = _Order.apply(x, order)  # type: ignore[no-untyped-call]
         return y
