@@ -114,7 +114,7 @@ def _calibrated(rows: list[Row]) -> dict[str, float]:
 def _record(ground: Ground, rows: list[Row]) -> Comparison:
     from twofold.report.names import public_name, without_paths
 
-    loaded, windows = ground.loaded, ground.windows
+    loaded, windows = ground.loaded, ground.windows if ground.calibrated else None
     return Comparison(
         command=ground.grid.command(),
         model=public_name(loaded.name),

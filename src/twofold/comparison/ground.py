@@ -74,6 +74,7 @@ class Ground:
     targets: Targets
     hashed: str  # of the model
     windows: TokenWindows | None  # to calibrate and to refine on
+    calibrated: bool  # whether any cell looks at them
     texts: list[tuple[Text, Tensor]]  # to measure on, windows (count, window)
     watch: Stopwatch
     quiet: bool
@@ -200,7 +201,8 @@ def lay(grid: Grid, *, quiet: bool = False) -> Ground:
     measuring = any(get_allocation(name).needs for name in grid.allocate)
     # Texts that need no sampling are read all the same, so that a cell that is added later finds the same ones.
     named = recipe.calibration != ["self"]
-    if named or union_of_needs(grid) or any(grid.refine) or measuring or recipe.eval_text is None:
+    calibrated = bool(union_of_needs(grid)) or any(grid.refine) or measuring
+    if named or calibrated or recipe.eval_text is None:
         with watch.stage("texts"):
             refined = recipe.model_copy(
                 update={"refine": ["distill"]}
@@ -219,7 +221,7 @@ def lay(grid: Grid, *, quiet: bool = False) -> Ground:
             )
         texts.insert(0, _text(f"held-out {windows.source}", "in", held_out))
     _check_logits(loaded, texts[0][1])
-    return Ground(grid, recipe, opened, targets, hashed, windows, texts, watch, quiet, notes)
+    return Ground(grid, recipe, opened, targets, hashed, windows, calibrated, texts, watch, quiet, notes)
 
 
 def _texts(grid: Grid, loaded: LoadedModel) -> list[tuple[Text, Tensor]]:
