@@ -72,8 +72,7 @@ def compress(
     measured_on = evaluation_text(loaded, recipe)
     with working(out, recipe.model) as work:
         sizing = Sizing(loaded, recipe, measured_on, work=work, quiet=quiet) if recipe.goal is not None else None
-        begin = sizing.begin if sizing is not None else None
-        prepared = prepare(recipe, opened, watch, moments_folder=moments_file, work=work, begin=begin, quiet=quiet)
+        prepared = prepare(recipe, opened, watch, moments_folder=moments_file, work=work, sizing=sizing, quiet=quiet)
         if sizing is not None:
             with watch.stage("search"):
                 distributed.same(partial(sizing.find, prepared))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ from twofold.calibrate.windows import calibration_windows, fit_window
 from twofold.checkpoint import attach
 from twofold.checkpoint.write import check_space
 from twofold.errors import TwofoldError
-from twofold.estimate import choose_way, estimate_run
+from twofold.estimate import Way, choose_way, estimate_run
 from twofold.evaluation import evaluation_text
 from twofold.evidence import gather
 from twofold.factorize import apply_plan, decompose_targets
@@ -96,36 +96,8 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
     Raises:
         TwofoldError: if there is no such model, or not even one of its blocks fits.
     """
-    check_refinements(recipe)
-    structures = get_objective(recipe.objective).structures
-    check_structural(recipe, bool(structures))
+    check_methods(recipe)
     way = choose_way(recipe)
-    if way is not None and way.blocks is not None and structures:
-        raise TwofoldError(
-            f"--objective {recipe.objective} works on a model that is whole in memory, and this one is worked through "
-            f"block by block; use another objective, or give it {way.resident / 1e9:.1f} GB with --memory"
-        )
-    needs = get_objective(recipe.objective).needs
-    if way is not None and way.blocks is not None and needs and recipe.calibration == ["self"]:
-        raise TwofoldError(
-            "texts to calibrate on can't be sampled from a model that is worked through block by block (each token would read "
-            f"all of its weights); name some with --calibration FILE, or give it {way.resident / 1e9:.1f} GB with --memory"
-        )
-    if way is not None and way.blocks is not None and recipe.refine:
-        raise TwofoldError(
-            "a model that is worked through block by block can't be refined yet; leave --refine out, or give it "
-            f"{way.resident / 1e9:.1f} GB with --memory"
-        )
-    if way is not None and way.blocks is not None and get_allocation(recipe.allocate).needs:
-        raise TwofoldError(
-            f"--allocate {recipe.allocate} measures the whole model, and this one is worked through block by block; use "
-            f"--allocate global, or give {way.resident / 1e9:.1f} GB with --memory"
-        )
-    if way is not None and way.blocks is not None and recipe.goal is not None:
-        raise TwofoldError(
-            f"{recipe.goal.flag} is searched for on the whole model, and this one is worked through block by block; give "
-            f"--keep or --budget, or {way.resident / 1e9:.1f} GB with --memory"
-        )
     if way is None or way.blocks is None:
         loaded = load_model(
             recipe.model,
@@ -136,6 +108,7 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
         )
         check_refinable(recipe, loaded)
         return Opened(loaded)
+    _check_streamed(recipe, way)
     if not quiet:
         why = f"{way.limit / 1e9:.1f} GB may be used" if recipe.stream == "auto" else "--stream always asks for it"
         say(
@@ -153,6 +126,50 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
     return Opened(loaded, way.blocks)
 
 
+def check_methods(recipe: Recipe) -> None:
+    """Refuse methods that there are not, or that do not go with one another, whatever the model is.
+
+    Raises:
+        TwofoldError: naming the first of them.
+    """
+    check_refinements(recipe)
+    check_structural(recipe, bool(get_objective(recipe.objective).structures))
+
+
+def _check_streamed(recipe: Recipe, way: Way) -> None:
+    """Refuse what needs the whole model in memory, where it is worked through block by block.
+
+    Raises:
+        TwofoldError: with the memory that it would take.
+    """
+    objective = get_objective(recipe.objective)
+    if objective.structures:
+        raise TwofoldError(
+            f"--objective {recipe.objective} works on a model that is whole in memory, and this one is worked through "
+            f"block by block; use another objective, or give it {way.resident / 1e9:.1f} GB with --memory"
+        )
+    if objective.needs and recipe.calibration == ["self"]:
+        raise TwofoldError(
+            "texts to calibrate on can't be sampled from a model that is worked through block by block (each token would read "
+            f"all of its weights); name some with --calibration FILE, or give it {way.resident / 1e9:.1f} GB with --memory"
+        )
+    if recipe.refine:
+        raise TwofoldError(
+            "a model that is worked through block by block can't be refined yet; leave --refine out, or give it "
+            f"{way.resident / 1e9:.1f} GB with --memory"
+        )
+    if get_allocation(recipe.allocate).needs:
+        raise TwofoldError(
+            f"--allocate {recipe.allocate} measures the whole model, and this one is worked through block by block; use "
+            f"--allocate global, or give {way.resident / 1e9:.1f} GB with --memory"
+        )
+    if recipe.goal is not None:
+        raise TwofoldError(
+            f"{recipe.goal.flag} is searched for on the whole model, and this one is worked through block by block; give "
+            f"--keep or --budget, or {way.resident / 1e9:.1f} GB with --memory"
+        )
+
+
 def prepare(
     recipe: Recipe,
     opened: Opened,
@@ -162,7 +179,7 @@ def prepare(
     moments_folder: Path | None = None,
     work: Work | None = None,
     bases: bool = True,
-    begin: Callable[[TokenWindows | None, str], None] | None = None,
+    sizing: Sizing | None = None,
     quiet: bool = False,
 ) -> Prepared:
     """All stages up to the plan; where a quality is asked for, that is the plan of the whole, before the search.
@@ -172,7 +189,7 @@ def prepare(
         moments_folder: where the moments are kept; in the cache, by fingerprint, if it is None.
         work: the unfinished state of the run; what it holds already is used. In memory if it is None.
         bases: whether factors will be made, or only the plan.
-        begin: is given the windows and the hash of the model before the calibration, and may refuse.
+        sizing: the search for the size, which measures the dense model before the calibration and may refuse it.
     """
     loaded, chain = opened.loaded, opened.chain
     model, residence = loaded.model, loaded.residence
@@ -196,9 +213,9 @@ def prepare(
     if objective.needs or recipe.refine or measured or (recipe.goal is not None and recipe.eval_text is None):
         with watch.stage("texts"):
             windows = distributed.same(lambda: calibration_windows(loaded, recipe, hashed, texts, quiet=quiet))
-    if begin is not None:
+    if sizing is not None:
         with watch.stage("measure"):
-            distributed.same(partial(begin, windows, hashed))
+            distributed.same(partial(sizing.begin, windows, hashed))
     if objective.needs:
         assert windows is not None
         with watch.stage("texts"):
@@ -463,8 +480,7 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
     """
     needs = get_objective(recipe.objective).needs
     get_allocation(recipe.allocate)
-    check_refinements(recipe)
-    check_structural(recipe, bool(get_objective(recipe.objective).structures))
+    check_methods(recipe)
     if needs and "calibration" not in recipe.model_fields_set and moments_file is None:
         if recipe.goal is not None:
             raise TwofoldError(
@@ -495,7 +511,7 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
         Stopwatch(),
         moments_folder=moments_file,
         bases=sizing is not None,
-        begin=sizing.begin if sizing is not None else None,
+        sizing=sizing,
         quiet=quiet,
     )
     if sizing is not None:
@@ -571,8 +587,7 @@ def factorize(
     recipe = fit_window(recipe, loaded, quiet=quiet)
     watch = Stopwatch()
     sizing = _sizing(recipe, loaded, quiet=quiet)
-    begin = sizing.begin if sizing is not None else None
-    prepared = prepare(recipe, opened, watch, texts=texts, begin=begin, quiet=quiet)
+    prepared = prepare(recipe, opened, watch, texts=texts, sizing=sizing, quiet=quiet)
     if sizing is not None:
         sizing.find(prepared)
     replaced = carry_out(prepared, recipe, quiet=quiet)
@@ -597,7 +612,6 @@ def _given(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
     if first.device.type == "cpu" and stored in (torch.bfloat16, torch.float16):
         cast_weights(model, torch.float32)
     loaded = LoadedModel(model, tokenizer, recipe.model, None, stored)
-    check_refinements(recipe)
-    check_structural(recipe, bool(get_objective(recipe.objective).structures))
+    check_methods(recipe)
     check_refinable(recipe, loaded)
     return Opened(loaded)

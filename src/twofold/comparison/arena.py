@@ -17,11 +17,10 @@ from twofold.comparison.record import Comparison, Row
 from twofold.comparison.rows import Rows
 from twofold.errors import TwofoldError
 from twofold.objectives import get_objective
-from twofold.pipeline import plan_of_shapes
+from twofold.pipeline import check_methods, plan_of_shapes
 from twofold.progress import say
-from twofold.refine import check_refinements
+from twofold.refine import get_refinement
 from twofold.run import machine
-from twofold.structures.options import check_structural
 
 
 def compare(grid: Grid | Mapping[str, Any], out: Path | str, *, quiet: bool = False) -> Comparison:
@@ -69,16 +68,16 @@ def check_names(grid: Grid) -> dict[Cell, str]:
         get_objective(name)
     for name in grid.allocate:
         get_allocation(name)
+    for chain in grid.refine:
+        for name in chain:
+            get_refinement(name)
     reasons: dict[Cell, str] = {}
     possible = set()
     for cell in grid.cells():
         try:
-            check_refinements(grid.recipe(cell))
-            check_structural(grid.recipe(cell), bool(get_objective(cell.objective).structures))
+            check_methods(grid.recipe(cell))
             possible.add(cell.refine)
         except TwofoldError as error:
-            if "there is no refinement" in str(error):
-                raise
             reasons[cell] = str(error)
     for cell, reason in reasons.items():
         if cell.refine not in possible:

@@ -160,12 +160,7 @@ class Rows:
             perplexity, divergence = self._measure(replaced)
         plan = prepared.plan
         return Row(
-            name=cell.words,
-            kind="factored",
-            objective=cell.objective,
-            allocate=cell.allocate,
-            refine=cell.chain,
-            asked=cell.keep,
+            **_place(cell),
             keep=plan.keep,
             keep_model=plan.keep_model,
             parameters=plan.model_after,
@@ -231,12 +226,16 @@ class Rows:
 
 def skipped_row(cell: Cell, reason: str) -> Row:
     """The row of a cell that was not measured."""
-    return Row(
-        name=cell.words,
-        kind="factored",
-        objective=cell.objective,
-        allocate=cell.allocate,
-        refine=cell.chain,
-        asked=cell.keep,
-        skipped=reason,
-    )
+    return Row(**_place(cell), skipped=reason)
+
+
+def _place(cell: Cell) -> dict[str, Any]:
+    """Where a row stands in the grid."""
+    return {
+        "name": cell.words,
+        "kind": "factored",
+        "objective": cell.objective,
+        "allocate": cell.allocate,
+        "refine": cell.chain,
+        "asked": cell.keep,
+    }

@@ -40,7 +40,7 @@ class Reference:
             TwofoldError: if the disk does not take it.
         """
         self.windows, self.folder = windows, folder
-        self.kept = True
+        kept = True
         self._losses: dict[int, float] = {}
         told = windows.contiguous().numpy().tobytes()
         self.mark = hashlib.sha256(mark.encode() + told).hexdigest()
@@ -51,13 +51,13 @@ class Reference:
             for i in missing:
                 self._losses[i], values = score(original(windows[i : i + 1]), windows[i : i + 1])
                 if i == missing[0]:
-                    self.kept = len(missing) * values.nbytes <= min(LIMIT, free_space(folder) / 2)
-                if self.kept:
+                    kept = len(missing) * values.nbytes <= min(LIMIT, free_space(folder) / 2)
+                if kept:
                     part = {"values": values, "loss": torch.tensor(self._losses[i], dtype=torch.float64)}
                     write_part(self._path(i), part, self.mark)
                     self._there.add(i)
                 tick()
-        if not self.kept and not quiet:
+        if not kept and not quiet:
             say("what the original says takes too much of the disk to be kept, so it is run again for every model")
         self.quality = quality(sum(self._loss(i) for i in range(count)), windows)
 

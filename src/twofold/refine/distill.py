@@ -28,6 +28,7 @@ def distill(task: Task) -> Refined:
     parameters = trainable(model)
     held = task.tested
     before = task.divergence()
+    judging = time.monotonic() - began  # which the end takes once more
     teacher = Teacher(task.folder, task.mark)
     teacher.ask(task.dense_logits, torch.cat([task.windows, held]), "windows", quiet=task.quiet)
 
@@ -39,7 +40,7 @@ def distill(task: Task) -> Refined:
     def held_out() -> float:
         return sum(float(loss_of(len(task.windows) + i)) for i in range(len(held))) / len(held)
 
-    left = None if task.seconds is None else max(task.seconds - (time.monotonic() - began), 1.0)
+    left = None if task.seconds is None else max(task.seconds - (time.monotonic() - began) - judging, 1.0)
     with training(model, parameters):
         trained = train(
             parameters,

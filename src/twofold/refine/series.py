@@ -35,12 +35,13 @@ def check_refinements(recipe: Recipe) -> None:
     """
     objective = get_objective(recipe.objective)
     for name in recipe.refine:
-        if objective.structures and get_refinement(name).name != "distill":
+        needs = get_refinement(name).needs
+        if objective.structures and name != "distill":
             raise TwofoldError(
                 f"{name} works on weights that are products of two, and those of {recipe.objective} are not; "
                 "use --refine distill"
             )
-        if "inputs" in get_refinement(name).needs and "input" not in get_objective(recipe.objective).needs:
+        if "inputs" in needs and "input" not in objective.needs:
             raise TwofoldError(
                 f"the objective {recipe.objective} does not look at whole inputs, so it can't be {name}; "
                 "use two-sided or svd-llm"
