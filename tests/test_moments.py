@@ -204,6 +204,11 @@ def test_windows():
         token_windows(["", " \n"], tokenizer, tokens=200, window=50)
     with pytest.raises(TwofoldError, match="has 5 tokens, fewer than one window of 50"):
         token_windows(["short"], tokenizer, tokens=200, window=50)
+    # Set aside from as much text again as is calibrated on, not from what comes right after.
+    text = "".join(chr(97 + i // 26 % 26) + chr(97 + i % 26) for i in range(1000))
+    spread = token_windows([text], tokenizer, tokens=400, window=50, held_out=2)
+    assert spread.ids.shape == (8, 50)
+    assert [tokenizer.decode(ids) for ids in spread.held_out] == [text[550:600], text[750:800]]
     short = token_windows(["x" * 120], tokenizer, tokens=10_000, window=50, held_out=8)
     assert short.ids.shape == (1, 50) and short.held_out.shape == (1, 50)
 

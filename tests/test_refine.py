@@ -26,6 +26,7 @@ from twofold.recipe import make_recipe
 from twofold.refine.anchored import anchored_problem
 from twofold.refine.base import REFINEMENTS, Refined, Refinement, Task
 from twofold.refine.distill import distill
+from twofold.refine.head import before_head, find_head
 from twofold.refine.streams import Streams
 from twofold.refine.teacher import Teacher, divergence
 from twofold.refine.training import train, trainable, training
@@ -57,6 +58,69 @@ def test_divergence_of_all_tokens_is_the_divergence():
     assert divergence(first, *few.answer("w", 0)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("with_head", [False, True])
+@pytest.mark.parametrize("top", [10, 40])
+def test_loss_and_gradient_are_those_of_the_formula(share, with_head, top, monkeypatch):
+    monkeypatch.setattr("twofold.refine.teacher.ROWS", 3)  # several pieces, the last one short
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 40, bias=True).double().requires_grad_(False)
+    values, tokens = torch.randn(8, 40).double().log_softmax(-1).topk(top, -1)
+    labels = torch.randint(0, 40, (8,))
+    labels[3] = labels[7] = -1
+    states = torch.randn(8, 6 if with_head else 40).double().requires_grad_(True)
+    log = (head(states) if with_head else states).log_softmax(-1)
+    own = log.gather(-1, tokens)
+    direct = (values.exp() * (values - own)).sum(-1)
+    if top < 40:
+        rest, own_rest = 1 - values.exp().sum(-1), 1 - own.exp().sum(-1)
+        direct = direct + rest * (rest / own_rest).log()
+    known = labels >= 0
+    hard = -log[known].gather(-1, labels[known, None]).mean()
+    (expected,) = torch.autograd.grad((1 - share) * direct.mean() + share * hard, states)
+    found = divergence(states, values, tokens, labels=labels, share=share, head=head if with_head else None)
+    assert found.item() == pytest.approx(float((1 - share) * direct.mean() + share * hard), rel=1e-9)
+    (gradient,) = torch.autograd.grad(2 * found, states)
+    torch.testing.assert_close(gradient, 2 * expected, rtol=1e-7, atol=1e-10)
+
+
+def test_head_is_found_where_its_outputs_are_the_logits():
+    ids = torch.randint(0, 250, (2, 9))
+    model = make_model().requires_grad_(False)
+    head = find_head(model, ids[:1], model(input_ids=ids[:1]).logits)
+    assert head is model.lm_head
+    torch.testing.assert_close(head(before_head(model, head, ids)), model(input_ids=ids).logits)
+    assert find_head(model, ids[:1], 3 * model(input_ids=ids[:1]).logits) is None  # something comes after it
+    model.lm_head.requires_grad_(True)
+    assert find_head(model, ids[:1], model(input_ids=ids[:1]).logits) is None
+    model.requires_grad_(False)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    assert find_head(model, ids[:1], model(input_ids=ids[:1]).logits) is None
+
+
+def test_labels_teach_the_text_and_its_divergence_is_told(checkpoint):
+    windows = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
+    losses, refined = {}, {}
+    for share in (0.0, 0.9):
+        dense = make_model()
+        small = factorize(
+            make_model(), tokenizer=tokenizer_of(checkpoint), texts=[TEXT], keep=0.5, tokens=320, window=32, quiet=True
+        )
+        replaced = {e.name: dense.get_submodule(e.name) for e in small.twofold_plan.entries if e.rank is not None}
+        recipe = make_recipe(
+            {"model": "x", "keep": 0.5, "refine_rate": 1e-2, "refine_passes": 10, "refine_labels": share}
+        )
+        loaded = LoadedModel(small, None, "x", None, torch.float32)
+        objective = get_objective("two-sided")
+        task = Task(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], recipe, quiet=True)
+        refined[share] = distill(task)
+        with torch.no_grad():
+            losses[share] = float(small(input_ids=windows, labels=windows).loss)
+    assert losses[0.9] < losses[0.0] - 0.1
+    assert refined[0.9].loss_before == refined[0.0].loss_before
+    assert refined[0.9].loss_after > refined[0.0].loss_after  # of the divergence, in both
+
+
 def test_teacher_on_disk_is_taken_up_again(tmp_path):
     torch.manual_seed(0)
     windows, table = torch.randint(0, 30, (20, 6)), torch.randn(30, 30)
@@ -75,10 +139,10 @@ def test_teacher_on_disk_is_taken_up_again(tmp_path):
     calls.clear()
     (tmp_path / "w-000016.safetensors").write_bytes(b"cut short")
     Teacher(tmp_path, "m", 8).ask(logits, windows, "w", quiet=True)
-    assert len(calls) == 4  # the second file alone
+    assert sum(map(len, calls)) == 4  # the second file alone
     calls.clear()
     Teacher(tmp_path, "another", 8).ask(logits, windows, "w", quiet=True)
-    assert len(calls) == 20
+    assert sum(map(len, calls)) == 20
 
 
 @pytest.mark.parametrize("form", ["gauge", "plain"])

@@ -102,7 +102,15 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     ] = 4
     refine_rate: Annotated[
         float, Field(gt=0, lt=1, description="how much of its own size a weight changes in a step of refinement")
-    ] = 5e-4
+    ] = 2e-4
+    refine_labels: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="distill: share of the text's own next tokens in the loss, the dense model's have the rest",
+        ),
+    ] = 0.0
     refine_batch: Annotated[int, Field(ge=1, description="windows in a step of refinement")] = 2
     refine_steps: Annotated[
         int | None,

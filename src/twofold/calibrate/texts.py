@@ -182,12 +182,13 @@ def token_windows(
     Args:
         tokens: how many tokens to calibrate on; rounded down to whole windows.
         window: tokens in a window.
-        held_out: how many windows after those to set aside for measuring.
+        held_out: how many windows to set aside for measuring, spread evenly over as many tokens after those as there are, up to
+            ``tokens``: the text goes on with what it was about, and what comes right after flatters a training.
 
     Raises:
         TwofoldError: if the texts hold less than one window.
     """
-    needed = tokens + held_out * window
+    needed = tokens_needed(tokens, held_out * window)
     ids: list[int] = []
     empty = True
     for text in [texts] if isinstance(texts, str) else texts:
@@ -213,4 +214,11 @@ def token_windows(
         spare = min(held_out, max(1, windows // 10))
         calibrated = windows - spare
     table = torch.tensor(ids[: windows * window], dtype=torch.int64).view(windows, window)
-    return TokenWindows(table[:calibrated].clone(), table[calibrated : calibrated + spare].clone(), source, tokens)
+    after = table[calibrated:][: max(needed - tokens, 0) // window or None]
+    apart = (torch.arange(spare) + 1) * len(after) // max(spare, 1) - 1  # the last of each stretch
+    return TokenWindows(table[:calibrated].clone(), after[apart], source, tokens)
+
+
+def tokens_needed(tokens: int, held_out: int) -> int:
+    """The tokens to read for so many to calibrate on and so many to set aside."""
+    return tokens + (max(held_out, tokens) if held_out else 0)

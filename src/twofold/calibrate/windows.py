@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twofold.cache import cache_folder
 from twofold.calibrate.sample import beginnings, sample_texts
-from twofold.calibrate.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts, token_windows
+from twofold.calibrate.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts, token_windows, tokens_needed
 from twofold.errors import TwofoldError
 from twofold.files import write_whole
 from twofold.models import LoadedModel, check_ids, need_tokenizer, positions
@@ -51,7 +51,7 @@ def calibration_windows(
         if "self" in recipe.calibration and texts is None:
             raise TwofoldError("'self' can't be mixed with calibration texts; name either")
         source = "given texts" if texts is not None else ", ".join(Path(one).name for one in recipe.calibration)
-        needed = (recipe.tokens + held_out * recipe.window) * CHARACTERS_PER_TOKEN
+        needed = tokens_needed(recipe.tokens, held_out * recipe.window) * CHARACTERS_PER_TOKEN
         read = (
             texts
             if texts is not None

@@ -71,7 +71,7 @@ class Task:
         """The windows that decide: the held-out ones, or the first of all where the text is too short to have any."""
         return self.held_out if len(self.held_out) else self.windows[:1]
 
-    def logits(self, ids: Tensor) -> Tensor:  # (1, length) to (1, length, vocabulary)
+    def logits(self, ids: Tensor) -> Tensor:  # (count, length) to (count, length, vocabulary)
         """What the factored model predicts.
 
         Raises:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -104,7 +105,10 @@ def _block(
         return Trained(0, 0, 0, 0.0, 0.0, 0.0, "all steps were done: it has no factors")
     metric = _metric(task, streams)
 
-    def loss_of(i: int) -> Tensor:
+    def loss_of(indices: Sequence[int]) -> Tensor:
+        return torch.stack([loss_at(i) for i in indices]).mean()
+
+    def loss_at(i: int) -> Tensor:
         aim = streams.output("dense", i)[0].float()
         error = streams.output("factored", i)[0].float() - aim
         weighted = error if metric is None else error @ metric
@@ -112,7 +116,7 @@ def _block(
 
     @torch.no_grad()
     def held_out() -> float:
-        return sum(float(loss_of(i)) for i in range(count, len(streams.windows))) / (len(streams.windows) - count)
+        return sum(float(loss_at(i)) for i in range(count, len(streams.windows))) / (len(streams.windows) - count)
 
     with training(task.model, parameters):
         found = train(

@@ -1,18 +1,21 @@
 """End to end: the factors learn to predict what the dense model predicts.
 
 The loss is KL(dense ‖ factored) over the next token, at every position of the calibration windows (Hinton et al. 2015). The
-dense model is run once; its most likely tokens are kept.
+dense model is run once; its most likely tokens are kept. A share of the loss can be the cross-entropy of the text itself: the
+model then learns the text too, which is a gain on texts of its kind and no longer only likeness to the dense model.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from twofold.refine.base import Refined, Task, refinement
-from twofold.refine.teacher import Teacher, divergence
+from twofold.refine.head import before_head, find_head
+from twofold.refine.teacher import TOGETHER, Teacher, divergence
 from twofold.refine.training import round_to, train, trainable, training
 
 
@@ -24,37 +27,49 @@ def distill(task: Task) -> Refined:
         TwofoldError: if the model gives no token logits.
     """
     began = time.monotonic()
-    model, recipe = task.model, task.recipe
+    model, recipe, held = task.model, task.recipe, task.tested
     parameters = trainable(model)
-    held = task.tested
-    before = task.divergence()
-    judging = time.monotonic() - began  # which the end takes once more
+    count = len(task.windows)
+    windows = torch.cat([task.windows, held])
     teacher = Teacher(task.folder, task.mark)
-    teacher.ask(task.dense_logits, torch.cat([task.windows, held]), "windows", quiet=task.quiet)
+    teacher.ask(task.dense_logits, windows, "windows", quiet=task.quiet)
 
-    def loss_of(i: int) -> Tensor:
-        ids = task.windows[i : i + 1] if i < len(task.windows) else held[i - len(task.windows)][None]
-        return divergence(task.logits(ids)[0], *teacher.answer("windows", i))
+    def loss_of(indices: Sequence[int], share: float = recipe.refine_labels) -> Tensor:
+        ids = windows[list(indices)]
+        states = task.logits(ids) if head is None else before_head(model, head, ids)
+        assert states is not None
+        values, tokens = zip(*(teacher.answer("windows", i) for i in indices), strict=True)
+        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], 1)
+        return divergence(
+            states.flatten(0, 1), torch.cat(values), torch.cat(tokens), labels=labels.flatten(), share=share, head=head
+        )
 
     @torch.no_grad()
-    def held_out() -> float:
-        return sum(float(loss_of(len(task.windows) + i)) for i in range(len(held))) / len(held)
+    def held_out(share: float = recipe.refine_labels) -> float:
+        parts = list(torch.arange(count, len(windows)).split(together))
+        return sum(float(loss_of(part.tolist(), share)) * len(part) for part in parts) / len(held)
 
-    left = None if task.seconds is None else max(task.seconds - (time.monotonic() - began) - judging, 1.0)
+    together = max(TOGETHER // windows.shape[1], 1)
     with training(model, parameters):
+        with torch.no_grad():
+            head = find_head(model, windows[:1], task.logits(windows[:1]))
+            start = time.monotonic()
+            before = held_out(0.0)
+            judging = time.monotonic() - start  # which the end takes once more
         trained = train(
             parameters,
             loss_of,
             held_out,
-            windows=len(task.windows),
+            windows=count,
             batch=recipe.refine_batch,
+            together=together,
             passes=recipe.refine_passes,
             rate=recipe.refine_rate,
             steps=recipe.refine_steps,
-            seconds=left,
+            seconds=None if task.seconds is None else max(task.seconds - (time.monotonic() - began) - judging, 1.0),
             seed=recipe.seed,
             path=None if task.folder is None else task.folder / "distill.safetensors",
-            mark=task.mark,
+            mark=f"{task.mark} {recipe.refine_labels}",
             title="Distilling",
             quiet=task.quiet,
         )
@@ -63,11 +78,11 @@ def distill(task: Task) -> Refined:
         method="distill",
         steps=trained.steps,
         planned=trained.planned,
-        tokens=trained.windows * task.windows.shape[1],
+        tokens=trained.windows * windows.shape[1],
         parameters=sum(p.numel() for p in parameters.values()),
         seconds=time.monotonic() - began,
         unit="nats",
         loss_before=before,
-        loss_after=task.divergence(),
+        loss_after=held_out(0.0),
         ended=trained.ended,
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from twofold.calibrate.moments import read_names, write_part
 from twofold.errors import TwofoldError
@@ -16,7 +17,8 @@ from twofold.progress import progress
 
 TOP = 128  # tokens that are kept at a position
 PART = 16  # windows in a file
-ROWS = 128  # positions whose probabilities are held at once
+TOGETHER = 1024  # tokens that go through a model at once: enough to keep two threads busy
+ROWS = 256  # positions whose probabilities are held at once
 
 
 class Teacher:
@@ -39,11 +41,12 @@ class Teacher:
         with progress("Asking the dense model", len(windows), done=done * PART, unit="windows", quiet=quiet) as tick:
             for i in missing:
                 values, tokens = [], []
-                for ids in windows[i : i + PART, None]:
-                    value, token = self._best(logits(ids)[0])
-                    values.append(value)
-                    tokens.append(token)
-                    tick()
+                for ids in windows[i : i + PART].split(max(TOGETHER // windows.shape[1], 1)):
+                    for each in logits(ids):
+                        value, token = self._best(each)
+                        values.append(value)
+                        tokens.append(token)
+                        tick()
                 part = {"values": torch.stack(values), "tokens": torch.stack(tokens)}
                 if self.folder is None:
                     self._parts[f"{name}-{i:06d}"] = part
@@ -76,20 +79,82 @@ class Teacher:
             return file.get_slice("values")[row], file.get_slice("tokens")[row].long()
 
 
+class _Divergence(torch.autograd.Function):
+    """The loss with its gradient, taken a few rows at a time, so that the logits of all rows are never kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        values: Tensor,
+        tokens: Tensor,
+        labels: Tensor,
+        share: float,
+        head: nn.Linear | None,
+    ) -> Tensor:
+        gradient = torch.empty_like(states)
+        total = torch.zeros((), dtype=torch.float64, device="cpu" if states.device.type == "mps" else states.device)
+        labelled = max(int((labels >= 0).sum()), 1)
+        for start in range(0, len(states), ROWS):
+            rows = slice(start, start + ROWS)
+            some = states[rows] if head is None else head(states[rows].to(head.weight.dtype))
+            # A copy, since it is worked on in place.
+            logits = some.to(torch.promote_types(some.dtype, torch.float32), copy=True)
+            known, which, label = (
+                values[rows].to(logits),
+                tokens[rows].to(logits.device),
+                labels[rows].to(logits.device),
+            )
+            hard = (label >= 0).to(logits) * (share * len(states) / labelled)  # (rows,)
+            label = label.clamp_min(0)[:, None]
+            best, own_label = logits.gather(-1, which), logits.gather(-1, label)
+            highest = logits.amax(-1, keepdim=True)
+            logits.sub_(highest).exp_()
+            summed = logits.sum(-1, keepdim=True)
+            whole = highest + summed.log()
+            own = best - whole
+            likely = known.exp()
+            each = (1 - share) * (likely * (known - own)).sum(-1) + hard * (whole - own_label)[:, 0]
+            others: Tensor | float = 0.0
+            if which.shape[-1] < logits.shape[-1]:
+                rest, own_rest = _rest(known), _rest(own)
+                each += (1 - share) * rest * (rest.log() - own_rest.log())
+                others = rest / own_rest
+            total += each.sum().to(total)
+            # By a logit z of the probability p: p - q among the best tokens, p (1 - rest/own rest) among the others,
+            # and p - 1 or p of the label's share.
+            logits.mul_(((1 - share) * (1 - others) + hard)[:, None] / summed)
+            logits.scatter_(-1, which, (1 - share) * (own.exp() - likely) + hard[:, None] * own.exp())
+            logits.scatter_add_(-1, label, -hard[:, None])
+            gradient[rows] = logits if head is None else logits.to(head.weight.dtype) @ head.weight
+        ctx.save_for_backward(gradient)
+        return (total / len(states)).to(torch.promote_types(states.dtype, torch.float32)).to(states.device)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (own,) = ctx.saved_tensors
+        return own * (gradient / len(own)).to(own), None, None, None, None, None
+
+
 def divergence(
-    logits: Tensor,  # (length, vocabulary), of the model that learns
-    values: Tensor,  # (length, top), log-probabilities of the teacher's best tokens
-    tokens: Tensor,  # (length, top)
+    states: Tensor,  # (positions, vocabulary), logits of the model that learns; or (positions, width), what its head is given
+    values: Tensor,  # (positions, top), log-probabilities of the teacher's best tokens
+    tokens: Tensor,  # (positions, top)
+    *,
+    labels: Tensor | None = None,  # (positions,), the tokens that follow; -1 where there is none
+    share: float = 0.0,
+    head: nn.Linear | None = None,
 ) -> Tensor:  # (), the mean over positions, in nats
-    """KL(teacher ‖ model) where all but the teacher's best tokens count as one; never above the whole divergence."""
-    logits = logits.float()
-    values, tokens = values.to(logits.device), tokens.to(logits.device)
-    own = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
-    total = (values.exp() * (values - own)).sum(-1)
-    if tokens.shape[-1] < logits.shape[-1]:
-        rest, own_rest = _rest(values), _rest(own)
-        total = total + rest * (rest.log() - own_rest.log())
-    return total.mean()
+    """KL(teacher ‖ model) where all but the teacher's best tokens count as one; never above the whole divergence.
+
+    Args:
+        share: of the cross-entropy of the labels in what is returned; the divergence has the rest.
+        head: the layer that makes logits of states; its weight gets no gradient. It saves the memory of the logits.
+    """
+    if labels is None:
+        labels = torch.full((len(states),), -1, device=states.device)
+    found: Tensor = _Divergence.apply(states, values, tokens, labels, share, head)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _rest(values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ CHECKS = 8  # how often the held-out loss is taken
 PATIENCE = 3  # checks without a gain, after which it stops
 DIVERGED = 2.0  # times the loss at the beginning
 SAVE_SECONDS = 120.0
-PROBES = 2  # windows that are timed before the steps are counted
+PROBES = 2  # forward and backward, that are timed before the steps are counted
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,12 @@ class _State:
 
 def train(
     parameters: dict[str, nn.Parameter],
-    loss_of: Callable[[int], Tensor],
+    loss_of: Callable[[Sequence[int]], Tensor],
     held_out: Callable[[], float],
     *,
     windows: int,
     batch: int,
+    together: int = 1,
     passes: float,
     rate: float,
     steps: int | None = None,
@@ -156,9 +157,10 @@ def train(
     square, so that factors of any scale need no rates of their own.
 
     Args:
-        loss_of: the mean loss of one window, with a graph.
+        loss_of: the mean loss of some windows, with a graph.
         held_out: the loss that decides; lower is better.
-        batch: windows in a step; one after another, so that it costs no memory.
+        batch: windows in a step.
+        together: of them at once; more take more memory.
         passes: times that each window is seen, if the seconds suffice.
         steps: plan so many, in the place of passes and seconds.
         seconds: that all may take. The number of steps is fixed by a probe at the beginning, and then never changes, but for a
@@ -179,7 +181,7 @@ def train(
         about, best = taken
     else:
         first = held_out()
-        total = steps or _steps_for(loss_of, held_out, windows, batch, passes, seconds, began)
+        total = steps or _steps_for(loss_of, held_out, windows, batch, min(together, batch), passes, seconds, began)
         about = {"step": 0, "total": total, "before": first, "best": first, "since": 0, "spent": 0.0}
         best = {name: p.detach().clone() for name, p in parameters.items()}
     for parameter in parameters.values():
@@ -195,8 +197,10 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * scale
             summed = 0.0
-            for k in range(batch):
-                loss = loss_of(order[step * batch + k]) / batch
+            chosen = [order[step * batch + k] for k in range(batch)]
+            for k in range(0, batch, together):
+                part = chosen[k : k + together]
+                loss = loss_of(part) * (len(part) / batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 summed += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(list(parameters.values()), CLIP)
@@ -236,10 +240,11 @@ def train(
 
 
 def _steps_for(
-    loss_of: Callable[[int], Tensor],
+    loss_of: Callable[[Sequence[int]], Tensor],
     held_out: Callable[[], float],
     windows: int,
     batch: int,
+    together: int,
     passes: float,
     seconds: float | None,
     began: float,
@@ -250,10 +255,10 @@ def _steps_for(
         return total
     start = time.monotonic()
     for i in range(PROBES):
-        loss_of(i % windows).backward()  # type: ignore[no-untyped-call]
+        loss_of([(i * together + k) % windows for k in range(together)]).backward()  # type: ignore[no-untyped-call]
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    one = (time.monotonic() - start) / PROBES * batch
+    one = (time.monotonic() - start) / PROBES / together * batch
     start = time.monotonic()
     held_out()
     checks = CHECKS * (time.monotonic() - start)
