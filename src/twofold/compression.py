@@ -25,6 +25,7 @@ from twofold.evaluation import evaluation_text, gives_logits
 from twofold.factorize import dense_again, factor_entries
 from twofold.models import LoadedModel, cast_weights, load_streamed, quiet_bars
 from twofold.nn import FactoredLinear
+from twofold.nn.shared_linear import BASES
 from twofold.pipeline import Prepared, carry_out, open_for, prepare
 from twofold.plan import Plan, PlanEntry
 from twofold.progress import progress
@@ -359,7 +360,7 @@ def _verify(folder: Path, plan: Plan, model: nn.Module) -> None:
     buffers = {
         id(b): b.numel()
         for n, b in model.named_buffers()
-        if n in persistent and not (factored and n.startswith(factored))
+        if n in persistent and not (factored and n.startswith(factored)) and BASES not in n.split(".")
     }
     foreign = sum(buffers.values())
     if stored != plan.model_after + ours + foreign:
