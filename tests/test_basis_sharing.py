@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -25,7 +26,7 @@ from transformers import (
 import twofold
 from conftest import ARCHITECTURES, TEXT, VOCABULARY, make_model, make_tokenizer
 from twofold.calibrate import Moments
-from twofold.factorize import apply_plan
+from twofold.factorize import apply_plan, put_back
 from twofold.inspection import inspect_model
 from twofold.models import load_model
 from twofold.nn import FactoredLinear, SharedBasis, SharedLinear
@@ -37,6 +38,7 @@ from twofold.recipe import Override, make_recipe
 from twofold.refine.base import REFINEMENTS, Refined, Refinement
 from twofold.refine.training import trainable
 from twofold.spectra import Spectra
+from twofold.structures.options import structure_candidate
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.sharing import UNSHARED, alone_notes, share_bases, sharing
 from twofold.targets import Target, Targets, find_targets
@@ -120,6 +122,17 @@ def test_copies_keep_the_link():
     del model["a"], model["b"]
     hold_bases(model)
     assert not hasattr(model, BASES)
+
+
+def test_dense_layers_that_come_back_take_the_basis_along():
+    _, layers, _, _ = make("auto")
+    dense = nn.ModuleDict({"a": nn.Linear(9, 7), "b": nn.Linear(9, 5)})
+    before = dict(dense.named_modules())
+    with put_back(dense, ["a", "b"]):
+        dense["a"], dense["b"] = layers
+        hold_bases(dense)
+        assert hasattr(dense, BASES)
+    assert dict(dense.named_modules()) == before
 
 
 # --- The closed form
@@ -504,11 +517,36 @@ def test_budgets_overrides_and_multiples():
         assert 66_000 < small.bytes_after <= 70_000
 
 
+@pytest.mark.parametrize("form", ["gauge", "plain"])
+def test_what_a_rank_costs_in_bytes(form):
+    targets = [target(str(i), 20, 30) for i in range(3)]
+    structure, rank = sharing(targets, form), 7
+    recipe = make_recipe({"model": "m", "budget": "9KB", "objective": "basis-sharing", "form": form})
+    found = Targets(targets, [], structures=(structure,))
+    candidate = structure_candidate(found, structure, np.zeros(structure.units + 1), recipe, 4, True, 1.0)
+    (cost,) = candidate.costs[candidate.ranks == rank]
+    recipe = recipe.model_copy(update={"overrides": {"*": Override(rank=rank)}})
+    plan = make_plan("m", found, {structure.name: np.zeros(structure.units)}, recipe, 4)
+    numbers, order = (7 * (30 + 60 - 7), 30) if form == "gauge" else (7 * 90, 0)
+    assert cost == plan.bytes_after == 4 * (numbers + order + 3)  # and a guard in each layer
+
+
+def test_a_basis_counts_as_many_layers_as_it_serves():
+    pair, one = [target(f"{i}.a", 32, 32) for i in range(2)], target("b", 64, 32)
+    targets = Targets([*pair, one], [], structures=(sharing(pair, "gauge"), sharing([one], "gauge", "alone")))
+    values = np.linspace(1, 0.01, 32)  # the same of both, which cost the same too
+    recipe = make_recipe({"model": "m", "keep": 0.6, "objective": "basis-sharing"})
+    ranks = [e.rank for e in make_plan("m", targets, {"1.a": values, "b": values}, recipe, 4).entries]
+    assert ranks[0] == ranks[1] > ranks[2]
+
+
 def test_a_plan_without_calibration(checkpoint):
     recipe = make_recipe({"model": str(checkpoint), "keep": 0.5, "objective": "basis-sharing", "share_blocks": 2})
     plan = plan_model(recipe, estimate=False)
     assert plan.keep <= 0.5 and {e.form for e in plan.entries} == {"shared-columns", "gauge"}
-    assert plan_model(recipe).estimate is not None
+    more = recipe.model_copy(update={"share_blocks": 8})
+    peaks = [plan_model(one).estimate.memory["factorize"] for one in (recipe, more)]
+    assert peaks[0] < peaks[1]
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
     text = plan.model_dump_json().replace('"form":"shared-columns"', '"form":"rows"')
     with pytest.raises(ValueError, match="the form rows does not go with the shared basis"):
