@@ -529,6 +529,8 @@ def test_what_a_rank_costs_in_bytes(form):
     plan = make_plan("m", found, {structure.name: np.zeros(structure.units)}, recipe, 4)
     numbers, order = (7 * (30 + 60 - 7), 30) if form == "gauge" else (7 * 90, 0)
     assert cost == plan.bytes_after == 4 * (numbers + order + 3)  # and a guard in each layer
+    once = 7 * (30 + 20 - 7) if form == "gauge" else 7 * 50
+    assert [e.multiplications for e in plan.entries] == [once] * 3 and plan.multiplications_after == 3 * once
 
 
 def test_a_basis_counts_as_many_layers_as_it_serves():

@@ -18,6 +18,7 @@ from twofold.budget import Budget, ModelSize, parse_budget, target_budget
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_rank, gauge_storage, plain_storage
 from twofold.nn import SharedBasis
+from twofold.nn.shared_linear import basis_storage
 from twofold.objectives import get_objective
 from twofold.recipe import Override, Recipe
 from twofold.structures.options import check_structural, forced_size, sizes_at, structure_candidate
@@ -66,6 +67,13 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     def keep(self) -> float:
         return self.numbers_after / self.numbers_before
 
+    @property
+    def multiplications(self) -> int:
+        """For one token: as many as it stores, but for a shared basis, which each of its layers applies in full."""
+        if self.rank is None or (self.form != "shared-plain" and self.form != "shared-columns"):
+            return self.numbers_after
+        return self.rank * self.out_features + basis_storage(self.form, self.in_features, self.rank)
+
 
 class DenseEntry(pydantic.BaseModel, extra="forbid"):
     """A parameter that is no target."""
@@ -112,6 +120,11 @@ class Plan(pydantic.BaseModel, extra="forbid"):
     @property
     def target_after(self) -> int:
         return sum(entry.numbers_after for entry in self.entries)
+
+    @property
+    def multiplications_after(self) -> int:
+        """By the targeted weights, for one token."""
+        return sum(entry.multiplications for entry in self.entries)
 
     @property
     def dense_numbers(self) -> int:
