@@ -2,7 +2,7 @@
 
 With W = [W_1; …; W_k] (Σm, n) and C = Σ_i E[x_i x_iᵀ] (damped), W C^½ = U Σ Vᵀ gives W_i ≈ E_i B with one B (r, n) and an E_i
 (m, r) for each block, at the loss Σ_{i>r} σ_i². C is divided by the number of inputs that were summed: that changes no basis, and
-the losses of bases for any number of blocks are on one scale. Source: Basis Sharing (Wang et al., 2024, arXiv 2410.03765).
+the losses of bases for any number of blocks are on one scale. Source: Basis Sharing (Wang et al., ICLR 2025, arXiv 2410.03765).
 """
 
 from __future__ import annotations
