@@ -580,6 +580,21 @@ def test_compress_writes_what_it_says(checkpoint, text_file, tmp_path):
         twofold.compress(recipe.model_copy(update={"model": str(tmp_path / "out")}), tmp_path / "twice", quiet=True)
 
 
+def test_what_was_left_dense_can_be_factorized_later(checkpoint, text_file, tmp_path):
+    settings = {
+        "keep": 0.6, "objective": "basis-sharing", "calibration": [str(text_file)], "tokens": 128, "window": 32, "eval_windows": 1
+    }  # fmt: skip
+    first = make_recipe({"model": str(checkpoint), "include": ["q_proj"], **settings})
+    twofold.compress(first, tmp_path / "first", quiet=True)
+    second = make_recipe({"model": str(tmp_path / "first"), "include": ["up_proj"], **settings})
+    twofold.compress(second, tmp_path / "second", quiet=True)
+    model = load_model(str(tmp_path / "second")).model
+    assert {layer.basis.name.split("-")[-1] for layer in shared_layers(model).values()} == {"q_proj", "up_proj"}
+    plan = Plan.load(tmp_path / "second" / "plan.json")
+    assert {entry.kind for entry in plan.entries} == {"up_proj"} and plan.keep <= 0.6
+    assert plan.model_after == sum(p.numel() for p in model.parameters())
+
+
 def test_distilled_with_its_bases(tmp_path):
     plain, model = cut(), cut(refine=["distill"], refine_steps=4, refine_rate=1e-3)
     learned = trainable(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from twofold.nn.shared_linear import SharedForm, basis_storage
@@ -13,9 +13,8 @@ from twofold.structures.base import Member, Structure
 from twofold.structures.roles import ATTENTION, MLP
 from twofold.targets import BLOCK, Target, Targets, block_of, last_match
 
-UNSHARED = {names[-1] for names in ATTENTION} | {
-    reader for _, reader in MLP
-}  # what gives the output of a part of a block
+# What gives the output of a part of a block.
+UNSHARED = {names[-1] for names in ATTENTION} | {reader for _, reader in MLP}
 Place = tuple[str, int]  # a weight's name without the number of its block, and which blocks in a row it stands in
 DENSE_PARTNERS = "the others of its kind in its blocks stay dense"
 
@@ -69,7 +68,7 @@ def sharing(targets: Sequence[Target], stored: Literal["gauge", "plain"], why: s
     made = Sharing("shared-basis", (), largest + 1, targets=tuple(targets), stored=stored, why=why)
     form = stored if made.basis is None else made.form
     members = tuple(Member(target.name, form, 1) for target in targets)
-    return Sharing("shared-basis", members, largest + 1, targets=tuple(targets), stored=stored, why=why)
+    return replace(made, members=members)
 
 
 def share_bases(
