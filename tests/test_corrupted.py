@@ -592,7 +592,7 @@ for name in (
     case(f"factored: a module is called {name!r}", "factorizes", **factored)(
         modules_of(lambda m, name=name: m.update({name: {"rank": 3, "form": "rows"}}) and None)
     )
-for value in (3, 99, -1, 0, "1", None, 1.5, [1], True):
+for value in (4, 99, -1, 0, "1", None, 1.5, [1], True):
     case(f"factored: format version {value}", "format version", **factored)(quantization_of(format_version=value))
 case("factored: a module is left out", QUERY, **factored)(modules_of(lambda m: m.pop(QUERY) and None))
 for name, change in {

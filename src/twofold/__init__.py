@@ -8,7 +8,7 @@ from twofold.comparison import compare
 from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.models import load_model
-from twofold.nn import DenseColumnsLinear, FactoredLinear, SlicedLinear
+from twofold.nn import DenseColumnsLinear, FactoredLinear, SharedLinear, SlicedLinear
 from twofold.pipeline import factorize
 from twofold.plan import Plan
 from twofold.recipe import Recipe
@@ -20,6 +20,7 @@ __all__ = [
     "FactoredLinear",
     "Plan",
     "Recipe",
+    "SharedLinear",
     "SlicedLinear",
     "TwofoldConfig",
     "TwofoldError",

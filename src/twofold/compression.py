@@ -25,6 +25,7 @@ from twofold.evaluation import evaluation_text, gives_logits
 from twofold.factorize import dense_again, factor_entries
 from twofold.models import LoadedModel, cast_weights, load_streamed, quiet_bars
 from twofold.nn import FactoredLinear
+from twofold.nn.shared_linear import BASES
 from twofold.pipeline import Prepared, carry_out, open_for, prepare
 from twofold.plan import Plan, PlanEntry
 from twofold.progress import progress
@@ -355,11 +356,12 @@ def _verify(folder: Path, plan: Plan, model: nn.Module) -> None:
                 stored += numbers
     ours = sum(1 for entry in plan.entries if entry.rank is not None) + plan.order_numbers
     factored = tuple(f"{entry.name}." for entry in plan.entries if entry.rank is not None)
+    bases = {f"{BASES}.{entry.basis}." for entry in plan.entries if entry.basis is not None}
     persistent = model.state_dict().keys()
     buffers = {
         id(b): b.numel()
         for n, b in model.named_buffers()
-        if n in persistent and not (factored and n.startswith(factored))
+        if n in persistent and not (factored and n.startswith(factored)) and not any(basis in n for basis in bases)
     }
     foreign = sum(buffers.values())
     if stored != plan.model_after + ours + foreign:

@@ -189,6 +189,8 @@ def memory_of(f: Figures, recipe: Recipe, blocks: int | None) -> dict[str, float
         )
     side = max((min(t.out_features, t.in_features) for t in f.targets), default=0)
     size = max((t.size for t in f.targets), default=0)
+    if "shared-basis" in get_objective(recipe.objective).structures:
+        size *= recipe.share_blocks
     together = max(1, min(BATCH, BATCH_NUMBERS // max(side, 1) ** 2))
     unit = (
         sum(min(t.out_features, t.in_features) ** 2 for t in f.block_targets) * 4 * (4 if blocks is None else at_once)

@@ -16,6 +16,7 @@ from twofold.calibrate import Moments
 from twofold.errors import TwofoldError
 from twofold.linalg import KnownRoots, Spectrum, decompose, truncate, truncation_loss
 from twofold.nn import CompactLinear, FactoredLinear
+from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.plan import Plan, PlanEntry, rank_cost
 from twofold.progress import Tick, progress
@@ -242,6 +243,7 @@ def apply_plan(
             notes += [note] if note is not None else []
             if layer is not None:
                 replaced[entry.name] = replace_module(model, entry.name, layer)
+    hold_bases(model)
     entries = [done[entry.name] for entry in plan.entries]
     return plan.model_copy(update={"entries": entries, "notes": notes}), replaced
 
@@ -256,6 +258,7 @@ def put_back(model: nn.Module, names: list[str]) -> Iterator[None]:
         for name, module in before.items():
             if model.get_submodule(name) is not module:
                 replace_module(model, name, module)
+        hold_bases(model)
 
 
 @contextmanager

@@ -9,12 +9,12 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.models import LoadedModel, load_skeleton, survey
-from twofold.nn import CompactLinear
+from twofold.nn import CompactLinear, SharedBasis
 from twofold.targets import Targets, find_groups, list_weights
 
 
 class Weight(pydantic.BaseModel, extra="forbid"):
-    """One parameter, or one factored layer."""
+    """One parameter, one factored layer, or one basis that factored layers share."""
 
     name: str
     kind: str
@@ -78,7 +78,15 @@ def inspect_model(
             )
         )
         numbers += layer.numbers
+    bases = {n: m for n, m in model.named_modules() if isinstance(m, SharedBasis)}
+    for basis_name, basis in bases.items():
+        shape = [basis.rank, basis.in_features]
+        weights.append(
+            Weight(name=basis_name, kind="basis", shape=shape, numbers=basis.numbers, what=basis.words, group=None)
+        )
+        numbers += basis.numbers
     factors = tuple(f"{n}.{child}." for n, layer in layers.items() for child in layer.CHILDREN)
+    factors += tuple(f"{n}.{child}." for n, basis in bases.items() for child in basis.CHILDREN)
     for entry in targets.dense:
         if entry.name.startswith(factors):
             continue

@@ -266,11 +266,13 @@ def with_structures(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Ta
     if not kinds:
         return targets
     if any(parameter.is_meta for parameter in model.parameters()):
-        return find_structures(model, targets, kinds, None, recipe.form)
+        return find_structures(model, targets, kinds, None, recipe.form, recipe.share_blocks, recipe.overrides)
     ids = few_tokens(model)
     with _on_text_alone(model), torch.no_grad():
         model(input_ids=ids)
-    return find_structures(model, targets, kinds, lambda: model(input_ids=ids), recipe.form)
+    return find_structures(
+        model, targets, kinds, lambda: model(input_ids=ids), recipe.form, recipe.share_blocks, recipe.overrides
+    )
 
 
 def decompose(

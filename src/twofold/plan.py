@@ -17,10 +17,13 @@ from twofold.allocate.base import cheapest
 from twofold.budget import Budget, ModelSize, parse_budget, target_budget
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_rank, gauge_storage, plain_storage
+from twofold.nn import SharedBasis
+from twofold.nn.shared_linear import basis_storage
 from twofold.objectives import get_objective
 from twofold.recipe import Override, Recipe
 from twofold.structures.options import check_structural, forced_size, sizes_at, structure_candidate
-from twofold.targets import Target, Targets, matches
+from twofold.structures.sharing import alone_notes
+from twofold.targets import Target, Targets, last_match, matches
 
 
 class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
@@ -34,7 +37,11 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     group: str  # the first target that shares its input
     rank: PositiveInt | None  # None: dense
     # "gauge": rows or columns, chosen when it is factorized; for kept-rows and kept-columns the rank is how many
-    form: Literal["plain", "rows", "columns", "gauge", "kept-rows", "kept-columns"] | None
+    form: (
+        Literal["plain", "rows", "columns", "gauge", "kept-rows", "kept-columns", "shared-plain", "shared-columns"]
+        | None
+    )
+    basis: str | None = None  # that it shares with others: each of them counts an equal part of it
     columns: NonNegativeInt = 0  # of the inputs that are dense beside the factors
     transposed: bool
     bias: bool
@@ -48,7 +55,10 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     @pydantic.model_validator(mode="after")
     def _possible(self) -> PlanEntry:
         full = min(self.out_features, self.in_features)
-        largest = {"kept-rows": self.out_features, "kept-columns": self.in_features}.get(self.form or "", full)
+        wide = dict.fromkeys(("kept-columns", *SharedBasis.FORMS), self.in_features)
+        largest = {"kept-rows": self.out_features, **wide}.get(self.form or "", full)
+        if (self.form in SharedBasis.FORMS) != (self.basis is not None):
+            raise ValueError(f"the form {self.form} does not go with the shared basis {self.basis}")
         if self.rank is not None and self.rank > largest:
             raise ValueError(f"the rank {self.rank} is above the full rank of {self.out_features} × {self.in_features}")
         return self
@@ -56,6 +66,13 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     @property
     def keep(self) -> float:
         return self.numbers_after / self.numbers_before
+
+    @property
+    def multiplications(self) -> int:
+        """For one token: as many as it stores, but for a shared basis, which each of its layers applies in full."""
+        if self.rank is None or (self.form != "shared-plain" and self.form != "shared-columns"):
+            return self.numbers_after
+        return self.rank * self.out_features + basis_storage(self.form, self.in_features, self.rank)
 
 
 class DenseEntry(pydantic.BaseModel, extra="forbid"):
@@ -105,6 +122,11 @@ class Plan(pydantic.BaseModel, extra="forbid"):
         return sum(entry.numbers_after for entry in self.entries)
 
     @property
+    def multiplications_after(self) -> int:
+        """By the targeted weights, for one token."""
+        return sum(entry.multiplications for entry in self.entries)
+
+    @property
     def dense_numbers(self) -> int:
         return sum(entry.numbers for entry in self.dense)
 
@@ -119,12 +141,14 @@ class Plan(pydantic.BaseModel, extra="forbid"):
     @property
     def order_numbers(self) -> int:
         """The integers (four bytes each) that the forms add."""
-        return sum(
+        shared = {e.basis: e.in_features for e in self.entries if e.form == "shared-columns"}
+        own = sum(
             order_length(e.form, e.out_features, e.in_features - e.columns, e.rank)
             + (e.in_features if e.columns else 0)
             for e in self.entries
             if e.rank is not None
         )
+        return own + sum(shared.values())
 
     @property
     def bytes_before(self) -> int:
@@ -180,7 +204,7 @@ class Plan(pydantic.BaseModel, extra="forbid"):
 
 
 def order_length(form: str | None, out_features: int, in_features: int, rank: int) -> int:
-    """The length of the integer order that a form stores; for a form not chosen yet, the longer of the two."""
+    """The length of the integer order that a weight stores by itself; for a form not chosen yet, the longer of the two."""
     return {
         "rows": out_features, "columns": in_features, "gauge": max(out_features, in_features),
         "kept-rows": rank, "kept-columns": rank,
@@ -231,7 +255,7 @@ def make_plan(
     Raises:
         TwofoldError: if the budget can't be met, or an override fits no target.
     """
-    notes: list[str] = []
+    notes = alone_notes(targets.structures)
     allocate = recipe.allocate
     check_structural(recipe, bool(targets.structures))
     if spectra is None and allocate != "uniform":
@@ -331,7 +355,7 @@ def _options(
     for target in targets.targets:
         values = None if spectra is None else np.asarray(spectra[target.name], dtype=np.float64)
         numerical = None if values is None else int((values > 0).sum())
-        override = _override_of(target, recipe.overrides)
+        override = last_match(target.name, recipe.overrides)
         ranks = possible_ranks(target, form, multiple, recipe.min_rank, numerical)
         if values is None:
             tails = np.zeros(min(target.out_features, target.in_features) + 1)
@@ -362,15 +386,6 @@ def _options(
 
 def _is_bytes(budget: str) -> bool:
     return parse_budget(budget)[1] == "bytes"
-
-
-def _override_of(target: Target, overrides: Mapping[str, Override]) -> Override | None:
-    """The last override whose pattern matches."""
-    found = None
-    for pattern, override in overrides.items():
-        if matches(target.name, [pattern]):
-            found = override
-    return found
 
 
 def _forced(target: Target, override: Override, candidate: Candidate, form: str) -> Choice:
@@ -428,7 +443,7 @@ def _structure_options(
         length = structure.units * structure.members[-1].per_unit
         values = np.zeros(length) if spectra is None else np.asarray(spectra[structure.name], dtype=np.float64)
         tails = np.append(np.cumsum(values[::-1])[::-1], 0.0)
-        weight = 1.0 / tails[0] if relative and tails[0] > 0 else 1.0
+        weight = structure.layers / tails[0] if relative and tails[0] > 0 else 1.0
         element = element_bytes if in_bytes else 1
         candidate = structure_candidate(targets, structure, tails, recipe, element, in_bytes, weight)
         forced = forced_size(structure, candidate, recipe.overrides)
@@ -456,11 +471,10 @@ def _structure_entries(
             last = one.member.name == structure.name
             lost = float(max(tails[one.kept], 0.0)) if last and one.kept is not None else 0.0
             losses = (lost, float(tails[0]) if last else 0.0) if measured else None
-            reason = _reason(one.kept, structure.name in overrides, recipe)
-            if not last:
-                reason += f", together with {structure.name}"
-            entry = _written(one.target, one.kept, one.member.form, one.numbers, losses, reason, targets)
-            found[one.target.name] = entry
+            reason = _reason(one.kept, structure.name in overrides, recipe) + structure.words(last, one.kept is None)
+            found[one.target.name] = _written(
+                one.target, one.kept, one.member.form, one.numbers, losses, reason, targets, structure.basis
+            )
     return [found[target.name] for target in targets.targets]
 
 
@@ -483,6 +497,7 @@ def _written(
     losses: tuple[float, float] | None,  # left out, in all
     reason: str,
     targets: Targets,
+    basis: str | None = None,
 ) -> PlanEntry:
     return PlanEntry(
         name=target.name,
@@ -493,6 +508,7 @@ def _written(
         group=targets.groups.get(target.name, target.name),
         rank=rank,
         form=None if rank is None else form,  # type: ignore[arg-type]
+        basis=None if rank is None else basis,
         transposed=target.transposed,
         bias=target.bias,
         numbers_before=target.size,

@@ -70,9 +70,13 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     objective: Annotated[
         str,
         Field(
-            description="what a rank is chosen to preserve: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns"
+            description="what a rank is chosen to preserve: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns, "
+            "basis-sharing"
         ),
     ] = "two-sided"
+    share_blocks: Annotated[
+        int, Field(ge=1, description="basis-sharing: blocks in a row whose weights of one kind share a basis")
+    ] = 2
     allocate: Annotated[
         str,
         Field(

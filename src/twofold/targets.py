@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
-from twofold.nn import CompactLinear
+from twofold.nn import CompactLinear, SharedBasis
 
 if TYPE_CHECKING:
     from twofold.structures.base import Structure
 
 SMALLEST = 8  # a weight with fewer rows or columns is left dense
+BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")  # the number in a name that tells the block
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,7 @@ class Target:
     @property
     def layer(self) -> int | None:
         """The first number in the name: which block the weight stands in."""
-        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.name)
-        return int(found.group(1)) if found else None
+        return block_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,16 @@ class Targets:
     ] = ()  # targets whose sizes are chosen together; if there are any, all belong to one
 
     def without(self, reasons: dict[str, str]) -> Targets:
-        """The same with some targets left dense, each for its reason; those that are cut together with them stay dense too."""
+        """The same with some targets left dense, each for its reason; those that can't be cut without them stay dense too."""
         reasons, whole = dict(reasons), []
         for structure in self.structures:
             names = [member.name for member in structure.members]
-            gone = next((name for name in names if name in reasons), None)
-            if gone is None:
-                whole.append(structure)
+            gone = [name for name in names if name in reasons]
+            rest = structure.less(gone) if gone else structure
+            if rest is not None:
+                whole.append(rest)
             else:
-                reasons = {**dict.fromkeys(names, f"cut together with {gone}, which stays dense"), **reasons}
+                reasons = {**dict.fromkeys(names, f"cut together with {gone[0]}, which stays dense"), **reasons}
         left = [t for t in self.targets if t.name not in reasons]
         dropped = [
             DenseWeight(f"{t.name}.weight", (t.out_features, t.in_features), reasons[t.name])
@@ -108,6 +111,18 @@ class Targets:
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Say whether a module's name matches a pattern: a glob on the whole name or on its last parts."""
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
+
+
+def last_match(name: str, by_pattern: Mapping[str, T]) -> T | None:
+    """What the last pattern that a module's name matches stands for; None if there is none."""
+    found = [value for pattern, value in by_pattern.items() if matches(name, [pattern])]
+    return found[-1] if found else None
+
+
+def block_of(name: str) -> int | None:
+    """The first number in a name, None if there is none."""
+    found = BLOCK.search(name)
+    return int(found.group(1)) if found else None
 
 
 def dense_weight(
@@ -163,7 +178,7 @@ def list_weights(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    factored = {name for name, module in model.named_modules() if isinstance(module, CompactLinear)}
+    factored = {name for name, module in model.named_modules() if isinstance(module, CompactLinear | SharedBasis)}
     for pattern in [*include, *exclude]:
         if not any(matches(name, [pattern]) for name in linear):
             raise TwofoldError(

@@ -1,12 +1,13 @@
 """The plug-in by which transformers loads and saves factored models: ``quant_method: twofold`` in config.json.
 
 It serves every architecture and Auto class: before the weights are loaded, the linear layers that the configuration names are
-replaced, on the meta device, by ``FactoredLinear`` or ``SlicedLinear`` of the stored size and form.
+replaced, on the meta device, by ``FactoredLinear``, ``SlicedLinear`` or ``SharedLinear`` of the stored size and form.
 """
 
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from twofold.errors import TwofoldError
-from twofold.nn import CompactLinear, DenseColumnsLinear, FactoredLinear, SlicedLinear
+from twofold.nn import CompactLinear, DenseColumnsLinear, FactoredLinear, SharedBasis, SharedLinear, SlicedLinear
+from twofold.nn.shared_linear import hold_bases
 from twofold.silence import silence
 from twofold.targets import replace_module
 
@@ -23,13 +25,14 @@ with silence():
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 METHOD = "twofold"
-FORMAT_VERSION = 2  # 2: sliced layers, and dense columns
+FORMAT_VERSION = 3  # 2: sliced layers, and dense columns; 3: shared bases
 
 
 @register_quantization_config(METHOD)
 class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Which modules are smaller, and how: name → {"rank": r, "form": "rows" | "columns" | "plain"} for factored ones ("columns"
-    too if some are dense), and {"kept": k, "form": "kept-rows" | "kept-columns"} for sliced ones.
+    too if some are dense), {"kept": k, "form": "kept-rows" | "kept-columns"} for sliced ones, and {"rank": r, "form":
+    "shared-plain" | "shared-columns", "basis": name} for those that share a basis with others.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
             getattr(model.config, "architectures", None) or ()
         )  # the class that was saved
         found = 0
+        bases: dict[str, SharedBasis] = {}
         stored_modules = self.quantization_config.modules.items()
         for stored, settings in sorted(stored_modules, key=lambda item: not item[0].startswith(f"{prefix}.")):
             name = _find(stored, modules, prefix)
@@ -98,8 +102,9 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"the checkpoint factorizes {stored}, which {type(model).__name__} does not have; "
                     "its config.json does not fit this model"
                 )
-            replace_module(model, name, _skeleton(modules[name], name, settings))
+            replace_module(model, name, _skeleton(modules[name], name, settings, bases))
             found += 1
+        hold_bases(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Refuse factors of another shape than the configuration says, and those that were not in the checkpoint.
@@ -109,7 +114,7 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             TwofoldError: naming the first one.
         """
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, CompactLinear)}
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, CompactLinear | SharedBasis)}
         children = {
             f"{name}.{child}": getattr(layer, child) for name, layer in layers.items() for child in layer.CHILDREN
         }
@@ -154,6 +159,7 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if isinstance(module, CompactLinear):
                 replace_module(model, name, dense_module(module, dtype))  # type: ignore[arg-type]
+        hold_bases(model)
         return model
 
 
@@ -168,8 +174,12 @@ def _find(stored: str, modules: dict[str, nn.Module], prefix: str) -> str | None
     return None
 
 
-def _skeleton(module: nn.Module, name: str, settings: dict[str, Any]) -> CompactLinear:
-    """An empty smaller layer in the place of a dense one, on its device."""
+def _skeleton(module: nn.Module, name: str, settings: dict[str, Any], bases: dict[str, SharedBasis]) -> CompactLinear:
+    """An empty smaller layer in the place of a dense one, on its device.
+
+    Args:
+        bases: by their names, those of the layers before; one that is not among them is added.
+    """
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
     elif isinstance(module, nn.Linear):
@@ -177,29 +187,58 @@ def _skeleton(module: nn.Module, name: str, settings: dict[str, Any]) -> Compact
     else:
         raise TwofoldError(f"the checkpoint factorizes {name}, which is a {type(module).__name__} and no linear layer")
     stored = settings if isinstance(settings, dict) else {}
-    sliced = stored.get("form") in SlicedLinear.FORMS
-    size, what = ("kept", "how much it keeps") if sliced else ("rank", "its rank")
-    kind: type[CompactLinear] = SlicedLinear if sliced else FactoredLinear
-    columns: dict[str, Any] = {}
-    if "columns" in stored and not sliced:
-        kind, columns = DenseColumnsLinear, {"columns": stored["columns"]}
+    kept: dict[str, Any] = {"bias": module.bias is not None, "transposed": isinstance(module, Conv1D)}
+    kept |= {"device": module.weight.device, "dtype": module.weight.dtype}
     try:
-        whole = [stored.get(size), *columns.values()]
-        if any(type(number) is not int for number in whole) or stored.keys() - {size, "form", *columns}:
-            raise TypeError(f"it must have a whole number as {what}, and a form, got {reprlib.repr(settings)}")
-        return kind(  # type: ignore[call-arg]
-            in_features,
-            out_features,
-            settings[size],
-            form=settings.get("form", "plain"),
-            bias=module.bias is not None,
-            transposed=isinstance(module, Conv1D),
-            device=module.weight.device,
-            dtype=module.weight.dtype,
-            **columns,
-        )
+        if "basis" in stored:
+            basis = _basis(in_features, stored, bases, module.weight)
+            return SharedLinear(basis, out_features, **kept)
+        sliced = stored.get("form") in SlicedLinear.FORMS
+        size, what = ("kept", "how much it keeps") if sliced else ("rank", "its rank")
+        kind: type[CompactLinear] = SlicedLinear if sliced else FactoredLinear
+        columns: dict[str, Any] = {}
+        if "columns" in stored and not sliced:
+            kind, columns = DenseColumnsLinear, {"columns": stored["columns"]}
+        _check_settings(settings, what, {size, *columns}, {"form"})
+        form = settings.get("form", "plain")
+        return kind(in_features, out_features, settings[size], form=form, **kept, **columns)  # type: ignore[call-arg]
     except (ValueError, TypeError) as error:
         raise TwofoldError(f"the plan of {name} in the checkpoint does not fit: {error}") from error
+
+
+def _check_settings(settings: Any, what: str, numbers: Set[str], others: Set[str]) -> None:
+    """Refuse settings of a layer whose numbers are none, or that there are not.
+
+    Raises:
+        TypeError: with what it must have.
+    """
+    stored = settings if isinstance(settings, dict) else {}
+    if any(type(stored.get(key)) is not int for key in numbers) or stored.keys() - numbers - others:
+        raise TypeError(f"it must have a whole number as {what}, and a form, got {reprlib.repr(settings)}")
+
+
+def _basis(
+    in_features: int, settings: dict[str, Any], bases: dict[str, SharedBasis], weight: torch.Tensor
+) -> SharedBasis:
+    """The empty basis that a layer names, made if it is the first one to, on the device of a weight.
+
+    Raises:
+        TypeError: if it names none.
+        ValueError: if the rank does not fit, or a layer before it says otherwise.
+    """
+    _check_settings(settings, "its rank", {"rank"}, {"form", "basis"})
+    name, form = settings["basis"], settings.get("form")
+    if type(name) is not str or not name or "." in name:
+        raise TypeError(f"it must have the name of its basis, without dots, got {reprlib.repr(name)}")
+    if name not in bases:
+        bases[name] = SharedBasis(name, in_features, settings["rank"], form, weight.device, weight.dtype)  # type: ignore[arg-type]
+    basis = bases[name]
+    if (in_features, settings["rank"], form) != (basis.in_features, basis.rank, basis.form):
+        raise ValueError(
+            f"the basis {reprlib.repr(name)} has {basis.in_features} inputs, rank {basis.rank} and the form {basis.form} in "
+            f"another layer, here it has {in_features} inputs, rank {settings['rank']} and the form {reprlib.repr(form)}"
+        )
+    return basis
 
 
 def dense_module(layer: CompactLinear, dtype: torch.dtype | None = None) -> nn.Module:
@@ -224,8 +263,9 @@ def attach(model: Any) -> None:
     from twofold.version import __version__
 
     modules = {name: module.settings() for name, module in model.named_modules() if isinstance(module, CompactLinear)}
-    newer = any(settings.keys() & {"kept", "columns"} for settings in modules.values())
-    config = TwofoldConfig(modules, FORMAT_VERSION if newer else 1, __version__)  # the oldest that can read it
+    said = {key for settings in modules.values() for key in settings}
+    version = 3 if "basis" in said else 2 if said & {"kept", "columns"} else 1  # the oldest that can read it
+    config = TwofoldConfig(modules, version, __version__)
     model.config.quantization_config = config
     model.hf_quantizer = TwofoldQuantizer(config)
     model.is_quantized = True

@@ -65,8 +65,8 @@ def print_sizes(plan: Plan) -> None:
             [
                 "multiplications a token, factorized weights",
                 millions(plan.target_before),
-                millions(plan.target_after),
-                f"{plan.keep:.2%}",
+                millions(plan.multiplications_after),
+                f"{plan.multiplications_after / plan.target_before:.2%}",
             ],
             [
                 "factorized weights, bytes",

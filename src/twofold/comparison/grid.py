@@ -71,7 +71,8 @@ class Grid(pydantic.BaseModel, extra="forbid"):
         BeforeValidator(_several),
         Field(
             min_length=1,
-            description="objectives, with commas between: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns",
+            description="objectives, with commas between: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns, "
+            "basis-sharing",
         ),
     ] = ["two-sided"]
     allocate: Annotated[

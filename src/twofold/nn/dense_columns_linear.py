@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twofold.nn.factored_linear import FactoredLinear, Form, ordered
+from twofold.nn.factored_linear import FactoredLinear, Form, is_order, ordered
 
 
 class DenseColumnsLinear(FactoredLinear):
@@ -91,9 +91,7 @@ class DenseColumnsLinear(FactoredLinear):
         wrong = super().index_error()
         if wrong is not None or self.split.is_meta:
             return wrong
-        whole = torch.arange(self.in_features, device=self.split.device)
-        ordered = not self.split.is_floating_point() and self.split.shape == whole.shape
-        if ordered and torch.equal(self.split.sort().values.long(), whole):
+        if is_order(self.split, self.in_features):
             return None
         return f"split in the checkpoint is no order of its {self.in_features} columns"
 

@@ -105,10 +105,9 @@ class FactoredLinear(CompactLinear):
         layer = layer.to_empty(device=left.device)
         with torch.no_grad():
             if gauge is None:
-                # Share the scale between the factors: neither overflows a narrow dtype.
-                balance = (left.norm(dim=0) / right.norm(dim=1).clamp_min(1e-30)).clamp(1e-30, 1e30).sqrt()
-                layer.reduce.weight.copy_(right * balance[:, None])
-                layer.expand.weight.copy_(left / balance)
+                left, right = balanced(left, right)
+                layer.reduce.weight.copy_(right)
+                layer.expand.weight.copy_(left)
             else:
                 layer.reduce.weight.copy_(gauge.reduce)
                 layer.expand.weight.copy_(gauge.expand)
@@ -138,12 +137,7 @@ class FactoredLinear(CompactLinear):
         if order is None or order.is_meta:
             return None
         length = self.out_features if self.form == "rows" else self.factored_inputs
-        whole = torch.arange(length, device=order.device)
-        if (
-            not order.is_floating_point()
-            and order.shape == whole.shape
-            and torch.equal(order.sort().values.long(), whole)
-        ):
+        if is_order(order, length):
             return None
         return f"order in the checkpoint is no order of its {length} {self.form}"
 
@@ -183,6 +177,22 @@ class FactoredLinear(CompactLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"form={self.form}, bias={self.bias is not None}, keep={self.keep:.3f}"
         )
+
+
+def balanced(
+    left: Tensor,  # (m, r)
+    right: Tensor,  # (r, n)
+) -> tuple[Tensor, Tensor]:
+    """The same product with the scale shared between its factors, so that neither overflows a narrow dtype."""
+    balance = (left.norm(dim=0) / right.norm(dim=1).clamp_min(1e-30)).clamp(1e-30, 1e30).sqrt()
+    return left / balance, right * balance[:, None]
+
+
+def is_order(order: Tensor, length: int) -> bool:
+    """Whether a tensor holds each of the integers below ``length`` once."""
+    whole = torch.arange(length, device=order.device)
+    fits = not order.is_floating_point() and order.shape == whole.shape
+    return fits and torch.equal(order.sort().values.long(), whole)
 
 
 class _Order(torch.autograd.Function):

@@ -45,7 +45,7 @@ class Problem:
 
 
 Build = Callable[[Tensor, LayerMoments, float], Problem]
-StructureKind = Literal["mlp", "value-output", "query-key", "dense-columns"]
+StructureKind = Literal["mlp", "value-output", "query-key", "dense-columns", "shared-basis"]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import nn
 from twofold.errors import TwofoldError
 from twofold.evaluation import gives_logits
 from twofold.models import LoadedModel, survey
+from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import get_objective
 from twofold.progress import say
 from twofold.recipe import Recipe
@@ -38,7 +39,7 @@ def check_refinements(recipe: Recipe) -> None:
         needs = get_refinement(name).needs
         if objective.structures and name != "distill":
             raise TwofoldError(
-                f"{name} works on weights that are products of two, and those of {recipe.objective} are not; "
+                f"{name} works on weights that are products of two of their own, and those of {recipe.objective} are not; "
                 "use --refine distill"
             )
         if "inputs" in needs and "input" not in objective.needs:
@@ -117,12 +118,14 @@ def refine(
             f"{belongs} {recipe.refine[: i + 1]}",
             quiet,
         )
-        before = {name: copy.deepcopy(model.get_submodule(name)) for name in replaced}
+        # In one call, so that layers that share a basis share its copy.
+        before = copy.deepcopy({name: model.get_submodule(name) for name in replaced})
         entries, notes = list(prepared.plan.entries), list(prepared.plan.notes)
         refined = get_refinement(name).run(task)
         if not math.isfinite(refined.loss_after) or refined.loss_after > refined.loss_before:
             for place, module in before.items():
                 replace_module(model, place, module)
+            hold_bases(model)
             prepared.plan.entries[:], prepared.plan.notes[:] = entries, notes
             refined = refined.model_copy(update={"ended": f"{refined.ended}; it was taken back, since it did harm"})
             if not quiet:

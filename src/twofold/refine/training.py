@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.errors import TwofoldError
-from twofold.nn import CompactLinear
+from twofold.nn import CompactLinear, SharedBasis
 from twofold.progress import progress, say
 
 WARM_UP = 0.05  # share of the steps in which the rate rises
@@ -44,8 +44,8 @@ class Trained:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The factors and parts, with the biases of their layers. All else is shared with the dense model and stays as it is."""
-    factors = {id(p) for m in model.modules() if isinstance(m, CompactLinear) for p in m.parameters()}
+    """The factors, bases and parts, with the biases of their layers. All else is the dense model's too and stays as it is."""
+    factors = {id(p) for m in model.modules() if isinstance(m, CompactLinear | SharedBasis) for p in m.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in factors}
 
 

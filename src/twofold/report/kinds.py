@@ -108,6 +108,8 @@ def by_kind(plan: Plan) -> list[Group]:
 def made_of(plan: Plan) -> str:
     """What became of the weights that are smaller now."""
     sliced = any(entry.form in ("kept-rows", "kept-columns") for entry in plan.entries)
+    if any(entry.basis is not None for entry in plan.entries):
+        return "products of two smaller ones, one of which serves several blocks"
     return "smaller dense ones, with some of their rows or columns" if sliced else "products of two smaller ones"
 
 

@@ -1,8 +1,8 @@
-"""What a structure is: weights of one block whose sizes are chosen together, since one makes what the other reads."""
+"""What a structure is: weights whose sizes are chosen together, since one makes what the other reads, or they share a part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold.nn import CompactLinear
+from twofold.nn.shared_linear import SharedForm
 from twofold.nn.sliced_linear import SlicedForm
 from twofold.objectives.base import StructureKind
 
@@ -24,7 +25,7 @@ class Member:
     """One weight of a structure."""
 
     name: str
-    form: SlicedForm | Literal["gauge", "plain"]  # what of it is kept, or how it is factored
+    form: SlicedForm | SharedForm | Literal["gauge", "plain"]  # what of it is kept, or how it is factored
     per_unit: int  # the rows, columns or ranks that one unit is
 
 
@@ -33,8 +34,8 @@ class Structure:
     """Weights that are cut together.
 
     A unit is what is kept or dropped: a hidden unit of an MLP, a dimension of every head of an attention, or a pair of them that
-    rotary embeddings turn together. For a weight with dense columns, alone in its structure, it is the storage of a rank. The
-    last member gives the structure its name, and the plan's losses stand with it.
+    rotary embeddings turn together. For a weight with dense columns, alone in its structure, it is the storage of a rank; for
+    weights with a common basis it is a rank. The last member gives the structure its name, and the plan's losses stand with it.
     """
 
     kind: StructureKind
@@ -49,11 +50,38 @@ class Structure:
     def name(self) -> str:
         return self.members[-1].name
 
+    @property
+    def basis(self) -> str | None:
+        """The name of what the members store in common, if they do."""
+        return None
+
+    @property
+    def layers(self) -> int:
+        """How many layers its losses are of."""
+        return 1
+
+    def words(self, last: bool, dense: bool) -> str:
+        """What the reason of a member in the plan says of the structure."""
+        return "" if last else f", together with {self.name}"
+
+    def common_numbers(self, units: int) -> int:
+        """The numbers that the members store in common, beside their own."""
+        return 0
+
+    @property
+    def common_integers(self) -> int:
+        """The integers that they store in common."""
+        return 0
+
+    def less(self, gone: Collection[str]) -> Structure | None:
+        """The structure of those that are left when some stay dense; None if it takes all of them."""
+        return None
+
 
 class Cut(Protocol):
     """A structure that is ready to be cut to any size."""
 
-    losses: Tensor  # (units + 1,), of keeping 0, 1, … units
+    losses: Tensor  # (units + 1,), of keeping 0, 1, … units; or longer
 
     def layers(self, units: int, stored: torch.dtype) -> tuple[Mapping[str, CompactLinear], float]:
         """The layers of one size by the names of the members, and the loss that was measured from what they store."""

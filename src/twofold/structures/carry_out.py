@@ -10,7 +10,7 @@ from torch import nn
 
 from twofold.calibrate import Moments
 from twofold.errors import TwofoldError
-from twofold.nn import CompactLinear, DenseColumnsLinear, FactoredLinear
+from twofold.nn import CompactLinear, DenseColumnsLinear, FactoredLinear, SharedLinear
 from twofold.objectives.base import StructureKind
 from twofold.plan import PlanEntry
 from twofold.progress import Tick, progress
@@ -18,11 +18,14 @@ from twofold.spectra import Spectra
 from twofold.structures.base import Cut, Prepare, Structure
 from twofold.structures.dense_columns import CutColumns
 from twofold.structures.mlp import CutMLP
+from twofold.structures.options import even_shares
 from twofold.structures.query_key import CutQueries
+from twofold.structures.shared_basis import CutShared
 from twofold.structures.value_output import CutValues
 
 KINDS: dict[StructureKind, Prepare] = {
     "mlp": CutMLP, "value-output": CutValues, "query-key": CutQueries, "dense-columns": CutColumns,
+    "shared-basis": CutShared,
 }  # fmt: skip
 
 
@@ -72,30 +75,45 @@ def cut_entries(
     """Cut structures of a model that is in memory, one after another; gives their entries as they were carried out."""
     by_name = {entry.name: entry for entry in entries}
     for structure in structures:
-        last = structure.members[-1]
         rank = by_name[structure.name].rank
         made: Mapping[str, CompactLinear] = {}
         measured = 0.0
         if rank is not None:
             cut = prepare(structure, model, moments, damping)
-            made, measured = cut.layers(rank // last.per_unit, stored)
-        for member in structure.members:
-            update: dict[str, Any] = {}
-            note = None
-            entry, layer = by_name[member.name], made.get(member.name)
+            made, measured = cut.layers(rank // structure.members[-1].per_unit, stored)
+        for i, member in enumerate(structure.members):
+            entry, layer, note = by_name[member.name], made.get(member.name), None
             if layer is not None:
-                update = {"measured_loss": measured if member is last else 0.0}
-            if isinstance(layer, FactoredLinear):  # the plan says how much it may store
-                columns = layer.columns if isinstance(layer, DenseColumnsLinear) else 0
-                update |= {"rank": layer.rank, "form": layer.form, "columns": columns, "numbers_after": layer.numbers}
-                if entry.form == "gauge" and layer.form == "plain":
-                    note = (
-                        f"{entry.name}: no bounded gauge form, so plain factors of rank {layer.rank} and {columns} dense columns "
-                        f"take the place of rank {entry.rank}"
-                    )
-                    update |= {
-                        "predicted_loss": measured,
-                        "reason": f"{entry.reason}; plain factors, no bounded gauge form",
-                    }
-            yield entry.model_copy(update=update), layer, note
+                entry, note = _carried_out(structure, i, entry, layer, measured)
+            yield entry, layer, note
             tick()
+
+
+def _carried_out(
+    structure: Structure, place: int, entry: PlanEntry, layer: CompactLinear, measured: float
+) -> tuple[PlanEntry, str | None]:
+    """The entry of a member as it became, and a note where the gauge form had to give way.
+
+    Args:
+        place: of the member in its structure; the losses stand with the last one.
+    """
+    last = place == len(structure.members) - 1
+    update: dict[str, Any] = {"measured_loss": measured if last else 0.0}
+    if isinstance(layer, SharedLinear):
+        share = even_shares(layer.basis.numbers, len(structure.members))[place]
+        update |= {"rank": layer.rank, "form": layer.form, "numbers_after": layer.numbers + share}
+    elif isinstance(layer, FactoredLinear):  # the plan says how much it may store
+        columns = layer.columns if isinstance(layer, DenseColumnsLinear) else 0
+        update |= {"rank": layer.rank, "form": layer.form, "columns": columns, "numbers_after": layer.numbers}
+    note = None
+    if (entry.form, layer.form) in (("gauge", "plain"), ("shared-columns", "shared-plain")):
+        dense = f" and {update['columns']} dense columns" if update.get("columns") else ""
+        note = (
+            f"{entry.name}: no bounded gauge form, so plain factors of rank {update['rank']}{dense} take the place of rank "
+            f"{entry.rank}"
+        )
+        update |= {
+            "predicted_loss": measured if last else 0.0,
+            "reason": f"{entry.reason}; plain factors, no bounded gauge form",
+        }
+    return entry.model_copy(update=update), note

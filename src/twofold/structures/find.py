@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
@@ -12,9 +12,11 @@ from torch import nn
 
 from twofold.errors import TwofoldError
 from twofold.objectives.base import StructureKind
+from twofold.recipe import Override
 from twofold.structures.base import Structure
 from twofold.structures.check import confirm
 from twofold.structures.roles import alone, candidates
+from twofold.structures.sharing import share_bases
 from twofold.targets import Targets
 
 
@@ -24,12 +26,16 @@ def find_structures(
     kinds: Collection[StructureKind],
     run: Callable[[], object] | None,
     form: Literal["gauge", "plain"] = "gauge",
+    blocks: int = 2,
+    overrides: Mapping[str, Override] | None = None,
 ) -> Targets:
     """The targets that can be cut together, with their structures; the others are dense, each with the reason.
 
     Args:
         form: how weights that are factored store a rank.
         run: runs the model on a few tokens; None for a model without weights, whose structures can't be confirmed.
+        blocks: so many in a row share a basis.
+        overrides: by pattern; weights that are treated in different ways share none.
 
     Raises:
         TwofoldError: if no weight belongs to a structure.
@@ -41,6 +47,8 @@ def find_structures(
     try:
         if "dense-columns" in kinds:
             structures += alone(targets.targets, form)
+        if "shared-basis" in kinds:
+            structures += share_bases(targets, form, blocks, overrides or {})
         for candidate in candidates(model, targets.targets, kinds):
             structure, reason = (candidate, None) if run is None else confirm(model, candidate, run)
             if reason is None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from twofold.allocate import Candidate, Choice
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_storage, plain_storage
+from twofold.nn import SharedBasis
 from twofold.recipe import Override, Recipe
 from twofold.structures.base import Member, Structure
 from twofold.targets import Target, Targets, matches
@@ -37,19 +38,22 @@ class MemberSize:
 
     target: Target
     member: Member
-    kept: int | None  # rows or columns; None: dense
+    kept: int | None  # rows, columns or ranks; None: dense
+    common: int = 0  # its share of the numbers that the members store in common
 
     @property
     def numbers(self) -> int:
-        return self.target.size if self.kept is None else cost(self.target, self.member, self.kept)
+        return self.target.size if self.kept is None else cost(self.target, self.member, self.kept) + self.common
 
 
 def cost(target: Target, member: Member, kept: int) -> int:
-    """The numbers that so many rows, columns or ranks of a weight store."""
+    """The numbers that so many rows, columns or ranks of a weight store by themselves."""
     if member.form == "gauge":
         return gauge_storage(target.out_features, target.in_features, kept)
     if member.form == "plain":
         return plain_storage(target.out_features, target.in_features, kept)
+    if member.form in SharedBasis.FORMS:
+        return kept * target.out_features
     return kept * (target.in_features if member.form == "kept-rows" else target.out_features)
 
 
@@ -57,16 +61,25 @@ def integers(target: Target, member: Member, kept: int) -> int:
     """The integers that are stored beside them, at the most."""
     if member.form == "gauge":
         return target.in_features + max(target.out_features, target.in_features)
+    if member.form in SharedBasis.FORMS:
+        return 0
     return target.in_features if member.form == "plain" else kept
 
 
 def sizes_at(targets: Targets, structure: Structure, units: int | None) -> list[MemberSize]:
     """What each weight of a structure keeps at a number of units; None: dense."""
     by_name = {target.name: target for target in targets.targets}
+    shares = even_shares(0 if units is None else structure.common_numbers(units), len(structure.members))
     return [
-        MemberSize(by_name[member.name], member, None if units is None else units * member.per_unit)
-        for member in structure.members
+        MemberSize(by_name[member.name], member, None if units is None else units * member.per_unit, share)
+        for member, share in zip(structure.members, shares, strict=True)
     ]
+
+
+def even_shares(numbers: int, parts: int) -> list[int]:
+    """Whole shares that differ by one at the most, and whose sum is the whole."""
+    each, over = divmod(numbers, parts)
+    return [each + (i < over) for i in range(parts)]
 
 
 def structure_candidate(
@@ -83,10 +96,13 @@ def structure_candidate(
     units = units[units > 0]
     aligned = units[units % recipe.rank_multiple == 0]
     units = aligned if len(aligned) else units[:1]
+    if structure.kind == "shared-basis" and tails[0] > 0:
+        units = units[: int((tails[units] > 0).sum()) + 1]  # more rank than the numerical one buys nothing
     costs = []
     for count in units:
         members = sizes_at(targets, structure, int(count))
-        extra = sum(4 * integers(one.target, one.member, one.kept or 0) + element for one in members) if in_bytes else 0
+        extra = sum(4 * integers(one.target, one.member, one.kept or 0) + element for one in members)
+        extra = extra + 4 * structure.common_integers if in_bytes else 0
         costs.append(element * sum(one.numbers for one in members) + extra)
     full = float(element * sum(one.numbers for one in sizes_at(targets, structure, None)))
     losses = tails[units * structure.members[-1].per_unit] * weight
@@ -102,7 +118,7 @@ def forced_size(structure: Structure, candidate: Candidate, overrides: Mapping[s
     found = None
     for pattern, override in overrides.items():
         if any(matches(member.name, [pattern]) for member in structure.members):
-            if override.rank is not None and len(structure.members) > 1:
+            if override.rank is not None and len(structure.members) > 1 and structure.basis is None:
                 raise TwofoldError(
                     f"the override {pattern!r} asks for a rank, and {structure.name} is cut together with others; "
                     "use keep:SHARE or dense"

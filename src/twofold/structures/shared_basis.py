@@ -1,0 +1,83 @@
+"""One basis for the inputs of several blocks: the truncated decomposition of their stacked weights in the metric of all inputs.
+
+With W = [W_1; …; W_k] (Σm, n) and C = Σ_i E[x_i x_iᵀ] (damped), W C^½ = U Σ Vᵀ gives W_i ≈ E_i B with one B (r, n) and an E_i
+(m, r) for each block, at the loss Σ_{i>r} σ_i². C is divided by the number of inputs that were summed: that changes no basis, and
+the losses of bases for any number of blocks are on one scale. Source: Basis Sharing (Wang et al., ICLR 2025, arXiv 2410.03765).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from twofold.calibrate import Moments
+from twofold.errors import TwofoldError
+from twofold.linalg import damp, decompose, gauge_storage, gram, smaller_side, truncate
+from twofold.nn import CompactLinear, FactoredLinear, SharedBasis, SharedLinear
+from twofold.structures.base import Structure
+from twofold.structures.weights import is_transposed, wide, working
+from twofold.targets import dense_weight
+
+
+class CutShared:
+    """Weights of several blocks that are ready to get a basis of any rank; one that is alone gets two factors, as any."""
+
+    def __init__(self, structure: Structure, model: nn.Module, moments: Moments, damping: float) -> None:
+        self.structure = structure
+        self.modules = {member.name: model.get_submodule(member.name) for member in structure.members}
+        self.weight = torch.cat([wide(module) for module in self.modules.values()])  # (Σm, n)
+        summed = all_inputs(moments, list(self.modules)).to(self.weight.device)
+        self.moment = damp(working(summed), damping)  # (n, n)
+        self.gauge = structure.members[0].form in ("gauge", "shared-columns")
+        if not (torch.isfinite(self.weight).all() and torch.isfinite(self.moment).all()):
+            raise TwofoldError(f"the weights or the moments of {structure.name} hold NaN or infinity")
+        side = smaller_side(*self.weight.shape)
+        self.metric = self.moment if side == "columns" else None
+        product = gram(self.weight, None if side == "columns" else self.moment)
+        self.spectrum = decompose(self.metric, product, side, torch.finfo(summed.dtype).eps)
+        self.losses = self.spectrum.tails
+
+    def layers(self, units: int, stored: torch.dtype) -> tuple[Mapping[str, CompactLinear], float]:
+        made = self._layers(units, stored, "auto" if self.gauge else "plain")
+        if self.gauge and any(layer.form in ("plain", "shared-plain") for layer in made.values()):
+            # No bounded coefficients: the same storage takes a smaller rank.
+            rows, n = self.weight.shape
+            made = self._layers(max(gauge_storage(rows, n, units) // (rows + n), 1), stored, "plain")
+        for name, layer in made.items():
+            module = self.modules[name]
+            learns = any(parameter.requires_grad for parameter in module.parameters())
+            layer.to(module.weight.dtype).requires_grad_(learns)  # type: ignore[arg-type]
+            if isinstance(layer, SharedLinear):
+                layer.basis.to(module.weight.dtype).requires_grad_(learns)  # type: ignore[arg-type]
+        missing = self.weight - torch.cat([layer.to_dense(self.weight.dtype) for layer in made.values()])
+        return made, float((missing @ self.moment * missing).sum())
+
+    def _layers(self, rank: int, stored: torch.dtype, form: Literal["auto", "plain"]) -> dict[str, CompactLinear]:
+        """The layers of one rank, in the dtype that is stored."""
+        left, right = truncate(self.weight, self.spectrum, self.metric, rank)
+        biases = {name: getattr(module, "bias", None) for name, module in self.modules.items()}
+        if self.structure.basis is None:
+            ((name, module),) = self.modules.items()
+            made = FactoredLinear.from_factors(left, right, biases[name], form, is_transposed(module), dtype=stored)
+            return {name: made}
+        basis, left = SharedBasis.from_factors(self.structure.basis, left, right, form, stored)
+        own = torch.split(left, [len(dense_weight(module)) for module in self.modules.values()])
+        return {
+            name: SharedLinear.on(basis, expand, biases[name], is_transposed(module))
+            for (name, module), expand in zip(self.modules.items(), own, strict=True)
+        }
+
+
+def all_inputs(
+    moments: Moments,
+    names: list[str],
+) -> Tensor:  # (n, n)
+    """The mean of x xᵀ over all inputs x that any of the layers was given."""
+    total = sum(moments.rows(name) for name in names)
+    found = [moments.layer(name).input for name in names]
+    parts = [one * (moments.rows(name) / total) for name, one in zip(names, found, strict=True) if one is not None]
+    assert len(parts) == len(names)
+    return torch.stack(parts).sum(0)
