@@ -46,7 +46,7 @@ def distill(task: Task) -> Refined:
 
     @torch.no_grad()
     def held_out(share: float = recipe.refine_labels) -> float:
-        parts = list(torch.arange(count, len(windows)).split(together))
+        parts = torch.split(torch.arange(count, len(windows)), together)
         return sum(float(loss_of(part.tolist(), share)) * len(part) for part in parts) / len(held)
 
     together = max(TOGETHER // windows.shape[1], 1)

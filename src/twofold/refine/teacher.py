@@ -41,7 +41,7 @@ class Teacher:
         with progress("Asking the dense model", len(windows), done=done * PART, unit="windows", quiet=quiet) as tick:
             for i in missing:
                 values, tokens = [], []
-                for ids in windows[i : i + PART].split(max(TOGETHER // windows.shape[1], 1)):
+                for ids in torch.split(windows[i : i + PART], max(TOGETHER // windows.shape[1], 1)):
                     for each in logits(ids):
                         value, token = self._best(each)
                         values.append(value)
