@@ -206,9 +206,15 @@ def test_windows():
         token_windows(["short"], tokenizer, tokens=200, window=50)
     # Set aside from as much text again as is calibrated on, not from what comes right after.
     text = "".join(chr(97 + i // 26 % 26) + chr(97 + i % 26) for i in range(1000))
-    spread = token_windows([text], tokenizer, tokens=400, window=50, held_out=2)
-    assert spread.ids.shape == (8, 50)
-    assert [tokenizer.decode(ids) for ids in spread.held_out] == [text[550:600], text[750:800]]
+    apart = token_windows([text], tokenizer, tokens=400, window=50, held_out=2)
+    assert apart.ids.shape == (8, 50)
+    assert [tokenizer.decode(ids) for ids in spread.held_out] == [
+        text[600:650],
+        text[500:550],
+    ]  # of eight places, the middle and the quarter
+    for count in (1, 2, 3, 7, 8, 100):
+        assert sorted(spread(count)) == list(range(count))
+    assert spread(8) == [4, 2, 6, 1, 5, 3, 7, 0] and spread(0) == []
     short = token_windows(["x" * 120], tokenizer, tokens=10_000, window=50, held_out=8)
     assert short.ids.shape == (1, 50) and short.held_out.shape == (1, 50)
 

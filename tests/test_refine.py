@@ -98,7 +98,7 @@ def test_head_is_found_where_its_outputs_are_the_logits():
     assert find_head(model, ids[:1], model(input_ids=ids[:1]).logits) is None
 
 
-def test_labels_teach_the_text_and_its_divergence_is_told(checkpoint):
+def test_labels_teach_the_text(checkpoint):
     windows = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
     losses, refined = {}, {}
     for share in (0.0, 0.9):
@@ -117,8 +117,7 @@ def test_labels_teach_the_text_and_its_divergence_is_told(checkpoint):
         with torch.no_grad():
             losses[share] = float(small(input_ids=windows, labels=windows).loss)
     assert losses[0.9] < losses[0.0] - 0.1
-    assert refined[0.9].loss_before == refined[0.0].loss_before
-    assert refined[0.9].loss_after > refined[0.0].loss_after  # of the divergence, in both
+    assert refined[0.9].loss_after < refined[0.9].loss_before  # of both together, as it is trained on
 
 
 def test_teacher_on_disk_is_taken_up_again(tmp_path):

@@ -215,8 +215,25 @@ def token_windows(
         calibrated = windows - spare
     table = torch.tensor(ids[: windows * window], dtype=torch.int64).view(windows, window)
     after = table[calibrated:][: max(needed - tokens, 0) // window or None]
-    apart = (torch.arange(spare) + 1) * len(after) // max(spare, 1) - 1  # the last of each stretch
-    return TokenWindows(table[:calibrated].clone(), after[apart], source, tokens)
+    return TokenWindows(table[:calibrated].clone(), after[spread(len(after))[:spare]], source, tokens)
+
+
+def spread(count: int) -> list[int]:
+    """The places 0 to ``count`` − 1 in an order whose every beginning is spread over them: the middle, the quarters, the eighths.
+
+    So those that are measured are the same, however many are set aside beside them.
+    """
+    found: dict[int, None] = {}
+    whole = 1 << max(count - 1, 0).bit_length()
+    for i in range(
+        1, whole + 1
+    ):  # van der Corput's sequence: the bits of i behind the point, from the last to the first
+        place, share, left = 0, whole // 2, i
+        while left:
+            place += share * (left & 1)
+            share, left = share // 2, left >> 1
+        found[place * count // whole] = None
+    return [place for place in found if place < count]
 
 
 def tokens_needed(tokens: int, held_out: int) -> int:

@@ -21,7 +21,9 @@ from twofold.refine.training import round_to, train, trainable, training
 
 @refinement("distill")
 def distill(task: Task) -> Refined:
-    """Train the factors on the divergence from the dense model.
+    """Train the factors on the divergence from the dense model, and on the labels as far as the recipe says.
+
+    The two together are the loss that is judged, too.
 
     Raises:
         TwofoldError: if the model gives no token logits.
@@ -34,27 +36,28 @@ def distill(task: Task) -> Refined:
     teacher = Teacher(task.folder, task.mark)
     teacher.ask(task.dense_logits, windows, "windows", quiet=task.quiet)
 
-    def loss_of(indices: Sequence[int], share: float = recipe.refine_labels) -> Tensor:
+    def loss_of(indices: Sequence[int]) -> Tensor:
         ids = windows[list(indices)]
         states = task.logits(ids) if head is None else before_head(model, head, ids)
         assert states is not None
         values, tokens = zip(*(teacher.answer("windows", i) for i in indices), strict=True)
         labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], 1)
         return divergence(
-            states.flatten(0, 1), torch.cat(values), torch.cat(tokens), labels=labels.flatten(), share=share, head=head
-        )
+            states.flatten(0, 1), torch.cat(values), torch.cat(tokens),
+            labels=labels.flatten(), share=recipe.refine_labels, head=head,
+        )  # fmt: skip
 
     @torch.no_grad()
-    def held_out(share: float = recipe.refine_labels) -> float:
+    def held_out() -> float:
         parts = torch.split(torch.arange(count, len(windows)), together)
-        return sum(float(loss_of(part.tolist(), share)) * len(part) for part in parts) / len(held)
+        return sum(float(loss_of(part.tolist())) * len(part) for part in parts) / len(held)
 
     together = max(TOGETHER // windows.shape[1], 1)
     with training(model, parameters):
         with torch.no_grad():
             head = find_head(model, windows[:1], task.logits(windows[:1]))
             start = time.monotonic()
-            before = held_out(0.0)
+            before = held_out()
             judging = time.monotonic() - start  # which the end takes once more
         trained = train(
             parameters,
@@ -83,6 +86,6 @@ def distill(task: Task) -> Refined:
         seconds=time.monotonic() - began,
         unit="nats",
         loss_before=before,
-        loss_after=held_out(0.0),
+        loss_after=held_out(),
         ended=trained.ended,
     )
