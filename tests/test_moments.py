@@ -13,6 +13,7 @@ from conftest import TEXT, make_model, make_tokenizer
 from twofold.calibrate import Moments, collect_moments, request_statistics, sample_texts, token_windows, wikitext_rows
 from twofold.calibrate.collect import fisher_gradient
 from twofold.calibrate.sample import beginnings, draw, user_turn_prefix
+from twofold.calibrate.texts import spread
 from twofold.errors import TwofoldError
 from twofold.residence import Resident
 from twofold.targets import dense_weight, find_groups, find_targets
@@ -208,7 +209,7 @@ def test_windows():
     text = "".join(chr(97 + i // 26 % 26) + chr(97 + i % 26) for i in range(1000))
     apart = token_windows([text], tokenizer, tokens=400, window=50, held_out=2)
     assert apart.ids.shape == (8, 50)
-    assert [tokenizer.decode(ids) for ids in spread.held_out] == [
+    assert [tokenizer.decode(ids) for ids in apart.held_out] == [
         text[600:650],
         text[500:550],
     ]  # of eight places, the middle and the quarter
