@@ -149,6 +149,28 @@ def watch_chain(model: nn.Module) -> Iterator[ChainWatch]:
             handle.remove()
 
 
+class _Found(Exception):  # noqa: N818, it is no error
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def input_before(module: nn.Module, run: Callable[[], object]) -> Tensor | None:
+    """What a module is given first, with its graph; the module itself and what follows are not run. None if it is not called."""
+
+    def found(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            raise _Found(args[0])
+
+    handle = module.register_forward_pre_hook(found)
+    try:
+        run()
+    except _Found as stopped:
+        return stopped.value
+    finally:
+        handle.remove()
+    return None
+
+
 class _Stop(Exception):  # noqa: N818, it is no error
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden

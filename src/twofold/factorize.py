@@ -14,7 +14,7 @@ from twofold import distributed
 from twofold.blocks import Chain, stretches
 from twofold.calibrate import Moments
 from twofold.errors import TwofoldError
-from twofold.linalg import KnownRoots, Spectrum, decompose, truncate, truncation_loss
+from twofold.linalg import KnownRoots, Spectrum, decompose, truncate, truncation_loss, working_dtype
 from twofold.nn import CompactLinear, FactoredLinear
 from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import LayerMoments, Objective, Problem
@@ -28,11 +28,6 @@ from twofold.targets import Target, dense_weight, replace_module
 
 BATCH = 4  # weights of one shape that are decomposed together, as long as they are small
 BATCH_NUMBERS = 4 * 1024**2  # k² of all together
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """Float64 where the device has it: a Gram matrix squares the condition number."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def layer_problem(

@@ -265,14 +265,12 @@ def with_structures(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Ta
     model, kinds = loaded.model, get_objective(recipe.objective).structures
     if not kinds:
         return targets
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return find_structures(model, targets, kinds, None, recipe.form, recipe.share_blocks, recipe.overrides)
-    ids = few_tokens(model)
-    with _on_text_alone(model), torch.no_grad():
-        model(input_ids=ids)
-    return find_structures(
-        model, targets, kinds, lambda: model(input_ids=ids), recipe.form, recipe.share_blocks, recipe.overrides
-    )
+    run = None
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        run = partial(model, input_ids=few_tokens(model))
+        with _on_text_alone(model), torch.no_grad():
+            run()
+    return find_structures(model, targets, kinds, run, recipe.form, recipe.share_blocks, recipe.overrides)
 
 
 def decompose(

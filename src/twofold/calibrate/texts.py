@@ -214,7 +214,7 @@ def token_windows(
         spare = min(held_out, max(1, windows // 10))
         calibrated = windows - spare
     table = torch.tensor(ids[: windows * window], dtype=torch.int64).view(windows, window)
-    after = table[calibrated:][: max(needed - tokens, 0) // window or None]
+    after = table[calibrated:][: (needed - tokens) // window]
     return TokenWindows(table[:calibrated].clone(), after[spread(len(after))[:spare]], source, tokens)
 
 
@@ -223,17 +223,10 @@ def spread(count: int) -> list[int]:
 
     So those that are measured are the same, however many are set aside beside them.
     """
-    found: dict[int, None] = {}
-    whole = 1 << max(count - 1, 0).bit_length()
-    for i in range(
-        1, whole + 1
-    ):  # van der Corput's sequence: the bits of i behind the point, from the last to the first
-        place, share, left = 0, whole // 2, i
-        while left:
-            place += share * (left & 1)
-            share, left = share // 2, left >> 1
-        found[place * count // whole] = None
-    return [place for place in found if place < count]
+    bits = max(count - 1, 0).bit_length()
+    # Van der Corput's sequence: the bits of 1, 2, 3, … and at last of 0 in reverse, as a fraction.
+    reverse = [int(f"{i:0{bits}b}"[::-1], 2) for i in (*range(1, 1 << bits), 0)]
+    return list(dict.fromkeys((place * count) >> bits for place in reverse))[:count]
 
 
 def tokens_needed(tokens: int, held_out: int) -> int:

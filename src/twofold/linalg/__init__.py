@@ -1,7 +1,7 @@
 """Matrices only: weighted low-rank approximation, spectra, and the gauge form. Knows no model."""
 
 from twofold.linalg.gauge import GaugeForm, gauge_form, gauge_rank, gauge_storage, plain_storage
-from twofold.linalg.metric import Metric, damp, is_full, metric_product, roots
+from twofold.linalg.metric import Metric, damp, is_full, metric_product, roots, working_dtype
 from twofold.linalg.spectrum import (
     KnownRoots,
     Side,
@@ -34,4 +34,5 @@ __all__ = [
     "truncate",
     "truncation_loss",
     "weighted_low_rank",
+    "working_dtype",
 ]

@@ -16,6 +16,11 @@ from torch import Tensor
 Metric = Tensor | None
 
 
+def working_dtype(device: torch.device) -> torch.dtype:
+    """Float64 where the device has it: a Gram matrix squares the condition number."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def is_full(
     metric: Tensor,  # (..., k) or (..., k, k)
     size: int,  # k

@@ -32,6 +32,12 @@ class CompactLinear(nn.Module):
             self.register_parameter("bias", None)
         self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
 
+    def _fill_bias_and_guard(self, bias: Tensor | None) -> None:
+        """Give a layer that was made on the meta device its own, where gradients are off."""
+        self.weight.zero_()
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
     @property
     def numbers(self) -> int:
         """The numbers that represent the weight."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from twofold.linalg import gauge_form, gauge_storage, plain_storage
+from twofold.linalg import gauge_form, gauge_storage, plain_storage, working_dtype
 from twofold.nn.compact_linear import CompactLinear
 
 Form = Literal["plain", "rows", "columns"]
@@ -113,9 +113,7 @@ class FactoredLinear(CompactLinear):
                 layer.expand.weight.copy_(gauge.expand)
                 assert layer.order is not None
                 layer.order.copy_(gauge.order)
-            layer.weight.zero_()
-            if layer.bias is not None and bias is not None:
-                layer.bias.copy_(bias)
+            layer._fill_bias_and_guard(bias)
         return layer
 
     @property
@@ -160,7 +158,7 @@ class FactoredLinear(CompactLinear):
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:  # (out, in)
         """The weight as one matrix, multiplied in float64 where the device has it; in the layer's dtype or the given one."""
         dtype = dtype or self.weight.dtype
-        wide = torch.float32 if self.weight.device.type == "mps" else torch.float64
+        wide = working_dtype(self.weight.device)
         reduce, expand = self.reduce.weight.to(wide), self.expand.weight.to(wide)
         if self.form == "rows":
             assert self.order is not None

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from twofold.linalg import gauge_form
+from twofold.linalg import gauge_form, working_dtype
 from twofold.nn.compact_linear import CompactLinear
 from twofold.nn.factored_linear import balanced, is_order, ordered
 
@@ -186,9 +186,7 @@ class SharedLinear(CompactLinear):
         layer = layer.to_empty(device=expand.device)
         with torch.no_grad():
             layer.expand.weight.copy_(expand)
-            layer.weight.zero_()
-            if layer.bias is not None and bias is not None:
-                layer.bias.copy_(bias)
+            layer._fill_bias_and_guard(bias)
         return layer
 
     @property
@@ -213,7 +211,7 @@ class SharedLinear(CompactLinear):
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:  # (out, in)
         """The weight as one matrix, multiplied in float64 where the device has it; in the layer's dtype or the given one."""
-        wide = torch.float32 if self.weight.device.type == "mps" else torch.float64
+        wide = working_dtype(self.weight.device)
         return (self.expand.weight.to(wide) @ self.basis.matrix(wide)).to(dtype or self.weight.dtype)
 
     def index_error(self) -> str | None:

@@ -86,9 +86,7 @@ class SlicedLinear(CompactLinear):
         with torch.no_grad():
             layer.inner.weight.copy_(part)
             layer.index.copy_(index)
-            layer.weight.zero_()
-            if layer.bias is not None and bias is not None:
-                layer.bias.copy_(bias)
+            layer._fill_bias_and_guard(bias)
         return layer
 
     @property

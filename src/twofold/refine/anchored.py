@@ -18,9 +18,9 @@ from torch import Tensor
 
 from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.errors import TwofoldError
-from twofold.factorize import factor_layer, working_dtype
+from twofold.factorize import factor_layer
 from twofold.files import make_folder
-from twofold.linalg import damp, decompose
+from twofold.linalg import damp, decompose, working_dtype
 from twofold.nn import FactoredLinear
 from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.plan import PlanEntry

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.head import before_head, find_head
-from twofold.refine.teacher import TOGETHER, Teacher, divergence
+from twofold.refine.teacher import Teacher, at_once, divergence
 from twofold.refine.training import round_to, train, trainable, training
 
 
@@ -52,7 +52,7 @@ def distill(task: Task) -> Refined:
         parts = torch.split(torch.arange(count, len(windows)), together)
         return sum(float(loss_of(part.tolist())) * len(part) for part in parts) / len(held)
 
-    together = max(TOGETHER // windows.shape[1], 1)
+    together = at_once(windows)
     with training(model, parameters):
         with torch.no_grad():
             head = find_head(model, windows[:1], task.logits(windows[:1]))
@@ -66,6 +66,7 @@ def distill(task: Task) -> Refined:
             windows=count,
             batch=recipe.refine_batch,
             together=together,
+            before=before,
             passes=recipe.refine_passes,
             rate=recipe.refine_rate,
             steps=recipe.refine_steps,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from twofold.blocks import input_before
 from twofold.calibrate.collect import no_cache
-
-
-class _Enough(Exception):  # noqa: N818, it is no error
-    pass
 
 
 def before_head(
@@ -20,20 +18,7 @@ def before_head(
     ids: Tensor,  # (count, length)
 ) -> Tensor | None:  # (count, length, width)
     """What the head is given, with its graph; the head itself is not run. None if it is not called."""
-    kept: list[Tensor] = []
-
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-        kept.extend(arg for arg in args[:1] if isinstance(arg, Tensor))
-        raise _Enough
-
-    handle = head.register_forward_pre_hook(stop)
-    try:
-        model(input_ids=ids.to(model.device), **no_cache(model))
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
-    return kept[0] if kept else None
+    return input_before(head, lambda: model(input_ids=ids.to(model.device), **no_cache(model)))
 
 
 @torch.no_grad()
@@ -43,7 +28,9 @@ def find_head(
     logits: Tensor,  # (1, length, vocabulary), of these tokens
 ) -> nn.Linear | None:
     """The linear layer whose outputs are the logits as they are; None if something comes after it, or it is to be trained."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = None
+    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
+        head = model.get_output_embeddings()
     if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
         return None
     states = before_head(model, head, ids)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from twofold.blocks import Stretch, run_stretch
+from twofold.blocks import Stretch, input_before, run_stretch
 from twofold.calibrate.activations import Activations
 from twofold.calibrate.collect import no_cache
 from twofold.errors import TwofoldError
@@ -18,11 +18,6 @@ from twofold.models import LoadedModel, survey
 
 Stream = Literal["dense", "factored"]
 ADDED = 0.05  # relative error, that of bfloat16 among it, below which something counts as added
-
-
-class _Enough(Exception):  # noqa: N818, it is no error
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
 
 
 class Streams:
@@ -89,19 +84,9 @@ class Streams:
     def input_of(self, name: str, stream: Stream, i: int) -> Tensor | None:  # (tokens, in)
         """What a layer of the block is given for one window; None if it is not called."""
         replaced = {**self.outside, **self.replaced[self.block]} if stream == "dense" else {}
-
-        def enough(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            raise _Enough(args[0])
-
         with dense_again(self.model, replaced):
-            handle = self.model.get_submodule(name).register_forward_pre_hook(enough)
-            try:
-                self._run(stream, i)
-            except _Enough as stopped:
-                return stopped.value.reshape(-1, stopped.value.shape[-1])
-            finally:
-                handle.remove()
-        return None
+            given = input_before(self.model.get_submodule(name), lambda: self._run(stream, i))
+        return None if given is None else given.reshape(-1, given.shape[-1])
 
     @torch.no_grad()
     def adds(self, name: str) -> bool:

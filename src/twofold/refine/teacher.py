@@ -21,6 +21,13 @@ TOGETHER = 1024  # tokens that go through a model at once: enough to keep two th
 ROWS = 256  # positions whose probabilities are held at once
 
 
+def at_once(
+    windows: Tensor,  # (count, window)
+) -> int:
+    """The windows that go through a model together."""
+    return max(TOGETHER // windows.shape[1], 1)
+
+
 class Teacher:
     """The log-probabilities of the ``top`` most likely tokens at each position of some windows, on disk or in memory.
 
@@ -41,7 +48,7 @@ class Teacher:
         with progress("Asking the dense model", len(windows), done=done * PART, unit="windows", quiet=quiet) as tick:
             for i in missing:
                 values, tokens = [], []
-                for ids in torch.split(windows[i : i + PART], max(TOGETHER // windows.shape[1], 1)):
+                for ids in torch.split(windows[i : i + PART], at_once(windows)):
                     for each in logits(ids):
                         value, token = self._best(each)
                         values.append(value)

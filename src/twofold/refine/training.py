@@ -141,6 +141,7 @@ def train(
     windows: int,
     batch: int,
     together: int = 1,
+    before: float | None = None,
     passes: float,
     rate: float,
     steps: int | None = None,
@@ -161,6 +162,7 @@ def train(
         held_out: the loss that decides; lower is better.
         batch: windows in a step.
         together: of them at once; more take more memory.
+        before: what ``held_out`` gives at the beginning, if it is known.
         passes: times that each window is seen, if the seconds suffice.
         steps: plan so many, in the place of passes and seconds.
         seconds: that all may take. The number of steps is fixed by a probe at the beginning, and then never changes, but for a
@@ -180,7 +182,7 @@ def train(
     if taken is not None:
         about, best = taken
     else:
-        first = held_out()
+        first = held_out() if before is None else before
         total = steps or _steps_for(loss_of, held_out, windows, batch, min(together, batch), passes, seconds, began)
         about = {"step": 0, "total": total, "before": first, "best": first, "since": 0, "spent": 0.0}
         best = {name: p.detach().clone() for name, p in parameters.items()}

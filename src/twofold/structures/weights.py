@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twofold.linalg import damp
+from twofold.linalg import damp, working_dtype
 from twofold.nn import SlicedLinear
 from twofold.nn.sliced_linear import SlicedForm
 from twofold.objectives import LayerMoments
@@ -17,7 +17,7 @@ LEAST_DAMPING = 1e-6  # of a moment that is inverted; below it, one that was sum
 
 def working(tensor: Tensor) -> Tensor:
     """In float64 where the device has it."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    return tensor.to(working_dtype(tensor.device))
 
 
 def wide(module: nn.Module) -> Tensor:  # (out, in)
