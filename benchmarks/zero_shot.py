@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -78,11 +77,11 @@ def main() -> None:
     arguments = parser.parse_args()
     missing = [name for name in TASKS if not (arguments.data / f"{name}.jsonl").is_file()]
     if missing:
-        sys.exit(f"{arguments.data} has no {', '.join(f'{name}.jsonl' for name in missing)}; see the top of this file")
+        parser.error(f"{arguments.data} has no {', '.join(f'{name}.jsonl' for name in missing)}; see the top of this file")
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        sys.exit("lm-eval is not installed; install it with: pip install '.[lm-eval]'")
+        parser.error("lm-eval is not installed; install it with: pip install '.[lm-eval]'")
     os.environ["HF_HUB_OFFLINE"] = "1"
     record: dict[str, Any] = {"limit": arguments.limit, "threads": torch.get_num_threads(), "models": {}}
     with tempfile.TemporaryDirectory() as tasks:
