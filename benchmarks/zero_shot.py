@@ -77,7 +77,9 @@ def main() -> None:
     arguments = parser.parse_args()
     missing = [name for name in TASKS if not (arguments.data / f"{name}.jsonl").is_file()]
     if missing:
-        parser.error(f"{arguments.data} has no {', '.join(f'{name}.jsonl' for name in missing)}; see the top of this file")
+        parser.error(
+            f"{arguments.data} has no {', '.join(f'{name}.jsonl' for name in missing)}; see the top of this file"
+        )
     try:
         import lm_eval  # noqa: F401
     except ImportError:
