@@ -1,4 +1,4 @@
-"""What is measured on the model for an allocation: weights truncated alone, and first-order scores of components."""
+"""What is measured on the model for an allocation: truncated weights, scores, second-order losses, moments once more."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import twofold
 import twofold.truncated as truncated
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.allocate.sensitivity import GRID
+from twofold.calibrate.curvature import loss_gradient
 from twofold.compression import compress
+from twofold.errors import TwofoldError
 from twofold.factorize import layer_problem
 from twofold.first_order import component_scores
 from twofold.linalg import gauge_rank, truncate
-from twofold.pipeline import open_for, plan_model, prepare
+from twofold.pipeline import carry_out, open_for, plan_model, prepare
 from twofold.recipe import make_recipe
 from twofold.run import Stopwatch
 from twofold.targets import dense_weight
@@ -194,3 +196,134 @@ def test_overflow_counts_as_the_worst():
     candidate = Candidate("a", ranks, costs, 40.0 - ranks, 1600.0, 1600.0, values, perplexities=table)
     assert 160 < within(candidate, 9.0).cost(candidate) <= 320 < within(candidate, 8.5).cost(candidate)
     assert within(candidate, 1.0).index is None
+
+
+def gradients(model, names, windows, seed=0):
+    """The inputs and the gradients at the outputs (tokens, ·) of some modules, kept by autograd."""
+    kept = {name: [] for name in names}
+
+    def keeping(name):
+        def hook(module, args, output):
+            output.retain_grad()
+            kept[name].append((args[0], output))
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keeping(name)) for name in names]
+    for i, ids in enumerate(windows):
+        logits = model(input_ids=ids[None]).logits
+        logits.backward(loss_gradient(logits, ids[None], torch.Generator().manual_seed(seed * 1_000_003 + i)))
+    for handle in handles:
+        handle.remove()
+    return {
+        name: tuple(torch.cat([part.detach().flatten(0, -2) for part in parts])
+                    for parts in ([x for x, _ in calls], [y.grad for _, y in calls]))
+        for name, calls in kept.items()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_losses_by_rank_are_those_of_the_truncated_weight_token_by_token(architecture, tmp_path, text_file):
+    recipe, prepared = prepared_of(architecture, tmp_path, text_file, allocate="measured")
+    model, windows = prepared.loaded.model, prepared.windows.ids
+    found = gradients(model, [t.name for t in prepared.targets.targets], windows)
+    sides = set()
+    for target in prepared.targets.targets:
+        x, g = found[target.name]
+        problem = layer_problem(model, target, prepared.moments, prepared.objective, recipe.damping)
+        spectrum = prepared.spectra.get(target, torch.float64, torch.device("cpu"))
+        sides.add(spectrum.side)
+        weight = dense_weight(model.get_submodule(target.name)).detach()
+        curve = prepared.evidence.curves[target.name]
+        for rank in (0, 3, 15, len(curve) - 1):
+            left, right = (
+                truncate(weight, spectrum, problem.metric, rank) if rank else (torch.zeros(len(weight), 1),) * 2
+            )
+            rest = weight - (left @ right if rank else 0)
+            expected = (g * (x @ rest.T)).sum(1).square().sum() / (2 * windows.numel())
+            # The bases are kept in float32.
+            assert curve[rank] == pytest.approx(float(expected), rel=2e-5, abs=1e-9 * curve[0])
+    assert sides == {"rows", "columns"}
+
+
+def test_measured_losses_decide_the_ranks(tmp_path, text_file):
+    _, prepared = prepared_of("llama", tmp_path, text_file, allocate="measured")
+    _, plain = prepared_of("llama", tmp_path, text_file)
+    assert prepared.plan.keep <= 0.7 and plain.plan.keep <= 0.7
+    assert [e.rank for e in prepared.plan.entries] != [e.rank for e in plain.plan.entries]
+
+    def lost(plan):
+        ranks = {e.name: e.rank for e in plan.entries if e.rank is not None}
+        return sum(np.minimum.accumulate(prepared.evidence.curves[name])[rank] for name, rank in ranks.items())
+
+    assert lost(prepared.plan) < lost(plain.plan)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_moments_are_measured_again_on_the_factored_model(architecture, tmp_path, text_file):
+    recipe, once = prepared_of(architecture, tmp_path, text_file)
+    _, twice = prepared_of(architecture, tmp_path, text_file, allocate="global-iterated")
+    model, windows = once.loaded.model, once.windows.ids
+    weights = {t.name: dense_weight(model.get_submodule(t.name)).detach() for t in once.targets.targets}
+    for name, module in dict(twice.loaded.model.named_modules()).items():
+        if name in weights:  # the model is dense again
+            torch.testing.assert_close(dense_weight(module), weights[name], rtol=0, atol=0)
+    carry_out(once, recipe, quiet=True)
+    found = gradients(model, list(weights), windows)
+    for name, weight in weights.items():
+        x, g = found[name]
+        layer, before = twice.moments.layer(name), once.moments.layer(name)
+        tokens = windows.numel()
+        direct = {
+            "input": x.T @ x, "output": (x @ weight.T).T @ (x @ weight.T), "gradient": g.T @ g,
+            "input_gradient": (g @ weight).T @ (g @ weight),
+        }  # fmt: skip
+        kinds = [kind for kind in direct if getattr(layer, kind) is not None]
+        assert len(kinds) == 2
+        for kind in kinds:
+            expected = (2 * getattr(before, kind) + direct[kind] / tokens) / 3
+            torch.testing.assert_close(getattr(layer, kind), expected, rtol=1e-6, atol=1e-9)
+    assert twice.moments.fingerprint != once.moments.fingerprint
+
+
+def test_moments_of_a_killed_run_are_not_measured_a_third_time(tmp_path, text_file, monkeypatch):
+    folder = tmp_path / "llama"
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    recipe = make_recipe({"model": str(folder), "calibration": [str(text_file)], "keep": 0.7, "tokens": 128, "window": 32,
+        "allocate": "global-iterated", "eval_windows": 0})  # fmt: skip
+    whole = compress(recipe, tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("twofold.recalibration.make_plan", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compress(recipe, tmp_path / "small", quiet=True)
+    assert (tmp_path / "small.partial" / "recalibrated" / "moments.json").is_file()
+    monkeypatch.setattr("twofold.recalibration.collect_moments", lambda *a, **k: 1 / 0)
+    again = compress(recipe, tmp_path / "small", quiet=True)
+    assert again.predicted_divergence == whole.predicted_divergence
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "small")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"objective": "svd"}, "does not give"), ({"objective": "svd-llm"}, "does not give"),
+        ({"keep": None, "kl_at_most": 0.1}, "give --keep or --budget"), ({"stream": "always"}, "block by block"),
+    ],
+)  # fmt: skip
+def test_moments_that_can_not_be_measured_again_are_refused(settings, words, checkpoint, text_file, tmp_path):
+    given = {"model": str(checkpoint), "calibration": [str(text_file)], "keep": 0.7, "allocate": "global-iterated"}
+    recipe = make_recipe({k: v for k, v in {**given, **settings}.items() if v is not None})
+    with pytest.raises(TwofoldError, match=words):
+        compress(recipe, tmp_path / "small", quiet=True)
+
+
+def test_another_curvature_is_another_calibration(checkpoint, text_file):
+    plans = {}
+    for curvature in ("sampled", "gauss-newton", "empirical"):
+        recipe = make_recipe({"model": str(checkpoint), "calibration": [str(text_file)], "keep": 0.7, "tokens": 128,
+            "window": 32, "curvature": curvature})  # fmt: skip
+        prepared = prepare(recipe, open_for(recipe, quiet=True), Stopwatch(), quiet=True)
+        plans[curvature] = prepared.moments.fingerprint, prepared.plan.predicted_divergence
+    assert len(set(plans.values())) == 3 and len({mark for mark, _ in plans.values()}) == 3

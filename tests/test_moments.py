@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.calibrate import Moments, collect_moments, request_statistics, sample_texts, token_windows, wikitext_rows
-from twofold.calibrate.collect import fisher_gradient
+from twofold.calibrate.curvature import loss_gradient
 from twofold.calibrate.sample import beginnings, draw, user_turn_prefix
 from twofold.calibrate.texts import spread
 from twofold.errors import TwofoldError
@@ -104,9 +104,34 @@ def test_the_smaller_side_is_collected():
 
 def test_sampled_labels_give_the_gradient_of_the_cross_entropy():
     logits = torch.randn(1, 6, 11, requires_grad=True)
-    gradient = fisher_gradient(logits, torch.Generator().manual_seed(3))
+    gradient = loss_gradient(logits, torch.zeros(1, 6, dtype=torch.int64), torch.Generator().manual_seed(3))
     labels = draw(torch.softmax(logits.detach()[0], -1), torch.Generator().manual_seed(3))
     torch.nn.functional.cross_entropy(logits[0], labels, reduction="sum").backward()
+    torch.testing.assert_close(gradient, logits.grad)
+
+
+def test_probes_have_the_covariance_of_the_gauss_newton_matrix():
+    logits = torch.randn(1, 1, 7).expand(1, 40000, 7)
+    p = torch.softmax(logits[0, 0].double(), -1)
+    v = loss_gradient(
+        logits, torch.zeros(1, 40000, dtype=torch.int64), torch.Generator().manual_seed(0), "gauss-newton"
+    )
+    covariance = (v[0].double().T @ v[0].double()) / v.shape[1]
+    torch.testing.assert_close(covariance, torch.diag(p) - torch.outer(p, p), atol=5e-3, rtol=0)
+
+
+def test_probes_of_a_wide_vocabulary_look_at_the_likely_tokens_alone():
+    logits = torch.randn(1, 3, 600) * 4
+    v = loss_gradient(logits, torch.zeros(1, 3, dtype=torch.int64), torch.Generator().manual_seed(0), "gauss-newton")[0]
+    likely = torch.zeros(3, 600, dtype=torch.bool).scatter_(1, logits[0].topk(256, -1).indices, True)
+    assert (v[~likely] == 0).all() and (v[likely] != 0).all()
+    torch.testing.assert_close(v.sum(-1), torch.zeros(3), atol=1e-5, rtol=0)  # a constant on all logits changes nothing
+
+
+def test_empirical_gradients_are_those_of_the_text():
+    logits, ids = torch.randn(2, 6, 11, requires_grad=True), torch.randint(11, (2, 6))
+    gradient = loss_gradient(logits, ids, torch.Generator(), "empirical")
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
     torch.testing.assert_close(gradient, logits.grad)
 
 
@@ -139,7 +164,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     _, whole = collect(make_model(), ids)
     folder = tmp_path / "moments"
     monkeypatch.setattr("twofold.calibrate.collect.SAVE_SECONDS", -1.0)
-    monkeypatch.setattr("twofold.calibrate.collect.fisher_gradient", _fail_after(4))
+    monkeypatch.setattr("twofold.calibrate.collect.loss_gradient", _fail_after(4))
     with pytest.raises(RuntimeError, match="killed"):
         collect(make_model(), ids, folder=folder)
     with safe_open(folder / ".progress.0.safetensors", "pt") as file:
@@ -147,7 +172,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     with pytest.raises(TwofoldError, match="can't be read"):
         Moments.load(folder)
     calls = []
-    monkeypatch.setattr("twofold.calibrate.collect.fisher_gradient", lambda *a: calls.append(1) or fisher_gradient(*a))
+    monkeypatch.setattr("twofold.calibrate.collect.loss_gradient", lambda *a: calls.append(1) or loss_gradient(*a))
     _, resumed = collect(make_model(), ids, folder=folder)
     assert len(calls) == 2
     assert set(resumed.sums) == set(whole.sums)
@@ -158,11 +183,11 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 def _fail_after(count):
     left = [count]
 
-    def fail(logits, generator):
+    def fail(*given):
         if left[0] == 0:
             raise RuntimeError("killed")
         left[0] -= 1
-        return fisher_gradient(logits, generator)
+        return loss_gradient(*given)
 
     return fail
 

@@ -381,7 +381,7 @@ def test_missing_hidden_states_are_made_again(text_file, tmp_path, monkeypatch):
     compress(recipe, tmp_path / "fresh", quiet=True)
     monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "cache"))
     with monkeypatch.context() as patch:
-        patch.setattr("twofold.calibrate.collect.fisher_gradient", lambda *a: 1 / 0)
+        patch.setattr("twofold.calibrate.collect.loss_gradient", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compress(recipe, tmp_path / "small", quiet=True)
     (state,) = (tmp_path / "cache").rglob("*.state")

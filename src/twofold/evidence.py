@@ -21,6 +21,7 @@ from twofold.models import LoadedModel
 from twofold.objectives import Objective
 from twofold.progress import say
 from twofold.recipe import Recipe
+from twofold.second_order import rank_losses
 from twofold.spectra import Spectra
 from twofold.targets import Target
 from twofold.truncated import sensitivities
@@ -63,6 +64,12 @@ def gather(
     if "scores" in needs:
         scores = component_scores(model, targets, windows.ids, spectra, moments, objective, recipe.damping, quiet=quiet)
         return Evidence(tokens, scores=scores)
+    if "curve" in needs:
+        curves = rank_losses(
+            model, targets, windows.ids, spectra, moments, objective, recipe.damping,
+            seed=recipe.seed, curvature=recipe.curvature, quiet=quiet,
+        )  # fmt: skip
+        return Evidence(tokens, curves=curves)
     table = _perplexities(loaded, recipe, targets, windows, spectra, moments, objective, quiet)
     return Evidence(tokens, {name: np.array(row) for name, row in table.items()})
 

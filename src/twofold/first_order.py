@@ -10,7 +10,8 @@ E[x zᵀ] (n, n), z = Wᵀ g. Sums over tokens of products that stand on the sma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -77,29 +78,34 @@ def gradient_products(
     for target in targets:
         k = min(target.out_features, target.in_features)
         sums[target.name] = torch.zeros(k, k, dtype=wide, device=device)
+    hooks = [model.get_submodule(t.name).register_forward_hook(_adding(sums[t.name], t)) for t in targets]
+    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    with frozen(model, hooks), progress("Gradients", windows.numel(), unit="tokens", quiet=quiet) as tick:
+        for ids in windows[:, None].to(device):
+            logits = model(input_ids=ids, **no_cache(model)).logits[0, :-1]
+            loss = nn.functional.cross_entropy(logits.to(wide), ids[0, 1:], reduction="sum") / predicted
+            loss.backward()  # type: ignore[no-untyped-call]
+            tick(ids.numel())
+    return sums
+
+
+@contextmanager
+def frozen(model: Any, hooks: list[Any]) -> Iterator[None]:
+    """Within the block the output of the embeddings starts the graph and no weight gets a gradient; then the hooks go."""
     was_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     was_training = model.training
     model.eval()
     model.requires_grad_(False)
-    # No weight gets a gradient: the output of the embeddings starts the graph.
-    handles = [model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))]
-    for target in targets:
-        handles.append(model.get_submodule(target.name).register_forward_hook(_adding(sums[target.name], target)))
-    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    start = model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))
     try:
-        with torch.enable_grad(), progress("Gradients", windows.numel(), unit="tokens", quiet=quiet) as tick:
-            for ids in windows[:, None].to(device):
-                logits = model(input_ids=ids, **no_cache(model)).logits[0, :-1]
-                loss = nn.functional.cross_entropy(logits.to(wide), ids[0, 1:], reduction="sum") / predicted
-                loss.backward()  # type: ignore[no-untyped-call]
-                tick(ids.numel())
+        with torch.enable_grad():
+            yield
     finally:
-        for handle in handles:
+        for handle in [start, *hooks]:
             handle.remove()
         for parameter, required in was_grad:
             parameter.requires_grad_(required)
         model.train(was_training)
-    return sums
 
 
 def _adding(total: Tensor, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -46,6 +46,7 @@ from twofold.objectives import Objective, get_objective
 from twofold.objectives.base import Statistic
 from twofold.plan import Plan, make_plan
 from twofold.progress import say
+from twofold.recalibration import check_recalibrated, recalibrate
 from twofold.recipe import Recipe, make_recipe
 from twofold.refine import check_refinable, check_refinements, refine
 from twofold.residence import Resident, Streamed
@@ -134,6 +135,7 @@ def check_methods(recipe: Recipe) -> None:
     """
     check_refinements(recipe)
     check_structural(recipe, bool(get_objective(recipe.objective).structures))
+    check_recalibrated(recipe)
 
 
 def _check_streamed(recipe: Recipe, way: Way) -> None:
@@ -158,7 +160,7 @@ def _check_streamed(recipe: Recipe, way: Way) -> None:
             "a model that is worked through block by block can't be refined yet; leave --refine out, or give it "
             f"{way.resident / 1e9:.1f} GB with --memory"
         )
-    if get_allocation(recipe.allocate).needs:
+    if get_allocation(recipe.allocate).needs or get_allocation(recipe.allocate).again:
         raise TwofoldError(
             f"--allocate {recipe.allocate} measures the whole model, and this one is worked through block by block; use "
             f"--allocate global, or give {way.resident / 1e9:.1f} GB with --memory"
@@ -195,7 +197,7 @@ def prepare(
     model, residence = loaded.model, loaded.residence
     objective = get_objective(recipe.objective)
     targets = with_structures(loaded, find_targets(model, recipe.include, recipe.exclude), recipe)
-    measured = get_allocation(recipe.allocate).needs
+    measured, again = get_allocation(recipe.allocate).needs, get_allocation(recipe.allocate).again
     plan_of_shapes(loaded, targets, recipe)  # an impossible budget or override is refused before any work
     if objective.needs and getattr(model.config, "is_encoder_decoder", False):
         raise TwofoldError(
@@ -240,7 +242,7 @@ def prepare(
             moments,
             objective,
             recipe.damping,
-            Spectra(folder, spectra_mark(hashed, mark, recipe), bases=bases or bool(measured)),
+            Spectra(folder, spectra_mark(hashed, mark, recipe), bases=bases or bool(measured) or again),
             chain=chain or plain_chain(model),
             blocks=opened.blocks or RESIDENT_BLOCKS,
             quiet=quiet,
@@ -253,7 +255,13 @@ def prepare(
         )
     with watch.stage("plan"):
         plan = make_plan(loaded.name, targets, spectra.values, recipe.at(1.0), loaded.stored_dtype.itemsize, evidence)
-    return Prepared(loaded, targets, objective, windows, moments, reused, spectra, evidence, plan)
+    prepared = Prepared(loaded, targets, objective, windows, moments, reused, spectra, evidence, plan)
+    if again:
+        if work is not None:
+            work.update(stage="measuring the moments again")
+        with watch.stage("recalibrate"):
+            recalibrate(prepared, recipe, folder=None if work is None else work.recalibrated, quiet=quiet)
+    return prepared
 
 
 def with_structures(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Targets:
@@ -381,6 +389,7 @@ def _moments(
         parts=stretches(opened.chain, opened.blocks) if opened.blocks is not None else None,
         before=before,
         seed=recipe.seed,
+        curvature=recipe.curvature,
         batch_size=recipe.batch_size,
         folder=path,
         on_disk=recipe.activations == "disk",

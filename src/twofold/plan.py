@@ -377,6 +377,7 @@ def _options(
             evidence.tokens,
             evidence.perplexities.get(target.name),
             evidence.scores.get(target.name),
+            evidence.curves.get(target.name),
         )
         candidates.append(candidate)
         if override is not None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from twofold.blocks import Chain, Stretch, run_stretch
-from twofold.calibrate.collect import BACKWARD, FORWARD, Accumulator, fisher_gradient, no_cache
+from twofold.calibrate.collect import BACKWARD, FORWARD, Accumulator, no_cache
+from twofold.calibrate.curvature import loss_gradient
 from twofold.calibrate.moments import request_statistics
 from twofold.factorize import BATCH, BATCH_NUMBERS
 from twofold.linalg import decompose, gauge_rank, gram, smaller_side, truncate, truncation_loss
@@ -135,7 +136,7 @@ def _block(
                 out.backward(hidden)
 
     def timed(kinds: tuple[str, ...], backward: bool) -> float:
-        accumulator = Accumulator(stands, moved, type(request)(renamed), kinds)
+        accumulator = Accumulator(stands, moved, type(request)(renamed), kinds, {})
         try:
             return _median(lambda: run(backward))
         finally:
@@ -165,7 +166,7 @@ def _head(table: int, vocabulary: int, batch: int, window: int) -> tuple[float, 
     product = _median(lambda: x @ weight.T) * vocabulary / part / rows
     logits = torch.randn(1, rows, vocabulary)
     generator = torch.Generator().manual_seed(0)
-    labels = _median(lambda: fisher_gradient(logits, generator)) / rows
+    labels = _median(lambda: loss_gradient(logits, torch.zeros(1, rows, dtype=torch.int64), generator)) / rows
     return batch * (2 * product + labels), window * (product + labels)
 
 

@@ -10,6 +10,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from twofold.calibrate.curvature import Curvature
 from twofold.errors import TwofoldError
 from twofold.goal import Goal, parse_perplexity
 
@@ -80,7 +81,8 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     allocate: Annotated[
         str,
         Field(
-            description="how ranks are shared out: global, uniform, energy, effective-rank, svd-llm-v2, sensitivity, zero-sum"
+            description="how ranks are shared out: global, uniform, energy, effective-rank, svd-llm-v2, sensitivity, zero-sum, "
+            "measured, global-iterated"
         ),
     ] = "global"
     sensitivity_windows: Annotated[
@@ -126,6 +128,9 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     damping: Annotated[
         float, Field(ge=0, le=1, description="added to the diagonal of each moment, relative to its mean")
     ] = 1e-2
+    curvature: Annotated[
+        Curvature, Field(description="how the gradients' moments are estimated: sampled, gauss-newton, empirical")
+    ] = "sampled"
     rank_multiple: Annotated[int, Field(ge=1, description="ranks are multiples of this")] = 1
     min_rank: Annotated[int, Field(ge=1, description="the smallest rank")] = 1
     include: Annotated[list[str], Field(description="factorize only the layers that match these patterns")] = []

@@ -22,7 +22,7 @@ from twofold.version import __version__
 STATE = "state.json"
 
 
-LONG = ("spectra", "checkpoint", "refine")  # folders of what took long, kept after a failure
+LONG = ("spectra", "checkpoint", "recalibrated", "refine")  # folders of what took long, kept after a failure
 
 
 class State(pydantic.BaseModel):
@@ -86,6 +86,10 @@ class Work:
     @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint"
+
+    @property
+    def recalibrated(self) -> Path:
+        return self.folder / "recalibrated"
 
     def update(self, **changes: object) -> None:
         """Write down how far the run has come."""

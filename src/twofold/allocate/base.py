@@ -33,6 +33,7 @@ class Candidate:
     scores: NDArray[np.float64] | None = (
         None  # (k,), first-order change of the loss without each component, nats per token
     )
+    curve: NDArray[np.float64] | None = None  # (k + 1,), second-order loss of each rank from 0 on, nats per token
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,21 @@ class Choice:
 
 BISECTIONS = 50
 Allocate = Callable[[list[Candidate], float], list[Choice]]
-Measurement = Literal["perplexities", "scores"]
+Measurement = Literal["perplexities", "scores", "curve"]
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """An allocation by its name; ``needs`` are the fields of a candidate that are measured on the model for it."""
+    """An allocation by its name.
+
+    ``needs`` are the fields of a candidate that are measured on the model for it. ``again``: the moments are measured once more
+    on the model that it has planned, and it plans anew by the mean of both.
+    """
 
     name: str
     needs: frozenset[Measurement]
     choose: Allocate
+    again: bool = False
 
     def __call__(self, candidates: list[Candidate], budget: float) -> list[Choice]:
         return self.choose(candidates, budget)
@@ -75,16 +81,17 @@ class Evidence:
     tokens: int = 1  # that were calibrated on
     perplexities: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     scores: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    curves: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 ALLOCATIONS: dict[str, Allocation] = {}
 
 
-def allocation(name: str, *, needs: Iterable[Measurement] = ()) -> Callable[[Allocate], Allocate]:
+def allocation(name: str, *, needs: Iterable[Measurement] = (), again: bool = False) -> Callable[[Allocate], Allocate]:
     """Register a function (candidates, budget) → choices as an allocation."""
 
     def register(function: Allocate) -> Allocate:
-        ALLOCATIONS[name] = Allocation(name, frozenset(needs), function)
+        ALLOCATIONS[name] = Allocation(name, frozenset(needs), function, again)
         return function
 
     return register

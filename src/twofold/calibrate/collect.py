@@ -4,8 +4,8 @@ A model that fits in memory is one stretch: each batch goes forward and backward
 by stretch: forward over all windows, then backward, where each stretch but the last is computed once more from its stored input.
 The arithmetic is the same, so both ways give the same sums.
 
-The labels of the loss are sampled from the model's own distribution, so that E[g gᵀ] is the true Fisher information at the
-output. No weight gets a gradient: the parameters are frozen, and the embeddings' output starts the graph.
+The gradient at the logits is random, so that E[g gᵀ] is the curvature of the loss at the output (curvature.py). No weight gets a
+gradient: the parameters are frozen, and the embeddings' output starts the graph.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from twofold import distributed
 from twofold.blocks import Stretch, run_stretch
 from twofold.calibrate.activations import Activations
+from twofold.calibrate.curvature import Curvature, loss_gradient
 from twofold.calibrate.moments import SQUARE, Moments, Parts, Request, read_names, write_part
-from twofold.calibrate.sample import draw
 from twofold.errors import TwofoldError
 from twofold.files import make_folder
 from twofold.progress import Tick, progress
@@ -46,13 +46,24 @@ BACKWARD = ("gradient", "input_gradient", "gradient_trace", "fisher_rows")
 OURS = re.compile(
     r"(forward|backward|both)-\d+-\d+\.safetensors|\.progress\.\d+\.safetensors|(hidden|gradient)-\d+\.\d+\.state|\..*\.\d+\.tmp"
 )
-ROWS = 128  # token positions whose labels are drawn at once
 
 
 class Accumulator:
     """Hooks on the targets that add to the sums."""
 
-    def __init__(self, residence: Resident, targets: list[Target], request: Request, kinds: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        residence: Resident,
+        targets: list[Target],
+        request: Request,
+        kinds: tuple[str, ...],
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        """
+        Args:
+            weights: (out, in), by the names of targets in whose places other weights stand.
+        """
+        self.weights = weights
         self.device = residence.device
         self.dtype = torch.float64 if residence.dtype == torch.float64 else torch.float32
         self.sums: dict[str, Tensor] = {}
@@ -68,7 +79,7 @@ class Accumulator:
         for target in targets:
             module = residence.model.get_submodule(target.name)
             self.handles.append(module.register_forward_hook(self._forward(target.name)))
-            if f"input_gradient/{target.name}" in self.sums:
+            if f"input_gradient/{target.name}" in self.sums and target.name not in weights:
                 self.handles.append(module.register_full_backward_hook(self._backward(target.name)))
 
     def _add(self, key: str, rows: Tensor) -> None:  # rows (tokens, k)
@@ -79,7 +90,8 @@ class Accumulator:
         return x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
 
     def _forward(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        wants_gradient = any(f"{kind}/{name}" in self.sums for kind in ("gradient", "gradient_trace", "fisher_rows"))
+        wanted = ["gradient", "gradient_trace", "fisher_rows", *(["input_gradient"] if name in self.weights else [])]
+        wants_gradient = any(f"{kind}/{name}" in self.sums for kind in wanted)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             with torch.no_grad():
@@ -99,8 +111,12 @@ class Accumulator:
                     if f"fisher_rows/{name}" in self.sums:
                         self.squares.setdefault(name, []).append(x.square().sum(1))
                 if f"output/{name}" in self.sums:
-                    bias = module.bias
-                    self._add(f"output/{name}", self._flat(output - bias if isinstance(bias, Tensor) else output))
+                    if name in self.weights:
+                        y = self._flat(args[0]) @ self.weights[name].to(self.dtype).T
+                    else:
+                        bias = module.bias
+                        y = self._flat(output - bias if isinstance(bias, Tensor) else output)
+                    self._add(f"output/{name}", y)
             if wants_gradient and output.requires_grad:
                 output.register_hook(lambda g: self._gradient(name, g))  # type: ignore[no-untyped-call]
 
@@ -109,6 +125,8 @@ class Accumulator:
     def _gradient(self, name: str, gradient: Tensor) -> None:
         g = self._flat(gradient)
         self._add(f"gradient/{name}", g)
+        if name in self.weights and f"input_gradient/{name}" in self.sums:
+            self._add(f"input_gradient/{name}", g @ self.weights[name].to(self.dtype))
         if f"gradient_trace/{name}" in self.sums:
             self.sums[f"gradient_trace/{name}"] += g.square().sum()
         if f"fisher_rows/{name}" in self.sums:
@@ -124,20 +142,6 @@ class Accumulator:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-def fisher_gradient(
-    logits: Tensor,  # (batch, length, vocabulary)
-    generator: torch.Generator,
-) -> Tensor:  # the same shape
-    """The gradient of the cross-entropy, summed over positions, for labels drawn from the model: p − onehot(y)."""
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    probabilities = torch.softmax(logits.detach().to(wide), -1)
-    flat = probabilities.view(-1, probabilities.shape[-1])
-    for rows in torch.split(flat, ROWS):
-        labels = draw(rows if rows.device.type == "cpu" else rows.cpu(), generator).to(rows.device)
-        rows[torch.arange(len(rows), device=rows.device), labels] -= 1
-    return probabilities.to(logits.dtype)
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,9 @@ def collect_moments(
     parts: list[Stretch] | None = None,
     before: frozenset[str] = frozenset(),
     seed: int = 0,
+    curvature: Curvature = "sampled",
     batch_size: int = 1,
+    weights: Mapping[str, Tensor] | None = None,
     folder: Path | None = None,
     on_disk: bool = False,
     quiet: bool = False,
@@ -185,6 +191,8 @@ def collect_moments(
         empty: moments with groups, fingerprint and description but no sums yet.
         parts: the stretches of blocks that are in memory at once; the whole model if it is None.
         before: the modules that run before the first block.
+        curvature: how it is estimated from a backward pass.
+        weights: the dense weights (out, in) that the moments are of, where the model has smaller ones in their places.
         seed: of the sampled labels; batch b uses its own stream, so a resumed pass gives the same sums.
         folder: where finished parts are written, and an unfinished pass is taken up again; in memory if it is None.
         on_disk: keep the hidden states between stretches in the folder, so that a killed run goes on from there.
@@ -193,7 +201,20 @@ def collect_moments(
         TwofoldError: if an activation is NaN or infinite (naming the first layer), or the model gives no logits.
     """
     steps = _steps(parts or [Stretch()], request.backward)
-    sweep = _Sweep(residence, targets, request, windows, steps, empty.fingerprint, seed, batch_size, folder, on_disk)
+    sweep = _Sweep(
+        residence,
+        targets,
+        request,
+        windows,
+        steps,
+        empty.fingerprint,
+        seed,
+        curvature,
+        batch_size,
+        weights or {},
+        folder,
+        on_disk,
+    )
     model = residence.model
     was_grad = [(p, p.requires_grad) for p in model.parameters()]
     was_training = model.training
@@ -235,12 +256,15 @@ class _Sweep:
         steps: list[_Step],
         fingerprint: str,
         seed: int,
+        curvature: Curvature,
         batch_size: int,
+        weights: Mapping[str, Tensor],
         folder: Path | None,
         on_disk: bool,
     ) -> None:
         self.residence, self.request, self.windows, self.steps = residence, request, windows, steps
-        self.seed, self.batch_size, self.folder = seed, batch_size, folder
+        self.seed, self.curvature, self.batch_size, self.folder = seed, curvature, batch_size, folder
+        self.weights = weights
         self.fingerprint = fingerprint
         self.way = f"{distributed.world()} processes" + (", hidden states on disk" if on_disk else "")
         first, last = distributed.share(-(-len(windows) // batch_size))
@@ -344,7 +368,7 @@ class _Sweep:
         """One step over the windows of this process; gives the sums over all processes."""
         stretch, backward = step.stretch, step.sweep != "forward"
         model = self.residence.model
-        accumulator = Accumulator(self.residence, targets, self.request, step.kinds)
+        accumulator = Accumulator(self.residence, targets, self.request, step.kinds, self.weights)
         for name, tensor in self.resumed.items():
             accumulator.sums[name].copy_(tensor)
         start_graph = None
@@ -445,7 +469,7 @@ class _Sweep:
                     )
                 self._check(logits, run)
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
-                logits.backward(fisher_gradient(logits, generator))
+                logits.backward(loss_gradient(logits, batch, generator, self.curvature))
             else:
                 gradient = self._state("gradient", stretch.last).read(here, there).to(out)
                 out.backward(gradient)

@@ -46,6 +46,8 @@ def fingerprint(hashed: str, windows: TokenWindows, request: Request, recipe: Re
         "dtype": str(dtype),
         "request": request.sizes,
     }
+    if recipe.curvature != "sampled" and request.backward:
+        parts["curvature"] = recipe.curvature
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -52,6 +52,10 @@ class Request:
         """How many numbers the moments hold."""
         return sum(self.numbers_of(kind) for kind in self.sizes)
 
+    def names(self) -> list[str]:
+        """The names of the moments, as they are kept."""
+        return [f"{kind}/{name}" for kind, owners in self.sizes.items() for name in owners]
+
     def numbers_of(self, kind: str, targets: Iterable[str] | None = None) -> int:
         """How many numbers the moments of one kind hold, of all targets or of some."""
         owners = self.sizes[kind]
@@ -151,8 +155,7 @@ class Moments:
 
     def only(self, request: Request) -> Moments:
         """What a request asks for, as if nothing else had been collected."""
-        names = {f"{kind}/{name}" for kind, owners in request.sizes.items() for name in owners}
-        return replace(self, sums=Chosen(self.sums, names & self.sums.keys()))
+        return replace(self, sums=Chosen(self.sums, self.sums.keys() & set(request.names())))
 
     def rows(self, name: str) -> float:
         """How many input vectors a target was given."""

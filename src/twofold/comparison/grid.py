@@ -81,7 +81,7 @@ class Grid(pydantic.BaseModel, extra="forbid"):
         Field(
             min_length=1,
             description="allocations, with commas between: global, uniform, energy, effective-rank, svd-llm-v2, "
-            "sensitivity, zero-sum",
+            "sensitivity, zero-sum, measured, global-iterated",
         ),
     ] = ["global"]
     keep: Annotated[

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from twofold.allocate import Evidence
+from twofold.allocate import Evidence, get_allocation
 from twofold.comparison.cells import Cells
 from twofold.comparison.grid import Cell
 from twofold.comparison.ground import Decomposed, Ground
@@ -25,6 +25,7 @@ from twofold.objectives import get_objective
 from twofold.pipeline import Prepared, carry_out
 from twofold.plan import make_plan
 from twofold.progress import say
+from twofold.recalibration import recalibrate
 from twofold.recipe import Recipe
 from twofold.refine import refine
 from twofold.run import Stopwatch
@@ -150,6 +151,9 @@ class Rows:
         prepared = Prepared(
             ground.loaded, of.targets, of.objective, ground.windows, of.moments, True, of.spectra, evidence, plan
         )
+        if get_allocation(recipe.allocate).again:
+            with watch.stage("recalibrate"):
+                recalibrate(prepared, recipe, folder=work / "recalibrated", quiet=ground.quiet)
         with watch.stage("factorize"):
             replaced = carry_out(prepared, recipe, quiet=ground.quiet)
         refined = []

@@ -1,0 +1,103 @@
+"""Moments measured again on the model as its plan makes it; the ranks and factors are then chosen anew by the mean of both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twofold.allocate import get_allocation
+from twofold.blocks import Chain, block_names
+from twofold.calibrate import Moments, collect_moments, request_statistics
+from twofold.calibrate.moments import DESCRIPTION
+from twofold.errors import TwofoldError
+from twofold.factorize import apply_plan, decompose_targets, put_back
+from twofold.objectives import get_objective
+from twofold.plan import make_plan
+from twofold.recipe import Recipe
+from twofold.spectra import Spectra
+from twofold.targets import dense_weight
+
+if TYPE_CHECKING:
+    from twofold.pipeline import Prepared
+
+SHARE = 1 / 3  # what the moments of the factored model weigh; measured, docs/experiments.md
+
+
+def check_recalibrated(recipe: Recipe) -> None:
+    """Refuse to measure the moments again where there are none, or no size to do it at.
+
+    Raises:
+        TwofoldError: with what to do in its place.
+    """
+    objective = get_objective(recipe.objective)
+    if not get_allocation(recipe.allocate).again:
+        return
+    if recipe.goal is not None:
+        raise TwofoldError(
+            f"--allocate {recipe.allocate} measures the model at its size, which {recipe.goal.flag} does not say; give --keep "
+            "or --budget, or use --allocate global"
+        )
+    if objective.loss != "nats" or objective.build is None:
+        raise TwofoldError(
+            f"--allocate {recipe.allocate} compares losses in nats, which {recipe.objective} does not give; use --objective "
+            "two-sided, or --allocate global"
+        )
+
+
+def recalibrate(prepared: Prepared, recipe: Recipe, *, folder: Path | None = None, quiet: bool = False) -> None:
+    """Measure the moments again on the model as its plan makes it, and decompose and plan anew by the mean of both.
+
+    The moments are those of the dense weights, with the inputs and gradients that the factored model gives: the curvature between
+    the two models counts, and no longer that at the dense one alone. The model is dense again afterwards.
+
+    Args:
+        folder: where the new moments are kept, so that a killed run takes them up; in memory if it is None.
+    """
+    moments, windows, loaded = prepared.moments, prepared.windows, prepared.loaded
+    assert moments is not None and windows is not None
+    targets, model, element = prepared.targets.targets, loaded.model, loaded.stored_dtype
+    request = request_statistics(targets, prepared.targets.groups, prepared.objective.needs)
+    ranks = [(entry.name, entry.rank) for entry in prepared.plan.entries]
+    mark = hashlib.sha256(json.dumps([moments.fingerprint, recipe.damping, recipe.form, ranks]).encode()).hexdigest()
+    found = _kept(folder, mark)
+    if found is None:
+        weights = {target.name: dense_weight(model.get_submodule(target.name)).detach() for target in targets}
+        with put_back(model, list(weights)):
+            apply_plan(
+                model,
+                prepared.plan,
+                prepared.spectra,
+                moments,
+                prepared.objective,
+                recipe.damping,
+                element,
+                quiet=quiet,
+            )
+            found = collect_moments(
+                loaded.residence, targets, request, windows.ids,
+                empty=replace(moments, sums={}, fingerprint=mark), seed=recipe.seed, curvature=recipe.curvature,
+                batch_size=recipe.batch_size, weights=weights, folder=folder, quiet=quiet,
+            )  # fmt: skip
+    old = moments.only(request).sums
+    mixed = {name: old[name] + SHARE * (found.sums[name] - old[name]) for name in request.names()}
+    prepared.moments = replace(moments, sums=mixed, fingerprint=mark)
+    prepared.spectra = decompose_targets(
+        loaded.residence, targets, prepared.moments, prepared.objective, recipe.damping, Spectra(None, mark),
+        chain=Chain(tuple(block_names(model)), False), quiet=quiet,
+    )  # fmt: skip
+    prepared.plan = make_plan(
+        loaded.name, prepared.targets, prepared.spectra.values, recipe, element.itemsize, prepared.evidence
+    )
+
+
+def _kept(folder: Path | None, mark: str) -> Moments | None:
+    """The moments that a killed run has finished."""
+    if folder is None or not (folder / DESCRIPTION).is_file():
+        return None
+    try:
+        return Moments.load(folder, mark)
+    except TwofoldError:
+        return None
