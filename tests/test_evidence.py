@@ -327,3 +327,15 @@ def test_another_curvature_is_another_calibration(checkpoint, text_file):
         prepared = prepare(recipe, open_for(recipe, quiet=True), Stopwatch(), quiet=True)
         plans[curvature] = prepared.moments.fingerprint, prepared.plan.predicted_divergence
     assert len(set(plans.values())) == 3 and len({mark for mark, _ in plans.values()}) == 3
+
+
+def test_the_estimate_counts_what_an_allocation_measures(checkpoint):
+    seconds = {}
+    for allocate in ("global", "sensitivity", "zero-sum", "measured", "global-iterated"):
+        seconds[allocate] = plan_model(
+            make_recipe({"model": str(checkpoint), "keep": 0.7, "allocate": allocate})
+        ).estimate.seconds
+    own = {name: found.get("sensitivities", found.get("recalibrate", 0)) for name, found in seconds.items()}
+    assert own.pop("global") == 0 and all(value > 0 for value in own.values()), own
+    assert "recalibrate" in seconds["global-iterated"]
+    assert own["measured"] == pytest.approx(seconds["measured"]["calibrate"], rel=0.5)

@@ -15,6 +15,8 @@ import psutil
 import torch
 
 from twofold import distributed
+from twofold.allocate import get_allocation
+from twofold.allocate.sensitivity import GRID
 from twofold.blocks import Chain
 from twofold.budget import parse_budget
 from twofold.calibrate.moments import request_statistics
@@ -334,6 +336,7 @@ def seconds_of(f: Figures, s: Speeds, recipe: Recipe, blocks: int | None, bytes_
         "measure": 2 * windows * (count * window + s.head_forward),
         "write and report": 4 + stored / WRITTEN,
     }
+    found |= _for_allocation(f, s, recipe, count * window + s.head_forward, batches * (count * s.both + s.head))
     if recipe.refine and blocks is None:
         found["refine"] = _refining(s, recipe, count, batches)
     if recipe.calibration == ["self"] and get_objective(recipe.objective).needs:
@@ -347,6 +350,21 @@ def seconds_of(f: Figures, s: Speeds, recipe: Recipe, blocks: int | None, bytes_
         found["read blocks"] = reads * stored / bytes_a_second
         found["load"] = 3.0
     return found
+
+
+def _for_allocation(f: Figures, s: Speeds, recipe: Recipe, window: float, sweep: float) -> dict[str, float]:
+    """The time of what an allocation measures on the model.
+
+    Args:
+        window: seconds to measure one calibration window.
+        sweep: seconds of a pass forward and backward over the calibration text.
+    """
+    allocation, count = get_allocation(recipe.allocate), max(f.blocks, 1)
+    if allocation.again:
+        return {"recalibrate": sweep + count * (s.decompose + s.factorize)}
+    if "perplexities" in allocation.needs:
+        return {"sensitivities": len(f.targets) * len(GRID) * recipe.sensitivity_windows * window}
+    return {"sensitivities": sweep} if allocation.needs else {}
 
 
 def _refining(s: Speeds, recipe: Recipe, count: int, batches: int) -> float:
