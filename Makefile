@@ -20,7 +20,7 @@ test: $(INSTALLED)  ## lint, types and the tests
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check src tests benchmarks

@@ -31,8 +31,20 @@ def candidates_of(shapes, seed):
         perplexities = 20 + np.sort(generator.exponential(size=len(GRID)) * 10 ** generator.uniform(-2, 2))[::-1]
         kept = {"kind": "qkv"[i % 3], "tokens": 4096, "perplexities": perplexities}
         scores = generator.normal(size=min(m, n)) * np.sqrt(values)
+        curve = tails / 2 * generator.uniform(0.5, 2, size=len(tails))  # measured, so it may rise
         made.append(
-            Candidate(str(i), ranks, costs, tails[ranks], float(m * n), float(m * n), values, **kept, scores=scores)
+            Candidate(
+                str(i),
+                ranks,
+                costs,
+                tails[ranks],
+                float(m * n),
+                float(m * n),
+                values,
+                **kept,
+                scores=scores,
+                curve=curve,
+            )
         )
     return made
 
@@ -108,9 +120,10 @@ def test_full_budget_keeps_all_dense():
 
 
 def test_names():
-    assert {"uniform", "global", "energy", "effective-rank", "svd-llm-v2", "sensitivity", "zero-sum"} == set(
-        ALLOCATIONS
-    )
+    assert set(ALLOCATIONS) == {
+        "uniform", "global", "energy", "effective-rank", "svd-llm-v2", "sensitivity", "zero-sum", "measured",
+        "global-iterated",
+    }  # fmt: skip
     with pytest.raises(TwofoldError, match="no allocation 'even'"):
         get_allocation("even")
 

@@ -18,7 +18,7 @@ from twofold.errors import TwofoldError
 from twofold.residence import Resident
 from twofold.targets import dense_weight, find_groups, find_targets
 
-NEEDS = {"input", "gradient", "input_abs", "fisher_rows"}
+NEEDS = {"input", "gradient", "input_abs", "input_square", "gradient_square", "fisher_rows"}
 
 
 def windows(count=3, width=24):
@@ -86,6 +86,8 @@ def test_moments_are_those_of_autograd(architecture):
             assert layer.input_trace == pytest.approx(float(c.trace()), rel=1e-9)
             assert layer.gradient_trace == pytest.approx(float(gg.trace()), rel=1e-6)
             torch.testing.assert_close(layer.input_abs, x.abs().mean(0), **close)
+            torch.testing.assert_close(layer.input_square, x.square().mean(0), **close)
+            torch.testing.assert_close(layer.gradient_square, g.square().mean(0) * len(g) / ids.numel(), **close)
             rows = (g.square() * x.square().sum(1, keepdim=True)).mean(0)
             torch.testing.assert_close(layer.fisher_rows, rows, **close)
 

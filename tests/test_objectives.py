@@ -32,6 +32,25 @@ ROWS = {
     "svd-llm": lambda x, g: (torch.eye(g.shape[1], dtype=x.dtype), damped(x.T @ x / len(x))),
     "two-sided": lambda x, g: (damped(g.T @ g / len(g)), damped(x.T @ x / len(x))),
 }
+INPUTS = {
+    "plain": lambda x: torch.eye(x.shape[1], dtype=x.dtype), "abs": lambda x: diagonal(x.abs().mean(0)),
+    "diagonal": lambda x: diagonal(x.square().mean(0)), "whitened": lambda x: damped(x.T @ x / len(x)),
+}  # fmt: skip
+OUTPUTS = {
+    "plain": lambda x, g: torch.eye(g.shape[1], dtype=x.dtype), "rows": lambda x, g: ROWS["fwsvd"](x, g)[0],
+    "diagonal": lambda x, g: diagonal(g.square().mean(0)), "whitened": lambda x, g: damped(g.T @ g / len(g)),
+}  # fmt: skip
+
+
+def metrics_of(name, x, g):
+    """The full metrics of an objective by name, or of two that are combined."""
+    if name in ROWS:
+        return ROWS[name](x, g)
+    left, _, right = name.partition("+")
+    return OUTPUTS[right](x, g), INPUTS[left](x)
+
+
+COMBINED = [f"{left}+{right}" for left in INPUTS for right in OUTPUTS]
 
 
 def moments_of(weight, x, g, small):
@@ -48,6 +67,8 @@ def moments_of(weight, x, g, small):
         input_trace=float(c.trace()),
         gradient_trace=float(gg.trace()),
         input_abs=x.abs().mean(0),
+        input_square=x.square().mean(0),
+        gradient_square=g.square().mean(0),
         fisher_rows=(g.square() * x.square().sum(1, keepdim=True)).mean(0),
     )
 
@@ -61,14 +82,14 @@ def test_every_objective_has_a_row():
 
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", sorted(ROWS))
+@pytest.mark.parametrize("name", [*sorted(ROWS), *COMBINED])
 def test_minimizes_its_own_loss(name, shape, small):
     torch.manual_seed(0)
     m, n = shape
     weight = torch.randn(m, n, dtype=torch.float64)
     x = torch.randn(60, n, dtype=torch.float64) * torch.linspace(0.1, 3, n, dtype=torch.float64)
     g = torch.randn(60, m, dtype=torch.float64) * torch.linspace(2, 0.2, m, dtype=torch.float64)
-    left, right = ROWS[name](x, g)
+    left, right = metrics_of(name, x, g)
     problem = get_objective(name).build(weight, moments_of(weight, x, g, small), DAMPING)
     spectrum = decompose(problem.metric, problem.gram, problem.side)
     # σ are the singular values of left^½ W right^½
@@ -89,6 +110,23 @@ def test_what_each_collects():
     assert all(o.source for o in OBJECTIVES.values())
     with pytest.raises(TwofoldError, match="no objective 'svdllm'; choose one of asvd"):
         get_objective("svdllm")
+
+
+def test_combined_metrics_are_the_named_objectives():
+    torch.manual_seed(1)
+    weight, x, g = (torch.randn(*shape, dtype=torch.float64) for shape in ((9, 16), (50, 16), (50, 9)))
+    moments = moments_of(weight, x, g, True)
+    same = {"plain+plain": "svd", "abs+plain": "asvd", "plain+rows": "fwsvd", "whitened+plain": "svd-llm"}
+    for name, own in {**same, "whitened+whitened": "two-sided"}.items():
+        found, expected = (get_objective(one) for one in (name, own))
+        assert (found.loss, found.needs) == (expected.loss, expected.needs)
+        first, second = (one.build(weight, moments, DAMPING) for one in (found, expected))
+        torch.testing.assert_close(first.gram, second.gram)
+        assert (first.metric is None) == (second.metric is None)
+    assert get_objective("diagonal+diagonal").loss == "nats"
+    for wrong in ("whitened+", "+rows", "whitened+abs", "rows+whitened", "whitened+rows+rows"):
+        with pytest.raises(TwofoldError, match=r"two metrics as in whitened\+rows"):
+            get_objective(wrong)
 
 
 def test_layers_that_were_never_reached_still_have_a_metric():

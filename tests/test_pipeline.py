@@ -37,7 +37,7 @@ def small_recipe(checkpoint, text_file, **settings):
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", [*sorted(OBJECTIVES), "diagonal+whitened", "whitened+rows", "plain+diagonal"])
 def test_every_objective_with_every_allocation(name, allocate):
     model = twofold.factorize(
         make_model(), make_tokenizer(), keep=0.6, objective=name, allocate=allocate, texts=[TEXT], **SMALL
@@ -49,7 +49,7 @@ def test_every_objective_with_every_allocation(name, allocate):
         if entry.rank:
             assert entry.measured_loss == pytest.approx(entry.predicted_loss, rel=1e-3, abs=1e-9 * entry.total_loss)
     assert any("share of each layer's own total" in n for n in plan.notes) == (
-        allocate == "global" and name != "two-sided"
+        allocate == "global" and name not in ("two-sided", "diagonal+whitened")
     )
 
 

@@ -163,7 +163,7 @@ def memory_of(f: Figures, recipe: Recipe, blocks: int | None) -> dict[str, float
     window = min(1024, recipe.window)
     through = sum(t.in_features + t.out_features for t in f.block_targets)  # numbers a token of one block
     at_once = f.blocks or 1 if blocks is None else min(blocks, f.blocks or 1)
-    inputs = sum(n for kind, n in f.block_request.items() if kind in ("input", "output", "input_abs"))
+    inputs = sum(n for kind, n in f.block_request.items() if kind in ("input", "output", "input_abs", "input_square"))
     gradients = sum(f.block_request.values()) - inputs
     wide_table = f.table * f.element > LARGE and f.stored < f.element
     table = f.table * (f.stored if wide_table else f.element) if blocks is not None else 0

@@ -72,7 +72,7 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
         str,
         Field(
             description="what a rank is chosen to preserve: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns, "
-            "basis-sharing"
+            "basis-sharing, or two metrics as in whitened+rows"
         ),
     ] = "two-sided"
     share_blocks: Annotated[

@@ -7,6 +7,8 @@ For each target either side of a pair suffices, and the smaller one is collected
     gradient/TARGET        G = E[g gᵀ] (m, m), g the gradient of the loss at the output
     input_gradient/TARGET  Wᵀ G W = E[z zᵀ] (n, n), z = Wᵀ g
     input_abs/LEADER       E|x| (n,)
+    input_square/LEADER    E[x²] (n,)
+    gradient_square/TARGET E[g²] (m,)
     fisher_rows/TARGET     Σ_j E[(g_i x_j)²] (m,)
     input_trace/LEADER, gradient_trace/TARGET: tr C, tr G
     rows/TARGET            how many vectors the layer was given: the tokens, unless it is called several times or not for all
@@ -45,7 +47,7 @@ class Request:
     @property
     def backward(self) -> bool:
         """Whether gradients are needed."""
-        return any(self.sizes.get(kind) for kind in ("gradient", "input_gradient", "fisher_rows"))
+        return any(self.sizes.get(kind) for kind in ("gradient", "input_gradient", "gradient_square", "fisher_rows"))
 
     @property
     def numbers(self) -> int:
@@ -103,6 +105,8 @@ def request_statistics(
             ask("input_mean", leader, n)
         if "input_abs" in needs:
             ask("input_abs", leader, n)
+        if "input_square" in needs:
+            ask("input_square", leader, n)
         for target in group:
             ask("rows", target.name, 1)
             if "gradient" in needs:
@@ -110,6 +114,9 @@ def request_statistics(
                     ask("gradient", target.name, target.out_features)
                 else:
                     ask("input_gradient", target.name, n)
+                ask("gradient_trace", target.name, 1)
+            if "gradient_square" in needs:
+                ask("gradient_square", target.name, target.out_features)
                 ask("gradient_trace", target.name, 1)
             if "fisher_rows" in needs:
                 ask("fisher_rows", target.name, target.out_features)
@@ -132,7 +139,7 @@ class Moments:
         rows = max(self.rows(name), 1.0)
         places = {
             "output": (name, rows), "input": (leader, rows), "input_abs": (leader, rows), "input_trace": (leader, rows),
-            "input_mean": (leader, rows),
+            "input_mean": (leader, rows), "input_square": (leader, rows), "gradient_square": (name, self.tokens),
             "gradient": (name, self.tokens), "input_gradient": (name, self.tokens), "fisher_rows": (name, self.tokens),
             "gradient_trace": (name, self.tokens),
         }  # fmt: skip
@@ -150,6 +157,8 @@ class Moments:
             input_trace=float(found["input_trace"]) if "input_trace" in found else 0.0,
             gradient_trace=float(found["gradient_trace"]) if "gradient_trace" in found else 0.0,
             input_abs=found.get("input_abs"),
+            input_square=found.get("input_square"),
+            gradient_square=found.get("gradient_square"),
             fisher_rows=found.get("fisher_rows"),
         )
 

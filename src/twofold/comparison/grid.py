@@ -72,7 +72,7 @@ class Grid(pydantic.BaseModel, extra="forbid"):
         Field(
             min_length=1,
             description="objectives, with commas between: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns, "
-            "basis-sharing",
+            "basis-sharing, or two metrics as in whitened+rows",
         ),
     ] = ["two-sided"]
     allocate: Annotated[

@@ -12,7 +12,9 @@ from torch import Tensor
 from twofold.errors import TwofoldError
 from twofold.linalg import Side, damp, gram, smaller_side
 
-Statistic = Literal["input", "whole_input", "input_mean", "input_abs", "gradient", "fisher_rows"]
+Statistic = Literal[
+    "input", "whole_input", "input_mean", "input_abs", "input_square", "gradient", "gradient_square", "fisher_rows"
+]
 Loss = Literal["nats", "output", "weight"]
 
 
@@ -32,6 +34,8 @@ class LayerMoments:
     input_trace: float = 0.0  # tr C
     gradient_trace: float = 0.0  # tr G
     input_abs: Tensor | None = None  # E|x| (n,)
+    input_square: Tensor | None = None  # E[x²] (n,)
+    gradient_square: Tensor | None = None  # E[g²] (m,)
     fisher_rows: Tensor | None = None  # Σ_j E[(g_i x_j)²] (m,)
 
 
@@ -68,6 +72,7 @@ class Objective:
 
 
 OBJECTIVES: dict[str, Objective] = {}
+FAMILIES: dict[str, Callable[[str], Objective | None]] = {}  # how the names of a family look → the objective of a name
 
 
 def objective(name: str, *, source: str, needs: set[Statistic], loss: Loss) -> Callable[[Build], Build]:
@@ -87,15 +92,36 @@ def structural_objective(
     OBJECTIVES[name] = Objective(name, source, frozenset(needs), loss, None, frozenset(structures))
 
 
+def objective_family(form: str) -> Callable[[Callable[[str], Objective | None]], Callable[[str], Objective | None]]:
+    """Register a function from names to objectives; it gives None for a name that is not of the family.
+
+    Args:
+        form: how its names look, for messages.
+    """
+
+    def register(function: Callable[[str], Objective | None]) -> Callable[[str], Objective | None]:
+        FAMILIES[form] = function
+        return function
+
+    return register
+
+
 def get_objective(name: str) -> Objective:
     """The objective of a name.
 
     Raises:
         TwofoldError: if there is none.
     """
-    if name not in OBJECTIVES:
-        raise TwofoldError(f"there is no objective {name!r}; choose one of {', '.join(sorted(OBJECTIVES))}")
-    return OBJECTIVES[name]
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    for family in FAMILIES.values():
+        found = family(name)
+        if found is not None:
+            return found
+    raise TwofoldError(
+        f"there is no objective {name!r}; choose one of {', '.join(sorted(OBJECTIVES))}, or two metrics as in "
+        "whitened+rows: plain, abs, diagonal or whitened inputs, and plain, rows, diagonal or whitened outputs"
+    )
 
 
 def input_side(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:
