@@ -32,6 +32,7 @@ from twofold.progress import progress
 from twofold.recipe import Recipe
 from twofold.refine import Refined, refine
 from twofold.residence import Streamed
+from twofold.quantize.verify import verify_bytes
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.sizing import Sizing
 from twofold.work import Work, working
@@ -345,7 +346,7 @@ def _samples(loaded: LoadedModel, replaced: dict[str, nn.Module]) -> list[Sample
 
 
 def _verify(folder: Path, plan: Plan, model: nn.Module) -> None:
-    """Count what was really stored, so that no figure of the plan goes unchecked."""
+    """Count what was really stored, so that no figure of the plan goes unchecked: numbers, or bytes where some are integers."""
     stored = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -354,6 +355,9 @@ def _verify(folder: Path, plan: Plan, model: nn.Module) -> None:
                 for size in file.get_slice(name).get_shape():
                     numbers *= size
                 stored += numbers
+    if any(entry.bits is not None for entry in [*plan.entries, *plan.dense]):
+        verify_bytes(folder, plan, model)
+        return
     ours = sum(1 for entry in plan.entries if entry.rank is not None) + plan.order_numbers
     factored = tuple(f"{entry.name}." for entry in plan.entries if entry.rank is not None)
     bases = {f"{BASES}.{entry.basis}." for entry in plan.entries if entry.basis is not None}

@@ -46,6 +46,8 @@ from twofold.objectives import Objective, get_objective
 from twofold.objectives.base import Statistic
 from twofold.plan import Plan, make_plan
 from twofold.progress import say
+from twofold.quantize.check import check_bits, stand_in
+from twofold.quantize.loss import rounding_needs
 from twofold.recipe import Recipe, make_recipe
 from twofold.refine import check_refinable, check_refinements, refine
 from twofold.residence import Resident, Streamed
@@ -133,6 +135,7 @@ def check_methods(recipe: Recipe) -> None:
         TwofoldError: naming the first of them.
     """
     check_refinements(recipe)
+    check_bits(recipe, get_objective(recipe.objective))
     check_structural(recipe, bool(get_objective(recipe.objective).structures))
 
 
@@ -152,6 +155,11 @@ def _check_streamed(recipe: Recipe, way: Way) -> None:
         raise TwofoldError(
             "texts to calibrate on can't be sampled from a model that is worked through block by block (each token would read "
             f"all of its weights); name some with --calibration FILE, or give it {way.resident / 1e9:.1f} GB with --memory"
+        )
+    if recipe.bits is not None or recipe.dense_bits is not None:
+        raise TwofoldError(
+            "a model that is worked through block by block can't be rounded to integers yet; leave --bits and --dense-bits out, "
+            f"or give it {way.resident / 1e9:.1f} GB with --memory"
         )
     if recipe.refine:
         raise TwofoldError(
@@ -221,8 +229,9 @@ def prepare(
         with watch.stage("texts"):
             if windows.tokens < windows.asked - recipe.window and not quiet:
                 say(f"the calibration text gives {windows.tokens:,} tokens of the {windows.asked:,} asked for")
+        asked = objective.needs | (rounding_needs(objective) if recipe.bits is not None or recipe.dense_bits else set())
         targets, moments, reused = calibrate(
-            recipe, opened, targets, objective.needs, windows, hashed, watch,
+            recipe, opened, targets, asked, windows, hashed, watch,
             moments_folder=moments_folder, work=work, quiet=quiet,
         )  # fmt: skip
         mark = moments.fingerprint
@@ -240,7 +249,7 @@ def prepare(
             moments,
             objective,
             recipe.damping,
-            Spectra(folder, spectra_mark(hashed, mark, recipe), bases=bases or bool(measured)),
+            Spectra(folder, spectra_mark(hashed, mark, recipe), bases=bases or bool(measured) or recipe.bits == "auto"),
             chain=chain or plain_chain(model),
             blocks=opened.blocks or RESIDENT_BLOCKS,
             quiet=quiet,
@@ -430,7 +439,7 @@ def plain_chain(model: nn.Module) -> Chain:
 
 def plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Plan:
     """The uniform plan, which needs the shapes alone."""
-    uniform = recipe.at(1.0).model_copy(update={"allocate": "uniform"})
+    uniform = stand_in(recipe.at(1.0)).model_copy(update={"allocate": "uniform"})
     return make_plan(loaded.name, targets, None, uniform, loaded.stored_dtype.itemsize)
 
 
@@ -482,6 +491,10 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
     get_allocation(recipe.allocate)
     check_methods(recipe)
     if needs and "calibration" not in recipe.model_fields_set and moments_file is None:
+        if recipe.bits == "auto":
+            raise TwofoldError(
+                "--bits auto measures what rounding loses: name --calibration FILE, or --calibration self; or give a number of bits"
+            )
         if recipe.goal is not None:
             raise TwofoldError(
                 f"{recipe.goal.flag} needs measuring: name --calibration FILE, or --calibration self; or give --keep or --budget"

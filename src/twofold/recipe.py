@@ -10,9 +10,13 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from twofold.budget import parse_budget
 from twofold.errors import TwofoldError
 from twofold.goal import Goal, parse_perplexity
+from twofold.nn.int_matrix import GROUP, default_group
+from twofold.nn.packing import BITS
 
+REST_BITS = 8  # of the embeddings, with --bits auto
 SIZES = ("keep", "budget", "perplexity_at_most", "kl_at_most")  # exactly one of these says how small a model gets
 
 Settings = TypeVar("Settings", bound=pydantic.BaseModel)
@@ -89,6 +93,26 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     form: Annotated[
         Literal["gauge", "plain"], Field(description="how factors are stored: gauge r(m+n-r) numbers, plain r(m+n)")
     ] = "gauge"
+    bits: Annotated[
+        str | None,
+        pydantic.BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
+        pydantic.AfterValidator(lambda value: check_bits(value)),
+        Field(
+            description="bits of the factors' numbers, 2 to 8, or auto: a budget in bytes is shared out over ranks and bits "
+            "together; without it they keep the dtype of the checkpoint"
+        ),
+    ] = None
+    dense_bits: Annotated[
+        int | None,
+        Field(
+            ge=2,
+            le=8,
+            description="bits of the embedding, the output layer and the linear layers that stay dense; 8 with --bits auto",
+        ),
+    ] = None
+    group_size: Annotated[
+        int, Field(ge=8, description="inputs that share a scale, below 8 bits; with 8 bits all of an output do")
+    ] = GROUP
     refine: Annotated[
         list[str],
         pydantic.BeforeValidator(lambda value: _split([value] if isinstance(value, str) else value)),
@@ -172,6 +196,32 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _bits_go_with_it(self) -> Recipe:
+        if self.bits == "auto" and (self.budget is None or parse_budget(self.budget)[1] != "bytes"):
+            raise ValueError(
+                "--bits auto shares out a budget in bytes over ranks and bits; give one, as in --budget 60MB, or a number of bits"
+            )
+        if self.bits is not None and self.refine:
+            raise ValueError(
+                "a refinement trains factors of floating point, and --bits rounds them to integers; leave one of the two out"
+            )
+        return self
+
+    @property
+    def fixed_bits(self) -> int | None:
+        """The bits of every factor, if they are one number."""
+        return None if self.bits is None or self.bits == "auto" else int(self.bits)
+
+    @property
+    def rest_bits(self) -> int | None:
+        """The bits of what is not factorized; with --bits auto that is the embeddings and the layers that are no targets."""
+        return REST_BITS if self.bits == "auto" and self.dense_bits is None else self.dense_bits
+
+    def group(self, bits: int) -> int | None:
+        """The inputs that share a scale at so many bits; None: all of an output."""
+        return None if default_group(bits) is None else self.group_size
+
     @property
     def goal(self) -> Goal | None:
         """How good the model must stay, if that is asked for in the place of a size."""
@@ -192,6 +242,13 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
         """The recipe as YAML; what is at its default is left in, so that a stored recipe says all."""
         settings = self.model_dump(mode="json", exclude_none=True, exclude={"trust_remote_code"})
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def check_bits(bits: str | None) -> str | None:
+    """Refuse what is no number of bits."""
+    if bits is None or bits == "auto" or bits in [str(number) for number in BITS]:
+        return bits
+    raise ValueError(f"must be auto, or a whole number from {BITS[0]} to {BITS[-1]}")
 
 
 def _readable(perplexity: str | None) -> str | None:

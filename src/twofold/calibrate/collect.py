@@ -40,9 +40,10 @@ FORWARD = (
     "input_mean",
     "output",
     "input_abs",
+    "input_square",
     "input_trace",
 )  # kinds of moments by the sweep that gives them
-BACKWARD = ("gradient", "input_gradient", "gradient_trace", "fisher_rows")
+BACKWARD = ("gradient", "input_gradient", "gradient_trace", "gradient_square", "fisher_rows")
 OURS = re.compile(
     r"(forward|backward|both)-\d+-\d+\.safetensors|\.progress\.\d+\.safetensors|(hidden|gradient)-\d+\.\d+\.state|\..*\.\d+\.tmp"
 )
@@ -79,14 +80,17 @@ class Accumulator:
         return x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
 
     def _forward(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        wants_gradient = any(f"{kind}/{name}" in self.sums for kind in ("gradient", "gradient_trace", "fisher_rows"))
+        wants_gradient = any(
+            f"{kind}/{name}" in self.sums for kind in ("gradient", "gradient_trace", "gradient_square", "fisher_rows")
+        )
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             with torch.no_grad():
                 if f"rows/{name}" in self.sums:
                     self.sums[f"rows/{name}"] += args[0].numel() // max(args[0].shape[-1], 1)
                 if any(
-                    f"{kind}/{name}" in self.sums for kind in ("input", "input_mean", "input_abs", "input_trace")
+                    f"{kind}/{name}" in self.sums
+                    for kind in ("input", "input_mean", "input_abs", "input_square", "input_trace")
                 ) or (f"fisher_rows/{name}" in self.sums):
                     x = self._flat(args[0])
                     self._add(f"input/{name}", x)
@@ -96,6 +100,8 @@ class Accumulator:
                         self.sums[f"input_mean/{name}"] += x.sum(0)
                     if f"input_abs/{name}" in self.sums:
                         self.sums[f"input_abs/{name}"] += x.abs().sum(0)
+                    if f"input_square/{name}" in self.sums:
+                        self.sums[f"input_square/{name}"] += x.square().sum(0)
                     if f"fisher_rows/{name}" in self.sums:
                         self.squares.setdefault(name, []).append(x.square().sum(1))
                 if f"output/{name}" in self.sums:
@@ -111,6 +117,8 @@ class Accumulator:
         self._add(f"gradient/{name}", g)
         if f"gradient_trace/{name}" in self.sums:
             self.sums[f"gradient_trace/{name}"] += g.square().sum()
+        if f"gradient_square/{name}" in self.sums:
+            self.sums[f"gradient_square/{name}"] += g.square().sum(0)
         if f"fisher_rows/{name}" in self.sums:
             self.sums[f"fisher_rows/{name}"] += self.squares[name].pop() @ g.square()
 

@@ -7,6 +7,8 @@ For each target either side of a pair suffices, and the smaller one is collected
     gradient/TARGET        G = E[g gᵀ] (m, m), g the gradient of the loss at the output
     input_gradient/TARGET  Wᵀ G W = E[z zᵀ] (n, n), z = Wᵀ g
     input_abs/LEADER       E|x| (n,)
+    input_square/LEADER    E[x²] (n,), the diagonal of C where C itself may be too large
+    gradient_square/TARGET E[g²] (m,), that of G
     fisher_rows/TARGET     Σ_j E[(g_i x_j)²] (m,)
     input_trace/LEADER, gradient_trace/TARGET: tr C, tr G
     rows/TARGET            how many vectors the layer was given: the tokens, unless it is called several times or not for all
@@ -99,6 +101,8 @@ def request_statistics(
             ask("input_mean", leader, n)
         if "input_abs" in needs:
             ask("input_abs", leader, n)
+        if "input_square" in needs:
+            ask("input_square", leader, n)
         for target in group:
             ask("rows", target.name, 1)
             if "gradient" in needs:
@@ -107,6 +111,8 @@ def request_statistics(
                 else:
                     ask("input_gradient", target.name, n)
                 ask("gradient_trace", target.name, 1)
+            if "gradient_square" in needs:
+                ask("gradient_square", target.name, target.out_features)
             if "fisher_rows" in needs:
                 ask("fisher_rows", target.name, target.out_features)
     return Request(sizes)
@@ -128,9 +134,9 @@ class Moments:
         rows = max(self.rows(name), 1.0)
         places = {
             "output": (name, rows), "input": (leader, rows), "input_abs": (leader, rows), "input_trace": (leader, rows),
-            "input_mean": (leader, rows),
+            "input_mean": (leader, rows), "input_square": (leader, rows),
             "gradient": (name, self.tokens), "input_gradient": (name, self.tokens), "fisher_rows": (name, self.tokens),
-            "gradient_trace": (name, self.tokens),
+            "gradient_trace": (name, self.tokens), "gradient_square": (name, self.tokens),
         }  # fmt: skip
         found = {
             kind: self.sums[f"{kind}/{owner}"] / count
@@ -146,6 +152,8 @@ class Moments:
             input_trace=float(found["input_trace"]) if "input_trace" in found else 0.0,
             gradient_trace=float(found["gradient_trace"]) if "gradient_trace" in found else 0.0,
             input_abs=found.get("input_abs"),
+            input_square=found.get("input_square"),
+            gradient_square=found.get("gradient_square"),
             fisher_rows=found.get("fisher_rows"),
         )
 

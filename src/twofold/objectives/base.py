@@ -12,7 +12,9 @@ from torch import Tensor
 from twofold.errors import TwofoldError
 from twofold.linalg import Side, damp, gram, smaller_side
 
-Statistic = Literal["input", "whole_input", "input_mean", "input_abs", "gradient", "fisher_rows"]
+Statistic = Literal[
+    "input", "whole_input", "input_mean", "input_abs", "input_square", "gradient", "gradient_square", "fisher_rows"
+]  # fmt: skip
 Loss = Literal["nats", "output", "weight"]
 
 
@@ -32,6 +34,8 @@ class LayerMoments:
     input_trace: float = 0.0  # tr C
     gradient_trace: float = 0.0  # tr G
     input_abs: Tensor | None = None  # E|x| (n,)
+    input_square: Tensor | None = None  # the diagonal of C (n,)
+    gradient_square: Tensor | None = None  # the diagonal of G (m,)
     fisher_rows: Tensor | None = None  # Σ_j E[(g_i x_j)²] (m,)
 
 
