@@ -24,15 +24,15 @@ from twofold.evaluate.streamed import LastStates
 from twofold.evaluation import evaluation_text, gives_logits
 from twofold.factorize import dense_again, factor_entries
 from twofold.models import LoadedModel, cast_weights, load_streamed, quiet_bars
-from twofold.nn import FactoredLinear
+from twofold.nn import CompactLinear
 from twofold.nn.shared_linear import BASES
 from twofold.pipeline import Prepared, carry_out, open_for, prepare
 from twofold.plan import Plan, PlanEntry
 from twofold.progress import progress
+from twofold.quantize.verify import verify_bytes
 from twofold.recipe import Recipe
 from twofold.refine import Refined, refine
 from twofold.residence import Streamed
-from twofold.quantize.verify import verify_bytes
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.sizing import Sizing
 from twofold.work import Work, working
@@ -226,7 +226,7 @@ class _Streaming:
         prepared, loaded = self.prepared, self.prepared.loaded
         with progress("Factorizing", len(prepared.plan.entries), unit="weights", quiet=quiet) as tick:
 
-            def factor(entries: list[PlanEntry]) -> Iterator[tuple[PlanEntry, FactoredLinear | None, str | None]]:
+            def factor(entries: list[PlanEntry]) -> Iterator[tuple[PlanEntry, CompactLinear | None, str | None]]:
                 return factor_entries(
                     loaded.model,
                     entries,
@@ -355,7 +355,7 @@ def _verify(folder: Path, plan: Plan, model: nn.Module) -> None:
                 for size in file.get_slice(name).get_shape():
                     numbers *= size
                 stored += numbers
-    if any(entry.bits is not None for entry in [*plan.entries, *plan.dense]):
+    if plan.integers:
         verify_bytes(folder, plan, model)
         return
     ours = sum(1 for entry in plan.entries if entry.rank is not None) + plan.order_numbers

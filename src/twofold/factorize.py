@@ -21,6 +21,7 @@ from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.plan import Plan, PlanEntry
 from twofold.progress import Tick, progress
 from twofold.quantize.carry_out import integer_dense, integer_layer, round_rest
+from twofold.quantize.correction import corrected_layer
 from twofold.quantize.loss import far_diagonal
 from twofold.quantize.storage import rank_numbers
 from twofold.residence import Resident
@@ -193,6 +194,19 @@ def factor_entries(
     for entry in entries:
         if not entry.replaced:
             yield entry, None, None
+        elif objective.correct is not None:
+            module = model.get_submodule(entry.name)
+            corrected, entry = corrected_layer(
+                dense_weight(module),
+                getattr(module, "bias", None),
+                entry,
+                objective.correct,
+                moments.layer(entry.name) if moments is not None else LayerMoments(),
+                damping,
+                stored_dtype,
+            )
+            corrected.requires_grad_(any(p.requires_grad for p in module.parameters()))
+            yield entry, corrected, None
         else:
             module = model.get_submodule(entry.name)
             target = target_of(entry)

@@ -295,6 +295,8 @@ def decompose(
     quiet: bool = False,
 ) -> Spectra:
     """What every rank of every target loses, or every size of those that are cut together."""
+    if objective.correct is not None:
+        return spectra  # nothing is truncated
     if targets.structures:
         assert moments is not None
         return measure_structures(residence.model, targets.structures, moments, damping, spectra, quiet=quiet)
@@ -493,7 +495,8 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
     if needs and "calibration" not in recipe.model_fields_set and moments_file is None:
         if recipe.bits == "auto":
             raise TwofoldError(
-                "--bits auto measures what rounding loses: name --calibration FILE, or --calibration self; or give a number of bits"
+                "--bits auto measures what rounding loses: name --calibration FILE, or --calibration self; or give a number "
+                "of bits"
             )
         if recipe.goal is not None:
             raise TwofoldError(

@@ -16,7 +16,7 @@ from twofold.allocate import Candidate, Choice, Evidence, get_allocation
 from twofold.allocate.base import cheapest
 from twofold.budget import Budget, ModelSize, parse_budget, target_budget
 from twofold.errors import TwofoldError
-from twofold.linalg import gauge_rank
+from twofold.linalg import gauge_rank, plain_storage
 from twofold.nn import SharedBasis, int_bytes
 from twofold.nn.shared_linear import basis_storage
 from twofold.objectives import get_objective
@@ -26,6 +26,8 @@ from twofold.recipe import Override, Recipe
 from twofold.structures.options import check_structural, forced_size, sizes_at, structure_candidate
 from twofold.structures.sharing import alone_notes
 from twofold.targets import DenseWeight, Target, Targets, last_match, matches
+
+CORRECTION_RANK = 32  # where none is given
 
 
 class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
@@ -40,7 +42,17 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     rank: PositiveInt | None  # None: dense
     # "gauge": rows or columns, chosen when it is factorized; for kept-rows and kept-columns the rank is how many
     form: (
-        Literal["plain", "rows", "columns", "gauge", "kept-rows", "kept-columns", "shared-plain", "shared-columns"]
+        Literal[
+            "plain",
+            "rows",
+            "columns",
+            "gauge",
+            "kept-rows",
+            "kept-columns",
+            "shared-plain",
+            "shared-columns",
+            "corrected",
+        ]
         | None
     )
     basis: str | None = None  # that it shares with others: each of them counts an equal part of it
@@ -176,13 +188,18 @@ class Plan(pydantic.BaseModel, extra="forbid"):
         return self.model_before * self.element_bytes
 
     @property
+    def integers(self) -> bool:
+        """Whether some of the weights are stored as integers."""
+        return any(e.bits is not None for e in self.entries) or any(e.bits is not None for e in self.dense)
+
+    @property
     def dense_bytes(self) -> int:
         """What all that is no target stores."""
         return sum(entry.weight_bytes(self.element_bytes) for entry in self.dense)
 
     @property
     def bytes_after(self) -> int:
-        guards = sum(entry.replaced for entry in self.entries)
+        guards = sum(1 for entry in self.entries if entry.replaced)
         numbers = sum(entry.weight_bytes(self.element_bytes) for entry in self.entries)
         return numbers + guards * self.element_bytes + self.dense_bytes + 4 * self.order_numbers
 
@@ -280,6 +297,8 @@ def make_plan(
     notes = alone_notes(targets.structures)
     allocate = recipe.allocate
     check_structural(recipe, bool(targets.structures))
+    if recipe.corrects:
+        return _correction_plan(model_name, targets, recipe, element_bytes)
     if spectra is None and allocate != "uniform":
         raise TwofoldError(
             f"the allocation {allocate!r} needs spectra; use --allocate uniform or give a calibration text"
@@ -495,6 +514,30 @@ def _bit_options(
         pairs[target.name] = found
         candidates.append(bits_candidate(target, found, element, weight, forced=override is not None))
     return candidates, tails_of, pairs
+
+
+def _correction_plan(model_name: str, targets: Targets, recipe: Recipe, element: int) -> Plan:
+    """The plan that keeps every target whole in integers, with a correction of one rank."""
+    bits = recipe.fixed_bits
+    assert bits is not None
+    group, asked = recipe.group(bits), recipe.rank or CORRECTION_RANK
+    entries = []
+    for target in targets.targets:
+        rank = min(asked, target.out_features, target.in_features)
+        factors = plain_storage(target.out_features, target.in_features, rank)
+        reason = f"{recipe.objective}: the whole weight in {bits} bits, and a correction of rank {rank}"
+        entry = _written(target, rank, "corrected", target.size + factors, None, reason, targets)
+        size = dense_integers(target, bits, group) + factors * element
+        entries.append(entry.model_copy(update={"bits": bits, "scale_group": group, "quantized_bytes": size}))
+    return Plan(
+        model=model_name,
+        objective=recipe.objective,
+        allocate=recipe.allocate,
+        loss_unit=get_objective(recipe.objective).loss,
+        element_bytes=element,
+        entries=entries,
+        dense=[_dense_entry(one, recipe, element) for one in targets.dense],
+    )
 
 
 def _dense_entry(weight: DenseWeight, recipe: Recipe, element: int) -> DenseEntry:

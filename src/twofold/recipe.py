@@ -15,6 +15,7 @@ from twofold.errors import TwofoldError
 from twofold.goal import Goal, parse_perplexity
 from twofold.nn.int_matrix import GROUP, default_group
 from twofold.nn.packing import BITS
+from twofold.objectives import OBJECTIVES
 
 REST_BITS = 8  # of the embeddings, with --bits auto
 SIZES = ("keep", "budget", "perplexity_at_most", "kl_at_most")  # exactly one of these says how small a model gets
@@ -75,7 +76,7 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
         str,
         Field(
             description="what a rank is chosen to preserve: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns, "
-            "basis-sharing"
+            "basis-sharing; or how whole weights in integers are corrected: lqer, qera-exact, eora"
         ),
     ] = "two-sided"
     share_blocks: Annotated[
@@ -109,6 +110,9 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
             le=8,
             description="bits of the embedding, the output layer and the linear layers that stay dense; 8 with --bits auto",
         ),
+    ] = None
+    rank: Annotated[
+        int | None, Field(ge=1, description="lqer, qera-exact, eora: rank of every correction, 32 if it is not given")
     ] = None
     group_size: Annotated[
         int, Field(ge=8, description="inputs that share a scale, below 8 bits; with 8 bits all of an output do")
@@ -185,7 +189,14 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
 
     @pydantic.model_validator(mode="after")
     def _one_size(self) -> Recipe:
-        if sum(getattr(self, name) is not None for name in SIZES) != 1:
+        sizes = sum(getattr(self, name) is not None for name in SIZES)
+        if self.corrects:
+            _check_correction(self, sizes)
+        elif self.rank is not None:
+            raise ValueError(
+                "--rank is that of a correction (lqer, qera-exact, eora); force one with --override PATTERN=rank:64"
+            )
+        elif sizes != 1:
             raise ValueError(
                 "give either keep (share of the factorized weights), budget (size of the whole model), perplexity_at_most "
                 "(25 or 1.1x) or kl_at_most (nats per token), and only one of them"
@@ -207,6 +218,12 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
                 "a refinement trains factors of floating point, and --bits rounds them to integers; leave one of the two out"
             )
         return self
+
+    @property
+    def corrects(self) -> bool:
+        """Whether whole weights are rounded to integers and their error is corrected."""
+        found = OBJECTIVES.get(self.objective)
+        return found is not None and found.correct is not None
 
     @property
     def fixed_bits(self) -> int | None:
@@ -242,6 +259,21 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
         """The recipe as YAML; what is at its default is left in, so that a stored recipe says all."""
         settings = self.model_dump(mode="json", exclude_none=True, exclude={"trust_remote_code"})
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _check_correction(recipe: Recipe, sizes: int) -> None:
+    """Refuse settings that a correction of integers does not go with."""
+    if recipe.fixed_bits is None:
+        raise ValueError(f"--objective {recipe.objective} corrects weights of integers: give --bits, as in --bits 4")
+    if sizes:
+        raise ValueError(
+            f"--objective {recipe.objective} has its size from --bits and --rank; leave --keep, --budget and the qualities out"
+        )
+    if recipe.overrides or recipe.allocate != "global":
+        raise ValueError(
+            f"--objective {recipe.objective} gives every weight the same rank; leave --allocate and --override out, and take "
+            "weights out with --exclude"
+        )
 
 
 def check_bits(bits: str | None) -> str | None:

@@ -48,7 +48,9 @@ def integer_layer(
     if form == "embedding":
         if type(module) is not nn.Embedding:
             raise ValueError(f"it is no embedding but a {type(module).__name__}")
-        return QuantizedEmbedding(*weight.shape, *integers_of(settings), module.padding_idx, **place)
+        count, width = weight.shape
+        bits, group = integers_of(settings)
+        return QuantizedEmbedding(count, width, bits, group, module.padding_idx, **place)
     if type(module) is not nn.Linear and not isinstance(module, Conv1D):
         raise ValueError(f"it is no linear layer but a {type(module).__name__}")
     if form == "tied":
@@ -57,13 +59,15 @@ def integer_layer(
             raise ValueError("it shares the table of an input embedding that is not of integers, or has a bias")
         return TiedLinear(table, **place)
     turned = isinstance(module, Conv1D)
-    out_features, in_features = reversed(weight.shape) if turned else weight.shape
+    first, second = weight.shape
+    out_features, in_features = (second, first) if turned else (first, second)
+    bits, group = integers_of(settings)
     kept: dict[str, Any] = {"bias": module.bias is not None, "transposed": turned, **place}
     if form == "dense":
-        return QuantizedLinear(in_features, out_features, *integers_of(settings), **kept)
+        return QuantizedLinear(in_features, out_features, bits, group, **kept)
     if type(settings.get("rank")) is not int:
         raise TypeError(f"a correction must have a whole number as its rank, got {reprlib.repr(settings)}")
-    return CorrectedLinear(in_features, out_features, *integers_of(settings), **kept, rank=settings["rank"])
+    return CorrectedLinear(in_features, out_features, bits, group, **kept, rank=settings["rank"])
 
 
 def mind_ties(model: Any) -> None:

@@ -15,8 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from twofold.errors import TwofoldError
 from twofold.checkpoint.integers import check_loaded, integer_layer, integers_of, mind_ties
+from twofold.errors import TwofoldError
 from twofold.nn import (
     CompactLinear,
     DenseColumnsLinear,
@@ -43,9 +43,9 @@ FORMAT_VERSION = 4  # 2: sliced layers, and dense columns; 3: shared bases; 4: i
 class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Which modules are smaller, and how: name → {"rank": r, "form": "rows" | "columns" | "plain"} for factored ones ("columns"
     too if some are dense), {"kept": k, "form": "kept-rows" | "kept-columns"} for sliced ones, and {"rank": r, "form":
-    "shared-plain" | "shared-columns", "basis": name} for those that share a basis with others. "bits" and "group" beside these say
-    that the numbers are integers; with them "form" may be "dense", "corrected" (with a "rank") or "embedding", and "tied" is the
-    output layer of such an embedding.
+    "shared-plain" | "shared-columns", "basis": name} for those that share a basis with others. "bits" and "group" beside these
+    say that the numbers are integers; with them "form" may be "dense", "corrected" (with a "rank") or "embedding", and "tied"
+    is the output layer of such an embedding.
     """
 
     def __init__(

@@ -71,8 +71,8 @@ def print_sizes(plan: Plan) -> None:
             [
                 "factorized weights, bytes",
                 megabytes(plan.target_before * element),
-                megabytes(plan.bytes_after - plan.dense_numbers * element),
-                f"{(plan.bytes_after - plan.dense_numbers * element) / (plan.target_before * element):.2%}",
+                megabytes(plan.bytes_after - plan.dense_bytes),
+                f"{(plan.bytes_after - plan.dense_bytes) / (plan.target_before * element):.2%}",
             ],
             [
                 "whole model, bytes",

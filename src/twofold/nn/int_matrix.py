@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from twofold.nn.packing import BITS, pack, row_bytes, unpack
 
+Kind = TypeVar("Kind", bound="IntMatrix")
 GROUP = 64  # inputs that share a scale, below eight bits; why: docs/quantize.md
 
 
@@ -65,15 +66,15 @@ class IntMatrix(nn.Module):
 
     @classmethod
     def of(
-        cls,
+        cls: type[Kind],
         codes: Tensor,  # (rows, columns), signed integers
         scales: Tensor,  # (rows, groups), bfloat16
         bits: int,
         group: int | None,
-        **more: Any,
-    ) -> IntMatrix:
+    ) -> Kind:
         """Build it from codes and their scales."""
-        made = cls(*codes.shape, bits, group, device="meta", **more)
+        rows, columns = codes.shape
+        made = cls(rows, columns, bits, group, device="meta")
         made.codes, made.scales = pack(codes, bits), scales.to(torch.bfloat16).contiguous().view(torch.int16)
         return made
 

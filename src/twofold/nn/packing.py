@@ -22,7 +22,7 @@ def pack(
     bits: int,
 ) -> Tensor:  # (rows, row_bytes(columns, bits)), uint8
     """Pack signed codes; they are stored with 2^(bits−1) added, as numbers from 0."""
-    shifted = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).contiguous()
+    shifted: Tensor = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).contiguous()
     if bits == 8:
         return shifted
     rows, columns = codes.shape
@@ -31,7 +31,8 @@ def pack(
     flat = single.new_zeros(rows, 8 * length)
     flat[:, : columns * bits] = single.reshape(rows, -1)
     places = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    return (flat.view(rows, length, 8) << places).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (flat.view(rows, length, 8) << places).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack(
@@ -40,14 +41,14 @@ def unpack(
     bits: int,
 ) -> Tensor:  # (rows, columns), int16
     """The signed codes again."""
-    middle = 2 ** (bits - 1)
-    if bits == 8:
-        return packed.to(torch.int16) - middle
     rows = len(packed)
-    if bits == 4:
+    if bits == 8:
+        shifted = packed
+    elif bits == 4:
         shifted = torch.stack([packed & 15, packed >> 4], -1).view(rows, -1)[:, :columns]
     else:
         single = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
         single = single.view(rows, -1)[:, : columns * bits].reshape(rows, columns, bits)
         shifted = (single << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(-1, dtype=torch.uint8)
-    return shifted.to(torch.int16) - middle
+    codes: Tensor = shifted.to(torch.int16) - 2 ** (bits - 1)
+    return codes

@@ -64,14 +64,14 @@ class QuantizedEmbedding(nn.Module):
     def dense(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The embedding that gives the same rows."""
         weight = self.table.weight.to(dtype or self.weight.dtype)
-        return nn.Embedding(*weight.shape, padding_idx=self.padding_idx, _weight=weight)
+        return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=weight)
 
     def index_error(self) -> str | None:
         return None  # the table says it itself
 
 
 class TiedLinear(CompactLinear):
-    """y = Ex + b with E the table of a ``QuantizedEmbedding``, which it refers to and does not hold, as ``SharedLinear`` its basis."""
+    """y = Ex + b with E the table of a ``QuantizedEmbedding``, to which it refers, as ``SharedLinear`` to its basis."""
 
     FORMS = ("tied",)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ class QuantizedLinear(CompactLinear):
     torch.Size([2, 6])
     """
 
-    CHILDREN = ("inner",)
-    FORMS = ("dense",)
+    CHILDREN: ClassVar[tuple[str, ...]] = ("inner",)
+    FORMS: ClassVar[tuple[str, ...]] = ("dense",)
 
     def __init__(
         self,

@@ -48,6 +48,7 @@ class Problem:
     side: Side
 
 
+Correct = Callable[[Tensor, LayerMoments, float, int], tuple[Tensor, Tensor]]
 Build = Callable[[Tensor, LayerMoments, float], Problem]
 StructureKind = Literal["mlp", "value-output", "query-key", "dense-columns", "shared-basis"]
 
@@ -60,7 +61,7 @@ class Objective:
     "output" (energy of the layer's output) or "weight" (energy of the weight); the last two differ in scale from layer to layer.
 
     An objective without ``build`` has no problem of this kind: it cuts the structures of the kinds that it names
-    (twofold.structures).
+    (twofold.structures), or corrects the error of a weight that is rounded to integers, by ``correct``.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Objective:
     loss: Loss
     build: Build | None
     structures: frozenset[StructureKind] = frozenset()
+    correct: Correct | None = None
 
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -89,6 +91,16 @@ def structural_objective(
 ) -> None:
     """Register an objective that chooses the sizes of several weights together, or has more than one way to a size."""
     OBJECTIVES[name] = Objective(name, source, frozenset(needs), loss, None, frozenset(structures))
+
+
+def corrective_objective(name: str, *, source: str, needs: set[Statistic]) -> Callable[[Correct], Correct]:
+    """Register a function (error (m, n) in float64, moments, damping, rank) → (m, r), (r, n) as a correction of integers."""
+
+    def register(correct: Correct) -> Correct:
+        OBJECTIVES[name] = Objective(name, source, frozenset(needs), "output", None, correct=correct)
+        return correct
+
+    return register
 
 
 def get_objective(name: str) -> Objective:

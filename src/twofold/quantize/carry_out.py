@@ -94,8 +94,9 @@ def round_rest(model: nn.Module, plan: Plan, stored: torch.dtype) -> dict[str, n
         weight: Any = module.weight
         dtype = weight.dtype
         if isinstance(module, nn.Embedding):
+            count, width = weight.shape
             table = QuantizedEmbedding(
-                *weight.shape, entry.bits, entry.scale_group, module.padding_idx, device=weight.device, dtype=stored
+                count, width, entry.bits, entry.scale_group, module.padding_idx, weight.device, stored
             )
             table.table = round_matrix(weight, entry.bits, entry.scale_group, IntMatrix)
             replaced[name] = replace_module(model, name, table.to(dtype))

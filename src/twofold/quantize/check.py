@@ -16,6 +16,8 @@ def check_bits(recipe: Recipe, objective: Objective) -> None:
     Raises:
         TwofoldError: naming the first of them.
     """
+    if objective.correct is not None and recipe.bits is None:  # the recipe says so first
+        raise TwofoldError(f"--objective {objective.name} needs --bits")
     flag = f"--bits {recipe.bits}" if recipe.bits is not None else f"--dense-bits {recipe.dense_bits}"
     if recipe.bits is None and recipe.dense_bits is None:
         return

@@ -1,15 +1,15 @@
-"""The factors of one weight in integers, so that the product loses as little as it can in the metric that ranks are chosen in.
+"""The factors of one weight in integers, such that the product loses little in the metric that ranks are chosen in.
 
-A product A B does not change under A R, R⁻¹ B. That freedom, which the gauge form spends on storing fewer numbers, is spent here on
-numbers that round well: with the basis of a spectrum, orthonormal in the metric, R is the balanced scale σ^½ followed by an
-orthogonal matrix, drawn at random, that spreads every direction over all components. So no component is large beside its
+A product A B does not change under A R, R⁻¹ B. That freedom, which the gauge form spends on storing fewer numbers, is spent
+here on numbers that round well: with the basis of a spectrum, orthonormal in the metric, R is the balanced scale σ^½ followed
+by an orthogonal matrix, drawn at random, that spreads every direction over all components. So no component is large beside its
 neighbours in a group, and none has an entry that is large beside the others.
 
 The factor over the smaller side is rounded first. What it was rounded to spans another space than the best one, but the other
-factor is then the best for *it*: outer = (Aᵀ M A)⁻¹ Aᵀ M W, the projector of linalg/spectrum.py. Only the rounding of that second
-factor is left without an answer. Measured on real layers: docs/quantize.md.
+factor is then the best for *it*: outer = (Aᵀ M A)⁻¹ Aᵀ M W, the projector of linalg/spectrum.py. Only the rounding of that
+second factor is left without an answer. Measured on real layers: docs/quantize.md.
 
-In eight bits the gauge form is kept, with its coefficients over the smaller side: there rounding costs less than its numbers save.
+In eight bits the gauge form is kept, with its coefficients over the smaller side: there rounding costs less than it saves.
 """
 
 from __future__ import annotations
@@ -128,4 +128,5 @@ def rotation(
     """An orthogonal matrix, the same one for the same rank."""
     generator = torch.Generator().manual_seed(rank)
     drawn = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(drawn)[0].to(like)
+    orthogonal: Tensor = torch.linalg.qr(drawn)[0].to(like)
+    return orthogonal

@@ -1,8 +1,8 @@
 """What rounding loses, in the metric that ranks are chosen in: tr(G E C Eᵀ) for W′ = W − E.
 
-Calibration keeps one of the two metrics whole, that over the smaller side. Of the other one, which acts on the larger side, the
-diagonal is used: the errors of round to nearest are independent of one another, so that the expectation of all the products of two of
-them vanishes. What truncation loses is no such error; it is measured exactly, by the weight's Gram matrix in that other metric.
+Calibration keeps one of the two metrics whole, that over the smaller side. Of the other one, which acts on the larger side,
+the diagonal is used: the errors of round to nearest are nearly independent of one another, so that the products of two of them
+cancel. What truncation loses is no such error; it is measured exactly, by the weight's Gram matrix in that other metric.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ AUTO_BITS = (3, 4, 5, 6, 8)
 class Rounding:
     """What rounding one weight loses, in the unit of its spectrum.
 
-    ``dense`` is the loss of the whole weight at each number of bits. ``shares`` (c,) are what the factors lose by rounding at some
-    ranks, ``ranks`` (c,), as a share of what those ranks keep: it changes slowly with the rank, so other ranks are interpolated.
+    ``dense`` is the loss of the whole weight at each number of bits. ``shares`` (c,) are what the factors lose by rounding at
+    some ranks, ``ranks`` (c,), as a share of what those ranks keep: it changes slowly with the rank, so that others are
+    interpolated.
     """
 
     dense: Mapping[int, float]

@@ -67,5 +67,4 @@ def round_matrix(
         scale_dtype=torch.bfloat16, zero_point_dtype=torch.int8, keepdim=True,
     )  # fmt: skip
     codes = ao.quantize_affine(wide, block, scales.float(), zeros, torch.int8, low, high)[:, :columns]
-    made = kind.of(codes, scales.reshape(rows, -1), bits, group)
-    return made  # type: ignore[return-value]
+    return kind.of(codes, scales.reshape(rows, -1), bits, group)

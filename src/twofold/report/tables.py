@@ -24,7 +24,7 @@ class Table:
 def size_table(plan: Plan) -> Table:
     """Both numbers for size: over the factorized weights and over the whole model, in parameters and in bytes."""
     element = plan.element_bytes
-    bytes_after = plan.bytes_after - plan.dense_numbers * element
+    bytes_after = plan.bytes_after - plan.dense_bytes
     rows = [
         ("factorized weights, parameters", plan.target_before, plan.target_after, millions),
         ("whole model, parameters", plan.model_before, plan.model_after, millions),
