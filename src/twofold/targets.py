@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
-from twofold.nn import CompactLinear, SharedBasis
+from twofold.nn import CompactLinear, IntMatrix, SharedBasis
 
 if TYPE_CHECKING:
     from twofold.structures.base import Structure
@@ -151,8 +151,12 @@ def find_targets(
     """List every parameter of a model as ``list_weights`` does, and make sure that there is something to factorize.
 
     Raises:
-        TwofoldError: if a pattern matches no linear layer, or nothing is left to factorize.
+        TwofoldError: if a pattern matches no linear layer, nothing is left to factorize, or weights are integers already.
     """
+    if any(isinstance(module, IntMatrix) for module in model.modules()):
+        raise TwofoldError(
+            "the model holds weights of integers, which are not factorized again; start from the model that it was made of"
+        )
     found = list_weights(model, include, exclude)
     if not found.targets:
         factored = any(isinstance(module, CompactLinear) for module in model.modules())
