@@ -3,12 +3,12 @@
     python benchmarks/bits.py                                 # SmolLM2, whose weights are moved off their 4-bit grid first
     python benchmarks/bits.py --model DIR --bits 4 3 --tokens 16384 --windows 4
 
-The bits are those of a targeted weight on average: codes, scales, orders and guards over the number of weights. Whatever is no target
-(embeddings, norms) stays as it is in all three, and is not counted. Low rank alone stores its factors in the dtype of the model, 16
-bits; integers alone are the same allocator over the same losses without ranks, so a mix of 3, 4, 5, 6 and 8 bits.
+The bits are those of a targeted weight on average: codes, scales, orders and guards over the number of weights. Whatever is no
+target (embeddings, norms) stays as it is in all three, and is not counted. Low rank alone stores its factors in the dtype of the
+model, 16 bits; integers alone are the same allocator over the same losses without ranks, so a mix of 2, 3, 4, 5, 6 and 8 bits.
 
-SmolLM2 comes from a Q4_1 file: its weights lie on a 4-bit grid, to which rounding to four bits could lead back. So each targeted matrix
-gets Gaussian noise first, ``--noise`` times its own standard deviation; the perplexity before and after says what that costs.
+SmolLM2 comes from a Q4_1 file: its weights lie on a 4-bit grid, to which rounding to four bits could lead back. So each targeted
+matrix gets Gaussian noise first, ``--noise`` times its own standard deviation; the perplexity before and after says what it costs.
 """
 
 from __future__ import annotations
@@ -58,13 +58,21 @@ def perturbed(name: str, noise: float, folder: Path) -> None:
         loaded.tokenizer.save_pretrained(folder)
 
 
+def _logits_of(name: str) -> Any:
+    """A model that is loaded for as long as this is kept."""
+    from twofold.models import load_model
+
+    model = load_model(name).model
+    return lambda ids: model(input_ids=ids).logits
+
+
 def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, float]:
     """All rows, and the perplexities of the model as it is named and with its noise."""
     import torch
 
     from twofold.evaluate import evaluation_windows, measure_quality
     from twofold.factorize import apply_plan, dense_again
-    from twofold.models import load_model, need_tokenizer
+    from twofold.models import need_tokenizer
     from twofold.pipeline import open_for, prepare
     from twofold.plan import make_plan
     from twofold.recipe import make_recipe
@@ -72,7 +80,7 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
 
     settings: dict[str, Any] = {
         "model": str(folder), "calibration": [str(given.train)], "tokens": given.tokens, "window": given.window,
-        "budget": "1TB", "bits": "auto", "seed": 0, "group_size": given.group_size,
+        "budget": "999GB", "bits": "auto", "dense_bits": "none", "seed": 0, "group_size": given.group_size,
     }  # fmt: skip
     recipe = make_recipe(settings)
     opened = open_for(recipe)
@@ -86,9 +94,7 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
     def logits(ids: torch.Tensor) -> Any:
         return model(input_ids=ids).logits
 
-    original = load_model(given.model).model
-    before, dense = measure_quality([lambda ids: original(input_ids=ids).logits, logits], windows)
-    del original
+    before, dense = measure_quality([_logits_of(given.model), logits], windows)
     rows = []
     for bits in given.bits:
         total = found.plan.model_copy(update={"entries": []}).bytes_after + found.targets.target_numbers * bits / 8
@@ -96,9 +102,13 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
             changed = {"budget": f"{int(total) / 1e3:.3f}KB"}
             changed |= {"bits": None} if way == "low rank" else {}
             changed |= {"min_rank": NO_RANKS} if way == "integers" else {}
-            changed |= {"dense_bits": None if way == "low rank" else recipe.dense_bits}
             plan = make_plan(
-                loaded.name, found.targets, found.spectra.values, recipe.model_copy(update=changed), element, found.evidence
+                loaded.name,
+                found.targets,
+                found.spectra.values,
+                recipe.model_copy(update=changed),
+                element,
+                found.evidence,
             )
             plan, replaced = apply_plan(
                 model, plan, found.spectra, found.moments, found.objective, recipe.damping, loaded.stored_dtype

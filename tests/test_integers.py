@@ -38,7 +38,9 @@ def test_packed_codes_come_back_in_the_fewest_bytes(rows, columns, bits, seed):
 def test_every_number_is_rounded_to_the_nearest_of_its_grid(rows, columns, bits, group, seed):
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     made = round_matrix(matrix, bits, group, IntLinear)
-    assert sum(b.numel() * b.element_size() for b in made.buffers()) == made.bytes == int_bytes(rows, columns, bits, group)
+    assert (
+        sum(b.numel() * b.element_size() for b in made.buffers()) == made.bytes == int_bytes(rows, columns, bits, group)
+    )
     scales = made.scales.view(torch.bfloat16).float().repeat_interleave(group or columns, 1)[:, :columns]
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     error = (made.weight - matrix).abs()
@@ -52,7 +54,9 @@ def test_the_scales_are_absolute_maxima_and_a_short_last_group_has_its_own():
     matrix[:, 3], matrix[:, 66] = torch.tensor([7.5, 3.75]), torch.tensor([-1.5, 15.0])
     made = round_matrix(matrix, 4, 64, IntMatrix)
     assert groups(70, 64) == 2 and row_bytes(70, 4) == 35
-    assert torch.equal(made.scales.view(torch.bfloat16).float(), torch.tensor([[1.0, 0.2], [0.5, 2.0]]).bfloat16().float())
+    assert torch.equal(
+        made.scales.view(torch.bfloat16).float(), torch.tensor([[1.0, 0.2], [0.5, 2.0]]).bfloat16().float()
+    )
     assert torch.equal(round_matrix(torch.zeros(3, 9), 4, 64, IntMatrix).weight, torch.zeros(3, 9))
 
 

@@ -156,7 +156,7 @@ def _check_streamed(recipe: Recipe, way: Way) -> None:
             "texts to calibrate on can't be sampled from a model that is worked through block by block (each token would read "
             f"all of its weights); name some with --calibration FILE, or give it {way.resident / 1e9:.1f} GB with --memory"
         )
-    if recipe.bits is not None or recipe.dense_bits is not None:
+    if recipe.bits is not None or recipe.kept_bits is not None:
         raise TwofoldError(
             "a model that is worked through block by block can't be rounded to integers yet; leave --bits and --dense-bits out, "
             f"or give it {way.resident / 1e9:.1f} GB with --memory"
@@ -229,7 +229,7 @@ def prepare(
         with watch.stage("texts"):
             if windows.tokens < windows.asked - recipe.window and not quiet:
                 say(f"the calibration text gives {windows.tokens:,} tokens of the {windows.asked:,} asked for")
-        asked = objective.needs | (rounding_needs(objective) if recipe.bits is not None or recipe.dense_bits else set())
+        asked = objective.needs | (rounding_needs(objective) if recipe.bits is not None or recipe.kept_bits else set())
         targets, moments, reused = calibrate(
             recipe, opened, targets, asked, windows, hashed, watch,
             moments_folder=moments_folder, work=work, quiet=quiet,

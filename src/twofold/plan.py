@@ -417,8 +417,8 @@ def _options(
         cost = storage.bytes if bytes_budget else storage.numbers
         costs = np.array([cost(target, int(r)) for r in ranks], dtype=np.float64)
         whole = target.size * scale
-        if bytes_budget and recipe.dense_bits is not None:
-            whole = dense_integers(target, recipe.dense_bits, recipe.group(recipe.dense_bits)) + element_bytes
+        if bytes_budget and recipe.kept_bits is not None:
+            whole = dense_integers(target, recipe.kept_bits, recipe.group(recipe.kept_bits)) + element_bytes
         candidate = Candidate(
             target.name,
             ranks,
@@ -472,7 +472,7 @@ def _entry(
     element: int,
     pairs: list[Option] | None,  # where bits are chosen too
 ) -> PlanEntry:
-    rank, bits, lost = None, recipe.dense_bits, 0.0
+    rank, bits, lost = None, recipe.kept_bits, 0.0
     if pairs is not None:
         bits = None
         if choice.index is not None:

@@ -97,18 +97,19 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     bits: Annotated[
         str | None,
         pydantic.BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
-        pydantic.AfterValidator(lambda value: check_bits(value)),
+        pydantic.AfterValidator(lambda value: check_bits(value, "auto")),
         Field(
             description="bits of the factors' numbers, 2 to 8, or auto: a budget in bytes is shared out over ranks and bits "
             "together; without it they keep the dtype of the checkpoint"
         ),
     ] = None
     dense_bits: Annotated[
-        int | None,
+        str | None,
+        pydantic.BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
+        pydantic.AfterValidator(lambda value: check_bits(value, "none")),
         Field(
-            ge=2,
-            le=8,
-            description="bits of the embedding, the output layer and the linear layers that stay dense; 8 with --bits auto",
+            description="bits of the embedding, the output layer and the linear layers that stay dense, 2 to 8; none leaves "
+            "them as they are, and is the default; with --bits auto that is 8"
         ),
     ] = None
     rank: Annotated[
@@ -233,7 +234,12 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     @property
     def rest_bits(self) -> int | None:
         """The bits of what is not factorized; with --bits auto that is the embeddings and the layers that are no targets."""
-        return REST_BITS if self.bits == "auto" and self.dense_bits is None else self.dense_bits
+        return REST_BITS if self.bits == "auto" and self.dense_bits is None else self.kept_bits
+
+    @property
+    def kept_bits(self) -> int | None:
+        """The bits of a target that stays dense, where the budget does not choose them."""
+        return None if self.dense_bits is None or self.dense_bits == "none" else int(self.dense_bits)
 
     def group(self, bits: int) -> int | None:
         """The inputs that share a scale at so many bits; None: all of an output."""
@@ -276,11 +282,11 @@ def _check_correction(recipe: Recipe, sizes: int) -> None:
         )
 
 
-def check_bits(bits: str | None) -> str | None:
-    """Refuse what is no number of bits."""
-    if bits is None or bits == "auto" or bits in [str(number) for number in BITS]:
+def check_bits(bits: str | None, word: str) -> str | None:
+    """Refuse what is neither a number of bits nor a word."""
+    if bits is None or bits == word or bits in [str(number) for number in BITS]:
         return bits
-    raise ValueError(f"must be auto, or a whole number from {BITS[0]} to {BITS[-1]}")
+    raise ValueError(f"must be {word}, or a whole number from {BITS[0]} to {BITS[-1]}")
 
 
 def _readable(perplexity: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""A quantized dense matrix with a correction of low rank, W ≈ Q + A B: the best A B for the error E = W − Q, by published methods.
+"""A quantized matrix with a correction of low rank, W ≈ Q + A B: the best A B for the error E = W − Q, by published methods.
 
     lqer         SVD of E S, S the mean magnitudes of the inputs                 Zhang et al. 2024 (arXiv 2402.02446)
     qera-exact   min ‖(E − A B) C^½‖_F with C = E[x xᵀ]                          Zhang et al. 2024 (arXiv 2410.06040)

@@ -19,7 +19,7 @@ def check_bits(recipe: Recipe, objective: Objective) -> None:
     if objective.correct is not None and recipe.bits is None:  # the recipe says so first
         raise TwofoldError(f"--objective {objective.name} needs --bits")
     flag = f"--bits {recipe.bits}" if recipe.bits is not None else f"--dense-bits {recipe.dense_bits}"
-    if recipe.bits is None and recipe.dense_bits is None:
+    if recipe.bits is None and recipe.kept_bits is None:
         return
     need_torchao(flag)
     if objective.structures:
@@ -42,4 +42,4 @@ def stand_in(recipe: Recipe) -> Recipe:
     """A recipe whose ranks need no measuring: with the fewest bits in the place of those that are to be chosen."""
     if recipe.bits != "auto":
         return recipe
-    return recipe.model_copy(update={"bits": str(AUTO_BITS[0]), "dense_bits": recipe.rest_bits})
+    return recipe.model_copy(update={"bits": str(AUTO_BITS[0]), "dense_bits": str(recipe.rest_bits or "none")})

@@ -22,7 +22,7 @@ def corrected_layer(
     damping: float,
     stored: torch.dtype,
 ) -> tuple[CorrectedLinear, PlanEntry]:
-    """The layer of a plan's entry, and the entry with tr(E′ C E′ᵀ) of the error E′ that the correction leaves, where C is known."""
+    """The layer of a plan's entry, and the entry with tr(E′ C E′ᵀ) of the error E′ that is left, where C is known."""
     assert entry.rank is not None and entry.bits is not None
     wide = weight.detach().double()
     inner = round_matrix(weight, entry.bits, entry.scale_group, IntLinear)

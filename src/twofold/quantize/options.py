@@ -19,7 +19,7 @@ from twofold.quantize.storage import Storage, dense_integers
 from twofold.recipe import Override, Recipe
 from twofold.targets import Target
 
-AUTO_BITS = (3, 4, 5, 6, 8)
+AUTO_BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
