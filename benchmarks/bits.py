@@ -8,7 +8,7 @@ target (embeddings, norms) stays as it is in all three, and is not counted. Low 
 model, 16 bits; integers alone are the same allocator over the same losses without ranks, so a mix of 2, 3, 4, 5, 6 and 8 bits.
 
 SmolLM2 comes from a Q4_1 file: its weights lie on a 4-bit grid, to which rounding to four bits could lead back. So each targeted
-matrix gets Gaussian noise first, ``--noise`` times its own standard deviation; the perplexity before and after says what it costs.
+matrix gets Gaussian noise first, ``--noise`` times its standard deviation; the perplexity before and after says what that costs.
 """
 
 from __future__ import annotations
@@ -166,18 +166,23 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--out", type=Path, default=ROOT / "bench-output")
     given = parser.parse_args()
+    named = given.model
     for path in (given.train, given.test):
         if not path.is_file():
             sys.exit(f"there is no text {path}; name it with --train and --test")
+    from twofold.builtin import smollm2_folder
+
     given.out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TWOFOLD_CACHE", str(given.out.resolve() / "cache-bits"))
+    if given.model == "smollm2":
+        given.model = str(smollm2_folder())  # fetched once, to the cache of the user
+    os.environ["TWOFOLD_CACHE"] = str(given.out.resolve() / "cache-bits")
     with tempfile.TemporaryDirectory(dir=given.out) as place:
         folder = Path(place) / "perturbed"
         perturbed(given.model, given.noise, folder)
         rows, before, dense = measure(given, folder)
     text, met = table(rows, given.bits)
     text += (
-        f"\n{given.model}, perplexity {before:.4g}; with noise of {given.noise:g} standard deviations in bfloat16 {dense:.4g}. "
+        f"\n{named}, perplexity {before:.4g}; with noise of {given.noise:g} standard deviations in bfloat16 {dense:.4g}. "
         f"{given.tokens} calibration tokens, seed 0, {given.windows or 'all'} windows of {given.eval_window} tokens, groups of "
         f"{given.group_size}.\n"
     )

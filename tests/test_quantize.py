@@ -9,12 +9,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import twofold
 from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
+from twofold.evaluate import model_size
+from twofold.evaluation import evaluate_models
+from twofold.inspection import inspect_model
 from twofold.linalg import damp, decompose, gram, smaller_side, truncate, weighted_low_rank
 from twofold.nn import CorrectedLinear, FactoredLinear, IntLinear, IntMatrix, QuantizedEmbedding, QuantizedLinear
 from twofold.objectives import LayerMoments, get_objective
@@ -403,7 +407,66 @@ def test_a_corrected_model_is_nearer_and_loads_to_the_bit(method, architecture, 
     assert distance(factorized(architecture, objective=method, bits=4, rank=10**6)) < 1e-4
 
 
+# ----------------------------------------------------------------------------------------------------------- the whole command
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"budget": "60KB", "bits": "auto"},
+        {"keep": 0.5, "bits": 4, "dense_bits": 8},
+        {"keep": 1.0, "dense_bits": 4},
+        {"objective": "qera-exact", "bits": 3, "rank": 4},
+    ],
+)
+def test_compress_writes_what_its_plan_says(settings, checkpoint, text_file, tmp_path):
+    recipe = make_recipe(
+        {"model": str(checkpoint), "calibration": str(text_file), "tokens": 128, "window": 32, "eval_windows": 1}
+        | settings
+    )
+    run = twofold.compress(recipe, tmp_path / "out", quiet=True)
+    plan = twofold.Plan.load(tmp_path / "out" / "plan.json")
+    assert stored_bytes(tmp_path / "out") == plan.bytes_after == run.bytes_after < run.bytes_before
+    assert run.quality.factored["divergence"] >= 0
+    assert "Weights stored as integers" in (tmp_path / "out" / "report.html").read_text()
+    # The same recipe, read from the folder, gives the same plan.
+    again = make_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
+    assert (again.bits, again.dense_bits) == (recipe.bits, recipe.dense_bits)
+    loaded = twofold.load_model(str(tmp_path / "out"))
+    assert model_size(loaded.model).parameters >= 0.4 * model_size(make_model()).parameters
+    weights = inspect_model(str(tmp_path / "out")).weights
+    assert any("bits" in weight.what for weight in weights)
+    evaluated = evaluate_models(
+        str(tmp_path / "out"), str(text_file), against=str(checkpoint), window=32, windows=1, quiet=True
+    )
+    assert evaluated.models[1].disk < evaluated.models[0].disk
+
+
+def test_a_quality_may_be_asked_for_with_bits():
+    model = factorized(kl_at_most=0.4, bits=8, dense_bits=8, eval_windows=2, tokens=96)
+    assert any(isinstance(m, QuantizedEmbedding) for m in model.modules())
+    assert any("kl-at-most" in note or "searched" in note for note in model.twofold_plan.notes)
+    assert all(e.bits == 8 for e in model.twofold_plan.entries)
+
+
 # --------------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_streamed_model_is_refused(checkpoint, text_file, tmp_path):
+    recipe = make_recipe(
+        {"model": str(checkpoint), "calibration": str(text_file), "stream": "always", "keep": 0.5, "bits": 4}
+    )
+    with pytest.raises(TwofoldError, match="block by block can't be rounded to integers yet"):
+        twofold.compress(recipe, tmp_path / "out", quiet=True)
+
+
+def test_a_plan_without_a_calibration(checkpoint):
+    from twofold.pipeline import plan_model
+
+    with pytest.raises(TwofoldError, match="--bits auto measures what rounding loses: name --calibration"):
+        plan_model(make_recipe({"model": str(checkpoint), "budget": "60KB", "bits": "auto"}))
+    plan = plan_model(make_recipe({"model": str(checkpoint), "budget": "60KB", "bits": "4"}), estimate=False)
+    assert plan.bytes_after <= 60_000 and all(e.bits == 4 for e in plan.entries if e.rank is not None)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,8 @@ def print_estimate(estimate: Estimate) -> None:
 
 
 def _rank(entry: PlanEntry) -> str:
-    return "dense" if entry.rank is None else str(entry.rank)
+    rank = "dense" if entry.rank is None else str(entry.rank)
+    return rank if entry.bits is None else f"{rank}, {entry.bits} bits"
 
 
 def _loss(entry: PlanEntry) -> str:

@@ -60,15 +60,16 @@ class IntFactors:
     reduce: IntLinear
     expand: IntLinear
     order: Tensor | None  # of a gauge form
-    near: Tensor  # A (k, r), the factor over the smaller side as it was rounded, in the working precision
-    outer: Tensor  # (r, p), the best other factor for it, before it was rounded
+    lifted: Tensor  # M A (k, r), with A the factor over the smaller side as it was rounded, in the working precision
+    overlap: Tensor  # Aᵀ M A (r, r)
+    outer: Tensor  # (r, p), the best other factor for A, before it was rounded
 
     def layer(self, bias: Tensor | None, transposed: bool, dtype: torch.dtype) -> FactoredLinear:
         """The layer that holds them; ``dtype`` is that of the bias and of the guard."""
         rank, columns = self.reduce.rows, self.reduce.columns
         n = columns + rank if self.form == "columns" else columns
         m = self.expand.rows + rank if self.form == "rows" else self.expand.rows
-        device = self.near.device
+        device = self.lifted.device
         layer = FactoredLinear(n, m, rank, self.form, bias is not None, transposed, "meta", dtype)
         layer.hold_integers(self.reduce.bits, self.reduce.group, reduce=self.reduce, expand=self.expand)
         layer.weight = torch.zeros(1, device=device, dtype=dtype)
@@ -113,12 +114,13 @@ def integer_factors(
         else:
             near = torch.empty_like(basis)
             near[order.to(basis.device).long()] = torch.cat([one, first.weight.to(dtype).T])
-    outer = metric_product(metric, near)  # M A
-    overlap = near.T @ outer
-    outer = solve_overlap((overlap + overlap.T) / 2, outer.T @ wide)  # (r, p)
+    lifted = metric_product(metric, near)  # M A
+    overlap = near.T @ lifted
+    overlap = (overlap + overlap.T) / 2
+    outer = solve_overlap(overlap, lifted.T @ wide)  # (r, p)
     second = round_matrix(outer if spectrum.side == "rows" else outer.T, bits, group, IntLinear)
     reduce, expand = (second, first) if spectrum.side == "rows" else (first, second)
-    return IntFactors(form, reduce, expand, order, near, outer)
+    return IntFactors(form, reduce, expand, order, lifted, overlap, outer)
 
 
 def rotation(

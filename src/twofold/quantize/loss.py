@@ -61,15 +61,14 @@ def factors_loss(
     far: Tensor,  # (p,), the diagonal of the other metric
 ) -> float:
     """The loss of factors in integers: of the space that the first one spans, exactly, and of the rounding of the second."""
-    near = factors.near.to(gram.dtype)
-    lifted = metric_product(metric, near)  # M A
-    overlap = near.T @ lifted
-    overlap = (overlap + overlap.T) / 2
-    missing = torch.eye(len(near), dtype=gram.dtype, device=gram.device) - near @ solve_overlap(overlap, lifted.T)
-    truncated = float((metric_product(metric, missing @ gram) * missing).sum())
+    whole = float(
+        (gram * metric).sum() if metric is not None and metric.dim() == 2 else metric_product(metric, gram).trace()
+    )
+    kept = solve_overlap(factors.overlap, factors.lifted.T @ gram @ factors.lifted)  # what the projector on A leaves
+    truncated = whole - float(kept.trace())
     rounded = (factors.reduce.weight if side == "rows" else factors.expand.weight.T).to(gram.dtype)  # (r, p)
     noise = rounded - factors.outer.to(gram.dtype)
-    return max(truncated, 0.0) + float((overlap * ((noise * far.to(gram.dtype)) @ noise.T)).sum())
+    return max(truncated, 0.0) + float((factors.overlap * ((noise * far.to(gram.dtype)) @ noise.T)).sum())
 
 
 def error_loss(

@@ -19,7 +19,7 @@ from twofold.recipe import Recipe
 from twofold.spectra import Spectra
 from twofold.targets import Target, dense_weight
 
-SHARES = (0.08, 0.3, 0.9)  # of the full rank, at which factors are rounded
+SHARES = (0.08, 0.25, 0.7)  # of the full rank, at which factors are rounded
 
 
 def measure_rounding(

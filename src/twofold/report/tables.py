@@ -124,7 +124,7 @@ def weight_table(plan: Plan, loss: Loss) -> Table:
             labels[e.name],
             f"{e.out_features} × {e.in_features}",
             "dense" if e.rank is None else str(e.rank),
-            e.form or NONE,
+            (e.form or NONE) if e.bits is None else f"{e.form or 'dense'}, {e.bits} bits",
             count(e.numbers_before),
             count(e.numbers_after),
             percent(share(e.numbers_after, e.numbers_before)),
