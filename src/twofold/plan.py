@@ -20,7 +20,7 @@ from twofold.linalg import gauge_rank, plain_storage
 from twofold.nn import SharedBasis, int_bytes
 from twofold.nn.shared_linear import basis_storage
 from twofold.objectives import get_objective
-from twofold.quantize.options import Option, bit_options, bits_candidate
+from twofold.quantize.options import Option, bit_candidates
 from twofold.quantize.storage import Storage, dense_integers
 from twofold.recipe import Override, Recipe
 from twofold.structures.options import check_structural, forced_size, sizes_at, structure_candidate
@@ -313,7 +313,7 @@ def make_plan(
     evidence = evidence or Evidence()
     pairs: dict[str, list[Option]] = {}
     if recipe.bits == "auto" and spectra is not None:
-        candidates, tails_of, pairs = _bit_options(targets, spectra, recipe, element_bytes, relative, evidence)
+        candidates, tails_of, pairs = bit_candidates(targets, spectra, recipe, element_bytes, relative, evidence)
         overrides: dict[str, Choice] = {}
     else:
         options = _structure_options if targets.structures else _options
@@ -491,29 +491,6 @@ def _entry(
     group = recipe.group(bits)
     size = dense_integers(target, bits, group) if rank is None else storage.integers(target, rank)
     return entry.model_copy(update={"bits": bits, "scale_group": group, "quantized_bytes": size})
-
-
-def _bit_options(
-    targets: Targets,
-    spectra: Mapping[str, NDArray[np.float64]],
-    recipe: Recipe,
-    element: int,
-    relative: bool,
-    evidence: Evidence,
-) -> tuple[list[Candidate], dict[str, NDArray[np.float64]], dict[str, list[Option]]]:
-    """The same as ``_options`` where rank and bits are chosen together: candidates, the loss of each rank, and the pairs."""
-    candidates: list[Candidate] = []
-    tails_of: dict[str, NDArray[np.float64]] = {}
-    pairs: dict[str, list[Option]] = {}
-    for target in targets.targets:
-        values = np.asarray(spectra[target.name], dtype=np.float64)
-        tails = tails_of[target.name] = np.append(np.cumsum(values[::-1])[::-1], 0.0)
-        override = last_match(target.name, recipe.overrides)
-        found = bit_options(target, evidence.rounding[target.name], tails, recipe, element, override)
-        weight = 1.0 / tails[0] if relative and tails[0] > 0 else 1.0
-        pairs[target.name] = found
-        candidates.append(bits_candidate(target, found, element, weight, forced=override is not None))
-    return candidates, tails_of, pairs
 
 
 def _correction_plan(model_name: str, targets: Targets, recipe: Recipe, element: int) -> Plan:

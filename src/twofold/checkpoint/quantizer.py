@@ -161,11 +161,12 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        """Whether the weights can be trained: factors of floating point can, integers can't."""
+        return not any(isinstance(one, dict) and "bits" in one for one in self.quantization_config.modules.values())
 
     @property
     def is_qat_trainable(self) -> bool:
-        return True
+        return self.is_trainable
 
     @property
     def is_compileable(self) -> bool:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.allocate import Candidate
+from twofold.allocate import Candidate, Evidence
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_rank
 from twofold.quantize.storage import Storage, dense_integers
 from twofold.recipe import Override, Recipe
-from twofold.targets import Target
+from twofold.targets import Target, Targets, last_match
 
 AUTO_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -120,7 +120,7 @@ def _forced(target: Target, override: Override) -> int:
     return gauge_rank(m, n, override.keep * target.size)
 
 
-def bits_candidate(
+def _candidate(
     target: Target, options: list[Option], element: int, weight: float, *, forced: bool = False
 ) -> Candidate:
     """The options of one weight as a candidate of an allocation; the ranks of dense ones are those of the whole weight.
@@ -140,3 +140,30 @@ def bits_candidate(
         None,
         target.kind,
     )
+
+
+def bit_candidates(
+    targets: Targets,
+    spectra: Mapping[str, NDArray[np.float64]],
+    recipe: Recipe,
+    element: int,
+    relative: bool,
+    evidence: Evidence,
+) -> tuple[list[Candidate], dict[str, NDArray[np.float64]], dict[str, list[Option]]]:
+    """What may be chosen for every target, the loss of each rank from 0 on, and the pairs that the choices stand for.
+
+    Args:
+        relative: whether losses are shares of each target's own total.
+    """
+    candidates: list[Candidate] = []
+    tails_of: dict[str, NDArray[np.float64]] = {}
+    pairs: dict[str, list[Option]] = {}
+    for target in targets.targets:
+        values = np.asarray(spectra[target.name], dtype=np.float64)
+        tails = tails_of[target.name] = np.append(np.cumsum(values[::-1])[::-1], 0.0)
+        override = last_match(target.name, recipe.overrides)
+        found = bit_options(target, evidence.rounding[target.name], tails, recipe, element, override)
+        weight = 1.0 / tails[0] if relative and tails[0] > 0 else 1.0
+        pairs[target.name] = found
+        candidates.append(_candidate(target, found, element, weight, forced=override is not None))
+    return candidates, tails_of, pairs

@@ -43,7 +43,8 @@ def summary(run: Run, plan: Plan) -> str:
 
 def integers_text(plan: Plan) -> str:
     """How many weights are stored in how many bits."""
-    found = Counter(entry.bits for entry in [*plan.entries, *plan.dense] if entry.bits is not None)
+    every = [entry.bits for entry in plan.entries] + [entry.bits for entry in plan.dense]
+    found = Counter(bits for bits in every if bits is not None)
     each = ", ".join(f"{count(found[bits])} of {bits} bits" for bits in sorted(found))
     return f"Weights stored as integers, with their scales: {each}."
 
