@@ -507,3 +507,32 @@ def test_a_factored_model_of_integers_is_not_rounded_twice(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(TwofoldError, match="holds weights of integers"):
         twofold.factorize(str(tmp_path), keep=0.5, texts=[TEXT], tokens=64, window=32, quiet=True)
+
+
+def test_the_command_ends_with_one_sentence_and_exit_code_2(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+    import twofold.cli
+
+    quick = [str(checkpoint), "--calibration", str(text_file), "--tokens", "96", "--window", "32", "--quiet"]
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["twofold", "compress", *quick, "--out", str(tmp_path / "out"), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            twofold.cli.main()
+        return stop.value.code, capsys.readouterr().err
+
+    code, error = run("--budget", "2KB", "--bits", "auto")
+    assert code == 2 and error.startswith("twofold: the budget 2KB can't be met: the smallest possible is")
+    code, error = run("--keep", "0.5", "--bits", "auto")
+    assert code == 2 and error.count("\n") == 1 and "--budget 60MB" in error
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["twofold", "compress", *quick, "--out", str(tmp_path / "out"), "--budget", "60KB", "--bits", "auto"],
+    )
+    try:
+        twofold.cli.main()
+    except SystemExit as stop:
+        assert not stop.code
+    assert stored_bytes(tmp_path / "out") <= 60_000
+    assert "Size" in capsys.readouterr().out
