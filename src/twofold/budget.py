@@ -29,6 +29,7 @@ class ModelSize:
     dense_numbers: int  # parameters of all the rest
     element_bytes: int  # of one parameter on disk
     smallest: float  # parameters of the targets at their smallest possible ranks
+    dense_bytes: int | None = None  # of all the rest, where it is not of ``element_bytes`` a parameter
 
 
 def parse_budget(text: str) -> tuple[float, Literal["parameters", "bytes", "share"]]:
@@ -98,7 +99,7 @@ def target_budget(keep: float | None, budget: str | None, size: ModelSize, order
                 f"({_up(100 * least / whole, 1):g}%), of which {size.dense_numbers / 1e6:.2f}M are in parts that stay dense"
             )
         return Budget(min(number - size.dense_numbers, size.target_numbers), "parameters")
-    fixed = size.dense_numbers * size.element_bytes
+    fixed = size.dense_numbers * size.element_bytes if size.dense_bytes is None else size.dense_bytes
     least = fixed + size.smallest * size.element_bytes + 4 * order_numbers
     if number < least:
         raise TwofoldError(

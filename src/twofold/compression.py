@@ -24,11 +24,12 @@ from twofold.evaluate.streamed import LastStates
 from twofold.evaluation import evaluation_text, gives_logits
 from twofold.factorize import dense_again, factor_entries
 from twofold.models import LoadedModel, cast_weights, load_streamed, quiet_bars
-from twofold.nn import FactoredLinear
+from twofold.nn import CompactLinear
 from twofold.nn.shared_linear import BASES
 from twofold.pipeline import Prepared, carry_out, open_for, prepare
 from twofold.plan import Plan, PlanEntry
 from twofold.progress import progress
+from twofold.quantize.verify import verify_bytes
 from twofold.recipe import Recipe
 from twofold.refine import Refined, refine
 from twofold.residence import Streamed
@@ -225,7 +226,7 @@ class _Streaming:
         prepared, loaded = self.prepared, self.prepared.loaded
         with progress("Factorizing", len(prepared.plan.entries), unit="weights", quiet=quiet) as tick:
 
-            def factor(entries: list[PlanEntry]) -> Iterator[tuple[PlanEntry, FactoredLinear | None, str | None]]:
+            def factor(entries: list[PlanEntry]) -> Iterator[tuple[PlanEntry, CompactLinear | None, str | None]]:
                 return factor_entries(
                     loaded.model,
                     entries,
@@ -345,7 +346,7 @@ def _samples(loaded: LoadedModel, replaced: dict[str, nn.Module]) -> list[Sample
 
 
 def _verify(folder: Path, plan: Plan, model: nn.Module) -> None:
-    """Count what was really stored, so that no figure of the plan goes unchecked."""
+    """Count what was really stored, so that no figure of the plan goes unchecked: numbers, or bytes where some are integers."""
     stored = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -354,6 +355,9 @@ def _verify(folder: Path, plan: Plan, model: nn.Module) -> None:
                 for size in file.get_slice(name).get_shape():
                     numbers *= size
                 stored += numbers
+    if plan.integers:
+        verify_bytes(folder, plan, model)
+        return
     ours = sum(1 for entry in plan.entries if entry.rank is not None) + plan.order_numbers
     factored = tuple(f"{entry.name}." for entry in plan.entries if entry.rank is not None)
     bases = {f"{BASES}.{entry.basis}." for entry in plan.entries if entry.basis is not None}

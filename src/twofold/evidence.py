@@ -20,6 +20,7 @@ from twofold.first_order import component_scores
 from twofold.models import LoadedModel
 from twofold.objectives import Objective
 from twofold.progress import say
+from twofold.quantize.measure import measure_rounding
 from twofold.recipe import Recipe
 from twofold.second_order import rank_losses
 from twofold.spectra import Spectra
@@ -50,6 +51,10 @@ def gather(
     Raises:
         TwofoldError: if the model gives no logits to measure with.
     """
+    if recipe.bits == "auto":
+        return Evidence(
+            rounding=measure_rounding(loaded.model, targets, spectra, moments, objective, recipe, quiet=quiet)
+        )
     needs = get_allocation(recipe.allocate).needs
     # Losses of the unit "weight" are no means over tokens.
     tokens = windows.tokens if windows is not None and objective.loss != "weight" else 1

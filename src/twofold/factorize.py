@@ -15,11 +15,15 @@ from twofold.blocks import Chain, stretches
 from twofold.calibrate import Moments
 from twofold.errors import TwofoldError
 from twofold.linalg import KnownRoots, Spectrum, decompose, truncate, truncation_loss, working_dtype
-from twofold.nn import CompactLinear, FactoredLinear
+from twofold.nn import CompactLinear, FactoredLinear, QuantizedLinear
 from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import LayerMoments, Objective, Problem
-from twofold.plan import Plan, PlanEntry, rank_cost
+from twofold.plan import Plan, PlanEntry
 from twofold.progress import Tick, progress
+from twofold.quantize.carry_out import integer_dense, integer_layer, round_rest
+from twofold.quantize.correction import corrected_layer
+from twofold.quantize.loss import far_diagonal
+from twofold.quantize.storage import rank_numbers
 from twofold.residence import Resident
 from twofold.spectra import Spectra
 from twofold.structures import Structure
@@ -161,7 +165,7 @@ def factor_layer(
         )
         update = {
             "rank": rank,
-            "numbers_after": rank_cost("plain", target_of(entry), rank),
+            "numbers_after": rank_numbers("plain", entry, rank),
             "predicted_loss": float(spectrum.tails[rank]),
             "reason": f"{entry.reason}; plain factors, since the gauge form had no bounded coefficients",
         }
@@ -185,11 +189,24 @@ def factor_entries(
     damping: float,
     stored_dtype: torch.dtype,
     tick: Tick,
-) -> Iterator[tuple[PlanEntry, FactoredLinear | None, str | None]]:
-    """Factor weights that are in memory, one after another."""
+) -> Iterator[tuple[PlanEntry, FactoredLinear | QuantizedLinear | None, str | None]]:
+    """Factor weights that are in memory, or round them, one after another."""
     for entry in entries:
-        if entry.rank is None:
+        if not entry.replaced:
             yield entry, None, None
+        elif objective.correct is not None:
+            module = model.get_submodule(entry.name)
+            corrected, entry = corrected_layer(
+                dense_weight(module),
+                getattr(module, "bias", None),
+                entry,
+                objective.correct,
+                moments.layer(entry.name) if moments is not None else LayerMoments(),
+                damping,
+                stored_dtype,
+            )
+            corrected.requires_grad_(any(p.requires_grad for p in module.parameters()))
+            yield entry, corrected, None
         else:
             module = model.get_submodule(entry.name)
             target = target_of(entry)
@@ -197,7 +214,17 @@ def factor_entries(
             spectrum = spectra.get(target, problem.gram.dtype, problem.gram.device)
             weight = dense_weight(module).detach()
             bias = getattr(module, "bias", None)
-            layer, done, note = factor_layer(weight, bias, entry, spectrum, problem, stored_dtype)
+            layer: FactoredLinear | QuantizedLinear
+            note = None
+            if entry.bits is None:
+                layer, done, note = factor_layer(weight, bias, entry, spectrum, problem, stored_dtype)
+            else:
+                sides = moments.layer(entry.name) if moments is not None else LayerMoments()
+                far = far_diagonal(weight.to(problem.gram.dtype), sides, objective, damping)
+                if entry.rank is None:
+                    layer, done = integer_dense(weight, bias, entry, problem, far, stored_dtype)
+                else:
+                    layer, done, note = integer_layer(weight, bias, entry, spectrum, problem, far, stored_dtype)
             layer.requires_grad_(any(p.requires_grad for p in module.parameters()))
             yield done, layer, note
         tick()
@@ -239,6 +266,7 @@ def apply_plan(
             if layer is not None:
                 replaced[entry.name] = replace_module(model, entry.name, layer)
     hold_bases(model)
+    replaced |= round_rest(model, plan, stored_dtype)
     entries = [done[entry.name] for entry in plan.entries]
     return plan.model_copy(update={"entries": entries, "notes": notes}), replaced
 

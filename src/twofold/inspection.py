@@ -9,7 +9,7 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.models import LoadedModel, load_skeleton, survey
-from twofold.nn import CompactLinear, SharedBasis
+from twofold.nn import CompactLinear, QuantizedEmbedding, SharedBasis
 from twofold.targets import Targets, find_groups, list_weights
 
 
@@ -46,7 +46,7 @@ def inspect_model(
     """
     loaded = load_skeleton(name, trust_remote_code=trust_remote_code)
     model = loaded.model
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, CompactLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, CompactLinear) and m.CHILDREN}
     weights: list[Weight] = []
     targets = list_weights(model, include, exclude)
     groups = _groups(loaded, targets)
@@ -85,6 +85,13 @@ def inspect_model(
             Weight(name=basis_name, kind="basis", shape=shape, numbers=basis.numbers, what=basis.words, group=None)
         )
         numbers += basis.numbers
+    for table_name, table in model.named_modules():
+        if isinstance(table, QuantizedEmbedding):
+            shape = [table.num_embeddings, table.embedding_dim]
+            kind = table_name.rpartition(".")[2]
+            weights.append(
+                Weight(name=table_name, kind=kind, shape=shape, numbers=table.numbers, what=table.words, group=None)
+            )
     factors = tuple(f"{n}.{child}." for n, layer in layers.items() for child in layer.CHILDREN)
     factors += tuple(f"{n}.{child}." for n, basis in bases.items() for child in basis.CHILDREN)
     for entry in targets.dense:

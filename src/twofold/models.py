@@ -439,12 +439,14 @@ def check_ids(ids: Tensor, loaded: LoadedModel) -> None:
         TwofoldError: if the tokenizer gives ids beyond the model's vocabulary.
     """
     try:
-        embedding = getattr(loaded.model.get_input_embeddings(), "weight", None)
+        table = loaded.model.get_input_embeddings()
     except NotImplementedError:  # a model of several inputs: it says itself what it does not run on
         return
-    if embedding is not None and ids.numel() and int(ids.max()) >= len(embedding):
+    weight = getattr(table, "weight", None)
+    count = getattr(table, "num_embeddings", None if weight is None else len(weight))
+    if count is not None and ids.numel() and int(ids.max()) >= count:
         raise TwofoldError(
-            f"the tokenizer of {loaded.name} gives the token id {int(ids.max())}, the model has only {len(embedding)} "
+            f"the tokenizer of {loaded.name} gives the token id {int(ids.max())}, the model has only {count} "
             "embeddings; they do not belong together"
         )
 

@@ -46,6 +46,8 @@ from twofold.objectives import Objective, get_objective
 from twofold.objectives.base import Statistic
 from twofold.plan import Plan, make_plan
 from twofold.progress import say
+from twofold.quantize.check import check_bits, stand_in
+from twofold.quantize.loss import rounding_needs
 from twofold.recalibration import check_recalibrated, recalibrate
 from twofold.recipe import Recipe, make_recipe
 from twofold.refine import check_refinable, check_refinements, refine
@@ -134,6 +136,7 @@ def check_methods(recipe: Recipe) -> None:
         TwofoldError: naming the first of them.
     """
     check_refinements(recipe)
+    check_bits(recipe, get_objective(recipe.objective))
     check_structural(recipe, bool(get_objective(recipe.objective).structures))
     check_recalibrated(recipe)
 
@@ -154,6 +157,11 @@ def _check_streamed(recipe: Recipe, way: Way) -> None:
         raise TwofoldError(
             "texts to calibrate on can't be sampled from a model that is worked through block by block (each token would read "
             f"all of its weights); name some with --calibration FILE, or give it {way.resident / 1e9:.1f} GB with --memory"
+        )
+    if recipe.bits is not None or recipe.kept_bits is not None:
+        raise TwofoldError(
+            "a model that is worked through block by block can't be rounded to integers yet; leave --bits and --dense-bits out, "
+            f"or give it {way.resident / 1e9:.1f} GB with --memory"
         )
     if recipe.refine:
         raise TwofoldError(
@@ -223,8 +231,9 @@ def prepare(
         with watch.stage("texts"):
             if windows.tokens < windows.asked - recipe.window and not quiet:
                 say(f"the calibration text gives {windows.tokens:,} tokens of the {windows.asked:,} asked for")
+        asked = objective.needs | (rounding_needs(objective) if recipe.bits is not None or recipe.kept_bits else set())
         targets, moments, reused = calibrate(
-            recipe, opened, targets, objective.needs, windows, hashed, watch,
+            recipe, opened, targets, asked, windows, hashed, watch,
             moments_folder=moments_folder, work=work, quiet=quiet,
         )  # fmt: skip
         mark = moments.fingerprint
@@ -242,7 +251,11 @@ def prepare(
             moments,
             objective,
             recipe.damping,
-            Spectra(folder, spectra_mark(hashed, mark, recipe), bases=bases or bool(measured) or again),
+            Spectra(
+                folder,
+                spectra_mark(hashed, mark, recipe),
+                bases=bases or bool(measured) or again or recipe.bits == "auto",
+            ),
             chain=chain or plain_chain(model),
             blocks=opened.blocks or RESIDENT_BLOCKS,
             quiet=quiet,
@@ -294,6 +307,8 @@ def decompose(
     quiet: bool = False,
 ) -> Spectra:
     """What every rank of every target loses, or every size of those that are cut together."""
+    if objective.correct is not None:
+        return spectra  # nothing is truncated
     if targets.structures:
         assert moments is not None
         return measure_structures(residence.model, targets.structures, moments, damping, spectra, quiet=quiet)
@@ -439,7 +454,7 @@ def plain_chain(model: nn.Module) -> Chain:
 
 def plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Plan:
     """The uniform plan, which needs the shapes alone."""
-    uniform = recipe.at(1.0).model_copy(update={"allocate": "uniform"})
+    uniform = stand_in(recipe.at(1.0)).model_copy(update={"allocate": "uniform"})
     return make_plan(loaded.name, targets, None, uniform, loaded.stored_dtype.itemsize)
 
 
@@ -491,6 +506,11 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
     get_allocation(recipe.allocate)
     check_methods(recipe)
     if needs and "calibration" not in recipe.model_fields_set and moments_file is None:
+        if recipe.bits == "auto":
+            raise TwofoldError(
+                "--bits auto measures what rounding loses: name --calibration FILE, or --calibration self; or give a number "
+                "of bits"
+            )
         if recipe.goal is not None:
             raise TwofoldError(
                 f"{recipe.goal.flag} needs measuring: name --calibration FILE, or --calibration self; or give --keep or --budget"

@@ -5,25 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from twofold.allocate import Candidate, Choice, Evidence, get_allocation
 from twofold.allocate.base import cheapest
 from twofold.budget import Budget, ModelSize, parse_budget, target_budget
 from twofold.errors import TwofoldError
-from twofold.linalg import gauge_rank, gauge_storage, plain_storage
-from twofold.nn import SharedBasis
+from twofold.linalg import gauge_rank, plain_storage
+from twofold.nn import SharedBasis, int_bytes
 from twofold.nn.shared_linear import basis_storage
 from twofold.objectives import get_objective
+from twofold.quantize.options import Option, bit_candidates
+from twofold.quantize.storage import Storage, dense_integers
 from twofold.recipe import Override, Recipe
 from twofold.structures.options import check_structural, forced_size, sizes_at, structure_candidate
 from twofold.structures.sharing import alone_notes
-from twofold.targets import Target, Targets, last_match, matches
+from twofold.targets import DenseWeight, Target, Targets, last_match, matches
+
+CORRECTION_RANK = 32  # where none is given
 
 
 class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
@@ -38,11 +42,24 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     rank: PositiveInt | None  # None: dense
     # "gauge": rows or columns, chosen when it is factorized; for kept-rows and kept-columns the rank is how many
     form: (
-        Literal["plain", "rows", "columns", "gauge", "kept-rows", "kept-columns", "shared-plain", "shared-columns"]
+        Literal[
+            "plain",
+            "rows",
+            "columns",
+            "gauge",
+            "kept-rows",
+            "kept-columns",
+            "shared-plain",
+            "shared-columns",
+            "corrected",
+        ]
         | None
     )
     basis: str | None = None  # that it shares with others: each of them counts an equal part of it
     columns: NonNegativeInt = 0  # of the inputs that are dense beside the factors
+    bits: Annotated[int, Field(ge=2, le=8)] | None = None  # of the stored numbers; None: in the dtype of the checkpoint
+    scale_group: PositiveInt | None = None  # inputs that share a scale; None: all of an output
+    quantized_bytes: PositiveInt | None = None  # of codes and scales
     transposed: bool
     bias: bool
     numbers_before: PositiveInt  # m · n
@@ -68,6 +85,15 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
         return self.numbers_after / self.numbers_before
 
     @property
+    def replaced(self) -> bool:
+        """Whether another layer takes the place of the dense one."""
+        return self.rank is not None or self.bits is not None
+
+    def weight_bytes(self, element: int) -> int:
+        """What the numbers take, with scales; without order and guard."""
+        return self.numbers_after * element if self.quantized_bytes is None else self.quantized_bytes
+
+    @property
     def multiplications(self) -> int:
         """For one token: as many as it stores, but for a shared basis, which each of its layers applies in full."""
         if self.rank is None or (self.form != "shared-plain" and self.form != "shared-columns"):
@@ -82,6 +108,13 @@ class DenseEntry(pydantic.BaseModel, extra="forbid"):
     shape: list[NonNegativeInt]
     numbers: NonNegativeInt
     reason: str
+    bits: Annotated[int, Field(ge=2, le=8)] | None = None  # of the stored numbers; None: in the dtype of the checkpoint
+    scale_group: PositiveInt | None = None
+    quantized_bytes: PositiveInt | None = None  # of codes, scales and guards
+
+    def weight_bytes(self, element: int) -> int:
+        """What the numbers take."""
+        return self.numbers * element if self.quantized_bytes is None else self.quantized_bytes
 
 
 class Estimate(pydantic.BaseModel, extra="forbid"):
@@ -155,9 +188,20 @@ class Plan(pydantic.BaseModel, extra="forbid"):
         return self.model_before * self.element_bytes
 
     @property
+    def integers(self) -> bool:
+        """Whether some of the weights are stored as integers."""
+        return any(e.bits is not None for e in self.entries) or any(e.bits is not None for e in self.dense)
+
+    @property
+    def dense_bytes(self) -> int:
+        """What all that is no target stores."""
+        return sum(entry.weight_bytes(self.element_bytes) for entry in self.dense)
+
+    @property
     def bytes_after(self) -> int:
-        guards = sum(1 for entry in self.entries if entry.rank is not None)
-        return (self.model_after + guards) * self.element_bytes + 4 * self.order_numbers
+        guards = sum(1 for entry in self.entries if entry.replaced)
+        numbers = sum(entry.weight_bytes(self.element_bytes) for entry in self.entries)
+        return numbers + guards * self.element_bytes + self.dense_bytes + 4 * self.order_numbers
 
     @property
     def keep(self) -> float:
@@ -211,12 +255,6 @@ def order_length(form: str | None, out_features: int, in_features: int, rank: in
     }.get(form or "", 0)  # fmt: skip
 
 
-def rank_cost(form: str, target: Target, rank: int) -> int:
-    """The numbers that a rank stores."""
-    count = plain_storage if form == "plain" else gauge_storage
-    return count(target.out_features, target.in_features, rank)
-
-
 def possible_ranks(
     target: Target,
     form: str,
@@ -229,7 +267,8 @@ def possible_ranks(
     In the gauge form a square weight has no full rank: dense stores the same numbers.
     """
     m, n = target.out_features, target.in_features
-    largest = (m * n - 1) // (m + n) if form == "plain" else min(m, n) - (1 if m == n else 0)
+    whole = m != n and form not in ("rows", "columns")  # a gauge form of a chosen side has no full rank
+    largest = (m * n - 1) // (m + n) if form == "plain" else min(m, n) - (0 if whole else 1)
     if numerical_rank is not None:
         largest = min(largest, max(numerical_rank, 1))
     lowest = min(max(min_rank, 1), largest)
@@ -258,6 +297,8 @@ def make_plan(
     notes = alone_notes(targets.structures)
     allocate = recipe.allocate
     check_structural(recipe, bool(targets.structures))
+    if recipe.corrects:
+        return _correction_plan(model_name, targets, recipe, element_bytes)
     if spectra is None and allocate != "uniform":
         raise TwofoldError(
             f"the allocation {allocate!r} needs spectra; use --allocate uniform or give a calibration text"
@@ -269,8 +310,15 @@ def make_plan(
             f"the losses of {recipe.objective} differ in scale from layer to layer, so the global allocation compares "
             "the share of each layer's own total that is left out"
         )
-    options = _structure_options if targets.structures else _options
-    candidates, overrides, tails_of = options(targets, spectra, recipe, element_bytes, relative, evidence or Evidence())
+    evidence = evidence or Evidence()
+    pairs: dict[str, list[Option]] = {}
+    if recipe.bits == "auto" and spectra is not None:
+        candidates, tails_of, pairs = bit_candidates(targets, spectra, recipe, element_bytes, relative, evidence)
+        overrides: dict[str, Choice] = {}
+    else:
+        options = _structure_options if targets.structures else _options
+        candidates, overrides, tails_of = options(targets, spectra, recipe, element_bytes, relative, evidence)
+    dense = [_dense_entry(one, recipe, element_bytes) for one in targets.dense]
     for pattern in recipe.overrides:
         if not any(matches(target.name, [pattern]) for target in targets.targets):
             raise TwofoldError(
@@ -282,13 +330,14 @@ def make_plan(
     fixed = sum(overrides[c.name].cost(c) for c in candidates if c.name in overrides)
     free = [c for c in candidates if c.name not in overrides]
     least = fixed + sum(cheapest(c).cost(c) for c in free)
-    gauge = recipe.form != "plain" and not targets.structures
+    gauge = recipe.form != "plain" and recipe.bits is None and not targets.structures
     order = sum(max(t.out_features, t.in_features) for t in targets.targets) if gauge else 0
     size = ModelSize(
         targets.target_numbers,
         targets.total_numbers - targets.target_numbers,
         element_bytes,
         (least - 4 * order) / scale if bytes_budget else least,
+        sum(entry.weight_bytes(element_bytes) for entry in dense),
     )
     budget: Budget = target_budget(recipe.keep, recipe.budget, size, order if bytes_budget else 0)
     choices = dict(overrides)
@@ -309,10 +358,11 @@ def make_plan(
                 recipe,
                 targets,
                 measured,
+                element_bytes,
+                pairs.get(target.name),
             )
             for target, candidate in zip(targets.targets, candidates, strict=True)
         ]
-    dense = [DenseEntry(name=d.name, shape=list(d.shape), numbers=d.size, reason=d.reason) for d in targets.dense]
     return Plan(
         model=model_name,
         objective=recipe.objective,
@@ -346,7 +396,8 @@ def _options(
     Args:
         relative: whether losses are shares of each target's own total.
     """
-    multiple, form = recipe.rank_multiple, recipe.form
+    multiple = recipe.rank_multiple
+    storage = Storage(recipe, element_bytes, recipe.fixed_bits)
     candidates: list[Candidate] = []
     overrides: dict[str, Choice] = {}
     tails_of: dict[str, NDArray[np.float64]] = {}
@@ -356,21 +407,24 @@ def _options(
         values = None if spectra is None else np.asarray(spectra[target.name], dtype=np.float64)
         numerical = None if values is None else int((values > 0).sum())
         override = last_match(target.name, recipe.overrides)
-        ranks = possible_ranks(target, form, multiple, recipe.min_rank, numerical)
+        ranks = possible_ranks(target, storage.form(target), multiple, recipe.min_rank, numerical)
         if values is None:
             tails = np.zeros(min(target.out_features, target.in_features) + 1)
         else:
             tails = np.append(np.cumsum(values[::-1])[::-1], 0.0)
         tails_of[target.name] = tails
         weight = 1.0 / tails[0] if relative and tails[0] > 0 else 1.0
-        extra = 4.0 * max(target.out_features, target.in_features) + scale if bytes_budget and form != "plain" else 0.0
-        costs = np.array([rank_cost(form, target, int(r)) for r in ranks], dtype=np.float64) * scale + extra
+        cost = storage.bytes if bytes_budget else storage.numbers
+        costs = np.array([cost(target, int(r)) for r in ranks], dtype=np.float64)
+        whole = target.size * scale
+        if bytes_budget and recipe.kept_bits is not None:
+            whole = dense_integers(target, recipe.kept_bits, recipe.group(recipe.kept_bits)) + element_bytes
         candidate = Candidate(
             target.name,
             ranks,
             costs,
             tails[ranks] * weight,
-            float(target.size * scale),
+            float(whole),
             float(target.size * scale),
             values,
             target.kind,
@@ -381,7 +435,7 @@ def _options(
         )
         candidates.append(candidate)
         if override is not None:
-            overrides[target.name] = _forced(target, override, candidate, form)
+            overrides[target.name] = _forced(target, override, candidate, storage)
     return candidates, overrides, tails_of
 
 
@@ -389,7 +443,7 @@ def _is_bytes(budget: str) -> bool:
     return parse_budget(budget)[1] == "bytes"
 
 
-def _forced(target: Target, override: Override, candidate: Candidate, form: str) -> Choice:
+def _forced(target: Target, override: Override, candidate: Candidate, storage: Storage) -> Choice:
     """The choice that an override asks for: the largest allowed rank within it, or dense where that stores no more."""
     m, n = target.out_features, target.in_features
     if override.dense:
@@ -401,8 +455,8 @@ def _forced(target: Target, override: Override, candidate: Candidate, form: str)
     else:
         assert override.keep is not None
         numbers = override.keep * target.size
-        wanted = int(numbers / (m + n)) if form == "plain" else gauge_rank(m, n, numbers)
-    if rank_cost(form, target, wanted) >= target.size:
+        wanted = int(numbers / (m + n)) if storage.form(target) == "plain" else gauge_rank(m, n, numbers)
+    if storage.numbers(target, wanted) >= target.size:
         return Choice(None)
     return Choice(max(int(np.searchsorted(candidate.ranks, max(wanted, 1), side="right")) - 1, 0))
 
@@ -416,15 +470,65 @@ def _entry(
     recipe: Recipe,
     targets: Targets,
     measured: bool,
+    element: int,
+    pairs: list[Option] | None,  # where bits are chosen too
 ) -> PlanEntry:
-    rank, numbers, lost = None, target.size, 0.0
-    if choice.index is not None:
+    rank, bits, lost = None, recipe.kept_bits, 0.0
+    if pairs is not None:
+        bits = None
+        if choice.index is not None:
+            chosen = pairs[choice.index]
+            rank, bits, lost = chosen.rank, chosen.bits, chosen.loss
+        forced = last_match(target.name, recipe.overrides) is not None
+    elif choice.index is not None:
         rank = int(candidate.ranks[choice.index])
-        numbers = rank_cost(recipe.form, target, rank)
-        lost = float(tails[rank])
+        bits, lost = recipe.fixed_bits, float(tails[rank])
+    storage = Storage(recipe, element, bits)
+    form, numbers = storage.form(target), target.size if rank is None else storage.numbers(target, rank)
     losses = (lost, float(tails[0])) if measured else None
-    reason = _reason(rank, forced, recipe)
-    return _written(target, rank, recipe.form, numbers, losses, reason, targets)
+    entry = _written(target, rank, form, numbers, losses, _reason(rank, forced, recipe, bits), targets)
+    if bits is None:
+        return entry
+    group = recipe.group(bits)
+    size = dense_integers(target, bits, group) if rank is None else storage.integers(target, rank)
+    return entry.model_copy(update={"bits": bits, "scale_group": group, "quantized_bytes": size})
+
+
+def _correction_plan(model_name: str, targets: Targets, recipe: Recipe, element: int) -> Plan:
+    """The plan that keeps every target whole in integers, with a correction of one rank."""
+    bits = recipe.fixed_bits
+    assert bits is not None
+    group, asked = recipe.group(bits), recipe.rank or CORRECTION_RANK
+    entries = []
+    for target in targets.targets:
+        rank = min(asked, target.out_features, target.in_features)
+        factors = plain_storage(target.out_features, target.in_features, rank)
+        reason = f"{recipe.objective}: the whole weight in {bits} bits, and a correction of rank {rank}"
+        entry = _written(target, rank, "corrected", target.size + factors, None, reason, targets)
+        size = dense_integers(target, bits, group) + factors * element
+        entries.append(entry.model_copy(update={"bits": bits, "scale_group": group, "quantized_bytes": size}))
+    return Plan(
+        model=model_name,
+        objective=recipe.objective,
+        allocate=recipe.allocate,
+        loss_unit=get_objective(recipe.objective).loss,
+        element_bytes=element,
+        entries=entries,
+        dense=[_dense_entry(one, recipe, element) for one in targets.dense],
+    )
+
+
+def _dense_entry(weight: DenseWeight, recipe: Recipe, element: int) -> DenseEntry:
+    """What is done with a parameter that is no target: nothing, or it is rounded to integers."""
+    entry = DenseEntry(name=weight.name, shape=list(weight.shape), numbers=weight.size, reason=weight.reason)
+    bits = recipe.rest_bits
+    if bits is None or not weight.layer:
+        return entry
+    rows, columns = reversed(weight.shape) if weight.layer == "transposed" else weight.shape
+    group = recipe.group(bits)
+    size = int_bytes(rows, columns, bits, group) + element * (1 + len(weight.tied))
+    reason = f"{weight.reason}; rounded to {bits} bits"
+    return entry.model_copy(update={"bits": bits, "scale_group": group, "quantized_bytes": size, "reason": reason})
 
 
 def _structure_options(
@@ -479,8 +583,11 @@ def _structure_entries(
     return [found[target.name] for target in targets.targets]
 
 
-def _reason(rank: int | None, forced: bool, recipe: Recipe) -> str:
+def _reason(rank: int | None, forced: bool, recipe: Recipe, bits: int | None = None) -> str:
     """Why a weight has its rank, or is dense."""
+    if recipe.bits == "auto" and bits is not None:
+        kept = "at full rank" if rank is None else "by rank and bits"
+        return f"an override says so, {bits} bits" if forced else f"{recipe.allocate} allocation {kept}, {bits} bits"
     if rank is not None:
         return "an override says so" if forced else f"{recipe.allocate} allocation"
     if forced:

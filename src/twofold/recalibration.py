@@ -81,8 +81,9 @@ def recalibrate(prepared: Prepared, recipe: Recipe, *, folder: Path | None = Non
                 empty=replace(moments, sums={}, fingerprint=mark), seed=recipe.seed, curvature=recipe.curvature,
                 batch_size=recipe.batch_size, weights=weights, folder=folder, quiet=quiet,
             )  # fmt: skip
-    old = moments.only(request).sums
-    mixed = {name: old[name] + SHARE * (found.sums[name] - old[name]) for name in request.names()}
+    old = moments.sums
+    mixed = {name: old[name] for name in old}
+    mixed |= {name: old[name] + SHARE * (found.sums[name] - old[name]) for name in request.names()}
     prepared.moments = replace(moments, sums=mixed, fingerprint=mark)
     prepared.spectra = decompose_targets(
         loaded.residence, targets, prepared.moments, prepared.objective, recipe.damping, Spectra(None, mark),

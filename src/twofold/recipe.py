@@ -10,10 +10,15 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from twofold.budget import parse_budget
 from twofold.calibrate.curvature import Curvature
 from twofold.errors import TwofoldError
 from twofold.goal import Goal, parse_perplexity
+from twofold.nn.int_matrix import GROUP, default_group
+from twofold.nn.packing import BITS
+from twofold.objectives import OBJECTIVES
 
+REST_BITS = 8  # of the embeddings, with --bits auto
 SIZES = ("keep", "budget", "perplexity_at_most", "kl_at_most")  # exactly one of these says how small a model gets
 
 Settings = TypeVar("Settings", bound=pydantic.BaseModel)
@@ -72,7 +77,8 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
         str,
         Field(
             description="what a rank is chosen to preserve: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns, "
-            "basis-sharing, or two metrics as in whitened+rows"
+            "basis-sharing, or two metrics as in whitened+rows; or how whole weights in integers are corrected: lqer, "
+            "qera-exact, eora"
         ),
     ] = "two-sided"
     share_blocks: Annotated[
@@ -91,6 +97,30 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     form: Annotated[
         Literal["gauge", "plain"], Field(description="how factors are stored: gauge r(m+n-r) numbers, plain r(m+n)")
     ] = "gauge"
+    bits: Annotated[
+        str | None,
+        pydantic.BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
+        pydantic.AfterValidator(lambda value: check_bits(value, "auto")),
+        Field(
+            description="bits of the factors' numbers, 2 to 8, or auto: a budget in bytes is shared out over ranks and bits "
+            "together; without it they keep the dtype of the checkpoint"
+        ),
+    ] = None
+    dense_bits: Annotated[
+        str | None,
+        pydantic.BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
+        pydantic.AfterValidator(lambda value: check_bits(value, "none")),
+        Field(
+            description="bits of the embedding, the output layer and the linear layers that stay dense, 2 to 8; none leaves "
+            "them as they are, and is the default; with --bits auto that is 8"
+        ),
+    ] = None
+    rank: Annotated[
+        int | None, Field(ge=1, description="lqer, qera-exact, eora: rank of every correction, 32 if it is not given")
+    ] = None
+    group_size: Annotated[
+        int, Field(ge=8, description="inputs that share a scale, below 8 bits; with 8 bits all of an output do")
+    ] = GROUP
     refine: Annotated[
         list[str],
         pydantic.BeforeValidator(lambda value: _split([value] if isinstance(value, str) else value)),
@@ -166,7 +196,14 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
 
     @pydantic.model_validator(mode="after")
     def _one_size(self) -> Recipe:
-        if sum(getattr(self, name) is not None for name in SIZES) != 1:
+        sizes = sum(getattr(self, name) is not None for name in SIZES)
+        if self.corrects:
+            _check_correction(self, sizes)
+        elif self.rank is not None:
+            raise ValueError(
+                "--rank is that of a correction (lqer, qera-exact, eora); force one with --override PATTERN=rank:64"
+            )
+        elif sizes != 1:
             raise ValueError(
                 "give either keep (share of the factorized weights), budget (size of the whole model), perplexity_at_most "
                 "(25 or 1.1x) or kl_at_most (nats per token), and only one of them"
@@ -176,6 +213,43 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
                 f"{self.goal.flag} needs measuring, and --eval-windows 0 measures nothing; give some windows, or --keep"
             )
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _bits_go_with_it(self) -> Recipe:
+        if self.bits == "auto" and (self.budget is None or parse_budget(self.budget)[1] != "bytes"):
+            raise ValueError(
+                "--bits auto shares out a budget in bytes over ranks and bits; give one, as in --budget 60MB, or a number of bits"
+            )
+        if self.bits is not None and self.refine:
+            raise ValueError(
+                "a refinement trains factors of floating point, and --bits rounds them to integers; leave one of the two out"
+            )
+        return self
+
+    @property
+    def corrects(self) -> bool:
+        """Whether whole weights are rounded to integers and their error is corrected."""
+        found = OBJECTIVES.get(self.objective)
+        return found is not None and found.correct is not None
+
+    @property
+    def fixed_bits(self) -> int | None:
+        """The bits of every factor, if they are one number."""
+        return None if self.bits is None or self.bits == "auto" else int(self.bits)
+
+    @property
+    def rest_bits(self) -> int | None:
+        """The bits of what is not factorized; with --bits auto that is the embeddings and the layers that are no targets."""
+        return REST_BITS if self.bits == "auto" and self.dense_bits is None else self.kept_bits
+
+    @property
+    def kept_bits(self) -> int | None:
+        """The bits of a target that stays dense, where the budget does not choose them."""
+        return None if self.dense_bits is None or self.dense_bits == "none" else int(self.dense_bits)
+
+    def group(self, bits: int) -> int | None:
+        """The inputs that share a scale at so many bits; None: all of an output."""
+        return None if default_group(bits) is None else self.group_size
 
     @property
     def goal(self) -> Goal | None:
@@ -197,6 +271,28 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
         """The recipe as YAML; what is at its default is left in, so that a stored recipe says all."""
         settings = self.model_dump(mode="json", exclude_none=True, exclude={"trust_remote_code"})
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _check_correction(recipe: Recipe, sizes: int) -> None:
+    """Refuse settings that a correction of integers does not go with."""
+    if recipe.fixed_bits is None:
+        raise ValueError(f"--objective {recipe.objective} corrects weights of integers: give --bits, as in --bits 4")
+    if sizes:
+        raise ValueError(
+            f"--objective {recipe.objective} has its size from --bits and --rank; leave --keep, --budget and the qualities out"
+        )
+    if recipe.overrides or recipe.allocate != "global":
+        raise ValueError(
+            f"--objective {recipe.objective} gives every weight the same rank; leave --allocate and --override out, and take "
+            "weights out with --exclude"
+        )
+
+
+def check_bits(bits: str | None, word: str) -> str | None:
+    """Refuse what is neither a number of bits nor a word."""
+    if bits is None or bits == word or bits in [str(number) for number in BITS]:
+        return bits
+    raise ValueError(f"must be {word}, or a whole number from {BITS[0]} to {BITS[-1]}")
 
 
 def _readable(perplexity: str | None) -> str | None:

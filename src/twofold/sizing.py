@@ -22,6 +22,7 @@ from twofold.factorize import apply_plan, dense_again, put_back
 from twofold.models import LoadedModel
 from twofold.plan import Plan, least_keep, make_plan
 from twofold.progress import say
+from twofold.quantize.carry_out import rest_names
 from twofold.recipe import Recipe
 from twofold.search import TOLERANCE, Probe, smallest
 from twofold.work import Work
@@ -171,7 +172,8 @@ class Sizing:
     def _measure(self, plan: Plan) -> Quality:
         """Factor the model by a plan, measure it, and give it its dense layers back."""
         found, model = self.prepared, self.loaded.model
-        with put_back(model, [target.name for target in found.targets.targets]), _as_measured(model):
+        places = [target.name for target in found.targets.targets] + rest_names(plan, model)
+        with put_back(model, places), _as_measured(model):
             _, replaced = apply_plan(
                 model,
                 plan,

@@ -10,14 +10,14 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
-from twofold.nn import CompactLinear, SharedBasis
+from twofold.nn import CompactLinear, IntMatrix, SharedBasis
 
 if TYPE_CHECKING:
     from twofold.structures.base import Structure
@@ -44,6 +44,11 @@ class Target:
         return self.out_features * self.in_features
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Of the parameter, as the module keeps it."""
+        return (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+
+    @property
     def kind(self) -> str:
         """The last part of the name: q_proj, fc1, …"""
         return self.name.rpartition(".")[2]
@@ -61,6 +66,8 @@ class DenseWeight:
     name: str
     shape: tuple[int, ...]
     reason: str
+    layer: Literal["", "linear", "transposed", "embedding"] = ""  # that holds it, where one can be made of integers
+    tied: tuple[str, ...] = ()  # linear layers that use it too
 
     @property
     def size(self) -> int:
@@ -91,7 +98,7 @@ class Targets:
                 reasons = {**dict.fromkeys(names, f"cut together with {gone[0]}, which stays dense"), **reasons}
         left = [t for t in self.targets if t.name not in reasons]
         dropped = [
-            DenseWeight(f"{t.name}.weight", (t.out_features, t.in_features), reasons[t.name])
+            DenseWeight(f"{t.name}.weight", t.shape, reasons[t.name], "transposed" if t.transposed else "linear")
             for t in self.targets
             if t.name in reasons
         ]
@@ -144,8 +151,12 @@ def find_targets(
     """List every parameter of a model as ``list_weights`` does, and make sure that there is something to factorize.
 
     Raises:
-        TwofoldError: if a pattern matches no linear layer, or nothing is left to factorize.
+        TwofoldError: if a pattern matches no linear layer, nothing is left to factorize, or weights are integers already.
     """
+    if any(isinstance(module, IntMatrix) for module in model.modules()):
+        raise TwofoldError(
+            "the model holds weights of integers, which are not factorized again; start from the model that it was made of"
+        )
     found = list_weights(model, include, exclude)
     if not found.targets:
         factored = any(isinstance(module, CompactLinear) for module in model.modules())
@@ -213,14 +224,38 @@ def list_weights(
 
     chosen = {f"{target.name}.weight" for target in targets}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    modules = dict(model.named_modules())
     dense = [
         DenseWeight(
-            name, tuple(parameter.shape), reasons.get(name) or _reason(name, parameter, id(parameter) in embeddings)
+            name,
+            tuple(parameter.shape),
+            reasons.get(name) or _reason(name, parameter, id(parameter) in embeddings),
+            *_holder(owners[id(parameter)], modules),
         )
         for name, parameter in model.named_parameters()
         if name not in chosen
     ]
     return Targets(targets, dense)
+
+
+def _holder(
+    names: list[str], modules: Mapping[str, nn.Module]
+) -> tuple[Literal["", "linear", "transposed", "embedding"], tuple[str, ...]]:
+    """Of which kind the layer is that holds a parameter, "" where no layer of integers can take its place, and who shares it.
+
+    Args:
+        names: of the parameter, its first one first; where several layers share it, an embedding has to come first.
+    """
+    places = [name.rpartition(".") for name in names]
+    if any(leaf != "weight" for _, _, leaf in places):
+        return "", ()
+    kinds = [type(modules[owner]) for owner, _, _ in places]
+    rest = tuple(owner for owner, _, _ in places[1:])
+    if kinds[0] is nn.Embedding and all(kind is nn.Linear for kind in kinds[1:]):
+        return "embedding", rest
+    if len(kinds) == 1 and kinds[0] in (nn.Linear, Conv1D):
+        return ("linear" if kinds[0] is nn.Linear else "transposed"), ()
+    return "", ()
 
 
 def _reason(name: str, parameter: Tensor, embedding: bool) -> str:

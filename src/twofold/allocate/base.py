@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twofold.errors import TwofoldError
+
+if TYPE_CHECKING:
+    from twofold.quantize.options import Rounding
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Evidence:
     perplexities: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     scores: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     curves: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)  # what integers lose, if bits are chosen too
 
 
 ALLOCATIONS: dict[str, Allocation] = {}

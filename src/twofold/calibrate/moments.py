@@ -7,8 +7,8 @@ For each target either side of a pair suffices, and the smaller one is collected
     gradient/TARGET        G = E[g gᵀ] (m, m), g the gradient of the loss at the output
     input_gradient/TARGET  Wᵀ G W = E[z zᵀ] (n, n), z = Wᵀ g
     input_abs/LEADER       E|x| (n,)
-    input_square/LEADER    E[x²] (n,)
-    gradient_square/TARGET E[g²] (m,)
+    input_square/LEADER    E[x²] (n,), the diagonal of C where C itself may be too large
+    gradient_square/TARGET E[g²] (m,), that of G
     fisher_rows/TARGET     Σ_j E[(g_i x_j)²] (m,)
     input_trace/LEADER, gradient_trace/TARGET: tr C, tr G
     rows/TARGET            how many vectors the layer was given: the tokens, unless it is called several times or not for all
@@ -139,9 +139,9 @@ class Moments:
         rows = max(self.rows(name), 1.0)
         places = {
             "output": (name, rows), "input": (leader, rows), "input_abs": (leader, rows), "input_trace": (leader, rows),
-            "input_mean": (leader, rows), "input_square": (leader, rows), "gradient_square": (name, self.tokens),
+            "input_mean": (leader, rows), "input_square": (leader, rows),
             "gradient": (name, self.tokens), "input_gradient": (name, self.tokens), "fisher_rows": (name, self.tokens),
-            "gradient_trace": (name, self.tokens),
+            "gradient_trace": (name, self.tokens), "gradient_square": (name, self.tokens),
         }  # fmt: skip
         found = {
             kind: self.sums[f"{kind}/{owner}"] / count

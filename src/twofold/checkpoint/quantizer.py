@@ -15,8 +15,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from twofold.checkpoint.integers import check_loaded, integer_layer, integers_of, mind_ties
 from twofold.errors import TwofoldError
-from twofold.nn import CompactLinear, DenseColumnsLinear, FactoredLinear, SharedBasis, SharedLinear, SlicedLinear
+from twofold.nn import (
+    CompactLinear,
+    DenseColumnsLinear,
+    FactoredLinear,
+    IntMatrix,
+    QuantizedEmbedding,
+    SharedBasis,
+    SharedLinear,
+    SlicedLinear,
+    TiedLinear,
+)
 from twofold.nn.shared_linear import hold_bases
 from twofold.silence import silence
 from twofold.targets import replace_module
@@ -25,14 +36,16 @@ with silence():
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 METHOD = "twofold"
-FORMAT_VERSION = 3  # 2: sliced layers, and dense columns; 3: shared bases
+FORMAT_VERSION = 4  # 2: sliced layers, and dense columns; 3: shared bases; 4: integers
 
 
 @register_quantization_config(METHOD)
 class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Which modules are smaller, and how: name → {"rank": r, "form": "rows" | "columns" | "plain"} for factored ones ("columns"
     too if some are dense), {"kept": k, "form": "kept-rows" | "kept-columns"} for sliced ones, and {"rank": r, "form":
-    "shared-plain" | "shared-columns", "basis": name} for those that share a basis with others.
+    "shared-plain" | "shared-columns", "basis": name} for those that share a basis with others. "bits" and "group" beside these
+    say that the numbers are integers; with them "form" may be "dense", "corrected" (with a "rank") or "embedding", and "tied"
+    is the output layer of such an embedding.
     """
 
     def __init__(
@@ -102,9 +115,11 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"the checkpoint factorizes {stored}, which {type(model).__name__} does not have; "
                     "its config.json does not fit this model"
                 )
-            replace_module(model, name, _skeleton(modules[name], name, settings, bases))
+            replace_module(model, name, _skeleton(modules[name], name, settings, bases, model))
             found += 1
         hold_bases(model)
+        if any(isinstance(module, TiedLinear) for module in model.modules()):
+            mind_ties(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Refuse factors of another shape than the configuration says, and those that were not in the checkpoint.
@@ -118,6 +133,9 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         children = {
             f"{name}.{child}": getattr(layer, child) for name, layer in layers.items() for child in layer.CHILDREN
         }
+        rounded = {name: child for name, child in model.named_modules() if isinstance(child, IntMatrix)}
+        check_loaded(rounded)
+        children = {name: child for name, child in children.items() if name not in rounded}
         for name, child in children.items():
             expected, found = (child.out_features, child.in_features), tuple(child.weight.shape)
             if found != expected:
@@ -143,11 +161,12 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        """Whether the weights can be trained: factors of floating point can, integers can't."""
+        return not any(isinstance(one, dict) and "bits" in one for one in self.quantization_config.modules.values())
 
     @property
     def is_qat_trainable(self) -> bool:
-        return True
+        return self.is_trainable
 
     @property
     def is_compileable(self) -> bool:
@@ -159,7 +178,10 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if isinstance(module, CompactLinear):
                 replace_module(model, name, dense_module(module, dtype))  # type: ignore[arg-type]
+            elif isinstance(module, QuantizedEmbedding):
+                replace_module(model, name, module.dense(dtype))  # type: ignore[arg-type]
         hold_bases(model)
+        mind_ties(model)
         return model
 
 
@@ -174,12 +196,21 @@ def _find(stored: str, modules: dict[str, nn.Module], prefix: str) -> str | None
     return None
 
 
-def _skeleton(module: nn.Module, name: str, settings: dict[str, Any], bases: dict[str, SharedBasis]) -> CompactLinear:
+def _skeleton(
+    module: nn.Module, name: str, settings: dict[str, Any], bases: dict[str, SharedBasis], model: nn.Module
+) -> CompactLinear | QuantizedEmbedding:
     """An empty smaller layer in the place of a dense one, on its device.
 
     Args:
         bases: by their names, those of the layers before; one that is not among them is added.
+        model: whose input embedding an output layer may share.
     """
+    try:
+        made = integer_layer(module, settings, model)
+    except (ValueError, TypeError) as error:
+        raise TwofoldError(f"the plan of {name} in the checkpoint does not fit: {error}") from error
+    if made is not None:
+        return made
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
     elif isinstance(module, nn.Linear):
@@ -199,9 +230,12 @@ def _skeleton(module: nn.Module, name: str, settings: dict[str, Any], bases: dic
         columns: dict[str, Any] = {}
         if "columns" in stored and not sliced:
             kind, columns = DenseColumnsLinear, {"columns": stored["columns"]}
-        _check_settings(settings, what, {size, *columns}, {"form"})
+        _check_settings(settings, what, {size, *columns}, {"form", "bits", "group"})
         form = settings.get("form", "plain")
-        return kind(in_features, out_features, settings[size], form=form, **kept, **columns)  # type: ignore[call-arg]
+        layer = kind(in_features, out_features, settings[size], form=form, **kept, **columns)  # type: ignore[call-arg]
+        if "bits" in stored or "group" in stored:
+            layer.hold_integers(*integers_of(stored))
+        return layer
     except (ValueError, TypeError) as error:
         raise TwofoldError(f"the plan of {name} in the checkpoint does not fit: {error}") from error
 
@@ -262,10 +296,15 @@ def attach(model: Any) -> None:
     """Make a model with factored layers save, reload and dequantize as transformers' models do."""
     from twofold.version import __version__
 
-    modules = {name: module.settings() for name, module in model.named_modules() if isinstance(module, CompactLinear)}
+    kinds = CompactLinear | QuantizedEmbedding
+    modules = {name: module.settings() for name, module in model.named_modules() if isinstance(module, kinds)}
     said = {key for settings in modules.values() for key in settings}
-    version = 3 if "basis" in said else 2 if said & {"kept", "columns"} else 1  # the oldest that can read it
+    version = (
+        4 if "bits" in said else 3 if "basis" in said else 2 if said & {"kept", "columns"} else 1
+    )  # the oldest that can read it
     config = TwofoldConfig(modules, version, __version__)
+    if any(isinstance(module, TiedLinear) for module in model.modules()):
+        mind_ties(model)
     model.config.quantization_config = config
     model.hf_quantizer = TwofoldQuantizer(config)
     model.is_quantized = True

@@ -21,13 +21,13 @@ from twofold.checkpoint.quantizer import TwofoldConfig
 from twofold.checkpoint.shards import check_finite
 from twofold.errors import TwofoldError
 from twofold.files import write_text, write_whole
-from twofold.nn import FactoredLinear
+from twofold.nn import CompactLinear
 from twofold.plan import Plan, PlanEntry
 from twofold.progress import Tick
 from twofold.residence import EMBEDDING, HEAD, Streamed
 from twofold.version import __version__
 
-Factor = Callable[[list[PlanEntry]], Iterable[tuple[PlanEntry, FactoredLinear | None, str | None]]]
+Factor = Callable[[list[PlanEntry]], Iterable[tuple[PlanEntry, CompactLinear | None, str | None]]]
 
 
 def write_units(
@@ -79,7 +79,7 @@ def _write_unit(
     path: Path,
     residence: Streamed,
     keys: list[str],
-    made: Iterable[tuple[PlanEntry, FactoredLinear | None, str | None]],
+    made: Iterable[tuple[PlanEntry, CompactLinear | None, str | None]],
     mark: str,
 ) -> None:
     """Write the tensors of one part: the dense ones as they are stored, the factored ones in the place of their weight."""

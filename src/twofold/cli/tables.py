@@ -71,8 +71,8 @@ def print_sizes(plan: Plan) -> None:
             [
                 "factorized weights, bytes",
                 megabytes(plan.target_before * element),
-                megabytes(plan.bytes_after - plan.dense_numbers * element),
-                f"{(plan.bytes_after - plan.dense_numbers * element) / (plan.target_before * element):.2%}",
+                megabytes(plan.bytes_after - plan.dense_bytes),
+                f"{(plan.bytes_after - plan.dense_bytes) / (plan.target_before * element):.2%}",
             ],
             [
                 "whole model, bytes",
@@ -153,7 +153,8 @@ def print_estimate(estimate: Estimate) -> None:
 
 
 def _rank(entry: PlanEntry) -> str:
-    return "dense" if entry.rank is None else str(entry.rank)
+    rank = "dense" if entry.rank is None else str(entry.rank)
+    return rank if entry.bits is None else f"{rank}, {entry.bits} bits"
 
 
 def _loss(entry: PlanEntry) -> str:

@@ -13,7 +13,16 @@ from pydantic.fields import FieldInfo
 
 from twofold.recipe import SIZES, Recipe, checked, make_recipe
 
-OWN = (*SIZES, "objective", "allocate", "refine", "eval_windows")  # of the recipe, that a grid has in its own way
+OWN = (
+    *SIZES,
+    "objective",
+    "allocate",
+    "refine",
+    "eval_windows",
+    "bits",
+    "dense_bits",
+    "group_size",
+)  # of the recipe, that a grid has in its own way
 HELD_OUT_MEASURED = 4  # of the held-out windows of the calibration, at the most; refinement stops on the others
 QUANTIZED = ("int8", "int4")
 

@@ -8,8 +8,6 @@ is called, so that any processor measures them; it tells quality and size, not s
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +17,11 @@ import torch
 from torch import nn
 
 from twofold.errors import TwofoldError
+from twofold.quantize.rounding import INSTALL, torchao_version
 from twofold.targets import Target, dense_weight, replace_module
 
 BITS = {"int8": 8, "int4": 4}
 GROUPS = (128, 32)
-INSTALL = "pip install 'twofold[quantize]'"
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,6 @@ class Quantized:
     def bytes(self, element: int) -> int:
         """What is stored, scales in numbers of ``element`` bytes."""
         return self.numbers * self.bits // 8 + self.scales * element
-
-
-def torchao_version() -> str | None:
-    """The version of torchao; None if it is not installed."""
-    return importlib.metadata.version("torchao") if importlib.util.find_spec("torchao") is not None else None
 
 
 def choose_baselines(named: list[str] | None) -> tuple[list[str], str | None]:

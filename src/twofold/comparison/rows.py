@@ -15,7 +15,7 @@ from twofold.allocate import Evidence, get_allocation
 from twofold.comparison.cells import Cells
 from twofold.comparison.grid import Cell
 from twofold.comparison.ground import Decomposed, Ground
-from twofold.comparison.quantized import quantized, torchao_version
+from twofold.comparison.quantized import quantized
 from twofold.comparison.record import Row
 from twofold.errors import TwofoldError
 from twofold.evaluate import Reference, measure_quality
@@ -25,6 +25,7 @@ from twofold.objectives import get_objective
 from twofold.pipeline import Prepared, carry_out
 from twofold.plan import make_plan
 from twofold.progress import say
+from twofold.quantize.rounding import torchao_version
 from twofold.recalibration import recalibrate
 from twofold.recipe import Recipe
 from twofold.refine import refine

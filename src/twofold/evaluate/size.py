@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
+from twofold.nn import IntMatrix
+
 
 @dataclass(frozen=True)
 class Size:
@@ -33,4 +35,5 @@ def disk_bytes(folder: Path | None) -> int | None:
 def model_size(model: nn.Module, folder: Path | None = None) -> Size:
     """The three sizes of a model."""
     parameters = {id(p): p.numel() for p in model.parameters()}
+    parameters |= {id(m): m.numbers for m in model.modules() if isinstance(m, IntMatrix)}
     return Size(sum(parameters.values()), memory_bytes(model), disk_bytes(folder))

@@ -161,16 +161,17 @@ def truncate(
     inner = spectrum.basis[:, :rank].to(dtype)
     outer = metric_product(metric, inner)
     overlap = inner.mT @ outer
-    outer = _solve((overlap + overlap.mT) / 2, outer.mT).mT
+    outer = solve_overlap((overlap + overlap.mT) / 2, outer.mT).mT
     if spectrum.side == "rows":
         return inner, outer.mT @ weight
     return weight @ outer, inner.mT
 
 
-def _solve(
-    matrix: Tensor,  # (r, r), nearly the identity
+def solve_overlap(
+    matrix: Tensor,  # (r, r), positive semidefinite: AᵀMA of a basis A in a metric M
     right: Tensor,  # (r, k)
 ) -> Tensor:  # (r, k)
+    """matrix⁻¹ right, by Cholesky where that is possible."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0:
         solution: Tensor = torch.cholesky_solve(right, factor)

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from twofold.nn.int_matrix import IntLinear
+
 
 class CompactLinear(nn.Module):
     """y = W′x + b with W′ (out, in) kept in fewer than out · in numbers, by ``nn.Linear`` children that ``CHILDREN`` names.
@@ -24,6 +26,8 @@ class CompactLinear(nn.Module):
     out_features: int
     transposed: bool
     form: str
+    bits: int | None = None  # of the children's numbers, where they are integers
+    group: int | None = None  # inputs that share a scale; None: all of an output
 
     def _add_bias_and_guard(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         if bias:
@@ -41,7 +45,30 @@ class CompactLinear(nn.Module):
     @property
     def numbers(self) -> int:
         """The numbers that represent the weight."""
-        return sum(getattr(self, child).weight.numel() for child in self.CHILDREN)
+        children = [getattr(self, child) for child in self.CHILDREN]
+        return sum(child.in_features * child.out_features for child in children)
+
+    @property
+    def quantized_bytes(self) -> int | None:
+        """What the children store, scales and all, where they are integers."""
+        return None if self.bits is None else sum(getattr(self, child).bytes for child in self.CHILDREN)
+
+    def hold_integers(self, bits: int, group: int | None, **children: IntLinear) -> None:
+        """Give the layer children of integers: those that are named, and else empty ones of the same shapes."""
+        for name in self.CHILDREN:
+            old = getattr(self, name)
+            made = children.get(name) or IntLinear(old.out_features, old.in_features, bits, group, old.weight.device)
+            if (made.rows, made.columns) != (old.out_features, old.in_features):
+                raise ValueError(
+                    f"{name} must be {(old.out_features, old.in_features)}, got {(made.rows, made.columns)}"
+                )
+            setattr(self, name, made)
+        self.bits, self.group = bits, group
+
+    @property
+    def integer_settings(self) -> dict[str, Any]:
+        """What config.json says of the children's integers; nothing if they are none."""
+        return {} if self.bits is None else {"bits": self.bits, "group": self.group}
 
     @property
     def keep(self) -> float:

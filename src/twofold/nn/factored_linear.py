@@ -124,10 +124,10 @@ class FactoredLinear(CompactLinear):
 
     @property
     def words(self) -> str:
-        return f"factored, {self.form}, rank {self.rank}"
+        return f"factored, {self.form}, rank {self.rank}" + (f", {self.bits} bits" if self.bits else "")
 
     def settings(self) -> dict[str, Any]:
-        return {"rank": self.rank, "form": self.form}
+        return {"rank": self.rank, "form": self.form, **self.integer_settings}
 
     def index_error(self) -> str | None:
         """An order that is no permutation would read beyond the layer, or leave a part of it out."""
@@ -174,7 +174,7 @@ class FactoredLinear(CompactLinear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"form={self.form}, bias={self.bias is not None}, keep={self.keep:.3f}"
-        )
+        ) + (f", bits={self.bits}" if self.bits else "")
 
 
 def balanced(

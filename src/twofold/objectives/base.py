@@ -14,7 +14,7 @@ from twofold.linalg import Side, damp, gram, smaller_side
 
 Statistic = Literal[
     "input", "whole_input", "input_mean", "input_abs", "input_square", "gradient", "gradient_square", "fisher_rows"
-]
+]  # fmt: skip
 Loss = Literal["nats", "output", "weight"]
 
 
@@ -34,8 +34,8 @@ class LayerMoments:
     input_trace: float = 0.0  # tr C
     gradient_trace: float = 0.0  # tr G
     input_abs: Tensor | None = None  # E|x| (n,)
-    input_square: Tensor | None = None  # E[x²] (n,)
-    gradient_square: Tensor | None = None  # E[g²] (m,)
+    input_square: Tensor | None = None  # the diagonal of C (n,)
+    gradient_square: Tensor | None = None  # the diagonal of G (m,)
     fisher_rows: Tensor | None = None  # Σ_j E[(g_i x_j)²] (m,)
 
 
@@ -48,6 +48,7 @@ class Problem:
     side: Side
 
 
+Correct = Callable[[Tensor, LayerMoments, float, int], tuple[Tensor, Tensor]]
 Build = Callable[[Tensor, LayerMoments, float], Problem]
 StructureKind = Literal["mlp", "value-output", "query-key", "dense-columns", "shared-basis"]
 
@@ -60,7 +61,7 @@ class Objective:
     "output" (energy of the layer's output) or "weight" (energy of the weight); the last two differ in scale from layer to layer.
 
     An objective without ``build`` has no problem of this kind: it cuts the structures of the kinds that it names
-    (twofold.structures).
+    (twofold.structures), or corrects the error of a weight that is rounded to integers, by ``correct``.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Objective:
     loss: Loss
     build: Build | None
     structures: frozenset[StructureKind] = frozenset()
+    correct: Correct | None = None
 
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -102,6 +104,16 @@ def objective_family(form: str) -> Callable[[Callable[[str], Objective | None]],
     def register(function: Callable[[str], Objective | None]) -> Callable[[str], Objective | None]:
         FAMILIES[form] = function
         return function
+
+    return register
+
+
+def corrective_objective(name: str, *, source: str, needs: set[Statistic]) -> Callable[[Correct], Correct]:
+    """Register a function (error (m, n) in float64, moments, damping, rank) → (m, r), (r, n) as a correction of integers."""
+
+    def register(correct: Correct) -> Correct:
+        OBJECTIVES[name] = Objective(name, source, frozenset(needs), "output", None, correct=correct)
+        return correct
 
     return register
 

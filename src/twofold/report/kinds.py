@@ -110,6 +110,8 @@ def made_of(plan: Plan) -> str:
     sliced = any(entry.form in ("kept-rows", "kept-columns") for entry in plan.entries)
     if any(entry.basis is not None for entry in plan.entries):
         return "products of two smaller ones, one of which serves several blocks"
+    if any(entry.form == "corrected" for entry in plan.entries):
+        return "integers of the whole weight with a correction of low rank"
     return "smaller dense ones, with some of their rows or columns" if sliced else "products of two smaller ones"
 
 

@@ -24,7 +24,7 @@ class Table:
 def size_table(plan: Plan) -> Table:
     """Both numbers for size: over the factorized weights and over the whole model, in parameters and in bytes."""
     element = plan.element_bytes
-    bytes_after = plan.bytes_after - plan.dense_numbers * element
+    bytes_after = plan.bytes_after - plan.dense_bytes
     rows = [
         ("factorized weights, parameters", plan.target_before, plan.target_after, millions),
         ("whole model, parameters", plan.model_before, plan.model_after, millions),
@@ -124,7 +124,7 @@ def weight_table(plan: Plan, loss: Loss) -> Table:
             labels[e.name],
             f"{e.out_features} × {e.in_features}",
             "dense" if e.rank is None else str(e.rank),
-            e.form or NONE,
+            (e.form or NONE) if e.bits is None else f"{e.form or 'dense'}, {e.bits} bits",
             count(e.numbers_before),
             count(e.numbers_after),
             percent(share(e.numbers_after, e.numbers_before)),

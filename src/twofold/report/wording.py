@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from twofold.plan import Plan, PlanEntry
 from twofold.report.formats import count, megabytes, millions, number, percent, share
 from twofold.report.kinds import Group, Spectra, by_kind, by_layer, loss_at_share, loss_of, made_of, spread
@@ -18,7 +20,8 @@ def summary(run: Run, plan: Plan) -> str:
     factored, every = sum(entry.rank is not None for entry in plan.entries), len(plan.entries)
     name = model_title(plan.model)
     if not factored:
-        return f"{name} was left as it is: none of its {count(every)} weights is factorized."
+        left = f"{name} was left as it is: none of its {count(every)} weights is factorized."
+        return f"{left} {integers_text(plan)}" if plan.integers else left
     which = f"all {count(every)} weights" if factored == every else f"{count(factored)} of the {count(every)} weights"
     words = (
         f"{name} was factorized: {which} that could be are now {made_of(plan)}. These weights keep "
@@ -26,6 +29,8 @@ def summary(run: Run, plan: Plan) -> str:
         f"{percent(share(plan.model_after, plan.model_before))}, and takes {megabytes(plan.bytes_after)} instead of "
         f"{megabytes(plan.bytes_before)}."
     )
+    if plan.integers:
+        words += f" {integers_text(plan)}"
     if run.quality is None:
         return f"{words} Its quality was not measured."
     before, after = run.quality.original.get("perplexity"), run.quality.factored.get("perplexity")
@@ -34,6 +39,14 @@ def summary(run: Run, plan: Plan) -> str:
         f"{words} On {without_paths(run.quality.text)} its perplexity goes from {number(before, 4)} to "
         f"{number(after, 4)}" + (f" ({number(times)}\u00a0×)." if times is not None else ".")
     )
+
+
+def integers_text(plan: Plan) -> str:
+    """How many weights are stored in how many bits."""
+    every = [entry.bits for entry in plan.entries] + [entry.bits for entry in plan.dense]
+    found = Counter(bits for bits in every if bits is not None)
+    each = ", ".join(f"{count(found[bits])} of {bits} bits" for bits in sorted(found))
+    return f"Weights stored as integers, with their scales: {each}."
 
 
 def quality_text(run: Run) -> str:
@@ -79,6 +92,12 @@ def check_text(plan: Plan) -> str:
         + (f"{count(others)} more lose nothing beyond rounding and are not shown. " if others else "")
         + "This checks the arithmetic: the stored factors lose what their spectrum said, in the metric of the "
         "calibration. It does not check the estimate itself; the measured divergence does."
+        + (
+            " What is measured of weights of integers has the loss of rounding in it; what is predicted has it only where "
+            "bits were chosen together with ranks."
+            if plan.integers
+            else ""
+        )
     )
 
 
@@ -94,7 +113,7 @@ def reasons(run: Run, plan: Plan, spectra: Spectra) -> list[str]:
             "allows. In its solution one more stored parameter saves about as much in every weight. So a weight keeps much "
             "where its spectrum falls slowly" + (", or where the loss is sensitive to its output." if additive else ".")
         ]
-        even = at_average(plan.entries, run, plan, spectra)
+        even = None if plan.integers else at_average(plan.entries, run, plan, spectra)
         if even is not None and run.predicted_divergence is not None:
             words.append(
                 f"Had every weight kept the same {percent(share(plan.target_after, plan.target_before))}, the "

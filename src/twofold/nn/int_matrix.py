@@ -1,0 +1,151 @@
+"""A matrix kept in integers of a few bits with a scale for each group of inputs, and the linear layer of one."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twofold.nn.packing import BITS, pack, row_bytes, unpack
+
+Kind = TypeVar("Kind", bound="IntMatrix")
+GROUP = 64  # inputs that share a scale, below eight bits; why: docs/quantize.md
+
+
+def default_group(bits: int) -> int | None:
+    """The inputs that share a scale; None: all of an output."""
+    return None if bits == 8 else GROUP
+
+
+def int_bytes(rows: int, columns: int, bits: int, group: int | None) -> int:
+    """What a matrix takes: its codes, and a scale of two bytes for each group. The zero points are all zero, and not stored.
+
+    >>> int_bytes(10, 100, 4, 64)    # 50 bytes and two scales a row
+    540
+    """
+    return rows * (row_bytes(columns, bits) + 2 * groups(columns, group))
+
+
+def groups(columns: int, group: int | None) -> int:
+    """The groups of a row; the last one may be shorter, so any number of inputs (a rank, say) will do."""
+    return 1 if group is None else -(-columns // group)
+
+
+class IntMatrix(nn.Module):
+    """W (out, in) = scale · code, with codes of ``bits`` bits, packed, and a scale for each ``group`` of inputs of an output.
+
+    Buffers: ``codes`` (out, bytes of a row), uint8; ``scales`` (out, groups), the bits of bfloat16 as int16, so that a model can
+    be cast to any dtype and is stored again with the same scales. ``weight`` is computed from them when it is asked for, in
+    float32, exactly: the product of 8 bits and 8 bits. There is no parameter, and nothing to train.
+
+    Args:
+        rows, columns: out and in.
+        bits: 2 to 8.
+        group: None for one scale an output.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(
+        self, rows: int, columns: int, bits: int, group: int | None, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        if bits not in BITS:
+            raise ValueError(f"the bits must be between {BITS[0]} and {BITS[-1]}, got {bits!r}")
+        if group is not None and group < 1:
+            raise ValueError(f"a group must have at least one input, got {group!r}")
+        self.rows, self.columns, self.bits, self.group = rows, columns, bits, group
+        for name, width, dtype in (
+            ("codes", row_bytes(columns, bits), torch.uint8),
+            ("scales", groups(columns, group), torch.int16),
+        ):
+            self.register_buffer(name, torch.zeros(rows, width, dtype=dtype, device=device))
+
+    @classmethod
+    def of(
+        cls: type[Kind],
+        codes: Tensor,  # (rows, columns), signed integers
+        scales: Tensor,  # (rows, groups), bfloat16
+        bits: int,
+        group: int | None,
+    ) -> Kind:
+        """Build it from codes and their scales."""
+        rows, columns = codes.shape
+        made = cls(rows, columns, bits, group, device="meta")
+        made.codes, made.scales = pack(codes, bits), scales.to(torch.bfloat16).contiguous().view(torch.int16)
+        return made
+
+    @property
+    def numbers(self) -> int:
+        """The codes that it holds."""
+        return self.rows * self.columns
+
+    @property
+    def bytes(self) -> int:
+        """What it stores, scales and all."""
+        return int_bytes(self.rows, self.columns, self.bits, self.group)
+
+    @property
+    def weight(self) -> Tensor:  # (rows, columns), float32
+        """The matrix itself."""
+        return self._dequantize(self.codes, self.scales)
+
+    def rows_at(
+        self,
+        index: Tensor,  # (...), int64
+    ) -> Tensor:  # (..., columns), float32
+        """Some rows of the matrix, as an input embedding looks them up."""
+        flat = index.reshape(-1)
+        return self._dequantize(self.codes[flat], self.scales[flat]).view(*index.shape, self.columns)
+
+    def _dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
+        wide = scales.view(torch.bfloat16).float()
+        if self.group is not None:
+            wide = wide.repeat_interleave(self.group, 1)[:, : self.columns]
+        return unpack(codes, self.columns, self.bits) * wide
+
+    def index_error(self) -> str | None:
+        """What is wrong with the numbers that were loaded, in words that follow a name; None if nothing is."""
+        for name, dtype, width in (
+            ("codes", torch.uint8, row_bytes(self.columns, self.bits)),
+            ("scales", torch.int16, groups(self.columns, self.group)),
+        ):
+            found = getattr(self, name)
+            if found.dtype != dtype or found.shape != (self.rows, width):
+                return (
+                    f"{name} in the checkpoint is {tuple(found.shape)} of {found.dtype}, its config.json says "
+                    f"{(self.rows, width)} of {dtype}"
+                )
+        if not self.scales.is_meta and not bool(torch.isfinite(self.scales.view(torch.bfloat16)).all()):
+            return "scales in the checkpoint hold NaN or infinity"
+        return None
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}, {self.columns}, bits={self.bits}, group={self.group}"
+
+
+class IntLinear(IntMatrix):
+    """y = Wx with W (out, in) in integers. It is computed in the dtype of x, from W in that dtype.
+
+    >>> import torch
+    >>> layer = IntLinear(4, 6, bits=4, group=None)
+    >>> layer(torch.randn(2, 6)).shape
+    torch.Size([2, 4])
+    """
+
+    @property
+    def in_features(self) -> int:
+        return self.columns
+
+    @property
+    def out_features(self) -> int:
+        return self.rows
+
+    def forward(
+        self,
+        x: Tensor,  # (..., in)
+    ) -> Tensor:  # (..., out)
+        return F.linear(x, self.weight.to(x.dtype))

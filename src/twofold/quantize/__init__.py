@@ -1,0 +1,1 @@
+"""Integers of a few bits in the place of floating point: rounded, measured, chosen together with ranks, and carried out."""

@@ -1,0 +1,69 @@
+"""What a weight stores at a rank or dense, in numbers or in bytes: the cost that a budget is spent on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from twofold.linalg import gauge_storage, plain_storage
+from twofold.nn import int_bytes
+from twofold.quantize.factors import factor_bytes, integer_form
+from twofold.recipe import Recipe
+
+ORDER_BYTES = 4  # of each integer of an order
+
+
+class Shaped(Protocol):
+    """A weight (m, n)."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+
+
+def rank_numbers(form: str, weight: Shaped, rank: int) -> int:
+    """The numbers that a rank stores."""
+    count = plain_storage if form == "plain" else gauge_storage
+    return count(weight.out_features, weight.in_features, rank)
+
+
+def order_integers(form: str, weight: Shaped) -> int:
+    """The integers of the order; for a form not chosen yet, the longer of the two."""
+    m, n = weight.out_features, weight.in_features
+    return {"rows": m, "columns": n, "gauge": max(m, n)}.get(form, 0)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the factors of a recipe are stored: in floating point, or in integers of so many bits."""
+
+    recipe: Recipe
+    element: int  # bytes of a number of floating point
+    bits: int | None
+
+    def form(self, weight: Shaped) -> str:
+        """The form of the factors: as the recipe says, "gauge" if the side is not chosen yet."""
+        if self.bits is None:
+            return self.recipe.form
+        return integer_form(self.recipe.form, self.bits, weight.out_features, weight.in_features)
+
+    def numbers(self, weight: Shaped, rank: int) -> int:
+        return rank_numbers(self.form(weight), weight, rank)
+
+    def integers(self, weight: Shaped, rank: int) -> int:
+        """The bytes of codes and scales of a rank."""
+        assert self.bits is not None
+        group = self.recipe.group(self.bits)
+        return factor_bytes(self.form(weight), weight.out_features, weight.in_features, rank, self.bits, group)
+
+    def bytes(self, weight: Shaped, rank: int) -> int:
+        """All that a rank stores: numbers, order and guard."""
+        form = self.form(weight)
+        numbers = self.numbers(weight, rank) * self.element if self.bits is None else self.integers(weight, rank)
+        return numbers + ORDER_BYTES * order_integers(form, weight) + self.element
+
+
+def dense_integers(weight: Shaped, bits: int, group: int | None) -> int:
+    """The bytes of codes and scales of a whole weight."""
+    return int_bytes(weight.out_features, weight.in_features, bits, group)
