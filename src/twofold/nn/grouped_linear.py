@@ -4,7 +4,8 @@ A profile on a processor says what a factored layer loses beside its two product
 ordering them copies each output twice, and each small product has its own start. So here
 
 - weights that read one input have their right factors in one matrix, and so one product;
-- both products write into one buffer, where they are ordered once, and not at all where the neighbour takes them as they are;
+- for many tokens both products write into one buffer; outputs are ordered once, and not at all where the neighbour takes them as
+  they are (for a few tokens joining them is one call, and calls are what costs);
 - the order is 64 bits wide, which ``index_select`` reads without a conversion;
 - a matrix with more rows than columns is kept by columns (``by_columns``), which a product with one vector reads faster.
 """
@@ -12,10 +13,14 @@ ordering them copies each output twice, and each small product has its own start
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+FEW = 32  # tokens up to which calls cost more than copies
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,21 @@ class InputGroup(nn.Module):
             at = outer[i][1]
         self.width = at
         self.inner, self.outer = [inner[i] for i in range(len(parts))], [outer[i] for i in range(len(parts))]
+        self._after = sorted(outer, key=lambda i: outer[i][0])  # in the order of e
         self._take(parts)
         self._kept: tuple[Tensor, int, list[Tensor]] | None = None
+        self._remember()
+
+    def _remember(self) -> None:
+        """Hold the tensors where they are found faster than among a module's parameters."""
+        steps = [(self.expands[i], *self.inner[i], *self.outer[i]) for i in self._after]
+        self._fast = self.reduce, steps, self.order, self.order_bias
+
+    def _apply(self, fn: Any, recurse: bool = True) -> InputGroup:
+        super()._apply(fn, recurse)
+        self._kept = None
+        self._remember()
+        return self
 
     def _take(self, parts: list[Part]) -> None:
         """Where each output is found: in the buffer, or among the ordered ones."""
@@ -123,33 +141,38 @@ class InputGroup(nn.Module):
         x: Tensor,  # (..., n)
     ) -> list[Tensor]:  # k of (..., m_i)
         """The outputs of all layers; some are parts of one tensor."""
-        buffer = self._write(x) if _in_place(x) else self._join(x)
-        ordered = None
-        if self.order is not None:
-            ordered = buffer.index_select(-1, self.order)
-            if self.order_bias is not None:
-                ordered = ordered + self.order_bias
+        many = x.numel() > FEW * self.in_features
+        buffer = self._write(x) if many and _in_place(x) else self._join(x)
+        _, _, order, bias = self._fast
+        ordered = buffer
+        if order is not None:
+            ordered = buffer.index_select(-1, order)
+            if bias is not None:
+                ordered = ordered + bias
+        if self.places == [(True, 0, ordered.shape[-1])]:
+            return [ordered]
         outputs = []
-        for (is_ordered, first, last), bias in zip(self.places, self.bias_of, strict=True):
-            source = ordered if is_ordered else buffer
-            assert source is not None
-            y = source[..., first:last]
-            outputs.append(y if bias is None else y + self.biases[bias])
+        for (is_ordered, first, last), own in zip(self.places, self.bias_of, strict=True):
+            y = (ordered if is_ordered else buffer).narrow(-1, first, last - first)
+            outputs.append(y if own is None else y + self.biases[own])
         return outputs
 
     def _write(self, x: Tensor) -> Tensor:  # (..., width)
+        reduce, steps, _, _ = self._fast
         flat = x.reshape(-1, self.in_features)
         buffer = flat.new_empty(len(flat), self.width)
-        torch.mm(flat, self.reduce.T, out=buffer[:, : self.rank])
-        for expand, (z, r), (e, end) in zip(self.expands, self.inner, self.outer, strict=True):
+        torch.mm(flat, reduce.T, out=buffer[:, : self.rank])
+        for expand, z, r, e, end in steps:
             torch.mm(buffer[:, z:r], expand.T, out=buffer[:, e:end])
         return buffer.view(*x.shape[:-1], self.width)
 
     def _join(self, x: Tensor) -> Tensor:  # (..., width)
-        inner = F.linear(x, self.reduce)
-        after = sorted(range(len(self.outer)), key=lambda i: self.outer[i][0])
-        outer = [F.linear(inner[..., self.inner[i][0] : self.inner[i][1]], self.expands[i]) for i in after]
-        return torch.cat([inner, *outer], -1)
+        reduce, steps, _, _ = self._fast
+        inner = F.linear(x, reduce)
+        if len(steps) == 1:
+            return torch.cat((inner, F.linear(inner, steps[0][0])), -1)
+        outer = [F.linear(inner.narrow(-1, z, r - z), expand) for expand, z, r, _, _ in steps]
+        return torch.cat((inner, *outer), -1)
 
     def output(self, index: int, x: Tensor) -> Tensor:  # (..., m)
         """The output of one layer. All are computed for the first that asks, and kept until the last one has asked.
@@ -159,11 +182,11 @@ class InputGroup(nn.Module):
         """
         last = len(self.places) - 1
         if last == 0:
-            return self(x)[0]  # type: ignore[no-any-return]
+            return self.forward(x)[0]
         version = -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
         kept = self._kept
         if kept is None or kept[0] is not x or kept[1] != version:
-            kept = (x, version, self(x))
+            kept = (x, version, self.forward(x))
         self._kept = None if index == last else kept
         return kept[2][index]
 

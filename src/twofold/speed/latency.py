@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,7 @@ from twofold.speed.timing import in_turn, medians
 FORMAT = 1
 KEEPS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)  # shares of the dense numbers at which ranks are measured
 COPIES = 64 * 2**20  # bytes of all copies of one weight: more than the cache of a processor holds
+MANY = 128  # copies at the most: small weights stay in the cache of the processor, as a small model's do
 DECODE, PREFILL = 1, 512  # tokens
 REPEATS = {DECODE: 7, PREFILL: 3}
 TALL = (2048, 512)  # the shape whose two layouts are compared
@@ -80,7 +82,7 @@ class Latencies:
         device = torch.device(device)
         about = {
             "format": str(FORMAT),
-            "machine": _machine(device),
+            "machine": processor(device),
             "threads": str(torch.get_num_threads()),
             "dtype": str(dtype).removeprefix("torch."),
             "torch": torch.__version__,
@@ -103,7 +105,7 @@ class Latencies:
     def by_columns(self) -> bool:
         """Whether weights with more rows than columns are read faster when they are kept by columns."""
         if self.table.by_columns is None:
-            self.table.by_columns = self._columns_pay()
+            self.table.by_columns = columns_pay(self.dtype, self.device)
             self._save()
         return self.table.by_columns
 
@@ -154,35 +156,68 @@ class Latencies:
                 write_text(self.path, self.table.model_dump_json(indent=1) + "\n")
 
     def _times(self, m: int, n: int, form: StoredForm, tokens: int) -> Times:
-        """Measure one shape."""
-        columns = self.by_columns
-        base = torch.rand(m, n, device=self.device, dtype=torch.float32).sub_(0.5).to(self.dtype)
-        many = max(2, COPIES // (base.numel() * base.element_size())) if tokens == DECODE else 1
-        x = torch.rand(1, tokens, n, device=self.device, dtype=torch.float32).to(self.dtype)
-        dense = [_linear(base.clone()) for _ in range(many)]
-        ranks = measured_ranks(m, n, form)
-        times: list[float] = []
-        references: list[float] = []
-        for rank in ranks:
-            factored = [_layer(base, rank, form, columns) for _ in range(many)]
-            with torch.inference_mode():
-                pair = [lambda: [f(x) for f in dense], lambda f=factored: [one(x) for one in f]]
-                one, other = medians(in_turn(pair, REPEATS[tokens] if tokens in REPEATS else 3, self.device))
-            references.append(one)
-            times.append(other / one)
-        typical = float(np.median(references)) / many * 1e6
-        return Times(dense=typical, ranks=ranks, factored=[ratio * typical for ratio in times])
+        ranks, by = measured_ranks(m, n, form), self.by_columns
+        return time_shape(m, n, ranks, tokens, form, dtype=self.dtype, device=self.device, by_columns=by)
 
-    def _columns_pay(self) -> bool:
-        m, n = TALL
-        base = torch.rand(m, n, device=self.device, dtype=torch.float32).to(self.dtype)
-        many = max(2, COPIES // (base.numel() * base.element_size()))
-        x = torch.rand(1, n, device=self.device, dtype=torch.float32).to(self.dtype)
-        rows, columns = ([laid_out(base, by).clone() for _ in range(many)] for by in (False, True))
+
+def time_shape(
+    m: int,
+    n: int,
+    ranks: list[int],
+    tokens: int,
+    form: StoredForm = "gauge",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    by_columns: bool | None = None,
+) -> Times:
+    """Measure one shape: the dense product and a factored layer in turn, at one rank after another.
+
+    Args:
+        by_columns: whether tall weights are kept by columns; found out if it is None.
+    """
+    columns = columns_pay(dtype, device) if by_columns is None else by_columns
+    base = torch.rand(m, n, device=device, dtype=torch.float32).sub_(0.5).to(dtype)
+    many = _copies(base) if tokens == DECODE else 1
+    x = torch.rand(1, tokens, n, device=device, dtype=torch.float32).to(dtype)
+    dense = [_linear(base.clone()) for _ in range(many)]
+
+    def run(layers: list[nn.Module]) -> None:
+        for layer in layers:
+            layer(x)
+
+    ratios: list[float] = []
+    references: list[float] = []
+    for rank in ranks:
+        factored = [_layer(base, rank, form, columns) for _ in range(many)]
         with torch.inference_mode():
-            pair = [lambda w=w: [torch.mm(x, one.T) for one in w] for w in (rows, columns)]
-            one, other = medians(in_turn(pair, REPEATS[DECODE], self.device))
-        return other < 0.95 * one
+            both = [partial(run, dense), partial(run, factored)]
+            one, other = medians(in_turn(both, REPEATS.get(tokens, 3), device))
+        references.append(one)
+        ratios.append(other / one)
+    typical = float(np.median(references)) / many * 1e6
+    return Times(dense=typical, ranks=ranks, factored=[ratio * typical for ratio in ratios])
+
+
+def columns_pay(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
+    """Whether a weight with more rows than columns is multiplied with one vector faster when it is kept by columns."""
+    m, n = TALL
+    base = torch.rand(m, n, device=device, dtype=torch.float32).to(dtype)
+    x = torch.rand(1, n, device=device, dtype=torch.float32).to(dtype)
+
+    def run(weights: list[Tensor]) -> None:
+        for weight in weights:
+            torch.mm(x, weight.T)
+
+    kinds = [[laid_out(base, by).clone() for _ in range(_copies(base))] for by in (False, True)]
+    with torch.inference_mode():
+        one, other = medians(in_turn([partial(run, kind) for kind in kinds], REPEATS[DECODE], device))
+    return other < 0.95 * one
+
+
+def _copies(weight: Tensor) -> int:
+    """So many of a weight are more than a processor's cache holds, unless it is very small."""
+    return min(max(2, COPIES // (weight.numel() * weight.element_size())), MANY)
 
 
 def measured_ranks(m: int, n: int, form: StoredForm) -> list[int]:
@@ -196,7 +231,7 @@ def measured_ranks(m: int, n: int, form: StoredForm) -> list[int]:
 
 
 def _layer(base: Tensor, rank: int, form: StoredForm, columns: bool) -> nn.Module:
-    m, n = base.shape
+    m = len(base)
     order = torch.randperm(m, device=base.device) if form == "gauge" else None
     outer = m - rank if form == "gauge" else m
     reduce = base[:rank].clone()
@@ -214,8 +249,8 @@ def _key(form: StoredForm, m: int, n: int, tokens: int) -> str:
     return f"{form} {m}x{n} {tokens} {'token' if tokens == 1 else 'tokens'}"
 
 
-def _machine(device: torch.device) -> str:
-    """The processor, or the accelerator, by name."""
+def processor(device: torch.device) -> str:
+    """The name of the processor, or of the accelerator."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
