@@ -142,7 +142,7 @@ def main() -> None:
                 "≥ 1.25 ×",
                 f"{best.measured:.2f} × ({best.runtime}; ideal {best.ideal:.2f})",
                 best.measured >= 1.25,
-            )  # fmt: skip
+            )
         )
         for ratio in result.ratios:
             if ratio.runtime == "eager" and ratio.what in ("decode 1", "decode 8", "prefill"):

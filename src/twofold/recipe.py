@@ -13,7 +13,13 @@ from pydantic import Field
 from twofold.errors import TwofoldError
 from twofold.goal import Goal, parse_perplexity
 
-SIZES = ("keep", "budget", "perplexity_at_most", "kl_at_most")  # exactly one of these says how small a model gets
+SIZES = (
+    "keep",
+    "budget",
+    "latency",
+    "perplexity_at_most",
+    "kl_at_most",
+)  # exactly one of these says how small a model gets
 
 Settings = TypeVar("Settings", bound=pydantic.BaseModel)
 
@@ -41,6 +47,10 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     ] = None
     budget: Annotated[
         str | None, Field(description="size of the whole model: parameters (90M), bytes (180MB) or a share (70%)")
+    ] = None
+    latency: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="share of the dense linear layers' measured time for one token, on this machine"),
     ] = None
     perplexity_at_most: Annotated[
         str | None,
@@ -163,8 +173,8 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     def _one_size(self) -> Recipe:
         if sum(getattr(self, name) is not None for name in SIZES) != 1:
             raise ValueError(
-                "give either keep (share of the factorized weights), budget (size of the whole model), perplexity_at_most "
-                "(25 or 1.1x) or kl_at_most (nats per token), and only one of them"
+                "give either keep (share of the factorized weights), budget (size of the whole model), latency (share of the "
+                "time for one token), perplexity_at_most (25 or 1.1x) or kl_at_most (nats per token), and only one of them"
             )
         if self.goal is not None and self.eval_windows == 0:
             raise ValueError(

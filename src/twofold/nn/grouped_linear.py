@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 FEW = 32  # tokens up to which calls cost more than copies
 
 
@@ -104,7 +103,7 @@ class InputGroup(nn.Module):
         self._fast = self.reduce, steps, self.order, self.order_bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> InputGroup:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._kept = None
         self._remember()
         return self

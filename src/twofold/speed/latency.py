@@ -23,6 +23,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from twofold.allocate import Evidence, LayerTimes
 from twofold.cache import cache_folder
 from twofold.errors import TwofoldError
 from twofold.files import write_text
@@ -30,12 +31,14 @@ from twofold.linalg import gauge_rank
 from twofold.nn.grouped_linear import InputGroup, Part, laid_out
 from twofold.progress import progress
 from twofold.speed.timing import in_turn, medians
+from twofold.targets import Target
 
 FORMAT = 1
 KEEPS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)  # shares of the dense numbers at which ranks are measured
 COPIES = 64 * 2**20  # bytes of all copies of one weight: more than the cache of a processor holds
 MANY = 128  # copies at the most: small weights stay in the cache of the processor, as a small model's do
 DECODE, PREFILL = 1, 512  # tokens
+MARGIN = 1.02  # what is slower by less is not told from noise
 REPEATS = {DECODE: 7, PREFILL: 3}
 TALL = (2048, 512)  # the shape whose two layouts are compared
 
@@ -142,7 +145,7 @@ class Latencies:
         """The measured times in words if a factored layer is slower than a dense one, for one token or for many; else None."""
         for tokens, words in ((DECODE, "one token"), (PREFILL, f"{PREFILL} tokens")):
             factored, dense = float(self.factored(m, n, [rank], tokens, form)[0]), self.dense(m, n, tokens, form)
-            if factored > dense:
+            if factored > MARGIN * dense:
                 return f"measured {factored:.0f} µs at rank {rank} against {dense:.0f} µs dense, {words}"
         return None
 
@@ -158,6 +161,28 @@ class Latencies:
     def _times(self, m: int, n: int, form: StoredForm, tokens: int) -> Times:
         ranks, by = measured_ranks(m, n, form), self.by_columns
         return time_shape(m, n, ranks, tokens, form, dtype=self.dtype, device=self.device, by_columns=by)
+
+
+def times_of(
+    targets: Iterable[Target],
+    form: StoredForm,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    latencies: Latencies | None = None,
+    quiet: bool = False,
+) -> Evidence:
+    """The times of some weights for one token, as an allocation takes them."""
+    table = latencies or Latencies.of_this_machine(dtype, device, quiet=quiet)
+    chosen = list(targets)
+    table.measure([(t.out_features, t.in_features) for t in chosen], form, [DECODE])
+    times = {}
+    for target in chosen:
+        m, n = target.out_features, target.in_features
+        ranks = measured_ranks(m, n, form)
+        factored = table.factored(m, n, ranks, DECODE, form)
+        times[target.name] = LayerTimes(table.dense(m, n, DECODE, form), tuple(ranks), tuple(factored.tolist()))
+    return Evidence(times=times, times_of=table.words)
 
 
 def time_shape(
