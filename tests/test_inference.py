@@ -260,6 +260,11 @@ def test_orders_of_outputs_and_inputs(form: str) -> None:
     x = torch.randn(3, 10, dtype=torch.float64)
     draft = Draft.of(layer).with_outputs(outputs).with_inputs(inputs)
     assert torch.allclose(_run(draft, x[:, inputs]), layer(x)[:, outputs])
+    rising = Draft.of(layer).in_rising_order()
+    assert torch.allclose(_run(rising, x), layer(x))
+    if rising.order is not None:
+        order = rising.order.argsort() if form == "rows" else rising.order
+        assert torch.equal(order[:4], order[:4].sort().values) and torch.equal(order[4:], order[4:].sort().values)
     on_rows = Draft.of(layer).on_rows()
     assert on_rows is not None and on_rows.form in ("rows", "plain")
     assert torch.allclose(_run(on_rows, x), layer(x))

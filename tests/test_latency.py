@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from typer.testing import CliRunner
 
 import twofold
+from conftest import make_model
 from twofold import Recipe, TwofoldError
 from twofold.cli import app
 from twofold.pipeline import plan_model
@@ -116,7 +116,9 @@ def test_layers_that_are_slower_at_every_rank_stay_dense_and_say_so(
     assert square and all(entry.rank is None and "measured slower at every rank" in entry.reason for entry in square)
     assert any(f"{len(square)} weights are slower at every rank" in note for note in plan.notes)
     assert any(entry.rank is not None for entry in plan.entries)
-    with pytest.raises(TwofoldError, match=r"--latency 0\.2 can't be met on this machine: the smallest possible is 0\.4"):
+    with pytest.raises(
+        TwofoldError, match=r"--latency 0\.2 can't be met on this machine: the smallest possible is 0\.4"
+    ):
         plan_model(recipe.model_copy(update={"latency": 0.2}), quiet=True)
 
 

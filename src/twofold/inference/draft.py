@@ -76,6 +76,19 @@ class Draft:
             return replace(self, order=take.argsort()[self.order])
         return replace(self, reduce=self.reduce[:, take])
 
+    def in_rising_order(self) -> Draft:
+        """The same with pivots, and all others, in the order of the outputs (or inputs): it is read along memory."""
+        if self.order is None:
+            return self
+        if self.form == "rows":
+            pivot = self.order < self.rank
+            first, rest = self.order[pivot], self.order[~pivot] - self.rank
+            place = torch.cat([pivot.nonzero()[:, 0], (~pivot).nonzero()[:, 0]])
+            return replace(self, reduce=self.reduce[first], expand=self.expand[rest][:, first], order=place.argsort())
+        first, rest = self.order[: self.rank].argsort(), self.order[self.rank :].argsort()
+        order = torch.cat([self.order[: self.rank][first], self.order[self.rank :][rest]])
+        return replace(self, reduce=self.reduce[first][:, rest], expand=self.expand[:, first], order=order)
+
     @property
     def in_order(self) -> bool:
         """Whether a layer on rows gives its outputs as they are computed."""

@@ -184,6 +184,7 @@ def _grouped(
             folded = fold(drafts, makers, reader)
             if folded is not None:
                 done.folded.append(folded)
+    drafts.update({name: draft.in_rising_order() for name, draft in drafts.items()})
     inside = {name for group in groups for name in group}
     done.groups, done.alone = groups, [name for name in drafts if name not in inside]
     made: dict[str, nn.Module] = {}

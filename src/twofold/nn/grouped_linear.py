@@ -6,7 +6,8 @@ ordering them copies each output twice, and each small product has its own start
 - weights that read one input have their right factors in one matrix, and so one product;
 - for many tokens both products write into one buffer; outputs are ordered once, and not at all where the neighbour takes them as
   they are (for a few tokens joining them is one call, and calls are what costs);
-- the order is 64 bits wide, which ``index_select`` reads without a conversion;
+- the order is 64 bits wide, which ``index_select`` reads without a conversion, and taken from a matrix: from a tensor of three
+  dimensions PyTorch takes it five to ten times as slowly;
 - a matrix with more rows than columns is kept by columns (``by_columns``), which a product with one vector reads faster.
 """
 
@@ -140,38 +141,45 @@ class InputGroup(nn.Module):
         x: Tensor,  # (..., n)
     ) -> list[Tensor]:  # k of (..., m_i)
         """The outputs of all layers; some are parts of one tensor."""
-        many = x.numel() > FEW * self.in_features
-        buffer = self._write(x) if many and _in_place(x) else self._join(x)
+        flat = x.reshape(-1, self.in_features)
+        buffer = self._write(flat) if len(flat) > FEW and _in_place(flat) else self._join(flat)
         _, _, order, bias = self._fast
         ordered = buffer
         if order is not None:
-            ordered = buffer.index_select(-1, order)
+            ordered = buffer.index_select(1, order)
             if bias is not None:
                 ordered = ordered + bias
+        ordered = ordered.view(*x.shape[:-1], ordered.shape[1])
         if self.places == [(True, 0, ordered.shape[-1])]:
             return [ordered]
+        buffer = buffer.view(*x.shape[:-1], self.width)
         outputs = []
         for (is_ordered, first, last), own in zip(self.places, self.bias_of, strict=True):
             y = (ordered if is_ordered else buffer).narrow(-1, first, last - first)
             outputs.append(y if own is None else y + self.biases[own])
         return outputs
 
-    def _write(self, x: Tensor) -> Tensor:  # (..., width)
+    def _write(
+        self,
+        flat: Tensor,  # (tokens, n)
+    ) -> Tensor:  # (tokens, width)
         reduce, steps, _, _ = self._fast
-        flat = x.reshape(-1, self.in_features)
         buffer = flat.new_empty(len(flat), self.width)
         torch.mm(flat, reduce.T, out=buffer[:, : self.rank])
         for expand, z, r, e, end in steps:
             torch.mm(buffer[:, z:r], expand.T, out=buffer[:, e:end])
-        return buffer.view(*x.shape[:-1], self.width)
+        return buffer
 
-    def _join(self, x: Tensor) -> Tensor:  # (..., width)
+    def _join(
+        self,
+        flat: Tensor,  # (tokens, n)
+    ) -> Tensor:  # (tokens, width)
         reduce, steps, _, _ = self._fast
-        inner = F.linear(x, reduce)
+        inner = F.linear(flat, reduce)
         if len(steps) == 1:
-            return torch.cat((inner, F.linear(inner, steps[0][0])), -1)
-        outer = [F.linear(inner.narrow(-1, z, r - z), expand) for expand, z, r, _, _ in steps]
-        return torch.cat((inner, *outer), -1)
+            return torch.cat((inner, F.linear(inner, steps[0][0])), 1)
+        outer = [F.linear(inner.narrow(1, z, r - z), expand) for expand, z, r, _, _ in steps]
+        return torch.cat((inner, *outer), 1)
 
     def output(self, index: int, x: Tensor) -> Tensor:  # (..., m)
         """The output of one layer. All are computed for the first that asks, and kept until the last one has asked.
@@ -245,7 +253,7 @@ class ColumnsLinear(nn.Module):
     ) -> Tensor:  # (..., m)
         flat = x.reshape(-1, self.in_features)
         if self.order is not None:
-            flat = flat.index_select(-1, self.order)
+            flat = flat.index_select(1, self.order)
         inner = torch.addmm(flat[:, : self.rank], flat[:, self.rank :], self.reduce.T)
         return F.linear(inner, self.expand, self.bias).view(*x.shape[:-1], self.out_features)
 

@@ -35,11 +35,11 @@ from twofold.targets import Target
 
 FORMAT = 1
 KEEPS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)  # shares of the dense numbers at which ranks are measured
-COPIES = 64 * 2**20  # bytes of all copies of one weight: more than the cache of a processor holds
-MANY = 128  # copies at the most: small weights stay in the cache of the processor, as a small model's do
+COPIES = 160 * 2**20  # bytes of all copies of one weight: more than the cache of a processor holds
+MANY = 400  # copies at the most: small weights stay in the cache of the processor, as a small model's do
 DECODE, PREFILL = 1, 512  # tokens
 MARGIN = 1.02  # what is slower by less is not told from noise
-REPEATS = {DECODE: 7, PREFILL: 3}
+REPEATS = {DECODE: 7, PREFILL: 5}
 TALL = (2048, 512)  # the shape whose two layouts are compared
 
 StoredForm = Literal["gauge", "plain"]
