@@ -227,5 +227,5 @@ def ordered(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _taken(x: Tensor, order: Tensor) -> Tensor:
-    """``index_select`` on the last dimension, by way of a matrix: PyTorch takes five to ten times as long for more dimensions."""
+    """``index_select`` on the last dimension, by way of a matrix: PyTorch takes several times as long for more dimensions."""
     return x.reshape(-1, x.shape[-1]).index_select(1, order).view(x.shape)

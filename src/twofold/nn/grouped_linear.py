@@ -7,7 +7,7 @@ ordering them copies each output twice, and each small product has its own start
 - for many tokens both products write into one buffer; outputs are ordered once, and not at all where the neighbour takes them as
   they are (for a few tokens joining them is one call, and calls are what costs);
 - the order is 64 bits wide, which ``index_select`` reads without a conversion, and taken from a matrix: from a tensor of three
-  dimensions PyTorch takes it five to ten times as slowly;
+  dimensions PyTorch takes it several times as slowly;
 - a matrix with more rows than columns is kept by columns (``by_columns``), which a product with one vector reads faster.
 """
 
