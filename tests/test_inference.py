@@ -86,6 +86,26 @@ def test_logits_change_by_rounding_alone(architecture: str, form: str, by_column
         assert not any(isinstance(module, FactoredLinear) for module in model.modules())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
+def test_it_is_as_accurate_as_the_stored_form(architecture: str) -> None:
+    stored = factored_model(architecture, "mixed")
+    exact = logits(copy.deepcopy(stored).double(), torch.arange(96).reshape(2, 48))
+    before = logits(stored, torch.arange(96).reshape(2, 48))
+    twofold.optimize(stored, latencies=table_of(0.5, True), quiet=True)
+    assert apart(logits(stored, torch.arange(96).reshape(2, 48)), exact) < 3 * apart(before, exact)
+
+
+def test_a_mistake_of_ours_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = factored_model("llama")
+    before = logits(model)
+    monkeypatch.setattr(
+        Draft, "in_rising_order", lambda draft: draft.with_outputs(torch.arange(draft.out_features).flip(0))
+    )
+    with pytest.raises(RuntimeError, match="please report this"):
+        twofold.optimize(model, latencies=table_of(0.5), quiet=True)
+    assert torch.equal(logits(model), before) and not hasattr(model, "twofold_inference")
+
+
 def test_layers_that_share_an_input_share_a_product_and_one_order_of_hidden_units_is_gone() -> None:
     model = factored_model("llama", "mixed")
     twofold.optimize(model, latencies=table_of(0.5), quiet=True)

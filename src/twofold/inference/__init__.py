@@ -1,5 +1,5 @@
 """The form that a factored model runs fastest in: ``optimize``."""
 
-from twofold.inference.optimize import Optimized, optimize
+from twofold.inference.form import Optimized, optimize
 
 __all__ = ["Optimized", "optimize"]
