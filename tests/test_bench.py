@@ -51,9 +51,9 @@ def test_models_in_turn_with_ideal_beside_measured(models: tuple[str, str], monk
     order: list[str] = []
     round_of = bench_module._round
 
-    def watched(session: Any, lengths: Lengths) -> dict[str, float]:
+    def watched(session: Any, lengths: Lengths, device: torch.device) -> dict[str, float]:
         order.append(session.name)
-        return round_of(session, lengths)
+        return round_of(session, lengths, device)
 
     monkeypatch.setattr(bench_module, "_round", watched)
     result = bench([small], against=dense, lengths=SHORT, settings=QUIET, memory=False)

@@ -190,6 +190,15 @@ def test_it_is_not_saved_and_not_made_dense(tmp_path: Path) -> None:
     assert apart(logits(again), logits(model)) < 2e-5
 
 
+def test_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = factored_model("llama")
+    model.save_pretrained(tmp_path / "factored")
+    monkeypatch.setattr(Latencies, "of_this_machine", lambda *_, **__: table_of(0.5))
+    loaded = twofold.load_model(str(tmp_path / "factored"), optimized=True).model
+    assert len(loaded.twofold_inference.groups) == 4
+    assert apart(logits(loaded), logits(model)) < 2e-5
+
+
 def test_a_dense_model_is_given_back_and_one_without_weights_refused() -> None:
     model = make_model()
     before = logits(model)

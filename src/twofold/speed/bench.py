@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.models import load_skeleton
+from twofold.models import choose_device, load_skeleton
 from twofold.nn import FactoredLinear
 from twofold.progress import progress
 from twofold.run import machine
@@ -68,6 +68,7 @@ def bench(
     """
     lengths, settings = lengths or Lengths(), settings or Settings()
     chosen = [get_runtime(name) for name in dict.fromkeys(runtimes)]
+    device = choose_device(settings.device)
     names = list(dict.fromkeys([*([against] if against is not None else []), *models]))
     notes, able = _able(names, chosen)
     rows: list[Row] = []
@@ -79,7 +80,7 @@ def bench(
             for one in timed_here:
                 _check_lengths(one, lengths)
                 notes += one.session.notes
-            _time(timed_here, lengths, settings, tick)
+            _time(timed_here, lengths, device, tick)
             peaks = {
                 one.name: peak_of(one.name, runtime.name, settings, lengths.prompt, lengths.new, lengths.prefill)
                 for one in timed_here
@@ -91,7 +92,6 @@ def bench(
             del timed_here
             gc.collect()
     dtype = getattr(torch, rows[0].dtype, torch.float32)
-    device = torch.device("cpu") if settings.device == "auto" else torch.device(settings.device)
     return Bench(
         machine=machine(device, dtype),
         processor=processor(device),
@@ -103,7 +103,7 @@ def bench(
         optimized=settings.optimize,
         rows=rows,
         ratios=ratios,
-        layers=[layer for name in names for layer in layer_table(name, settings, dtype)],
+        layers=[layer for name in names for layer in layer_table(name, settings, dtype, device)],
         roofs=measure_roofs(dtype, device, lengths.repeats),
         notes=list(dict.fromkeys(notes)),
     )
@@ -177,17 +177,17 @@ def _check_lengths(one: _Timed, lengths: Lengths) -> None:
         )
 
 
-def _time(models: list[_Timed], lengths: Lengths, settings: Settings, tick: Callable[[], None]) -> None:
+def _time(models: list[_Timed], lengths: Lengths, device: torch.device, tick: Callable[[], None]) -> None:
     """All measurements, model after model in each round; the first round warms up and is not counted."""
     for number in range(lengths.repeats + 1):
         for one in models:
-            for what, seconds in _round(one.session, lengths).items():
+            for what, seconds in _round(one.session, lengths, device).items():
                 if number:
                     one.seconds.setdefault(what, []).append(seconds)
             tick()
 
 
-def _round(session: Session, lengths: Lengths) -> dict[str, float]:
+def _round(session: Session, lengths: Lengths, device: torch.device) -> dict[str, float]:
     """Seconds of each measurement, once."""
     found: dict[str, float] = {}
     for batch in lengths.batches:
@@ -197,10 +197,10 @@ def _round(session: Session, lengths: Lengths) -> dict[str, float]:
             for _ in range(lengths.new):
                 session.step(state)
 
-        found[f"decode {batch}"] = timed(write)
+        found[f"decode {batch}"] = timed(write, device)
     for what, length in (("prefill", lengths.prefill), ("first token", lengths.prompt)):
         ids = random_ids(session, 1, length)
-        found[what] = timed(lambda ids=ids: session.begin(ids, 1))  # type: ignore[misc]
+        found[what] = timed(lambda ids=ids: session.begin(ids, 1), device)  # type: ignore[misc]
     return found
 
 
@@ -255,7 +255,7 @@ def _ideal(original: Row, row: Row, what: str, lengths: Lengths) -> float | None
     return original.work.prefill_multiplications(length) / row.work.prefill_multiplications(length)
 
 
-def layer_table(name: str, settings: Settings, dtype: torch.dtype) -> list[Layer]:
+def layer_table(name: str, settings: Settings, dtype: torch.dtype, device: torch.device) -> list[Layer]:
     """Each shape of a factored model's layers at their middle rank, dense against factored, for one token and for many."""
     if name.endswith(".gguf") or RUNTIMES["eager"].why_not(name) is not None:
         return []
@@ -264,7 +264,6 @@ def layer_table(name: str, settings: Settings, dtype: torch.dtype) -> list[Layer
     for module in model.modules():
         if type(module) is FactoredLinear:
             shapes.setdefault((module.out_features, module.in_features), []).append(module.rank)
-    device = "cpu" if settings.device == "auto" else settings.device
     rows = []
     for (m, n), ranks in shapes.items():
         rank = int(statistics.median_low(ranks))
