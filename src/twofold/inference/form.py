@@ -20,8 +20,8 @@ from twofold.speed.latency import Latencies
 from twofold.structures import few_tokens
 from twofold.targets import Target, find_groups, replace_module
 
-# Of the outputs, relative: what stops a mistake of ours, as a wrong order, which changes them by their own size. A deep model turns
-# the rounding of its layers into much more than theirs, and norms are taken in float32 whatever the dtype.
+# Of the outputs, relative: what stops a mistake of ours, as a wrong order, which changes them by their own size. A deep model
+# amplifies the rounding of its layers, and norms are taken in float32 whatever the dtype.
 ROUNDING = {torch.float64: 1e-5, torch.float32: 5e-3}
 ROUNDING_NARROW = 0.2
 
