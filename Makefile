@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 AUDIT := .venv-audit
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench bench-scale check-slow format audit clean
+.PHONY: demo test lint bench bench-scale bench-speed check-slow format audit clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,6 +46,9 @@ audit: $(INSTALLED)  ## known weaknesses of what is installed
 
 bench-scale: $(INSTALLED)  ## block by block, killed, on two processes (docs/benchmarks.md)
 	$(BIN)/python benchmarks/scale.py streaming growth processes kills
+
+bench-speed: $(INSTALLED)  ## tokens a second, prompts and loading against their bars; on an idle machine (docs/speed.md)
+	$(BIN)/python benchmarks/speed.py
 
 clean:
 	rm -rf $(VENV) $(AUDIT) build dist demo-output bench-output .mypy_cache .pytest_cache .ruff_cache

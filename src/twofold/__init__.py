@@ -7,6 +7,7 @@ from twofold.checkpoint import TwofoldConfig
 from twofold.comparison import compare
 from twofold.compression import compress
 from twofold.errors import TwofoldError
+from twofold.inference import optimize
 from twofold.models import load_model
 from twofold.nn import DenseColumnsLinear, FactoredLinear, SharedLinear, SlicedLinear
 from twofold.pipeline import factorize
@@ -30,4 +31,5 @@ __all__ = [
     "factorize",
     "find_targets",
     "load_model",
+    "optimize",
 ]

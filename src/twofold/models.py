@@ -100,12 +100,14 @@ def load_model(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    optimized: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer, and check its weights.
 
     Args:
         name: a folder, a hub id, a .gguf file, or ``smollm2``.
         dtype: of the computation; "auto" is float32 on a processor and the stored dtype elsewhere.
+        optimized: whether a factored model is put into its inference form.
 
     Raises:
         TwofoldError: if there is no such model, it is not whole, or a weight is NaN or infinite.
@@ -147,6 +149,10 @@ def load_model(
         forget_gguf(model)
     model = model.to(chosen_device).eval()
     check_finite(model, name)
+    if optimized:
+        from twofold.inference import optimize  # it stands on the checkpoint, which stands beside this
+
+        optimize(model, quiet=True)
     tokenizer, reason = _tokenizer(source, where)
     return LoadedModel(model, tokenizer, name, folder, stored or compute, reason, shards=held)
 

@@ -36,6 +36,8 @@ from twofold.models import (
     LoadedModel,
     cast_weights,
     check_finite,
+    choose_device,
+    compute_dtype,
     first_line,
     load_model,
     load_skeleton,
@@ -55,6 +57,7 @@ from twofold.residence import Resident, Streamed
 from twofold.run import Stopwatch
 from twofold.sizing import Sizing
 from twofold.spectra import Spectra
+from twofold.speed.latency import times_of
 from twofold.structures import few_tokens, find_structures
 from twofold.structures.carry_out import measure_structures
 from twofold.structures.options import check_structural
@@ -206,7 +209,8 @@ def prepare(
     objective = get_objective(recipe.objective)
     targets = with_structures(loaded, find_targets(model, recipe.include, recipe.exclude), recipe)
     measured, again = get_allocation(recipe.allocate).needs, get_allocation(recipe.allocate).again
-    plan_of_shapes(loaded, targets, recipe)  # an impossible budget or override is refused before any work
+    times = layer_times(loaded, targets, recipe, quiet=quiet)
+    plan_of_shapes(loaded, targets, recipe, times)  # an impossible budget or override is refused before any work
     if objective.needs and getattr(model.config, "is_encoder_decoder", False):
         raise TwofoldError(
             f"{type(model).__name__} is an encoder-decoder model, which can't be calibrated yet; use --objective svd"
@@ -266,6 +270,7 @@ def prepare(
         evidence = distributed.same(
             lambda: gather(loaded, recipe, targets.targets, windows, spectra, moments, objective, quiet=quiet)
         )
+    evidence = replace(evidence, times=times.times, times_of=times.times_of)
     with watch.stage("plan"):
         plan = make_plan(loaded.name, targets, spectra.values, recipe.at(1.0), loaded.stored_dtype.itemsize, evidence)
     prepared = Prepared(loaded, targets, objective, windows, moments, reused, spectra, evidence, plan)
@@ -452,10 +457,27 @@ def plain_chain(model: nn.Module) -> Chain:
     return Chain(tuple(block_names(model)), False)
 
 
-def plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Plan:
-    """The uniform plan, which needs the shapes alone."""
+def plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe, times: Evidence | None = None) -> Plan:
+    """The uniform plan, which needs the shapes alone, and their times where the budget is in time."""
     uniform = stand_in(recipe.at(1.0)).model_copy(update={"allocate": "uniform"})
-    return make_plan(loaded.name, targets, None, uniform, loaded.stored_dtype.itemsize)
+    return make_plan(loaded.name, targets, None, uniform, loaded.stored_dtype.itemsize, times)
+
+
+def layer_times(loaded: LoadedModel, targets: Targets, recipe: Recipe, *, quiet: bool = False) -> Evidence:
+    """The measured time of every target, dense and factored, if the budget is in time; what the cache has is not measured again.
+
+    Raises:
+        TwofoldError: if weights are cut together, whose layers have no measured time.
+    """
+    if recipe.latency is None:
+        return Evidence()
+    if targets.structures:
+        raise TwofoldError(
+            f"--latency is for objectives that treat each weight alone, not for {recipe.objective}; give --keep or --budget"
+        )
+    device = choose_device(recipe.device)
+    dtype = compute_dtype(recipe.dtype, loaded.stored_dtype, device)
+    return distributed.same(lambda: times_of(targets.targets, recipe.form, dtype, device, quiet=quiet))
 
 
 def _groups(model: Any, targets: Targets, sample: Tensor) -> dict[str, str]:
@@ -518,7 +540,8 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
         loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         recipe = fit_window(recipe, loaded, quiet=True)
         found = find_targets(loaded.model, recipe.include, recipe.exclude)
-        plan = plan_of_shapes(loaded, with_structures(loaded, found, recipe), recipe)
+        found = with_structures(loaded, found, recipe)
+        plan = plan_of_shapes(loaded, found, recipe, layer_times(loaded, found, recipe, quiet=quiet))
         note = (
             f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "
             f"the {recipe.allocate} plan needs the moments: name --calibration FILE, or --calibration self"

@@ -26,6 +26,7 @@ from twofold.recipe import Override, Recipe
 from twofold.structures.options import check_structural, forced_size, sizes_at, structure_candidate
 from twofold.structures.sharing import alone_notes
 from twofold.targets import DenseWeight, Target, Targets, last_match, matches
+from twofold.time_budget import ALIGNED, in_time, time_budget, time_note, timed
 
 CORRECTION_RANK = 32  # where none is given
 
@@ -67,6 +68,8 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     predicted_loss: NonNegativeFloat | None  # Σ σ² left out, None if no spectrum was taken
     total_loss: NonNegativeFloat | None  # Σ σ²
     measured_loss: float | None = None  # the same, measured from the stored factors
+    microseconds: NonNegativeFloat | None = None  # for one token, where the budget is in time
+    dense_microseconds: NonNegativeFloat | None = None
     reason: str
 
     @pydantic.model_validator(mode="after")
@@ -214,6 +217,13 @@ class Plan(pydantic.BaseModel, extra="forbid"):
         return self.model_after / self.model_before
 
     @property
+    def latency(self) -> float | None:
+        """Share of the dense weights' measured time for one token; None where the budget was not in time."""
+        times = [(entry.microseconds, entry.dense_microseconds) for entry in self.entries]
+        before = sum(dense for _, dense in times if dense is not None)
+        return sum(now for now, _ in times if now is not None) / before if before else None
+
+    @property
     def predicted_divergence(self) -> float | None:
         """Half of the loss left out, in nats per token: a second-order estimate of the divergence from the original."""
         losses = [entry.predicted_loss for entry in self.entries]
@@ -318,6 +328,8 @@ def make_plan(
     else:
         options = _structure_options if targets.structures else _options
         candidates, overrides, tails_of = options(targets, spectra, recipe, element_bytes, relative, evidence)
+    if recipe.latency is not None:
+        candidates = [in_time(candidate, evidence) for candidate in candidates]
     dense = [_dense_entry(one, recipe, element_bytes) for one in targets.dense]
     for pattern in recipe.overrides:
         if not any(matches(target.name, [pattern]) for target in targets.targets):
@@ -339,10 +351,15 @@ def make_plan(
         (least - 4 * order) / scale if bytes_budget else least,
         sum(entry.weight_bytes(element_bytes) for entry in dense),
     )
-    budget: Budget = target_budget(recipe.keep, recipe.budget, size, order if bytes_budget else 0)
+    if recipe.latency is not None:
+        amount = time_budget(recipe.latency, candidates, least)
+        notes.append(time_note(recipe.latency, candidates, evidence))
+    else:
+        budget: Budget = target_budget(recipe.keep, recipe.budget, size, order if bytes_budget else 0)
+        amount = budget.amount
     choices = dict(overrides)
     if free:
-        picked = get_allocation(allocate)(free, budget.amount - fixed)
+        picked = get_allocation(allocate)(free, amount - fixed)
         choices |= {c.name: choice for c, choice in zip(free, picked, strict=True)}
     measured = spectra is not None
     if targets.structures:
@@ -362,6 +379,11 @@ def make_plan(
                 pairs.get(target.name),
             )
             for target, candidate in zip(targets.targets, candidates, strict=True)
+        ]
+    if recipe.latency is not None:
+        entries = [
+            entry.model_copy(update=timed(entry.rank, evidence.times[entry.name], candidate))
+            for entry, candidate in zip(entries, candidates, strict=True)
         ]
     return Plan(
         model=model_name,
@@ -397,6 +419,8 @@ def _options(
         relative: whether losses are shares of each target's own total.
     """
     multiple = recipe.rank_multiple
+    if recipe.latency is not None and "rank_multiple" not in recipe.model_fields_set:
+        multiple = ALIGNED
     storage = Storage(recipe, element_bytes, recipe.fixed_bits)
     candidates: list[Candidate] = []
     overrides: dict[str, Choice] = {}

@@ -19,7 +19,13 @@ from twofold.nn.packing import BITS
 from twofold.objectives import OBJECTIVES
 
 REST_BITS = 8  # of the embeddings, with --bits auto
-SIZES = ("keep", "budget", "perplexity_at_most", "kl_at_most")  # exactly one of these says how small a model gets
+SIZES = (
+    "keep",
+    "budget",
+    "latency",
+    "perplexity_at_most",
+    "kl_at_most",
+)  # exactly one of these says how small a model gets
 
 Settings = TypeVar("Settings", bound=pydantic.BaseModel)
 
@@ -47,6 +53,10 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     ] = None
     budget: Annotated[
         str | None, Field(description="size of the whole model: parameters (90M), bytes (180MB) or a share (70%)")
+    ] = None
+    latency: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="share of the dense linear layers' measured time for one token, on this machine"),
     ] = None
     perplexity_at_most: Annotated[
         str | None,
@@ -205,8 +215,8 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
             )
         elif sizes != 1:
             raise ValueError(
-                "give either keep (share of the factorized weights), budget (size of the whole model), perplexity_at_most "
-                "(25 or 1.1x) or kl_at_most (nats per token), and only one of them"
+                "give either keep (share of the factorized weights), budget (size of the whole model), latency (share of the "
+                "time for one token), perplexity_at_most (25 or 1.1x) or kl_at_most (nats per token), and only one of them"
             )
         if self.goal is not None and self.eval_windows == 0:
             raise ValueError(

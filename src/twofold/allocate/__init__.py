@@ -3,10 +3,19 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from twofold.allocate.base import ALLOCATIONS, Allocation, Candidate, Choice, Evidence, allocation, get_allocation
+from twofold.allocate.base import (
+    ALLOCATIONS,
+    Allocation,
+    Candidate,
+    Choice,
+    Evidence,
+    LayerTimes,
+    allocation,
+    get_allocation,
+)
 
 for _module in iter_modules(__path__):
     if _module.name != "base":
         import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["ALLOCATIONS", "Allocation", "Candidate", "Choice", "Evidence", "allocation", "get_allocation"]
+__all__ = ["ALLOCATIONS", "Allocation", "Candidate", "Choice", "Evidence", "LayerTimes", "allocation", "get_allocation"]

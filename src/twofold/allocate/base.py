@@ -40,6 +40,19 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class LayerTimes:
+    """Measured microseconds of one weight for one token: dense, and factored at some ranks between which it is interpolated."""
+
+    dense: float
+    ranks: tuple[int, ...]  # ascending
+    factored: tuple[float, ...]  # never falling
+
+    def at(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Microseconds at some ranks."""
+        return np.interp(ranks, self.ranks, self.factored)
+
+
+@dataclass(frozen=True)
 class Choice:
     """What was chosen for one weight: an index into its ranks, or None for dense."""
 
@@ -86,6 +99,8 @@ class Evidence:
     scores: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     curves: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     rounding: Mapping[str, Rounding] = field(default_factory=dict)  # what integers lose, if bits are chosen too
+    times: Mapping[str, LayerTimes] = field(default_factory=dict)  # where a budget is in time
+    times_of: str = ""  # the machine that they were measured on
 
 
 ALLOCATIONS: dict[str, Allocation] = {}

@@ -80,6 +80,18 @@ def print_sizes(plan: Plan) -> None:
                 megabytes(plan.bytes_after),
                 f"{plan.bytes_after / plan.bytes_before:.2%}",
             ],
+            *(
+                [
+                    [
+                        "time for one token, factorized weights, as measured",
+                        f"{sum(e.dense_microseconds or 0 for e in plan.entries) / 1e3:.2f} ms",
+                        f"{sum(e.microseconds or 0 for e in plan.entries) / 1e3:.2f} ms",
+                        f"{plan.latency:.2%}",
+                    ]
+                ]
+                if plan.latency is not None
+                else []
+            ),
         ],
     )
 

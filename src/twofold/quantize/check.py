@@ -27,6 +27,11 @@ def check_bits(recipe: Recipe, objective: Objective) -> None:
             f"{flag} rounds factors of weights that are treated alone, and --objective {objective.name} cuts weights together; "
             "use another objective"
         )
+    if recipe.latency is not None:
+        raise TwofoldError(
+            f"{flag} turns integers into numbers whenever a layer is called, which --latency has no measured times of; give "
+            "--budget or --keep"
+        )
     if recipe.bits == "auto" and objective.name not in MEASURED:
         raise TwofoldError(
             f"--bits auto measures what rounding loses, which is not known for --objective {objective.name}; use one of "

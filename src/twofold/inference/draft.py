@@ -1,0 +1,110 @@
+"""A factored layer on its way to the form that it runs in: its two matrices, its order, and exact changes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from twofold.linalg import gauge_form, working_dtype
+from twofold.nn import FactoredLinear
+from twofold.nn.factored_linear import Form
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The numbers of a ``FactoredLinear``. ``order`` is of the outputs for rows and of the inputs for columns."""
+
+    form: Form
+    reduce: Tensor
+    expand: Tensor
+    order: Tensor | None  # int64
+    bias: Tensor | None  # (m,)
+    in_features: int
+    out_features: int
+
+    @property
+    def rank(self) -> int:
+        return len(self.reduce)
+
+    @classmethod
+    def of(cls, layer: FactoredLinear) -> Draft:
+        order = None if layer.order is None else layer.order.long()
+        bias = None if layer.bias is None else layer.bias.detach()
+        matrices = layer.reduce.weight.detach(), layer.expand.weight.detach()
+        return cls(layer.form, *matrices, order, bias, layer.in_features, layer.out_features)
+
+    def on_rows(self) -> Draft | None:
+        """The same product with pivots among its outputs, so that its right factor reads the input as it is.
+
+        Found in float64 where the device has it, so that only the rounding of the stored numbers differs. None where no such
+        form has bounded coefficients.
+        """
+        if self.form != "columns":
+            return self
+        assert self.order is not None
+        wide = working_dtype(self.reduce.device)
+        right = torch.empty(self.rank, self.in_features, dtype=wide, device=self.reduce.device)
+        eye = torch.eye(self.rank, dtype=wide, device=self.reduce.device)
+        right[:, self.order] = torch.cat([eye, self.reduce.to(wide)], 1)
+        found = gauge_form(self.expand.to(wide), right, "rows")
+        if found is None:
+            return None
+        dtype, device = self.reduce.dtype, self.reduce.device
+        matrices = found.reduce.to(dtype), found.expand.to(dtype)
+        return Draft("rows", *matrices, found.order.long().to(device), self.bias, self.in_features, self.out_features)
+
+    def with_outputs(
+        self,
+        take: Tensor,  # (m,): output i of the new layer is output take[i] of this one
+    ) -> Draft:
+        """The layer with its outputs in another order, at no cost when it runs."""
+        bias = None if self.bias is None else self.bias[take]
+        if self.form == "rows":
+            assert self.order is not None
+            return replace(self, order=self.order[take], bias=bias)
+        return replace(self, expand=self.expand[take], bias=bias)
+
+    def with_inputs(
+        self,
+        take: Tensor,  # (n,): input i of the new layer is input take[i] of this one
+    ) -> Draft:
+        """The layer for inputs in another order, at no cost when it runs."""
+        if self.form == "columns":
+            assert self.order is not None
+            return replace(self, order=take.argsort()[self.order])
+        return replace(self, reduce=self.reduce[:, take])
+
+    def in_rising_order(self) -> Draft:
+        """The same with pivots, and all others, in the order of the outputs (or inputs): it is read along memory."""
+        if self.order is None:
+            return self
+        if self.form == "rows":
+            pivot = self.order < self.rank
+            first, rest = self.order[pivot], self.order[~pivot] - self.rank
+            place = torch.cat([pivot.nonzero()[:, 0], (~pivot).nonzero()[:, 0]])
+            return replace(self, reduce=self.reduce[first], expand=self.expand[rest][:, first], order=place.argsort())
+        first, rest = self.order[: self.rank].argsort(), self.order[self.rank :].argsort()
+        order = torch.cat([self.order[: self.rank][first], self.order[self.rank :][rest]])
+        return replace(self, reduce=self.reduce[first][:, rest], expand=self.expand[:, first], order=order)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether a layer on rows gives its outputs as they are computed."""
+        assert self.order is not None
+        return torch.equal(self.order, torch.arange(len(self.order), device=self.order.device))
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why a layer keeps the form that it has; None if it is a factored layer that can be given another one."""
+    if type(layer) is not FactoredLinear:
+        return f"{type(layer).__name__} has no other form yet"
+    if any(type(getattr(layer, child)) is not nn.Linear for child in layer.CHILDREN):
+        return "its factors are not plain linear layers (an adapter, or another program's)"
+    weights = [getattr(layer, child).weight for child in layer.CHILDREN]
+    if any(type(weight.data) is not Tensor or not weight.is_floating_point() for weight in weights):
+        return "its factors are quantized"
+    if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in layer.modules()):
+        return "other code watches its calls"
+    return None

@@ -1,0 +1,230 @@
+"""The one verb: a model with factored layers in the form that it runs fastest in, in memory alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from twofold.checkpoint.quantizer import METHOD, TwofoldQuantizer, dense_module
+from twofold.errors import TwofoldError
+from twofold.inference.draft import Draft, why_not
+from twofold.inference.neighbours import called_in_turn, find_pairs, fold
+from twofold.nn import CompactLinear, FactoredLinear
+from twofold.nn.grouped_linear import ColumnsLinear, GroupedLinear, InputGroup, Part
+from twofold.progress import say
+from twofold.speed.latency import Latencies
+from twofold.structures import few_tokens
+from twofold.targets import Target, find_groups, replace_module
+
+# Of the outputs, relative: what stops a mistake of ours, as a wrong order, which changes them by their own size. A deep model
+# amplifies the rounding of its layers, and norms are taken in float32 whatever the dtype.
+ROUNDING = {torch.float64: 1e-5, torch.float32: 5e-3}
+ROUNDING_NARROW = 0.2
+
+
+@dataclass
+class Optimized:
+    """What ``optimize`` did: each factored layer is in one of these, ``folded`` apart."""
+
+    groups: list[list[str]] = field(default_factory=list)  # layers whose right factors are one product
+    alone: list[str] = field(default_factory=list)
+    folded: list[str] = field(default_factory=list)  # layers whose outputs are used in the order that they come in
+    merged: dict[str, str] = field(default_factory=dict)  # dense in memory, and the measured times
+    kept: dict[str, str] = field(default_factory=dict)  # as they were, and why
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def words(self) -> str:
+        """What was done, in one sentence."""
+        joined = sum(len(group) for group in self.groups)
+        parts = [f"{joined} layers in {len(self.groups)} groups that read one input", f"{len(self.alone)} alone"]
+        parts += [f"{len(self.folded)} outputs with no order to keep"] if self.folded else []
+        parts += [f"{len(self.merged)} dense in memory, where that was measured to be faster"] if self.merged else []
+        parts += [f"{len(self.kept)} as they were"] if self.kept else []
+        return f"inference form: {', '.join(parts)}"
+
+
+class OptimizedQuantizer(TwofoldQuantizer):
+    """Refuses to save, or to make dense, what is for running alone."""
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        raise TwofoldError(
+            "this model is in its inference form, which is not stored: save it before twofold.optimize, or load the factored "
+            "checkpoint again and save that"
+        )
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        raise TwofoldError(
+            "this model is in its inference form, which has no way back; load the factored checkpoint again and dequantize that"
+        )
+
+
+@torch.no_grad()
+def optimize(
+    model: Any,
+    *,
+    merge: Literal["measured", "never"] = "measured",
+    latencies: Latencies | None = None,
+    quiet: bool = False,
+) -> Any:
+    """Put a factored model into the form that it runs fastest in, in place; its logits change by rounding alone.
+
+    Weights that read one input get one product for their right factors, outputs are ordered once or not at all, and layers whose
+    factors are measured slower than the dense product, for one token or for many, are dense in memory. The form is for running:
+    it is not saved (``save_pretrained`` says so), not trained, and not exported.
+
+    Args:
+        model: a transformers model with ``FactoredLinear`` layers; one without any is given back as it is.
+        merge: "measured" makes slower layers dense (it takes memory, and is said), "never" leaves all factored.
+        latencies: the measured times of this machine; by default those in the cache, and what they lack is measured now.
+
+    Returns:
+        The model. ``model.twofold_inference`` says what was done.
+
+    Raises:
+        TwofoldError: if it is in this form already, or has no weights.
+        RuntimeError: if the logits changed by more than rounding; then the model is as it was.
+    """
+    if isinstance(getattr(model, "twofold_inference", None), Optimized):
+        raise TwofoldError("this model is in its inference form already")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, CompactLinear)}
+    done = Optimized()
+    if not layers:
+        done.notes.append("the model has no factored layers, so nothing was changed")
+        return model
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise TwofoldError("this model has no weights yet, so it can't be put into its inference form; load it first")
+    model.eval()
+    for name, layer in layers.items():
+        reason = why_not(layer)
+        if reason is not None:
+            done.kept[name] = reason
+    free = {
+        name: layer for name, layer in layers.items() if isinstance(layer, FactoredLinear) and name not in done.kept
+    }
+    made: dict[str, nn.Module] = {}
+    if free:
+        first = next(iter(free.values())).reduce.weight
+        latencies = latencies or Latencies.of_this_machine(first.dtype, first.device, quiet=quiet)
+        made = _merged(free, done, latencies) if merge == "measured" else {}
+        drafts = {name: Draft.of(layer) for name, layer in free.items() if name not in made}
+        run, before = _runner(model, done)
+        made |= _grouped(model, drafts, run, done, latencies.by_columns)
+        _install(model, made, run, before)
+    model.twofold_inference = done
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, TwofoldQuantizer):
+        model.hf_quantizer = OptimizedQuantizer(quantizer.quantization_config)
+        assert model.quantization_method == METHOD
+    if not quiet:
+        say(done.words)
+    return model
+
+
+def _merged(free: Mapping[str, FactoredLinear], done: Optimized, latencies: Latencies) -> dict[str, nn.Module]:
+    """The layers that are slower as they are than dense ones, dense."""
+    made: dict[str, nn.Module] = {}
+    latencies.measure([(layer.out_features, layer.in_features) for layer in free.values()])
+    for name, layer in free.items():
+        slower = latencies.slower(layer.out_features, layer.in_features, layer.rank)
+        if slower is not None:
+            made[name] = dense_module(layer).requires_grad_(False)
+            done.merged[name] = slower
+    return made
+
+
+def _runner(model: Any, done: Optimized) -> tuple[Callable[[], Any] | None, Any]:
+    """A run of the model on a few tokens, and what it gives; None if it does not run on tokens alone."""
+    ids = few_tokens(model)
+
+    def run() -> Any:
+        return model(input_ids=ids)
+
+    try:
+        return run, _first_tensor(run())
+    except Exception as error:  # an architecture that needs other inputs fails in its own way
+        done.notes.append(
+            f"the model does not run on tokens alone ({type(error).__name__}), so each layer stands alone"
+        )
+        return None, None
+
+
+def _first_tensor(output: Any) -> Tensor:
+    logits = getattr(output, "logits", None)
+    found = logits if isinstance(logits, Tensor) else output[0]
+    assert isinstance(found, Tensor)
+    return found.clone()
+
+
+def _grouped(
+    model: nn.Module,
+    drafts: dict[str, Draft],
+    run: Callable[[], Any] | None,
+    done: Optimized,
+    by_columns: bool,
+) -> dict[str, nn.Module]:
+    """The layers that are not merged, in groups that read one input, with the order of hidden units folded away."""
+    groups: list[list[str]] = []
+    if run is not None:
+        targets = [Target(name, d.out_features, d.in_features, d.bias is not None, False) for name, d in drafts.items()]
+        leaders = find_groups(model, targets, run)
+        turn = called_in_turn(model, list(drafts), run)
+        found: dict[str, list[str]] = {}
+        for name in turn:
+            found.setdefault(leaders[name], []).append(name)
+        for names in found.values():
+            on_rows = {name: drafts[name].on_rows() for name in names} if len(names) > 1 else {}
+            members = {name: draft for name, draft in on_rows.items() if draft is not None}
+            if len(members) > 1:
+                drafts.update(members)
+                groups.append(list(members))
+        shapes = {name: (draft.out_features, draft.in_features) for name, draft in drafts.items()}
+        for makers, reader in find_pairs(model, shapes, run):
+            folded = fold(drafts, makers, reader)
+            if folded is not None:
+                done.folded.append(folded)
+    drafts.update({name: draft.in_rising_order() for name, draft in drafts.items()})
+    inside = {name for group in groups for name in group}
+    done.groups, done.alone = groups, [name for name in drafts if name not in inside]
+    made: dict[str, nn.Module] = {}
+    for names in [*groups, *([name] for name in done.alone)]:
+        if drafts[names[0]].form == "columns":
+            d = drafts[names[0]]
+            made[names[0]] = ColumnsLinear(d.reduce, d.expand, d.order, d.bias, by_columns)
+            continue
+        loose = next((name for name in names if drafts[name].form == "rows" and drafts[name].in_order), None)
+        parts = [_part(drafts[name], name == loose) for name in names]
+        group = InputGroup(parts, by_columns)
+        for i, name in enumerate(names):
+            made[name] = GroupedLinear(group, i, drafts[name].out_features, holds=i == 0)
+    return made
+
+
+def _part(draft: Draft, loose: bool) -> Part:
+    return Part(draft.reduce, draft.expand, draft.form == "rows", None if loose else draft.order, draft.bias)
+
+
+def _install(model: nn.Module, made: Mapping[str, nn.Module], run: Callable[[], Any] | None, before: Any) -> None:
+    """Put the layers in their places, and look whether the model still says the same.
+
+    Raises:
+        RuntimeError: if not; the model is as it was.
+    """
+    replaced: dict[str, nn.Module] = {}
+    try:
+        for name, module in made.items():
+            replaced[name] = replace_module(model, name, module)
+        if run is None:
+            return
+        after = _first_tensor(run())
+        apart = float((after.double() - before.double()).norm() / before.double().norm().clamp_min(1e-30))
+        if not apart <= ROUNDING.get(after.dtype, ROUNDING_NARROW):
+            raise RuntimeError(f"the inference form changed the outputs by {apart:.1e}, relative; please report this")
+    except BaseException:
+        for name, module in replaced.items():
+            replace_module(model, name, module)
+        raise

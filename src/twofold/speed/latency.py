@@ -1,0 +1,285 @@
+"""Measured microseconds of a shape on this machine, dense and factored at every rank: a small table in the cache.
+
+Each shape (m, n) is measured at some ranks, in turn with the dense product, and interpolated between them. For one token the
+weights are read from memory, as a model reads them, and not from the cache of the processor: several copies take turns. The
+factored layer is that of the inference form, ordered outputs included; what it gains where it shares a product is not counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pydantic
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from twofold.allocate import Evidence, LayerTimes
+from twofold.cache import cache_folder
+from twofold.errors import TwofoldError
+from twofold.files import write_text
+from twofold.linalg import gauge_rank
+from twofold.nn.grouped_linear import InputGroup, Part, laid_out
+from twofold.progress import progress
+from twofold.speed.timing import in_turn, medians
+from twofold.targets import Target
+
+FORMAT = 1
+KEEPS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)  # shares of the dense numbers at which ranks are measured
+COPIES = 160 * 2**20  # bytes of all copies of one weight: more than the cache of a processor holds
+MANY = 400  # copies at the most: small weights stay in the cache of the processor, as a small model's do
+DECODE, PREFILL = 1, 512  # tokens
+MARGIN = 1.02  # what is slower by less is not told from noise
+REPEATS = {DECODE: 7, PREFILL: 5}
+TALL = (2048, 512)  # the shape whose two layouts are compared
+
+StoredForm = Literal["gauge", "plain"]
+
+
+class Times(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
+    """One shape, for one number of tokens: microseconds."""
+
+    dense: pydantic.PositiveFloat
+    ranks: list[pydantic.PositiveInt]  # ascending
+    factored: list[pydantic.PositiveFloat]  # at these ranks
+
+
+class Table(pydantic.BaseModel, extra="forbid"):
+    """What was measured on one machine with one dtype, number of threads and version of PyTorch."""
+
+    about: dict[str, str]
+    by_columns: bool | None = None  # whether a tall weight is read faster by columns
+    shapes: dict[str, Times] = {}  # "gauge 576x1536 1 token"
+
+
+@dataclass
+class Latencies:
+    """The table of this machine, measured as it is asked for.
+
+    Args:
+        path: of its file; None keeps it in memory alone.
+        take: measures a shape; the clock of this machine by default.
+    """
+
+    table: Table
+    dtype: torch.dtype
+    device: torch.device
+    path: Path | None = None
+    quiet: bool = False
+    take: Callable[[int, int, StoredForm, int], Times] | None = field(default=None, repr=False)
+
+    @classmethod
+    def of_this_machine(
+        cls, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, quiet: bool = False
+    ) -> Latencies:
+        """The table in the cache, or an empty one; one that can't be read is measured again."""
+        device = torch.device(device)
+        about = {
+            "format": str(FORMAT),
+            "machine": processor(device),
+            "threads": str(torch.get_num_threads()),
+            "dtype": str(dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+        }
+        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        path = cache_folder() / "latency" / f"{name}.json"
+        table = Table(about=about)
+        with suppress(OSError, ValueError):
+            found = Table.model_validate_json(path.read_text(encoding="utf-8"))
+            table = found if found.about == about else table
+        return cls(table, dtype, device, path, quiet)
+
+    @property
+    def words(self) -> str:
+        """What the times hold for."""
+        about = self.table.about
+        return f"{about['machine']}, {about['threads']} threads, {about['dtype']}, torch {about['torch']}"
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether weights with more rows than columns are read faster when they are kept by columns."""
+        if self.table.by_columns is None:
+            self.table.by_columns = columns_pay(self.dtype, self.device)
+            self._save()
+        return self.table.by_columns
+
+    def measure(
+        self,
+        shapes: Iterable[tuple[int, int]],
+        form: StoredForm = "gauge",
+        tokens: Iterable[int] = (DECODE, PREFILL),
+    ) -> None:
+        """Measure what the table lacks of some shapes (m, n)."""
+        wanted = [(m, n, t) for m, n in dict.fromkeys(shapes) for t in tokens]
+        missing = [(m, n, t) for m, n, t in wanted if _key(form, m, n, t) not in self.table.shapes]
+        if not missing:
+            return
+        with progress("Measuring layers", len(missing), unit="shapes", quiet=self.quiet) as tick:
+            for m, n, t in missing:
+                self.table.shapes[_key(form, m, n, t)] = (self.take or self._times)(m, n, form, t)
+                self._save()
+                tick()
+
+    def dense(self, m: int, n: int, tokens: int = DECODE, form: StoredForm = "gauge") -> float:
+        """Microseconds of the dense product."""
+        return self._found(form, m, n, tokens).dense
+
+    def factored(
+        self, m: int, n: int, ranks: ArrayLike, tokens: int = DECODE, form: StoredForm = "gauge"
+    ) -> NDArray[np.float64]:
+        """Microseconds at some ranks, interpolated, and never less than at a smaller rank."""
+        times = self._found(form, m, n, tokens)
+        rising = np.maximum.accumulate(np.asarray(times.factored))
+        return np.asarray(np.interp(np.asarray(ranks, dtype=np.float64), times.ranks, rising))
+
+    def slower(self, m: int, n: int, rank: int, form: StoredForm = "gauge") -> str | None:
+        """The measured times in words if a factored layer is slower than a dense one, for one token or for many; else None."""
+        for tokens, words in ((DECODE, "one token"), (PREFILL, f"{PREFILL} tokens")):
+            factored, dense = float(self.factored(m, n, [rank], tokens, form)[0]), self.dense(m, n, tokens, form)
+            if factored > MARGIN * dense:
+                return f"measured {factored:.0f} µs at rank {rank} against {dense:.0f} µs dense, {words}"
+        return None
+
+    def _found(self, form: StoredForm, m: int, n: int, tokens: int) -> Times:
+        self.measure([(m, n)], form, [tokens])
+        return self.table.shapes[_key(form, m, n, tokens)]
+
+    def _save(self) -> None:
+        if self.path is not None:
+            with suppress(TwofoldError):  # a cache that can't be written costs the next run its time, and nothing else
+                write_text(self.path, self.table.model_dump_json(indent=1) + "\n")
+
+    def _times(self, m: int, n: int, form: StoredForm, tokens: int) -> Times:
+        ranks, by = measured_ranks(m, n, form), self.by_columns
+        return time_shape(m, n, ranks, tokens, form, dtype=self.dtype, device=self.device, by_columns=by)
+
+
+def times_of(
+    targets: Iterable[Target],
+    form: StoredForm,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    latencies: Latencies | None = None,
+    quiet: bool = False,
+) -> Evidence:
+    """The times of some weights for one token, as an allocation takes them."""
+    table = latencies or Latencies.of_this_machine(dtype, device, quiet=quiet)
+    chosen = list(targets)
+    table.measure([(t.out_features, t.in_features) for t in chosen], form, [DECODE])
+    times = {}
+    for target in chosen:
+        m, n = target.out_features, target.in_features
+        ranks = measured_ranks(m, n, form)
+        factored = table.factored(m, n, ranks, DECODE, form)
+        times[target.name] = LayerTimes(table.dense(m, n, DECODE, form), tuple(ranks), tuple(factored.tolist()))
+    return Evidence(times=times, times_of=table.words)
+
+
+def time_shape(
+    m: int,
+    n: int,
+    ranks: list[int],
+    tokens: int,
+    form: StoredForm = "gauge",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    by_columns: bool | None = None,
+) -> Times:
+    """Measure one shape: the dense product and a factored layer in turn, at one rank after another.
+
+    Args:
+        by_columns: whether tall weights are kept by columns; found out if it is None.
+    """
+    columns = columns_pay(dtype, device) if by_columns is None else by_columns
+    base = torch.rand(m, n, device=device, dtype=torch.float32).sub_(0.5).to(dtype)
+    many = _copies(base) if tokens == DECODE else 1
+    x = torch.rand(1, tokens, n, device=device, dtype=torch.float32).to(dtype)
+    dense = [_linear(base.clone()) for _ in range(many)]
+
+    def run(layers: list[nn.Module]) -> None:
+        for layer in layers:
+            layer(x)
+
+    ratios: list[float] = []
+    references: list[float] = []
+    for rank in ranks:
+        factored = [_layer(base, rank, form, columns) for _ in range(many)]
+        with torch.inference_mode():
+            both = [partial(run, dense), partial(run, factored)]
+            one, other = medians(in_turn(both, REPEATS.get(tokens, 3), device))
+        references.append(one)
+        ratios.append(other / one)
+    typical = float(np.median(references)) / many * 1e6
+    return Times(dense=typical, ranks=ranks, factored=[ratio * typical for ratio in ratios])
+
+
+def columns_pay(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
+    """Whether a weight with more rows than columns is multiplied with one vector faster when it is kept by columns."""
+    m, n = TALL
+    base = torch.rand(m, n, device=device, dtype=torch.float32).to(dtype)
+    x = torch.rand(1, n, device=device, dtype=torch.float32).to(dtype)
+
+    def run(weights: list[Tensor]) -> None:
+        for weight in weights:
+            torch.mm(x, weight.T)
+
+    kinds = [[laid_out(base, by).clone() for _ in range(_copies(base))] for by in (False, True)]
+    with torch.inference_mode():
+        one, other = medians(in_turn([partial(run, kind) for kind in kinds], REPEATS[DECODE], device))
+    return other < 0.95 * one
+
+
+def _copies(weight: Tensor) -> int:
+    """So many of a weight are more than a processor's cache holds, unless it is very small."""
+    return min(max(2, COPIES // (weight.numel() * weight.element_size())), MANY)
+
+
+def measured_ranks(m: int, n: int, form: StoredForm) -> list[int]:
+    """The ranks that a shape is measured at, ascending: 1, and those of ``KEEPS``."""
+    found = set()
+    largest = min(m, n) - (1 if form == "gauge" and m <= n else 0)
+    for keep in KEEPS:
+        rank = gauge_rank(m, n, keep * m * n) if form == "gauge" else int(keep * m * n / (m + n))
+        found.add(min(max(rank, 1), max(largest, 1)))
+    return sorted(found)
+
+
+def _layer(base: Tensor, rank: int, form: StoredForm, columns: bool) -> nn.Module:
+    m = len(base)
+    order = torch.randperm(m, device=base.device) if form == "gauge" else None
+    outer = m - rank if form == "gauge" else m
+    reduce = base[:rank].clone()
+    expand = base.T.reshape(-1)[: outer * rank].reshape(outer, rank).clone()
+    return InputGroup([Part(reduce, expand, form == "gauge", order)], columns)
+
+
+def _linear(weight: Tensor) -> nn.Module:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def _key(form: StoredForm, m: int, n: int, tokens: int) -> str:
+    return f"{form} {m}x{n} {tokens} {'token' if tokens == 1 else 'tokens'}"
+
+
+def processor(device: torch.device) -> str:
+    """The name of the processor, or of the accelerator."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return name if device.type == "cpu" else f"{name} {device.type}"

@@ -1,0 +1,111 @@
+"""What a runtime is. A new one is a file in this folder with a class that ``register`` is put over."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from twofold.errors import TwofoldError
+from twofold.speed.work import Work
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is loaded to be timed."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    optimize: bool = True  # factored models in their inference form
+    trust_remote_code: bool = False
+    quiet: bool = False
+
+
+class State(Protocol):
+    """Sequences that are being written."""
+
+    token: Tensor  # (batch, 1), the last one of each
+
+
+class Session(Protocol):
+    """A model that is ready to run. Tokens are chosen greedily, and sequences never end by themselves."""
+
+    positions: int | None  # the longest sequence, None if there is no limit
+    vocabulary: int
+    dtype: str
+    weight_bytes: int  # in memory
+    work: Work | None  # what it moves and multiplies; None if that is not known
+    notes: list[str]
+
+    def begin(
+        self,
+        ids: Tensor,  # (batch, length)
+        room: int,  # tokens that may be written behind them
+    ) -> State:
+        """Read prompts and choose the first token of each."""
+        ...
+
+    def step(self, state: State) -> None:
+        """Write one token more to each sequence."""
+        ...
+
+
+class Runtime(ABC):
+    """Loads and runs models. ``load`` is what is timed as loading; ``session`` makes ready what was loaded."""
+
+    name: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()  # that must be installed
+    extra: ClassVar[str] = ""  # of twofold, which installs them
+
+    def why_not(self, model: str) -> str | None:
+        """Why it can't run a model or folder of this name, told without loading it; None if it may."""
+        return None
+
+    @abstractmethod
+    def load(self, model: str, settings: Settings) -> Any: ...
+
+    @abstractmethod
+    def session(self, loaded: Any, settings: Settings) -> Session: ...
+
+    @abstractmethod
+    def disk_bytes(self, loaded: Any) -> int | None:
+        """Bytes of the weight files; None if they are on no disk."""
+
+
+RUNTIMES: dict[str, Runtime] = {}
+Kind = TypeVar("Kind", bound=Runtime)
+
+
+def register(kind: type[Kind]) -> type[Kind]:
+    """Add a runtime to those that can be named."""
+    RUNTIMES[kind.name] = kind()
+    return kind
+
+
+def get_runtime(name: str) -> Runtime:
+    """The runtime of a name.
+
+    Raises:
+        TwofoldError: if there is none, or what it needs is not installed; it names the extra.
+    """
+    if name not in RUNTIMES:
+        raise TwofoldError(f"there is no runtime {name!r}; choose one of {', '.join(sorted(RUNTIMES))}")
+    found = RUNTIMES[name]
+    missing = [package for package in found.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise TwofoldError(
+            f"the runtime {name} needs {' and '.join(missing)}, not installed: pip install 'twofold[{found.extra}]', or leave "
+            "it out of --runtime"
+        )
+    return found
+
+
+def greedy(
+    logits: Tensor,  # (batch, length, vocabulary)
+) -> Tensor:  # (batch, 1)
+    """The most likely next tokens."""
+    return torch.argmax(logits[:, -1], -1, keepdim=True)
