@@ -85,8 +85,6 @@ def refer(loaded: LoadedModel, count: int) -> Reference:
     return Reference(asked, logits, tokens, leads)
 
 
-
-
 def compare(reference: Reference, decoder: Decoder) -> Comparison:
     """Read the prompts with a decoder, half at once and then one token after another, and decode as many as the model did."""
     count = same = 0

@@ -21,8 +21,6 @@ from transformers.pytorch_utils import Conv1D
 from twofold.errors import TwofoldError
 from twofold.models import first_line
 
-TALKATIVE = ("transformers.exporters", "torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir", "openvino")
-
 
 def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
     """The exported model, of one graph that gives the logits of the last token alone where the architecture can.
@@ -41,7 +39,9 @@ def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
             f"--to {kind} takes models that decode one token after another, and {name} ({type(model).__name__}) does not; "
             "use --to dense or --to portable"
         )
-    samples = torch.tensor([[3, 4, 5, 6, 7], [7, 6, 5, 4, 3]])  # two rows and several tokens, so that both sizes stay open
+    samples = torch.tensor(
+        [[3, 4, 5, 6, 7], [7, 6, 5, 4, 3]]
+    )  # two rows and several tokens, so that both sizes stay open
     try:
         with _quiet():
             stages = decompose_for_generation(
@@ -80,14 +80,11 @@ def products_note(found: int, model: nn.Module) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what the exporters say of themselves out of our output; what they can't do they raise."""
-    loggers = [logging.getLogger(name) for name in TALKATIVE]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -81,9 +81,7 @@ class Sliced(Small):
         if not self.rows:
             return self.add_bias(self.inner(x.index_select(-1, self.index)))
         part = self.inner(x)
-        return self.add_bias(
-            part.new_zeros(*part.shape[:-1], self.outputs).index_copy(-1, self.index.long(), part)
-        )
+        return self.add_bias(part.new_zeros(*part.shape[:-1], self.outputs).index_copy(-1, self.index.long(), part))
 
 
 class Basis(nn.Module):

@@ -53,7 +53,9 @@ def other_inputs(
         "beam_idx": np.arange(batch, dtype=np.int32),
     }
     if names - known.keys():
-        raise TwofoldError(f"the graph asks for {', '.join(sorted(names - known.keys()))}, which no decoding of text has")
+        raise TwofoldError(
+            f"the graph asks for {', '.join(sorted(names - known.keys()))}, which no decoding of text has"
+        )
     return {name: np.ascontiguousarray(known[name]) for name in names}
 
 

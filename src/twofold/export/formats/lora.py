@@ -52,7 +52,9 @@ def write_lora(source: Source, folder: Path) -> Written:
         if residual is not None:
             residuals[key] = residual
     if not residuals:
-        raise TwofoldError(f"{source.loaded.name} computes the same as {name}: there is no residual to make an adapter of")
+        raise TwofoldError(
+            f"{source.loaded.name} computes the same as {name}: there is no residual to make an adapter of"
+        )
     adapted = _adapt(original.model, residuals, name)
     cast_weights(adapted, source.dtype)
     adapted.save_pretrained(str(folder))

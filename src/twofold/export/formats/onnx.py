@@ -22,7 +22,9 @@ def write_onnx(source: Source, folder: Path) -> Written:
     forget_trace(program)
     exported.save_pretrained(folder)
     finish_graph(source, folder)
-    return Written(lambda: OnnxDecoder(folder / GRAPHS["onnx"]), [products_note(weight_products(program), source.model)])
+    return Written(
+        lambda: OnnxDecoder(folder / GRAPHS["onnx"]), [products_note(weight_products(program), source.model)]
+    )
 
 
 def weight_products(program: Any) -> int:
