@@ -128,8 +128,8 @@ def _check_kind(kind: Format, loaded: LoadedModel) -> None:
 
 def _dtype(name: str, loaded: LoadedModel, kind: Format) -> torch.dtype:
     if name != "auto":
-        found = getattr(torch, name, None)
-        if found not in (torch.float32, torch.bfloat16, torch.float16):
+        found: torch.dtype | None = getattr(torch, name, None)
+        if found is None or found not in (torch.float32, torch.bfloat16, torch.float16):
             raise TwofoldError(f"--dtype must be auto, float32, bfloat16 or float16, got {name!r}")
         if kind.name in ("onnx", "openvino") and found != torch.float32:
             raise TwofoldError(f"--to {kind.name} writes float32, got --dtype {name}; leave it out")

@@ -44,6 +44,7 @@ class Reference:
     logits: list[Tensor]  # (1, tokens, vocabulary) each
     tokens: Tensor  # (1, count)
     leads: Tensor  # (1, count)
+    pieces: bool  # whether it reads one token after another
 
 
 def prompts(loaded: LoadedModel) -> list[Tensor]:
@@ -75,23 +76,24 @@ def refer(loaded: LoadedModel, count: int) -> Reference:
             decoder.start()
             logits.append(decoder.read(ids).float())
         room = (positions(loaded.model) or count + LONGEST) - asked[0].shape[1]
-        count = max(0, min(count, room)) if loaded.model.can_generate() else 0
+        pieces = bool(loaded.model.can_generate())
+        count = max(0, min(count, room)) if pieces else 0
         tokens, leads = greedy(decoder, asked[0], count) if count else NONE
     except (AttributeError, TypeError, ValueError) as error:
         raise TwofoldError(
             f"{loaded.name} can't be exported: its logits can't be compared, since it does not run on token ids alone "
             f"({error})"
         ) from error
-    return Reference(asked, logits, tokens, leads)
+    return Reference(asked, logits, tokens, leads, pieces)
 
 
 def compare(reference: Reference, decoder: Decoder) -> Comparison:
-    """Read the prompts with a decoder, half at once and then one token after another, and decode as many as the model did."""
+    """Read the prompts with a decoder, half at once and then one token after another if it goes so, and decode as many."""
     count = same = 0
     largest = wrong = power = 0.0
     for ids, expected in zip(reference.prompts, reference.logits, strict=True):
         decoder.start()
-        half = (ids.shape[1] + 1) // 2
+        half = (ids.shape[1] + 1) // 2 if reference.pieces else ids.shape[1]
         pieces = [(0, half), *((place, place + 1) for place in range(half, ids.shape[1]))]
         for begin, end in pieces:
             got = decoder.read(ids[:, begin:end]).float().to(expected.device)

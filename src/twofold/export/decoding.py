@@ -39,10 +39,8 @@ class ModelDecoder:
     ) -> Tensor:  # (batch, tokens, vocabulary)
         ids = ids.to(self.model.device)
         whole = ids if self._read is None else torch.cat([self._read, ids], 1)
-        if self._past is None:
-            out = self.model(input_ids=whole)
-        else:
-            out = self.model(input_ids=ids, past_key_values=self._past)
+        past = {} if self._past is None else {"past_key_values": self._past}
+        out = self.model(input_ids=ids if past else whole, **past)
         self._past, self._read = getattr(out, "past_key_values", None), whole
         logits: Tensor = out.logits[:, -ids.shape[1] :]
         return logits

@@ -56,7 +56,8 @@ class OtherProcess:
         self._process.stdin.flush()
         self._begin = False
         self._answer()
-        return load_file(out)["logits"].clone()
+        logits: Tensor = load_file(out)["logits"]
+        return logits.clone()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 class Small(nn.Module):
     """What the layers have in common: a bias, and one element named `weight`."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, out_features: int, bias: bool, **kind: Any) -> None:
         super().__init__()
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **kind)) if bias else None)
@@ -30,6 +32,10 @@ def order_of(size: int, device: Any) -> Tensor:
 
 class Factored(Small):
     """Two products: plain, or with some outputs (rows) or inputs (columns) standing for themselves; and some columns dense."""
+
+    order: Tensor
+    split: Tensor
+    dense: nn.Linear
 
     def __init__(
         self, inputs: int, outputs: int, bias: bool, rank: int, form: str = "plain", columns: int = 0, **kind: Any
@@ -68,6 +74,8 @@ class Factored(Small):
 class Sliced(Small):
     """One product with some of the rows or columns; the others are zero."""
 
+    index: Tensor
+
     def __init__(self, inputs: int, outputs: int, bias: bool, kept: int, form: str, **kind: Any) -> None:
         super().__init__(outputs, bias, **kind)
         self.rows, self.outputs = form == "kept-rows", outputs
@@ -86,6 +94,8 @@ class Sliced(Small):
 
 class Basis(nn.Module):
     """The first product of layers of several blocks, which the model holds once."""
+
+    order: Tensor
 
     def __init__(self, inputs: int, rank: int, form: str, **kind: Any) -> None:
         super().__init__()

@@ -70,19 +70,18 @@ def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
     )
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
 
-    @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code)
 
-    @app.exception_handler(RequestValidationError)
     async def unreadable(_: Request, error: RequestValidationError) -> JSONResponse:
         return JSONResponse(error_body(400, "the request is no JSON object"), 400)
 
-    @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
         traceback.print_exception(error)
         return JSONResponse(error_body(500, f"the server failed ({type(error).__name__}: {error})"), 500)
 
+    for kind, handler in ((HTTPException, refused), (RequestValidationError, unreadable), (Exception, failed)):
+        app.add_exception_handler(kind, handler)
     return Gate(app, queue)
 
 

@@ -1,7 +1,8 @@
 """A LoRA adapter of the residual, W′ − W of every factored layer: the original with it computes what the factored model does.
 
-It is for programs that know adapters and nothing else. Nothing is saved by it: they hold the original whole, and the adapter beside it.
-The truncation of a projection leaves W′ − W with a rank of min(m, n) − r, so an exact adapter is large where r is small.
+It is for programs that know adapters and nothing else. Nothing is saved by it: they hold the original whole, and the adapter
+beside it. The truncation of a projection leaves W′ − W with a rank of min(m, n) − r, so an exact adapter is large where r is
+small.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A checkpoint with its own code: plain transformers loads it with ``trust_remote_code=True``, without Twofold.
 
-It has a model type of its own. With the native one, a loader without trust would build the native model and leave its weights random.
+It has a model type of its own. With the native one, a loader without trust would build the native model and leave its weights
+random.
 """
 
 from __future__ import annotations
