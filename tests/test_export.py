@@ -93,7 +93,8 @@ def test_dense_is_an_ordinary_checkpoint(small, tmp_path, run):
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert {k: v.shape for k, v in merged.items()} == {k: v.shape for k, v in original.items()}
     torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(AutoModelForCausalLM.from_pretrained(small))
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")),
+        logits(AutoModelForCausalLM.from_pretrained(small)),
     )
     assert said["file_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
 
@@ -265,6 +266,72 @@ def test_another_original_is_refused(small, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def write_original_gguf(model, path):
+    """A GGUF file as llama.cpp's converter writes it, of a tiny Llama with a part of its weights quantized."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_token_list([f"token {number}" for number in range(config.vocab_size)])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, weight in model.state_dict().items():
+        if key == "lm_head.weight":
+            continue  # it is that of the embeddings
+        data = weight.numpy()
+        if "q_proj" in key or "k_proj" in key:
+            heads = config.num_attention_heads if "q_proj" in key else config.num_key_value_heads
+            data = data.reshape(heads, 2, -1, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
+        kind = gguf.GGMLQuantizationType.Q8_0 if "embed" in key or "gate" in key else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(data, kind)
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
+def test_gguf_of_the_merged_model(dtype, tmp_path, run):
+    import gguf
+
+    write_original_gguf(make_model("llama"), tmp_path / "original.gguf")
+    original = load_model(str(tmp_path / "original.gguf"), device="cpu").model
+    settings = {"keep": 0.6, "texts": [TEXT], "tokens": 64, "window": 32, "quiet": True}
+    twofold.factorize(original, make_tokenizer(), **settings).save_pretrained(tmp_path / "small")
+    make_tokenizer().save_pretrained(tmp_path / "small")
+    arguments = ["--to", "gguf", "--base", tmp_path / "original.gguf", "--dtype", dtype, "--out", tmp_path / "out"]
+    code, out, err = run("export", tmp_path / "small", *arguments, "--json", "-q")
+    assert code == 0, err
+    comparison = json.loads(out)["comparison"]
+    assert comparison["relative"] < (1e-5 if dtype == "auto" else 2e-2)
+    before, after = (gguf.GGUFReader(path) for path in (tmp_path / "original.gguf", tmp_path / "out" / "model.gguf"))
+    assert [t.name for t in before.tensors] == [t.name for t in after.tensors]
+    assert {f.name: f.contents() for f in before.fields.values() if f.name[:4] != "GGUF"} == {
+        f.name: f.contents() for f in after.fields.values() if f.name[:4] != "GGUF"
+    }
+    kinds = {t.name: t.tensor_type.name for t in after.tensors}
+    assert kinds["token_embd.weight"] == "Q8_0", "what was not factorized is copied"
+    assert kinds["blk.0.attn_q.weight"] == {"auto": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+    if dtype == "auto":
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+        torch.testing.assert_close(logits(merged), logits(load_model(str(tmp_path / "small"), device="cpu").model))
+
+
+def test_a_gguf_file_of_another_model_is_refused(small, tmp_path):
+    write_original_gguf(make_model("llama"), tmp_path / "original.gguf")
+    with pytest.raises(TwofoldError, match="name a GGUF file of its original with --base"):
+        export_model(str(small), "gguf", tmp_path / "out", base=str(tmp_path / "original.gguf"), quiet=True)
+
+
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_graphs_decode_what_the_model_does(kind, small, tmp_path, run):
     code, out, err = run("export", small, "--to", kind, "--out", tmp_path / "out", "--json", "-q")
@@ -318,9 +385,10 @@ def test_what_does_not_say_the_same_is_not_kept(small, tmp_path):
             export_model(str(small), "wrong", tmp_path / "out", quiet=True)
     finally:
         del FORMATS["wrong"]
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["cache", "original", "small"] or not (
-        tmp_path / "out"
-    ).exists()
+    assert (
+        sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["cache", "original", "small"]
+        or not (tmp_path / "out").exists()
+    )
     assert not list(tmp_path.glob(".out.*"))
 
 
@@ -328,10 +396,10 @@ def test_what_does_not_say_the_same_is_not_kept(small, tmp_path):
     ("arguments", "message"),
     [
         (["--to", "tflite"], "there is no export format 'tflite'; choose one of dense, gguf, lora"),
-        (["--to", "dense", "--rank", "4"], "--rank and --base are of --to lora"),
+        (["--to", "dense", "--rank", "4"], "--rank is of --to lora"),
         (["--to", "dense", "--dtype", "int8"], "--dtype must be auto, float32, bfloat16 or float16"),
         (["--to", "onnx", "--dtype", "float16"], "--to onnx writes float32"),
-        (["--to", "gguf"], "--to dense"),
+        (["--to", "gguf"], "name it with --base model.gguf"),
     ],
 )
 def test_bad_input_gives_one_sentence(arguments, message, small, tmp_path, run):

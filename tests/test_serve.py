@@ -97,7 +97,9 @@ def slow(running, monkeypatch):
 
 def test_many_clients_get_the_answers_of_offline(running):
     client = running.client()
-    prompts = [f"The {word} of {place}" for word in ("castle", "market", "bridge") for place in ("Arles", "Cádiz", "Derry")]
+    prompts = [
+        f"The {word} of {place}" for word in ("castle", "market", "bridge") for place in ("Arles", "Cádiz", "Derry")
+    ]
 
     def ask(number):
         prompt, count = prompts[number % len(prompts)], 4 + number % 5
@@ -105,7 +107,12 @@ def test_many_clients_get_the_answers_of_offline(running):
         if number % 3 == 0:
             messages = [{"role": "user", "content": prompt}]
             answer = client.chat.completions.create(messages=messages, **how)
-            return f"user: {prompt}\nassistant:", count, answer.choices[0].message.content, answer.choices[0].finish_reason
+            return (
+                f"user: {prompt}\nassistant:",
+                count,
+                answer.choices[0].message.content,
+                answer.choices[0].finish_reason,
+            )
         if number % 3 == 1:
             answer = client.completions.create(prompt=prompt, **how)
             assert answer.usage.completion_tokens == count and answer.model == "small"
@@ -196,7 +203,12 @@ def test_a_client_that_leaves_is_not_answered_any_further(stream, slow):
             httpx.post(f"{slow.url}/completions", json=body, timeout=0.3)
     slow.wait_until_empty()
     # The next answer does not wait for the rest of the one that nobody reads (110 tokens of 0.05 s).
-    text = slow.client().completions.create(model="small", prompt="The market", max_tokens=3, temperature=0).choices[0].text
+    text = (
+        slow.client()
+        .completions.create(model="small", prompt="The market", max_tokens=3, temperature=0)
+        .choices[0]
+        .text
+    )
     assert time.monotonic() - started < 4
     assert text == slow.offline("The market", 3)
 

@@ -13,7 +13,7 @@ def command(
     to: Annotated[str, typer.Option(help="dense, portable, lora, onnx, openvino, or gguf.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     rank: Annotated[int | None, typer.Option(min=1, help="Of a LoRA adapter; by default what is exact.")] = None,
-    base: Annotated[str | None, typer.Option(help="The original model, for a LoRA adapter.")] = None,
+    base: Annotated[str | None, typer.Option(help="The original, for lora; its .gguf file, for gguf.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights; auto is the stored one, float32 for runtimes.")] = "auto",
     check_tokens: Annotated[int, typer.Option(min=0, help="Tokens to decode in both, for the comparison.")] = 64,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that Twofold wrote.")] = False,

@@ -70,7 +70,8 @@ def export_model(
         to: the name of the format, one of ``FORMATS``.
         out: a folder, which appears whole or not at all.
         rank: of the adapter, for ``lora``; by default what is exact.
-        base: the original model, for ``lora``; by default the one that the checkpoint was made from.
+        base: the original model, for ``lora`` (by default the one that the checkpoint was made from), or its .gguf file, for
+            ``gguf``.
         dtype: of the exported weights; "auto" is the stored one, or float32 for runtimes.
         tokens: to decode greedily in both, for the comparison.
 
@@ -80,8 +81,10 @@ def export_model(
     register()
     kind, folder = get_format(to), Path(out).expanduser()
     kind.check()
-    if to != "lora" and (rank is not None or base is not None):
-        raise TwofoldError(f"--rank and --base are of --to lora, and this is --to {to}; leave them out")
+    if (rank is not None and to != "lora") or (base is not None and to not in ("lora", "gguf")):
+        raise TwofoldError(
+            f"--rank is of --to lora, --base of --to lora and --to gguf, and this is --to {to}; leave them out"
+        )
     check_output(folder, overwrite)
     with progress("Loading", 1, quiet=quiet) as tick:
         loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code)
