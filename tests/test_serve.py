@@ -236,7 +236,7 @@ def test_what_can_not_be_served(tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(TwofoldError, match="can't listen at .* name another --port"):
+        with pytest.raises(TwofoldError, match=r"can't listen at .* name another --port"):
             serve(str(tmp_path), port=taken.getsockname()[1])
     with pytest.raises(TwofoldError, match="has no tokenizer"):
         build_app(LoadedModel(make_model(), None, "m", None, torch.float32), "m")

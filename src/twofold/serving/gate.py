@@ -35,10 +35,22 @@ class Gate:
             await refuse(send, 503, sentence, "overloaded", [(b"retry-after", b"1")])
             return
         self.inside += 1
+        within = True
+
+        def leave() -> None:
+            nonlocal within
+            self.inside -= within
+            within = False
+
+        async def give(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                leave()  # before the client has all of it, and may ask again
+            await send(message)
+
         try:
-            await self._run(scope, receive, send)
+            await self._run(scope, receive, give)
         finally:
-            self.inside -= 1
+            leave()
 
     async def _run(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         body = bytearray()

@@ -1,8 +1,8 @@
 """GGUF of the merged model, for llama.cpp: a GGUF file of the original, with the weights that were factorized replaced.
 
-The `gguf` package writes tensors, and has no converter of whole models: how a text is cut into tokens, and in which order llama.cpp
-keeps the rows of a weight, stand in the original's file alone. So both are taken from there, each weight is checked against
-it, and the result is read again.
+The `gguf` package writes tensors, and has no converter of whole models: how a text is cut into tokens, and in which order
+llama.cpp keeps the rows of a weight, stand in the original's file alone. So both are taken from there, each weight is checked
+against it, and the result is read again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from twofold.models import load_model
 
 FILE = "model.gguf"
 Turn = Callable[[np.ndarray], np.ndarray]
-CONVERTER = "without one, use --to dense and then llama.cpp's own convert_hf_to_gguf.py, which Twofold can't call since no package has it"
+CONVERTER = "without one, use --to dense and then llama.cpp's own convert_hf_to_gguf.py, which no package has"
 
 
 @export_format("gguf")
