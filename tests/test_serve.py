@@ -44,9 +44,9 @@ def loaded(template=TEMPLATE):
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self):
-        self.loaded = loaded()
-        self.app = build_app(self.loaded, "small", QUEUE)
+    def __init__(self, template=TEMPLATE, queue=QUEUE):
+        self.loaded = loaded(template)
+        self.app = build_app(self.loaded, "small", queue)
         place = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{place.getsockname()[1]}/v1"
         self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="error"))
@@ -56,6 +56,10 @@ class Running:
         while not self.server.started:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(timeout=10)
 
     def client(self):
         return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0)
@@ -78,8 +82,7 @@ class Running:
 def running():
     running = Running()
     yield running
-    running.server.should_exit = True
-    running.thread.join(timeout=10)
+    running.stop()
 
 
 @pytest.fixture
@@ -247,13 +250,12 @@ def test_what_can_not_be_served(tmp_path, monkeypatch):
 
 
 def test_a_base_model_completes_and_does_not_chat():
-    app = build_app(loaded(template=None), "base", 2).app
-    from fastapi.testclient import TestClient
-
-    client = TestClient(app)
-    answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]})
+    base = Running(template=None, queue=2)
+    answer = httpx.post(f"{base.url}/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]})
     assert answer.status_code == 400 and "has no chat template; use /v1/completions" in answer.text
-    assert client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 2, "temperature": 0}).status_code == 200
+    answer = httpx.post(f"{base.url}/completions", json={"prompt": "Hi", "max_tokens": 2, "temperature": 0})
+    assert answer.status_code == 200
+    base.stop()
 
 
 def chat(monkeypatch, capsys, folder, lines, *arguments):
