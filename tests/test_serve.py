@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -256,6 +258,27 @@ def test_a_base_model_completes_and_does_not_chat():
     answer = httpx.post(f"{base.url}/completions", json={"prompt": "Hi", "max_tokens": 2, "temperature": 0})
     assert answer.status_code == 200
     base.stop()
+
+
+def test_the_command_serves_until_it_is_stopped(tmp_path):
+    said = loaded()
+    said.model.save_pretrained(tmp_path / "small")
+    said.tokenizer.save_pretrained(tmp_path / "small")
+    command = [sys.executable, "-m", "twofold", "serve", str(tmp_path / "small"), "--port", "0", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("Serving small at http://127.0.0.1:"), line + process.stderr.read()
+            client = openai.OpenAI(base_url=line.split(" at ")[1].split()[0], api_key="none", max_retries=0)
+            answer = client.completions.create(model="small", prompt="The castle", max_tokens=5, temperature=0)
+            ids = said.tokenizer("The castle", return_tensors="pt")["input_ids"]
+            out = said.model.generate(ids, do_sample=False, max_new_tokens=5)
+            assert answer.choices[0].text == said.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
+        assert "Traceback" not in process.stderr.read()
 
 
 def chat(monkeypatch, capsys, folder, lines, *arguments):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -20,13 +21,14 @@ def command(
     """Talk with a model; lines from a pipe are turns of one conversation."""
     from twofold.serving import chat
 
-    chat(
-        model,
-        system=system,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    with suppress(KeyboardInterrupt):  # the way to end it
+        chat(
+            model,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )

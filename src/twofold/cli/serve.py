@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -19,12 +20,13 @@ def command(
     """Answer chat and completion requests as OpenAI's API does, until it is stopped."""
     from twofold.serving import serve
 
-    serve(
-        model,
-        host=host,
-        port=port,
-        queue=queue,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    with suppress(KeyboardInterrupt):  # the way to end it
+        serve(
+            model,
+            host=host,
+            port=port,
+            queue=queue,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )

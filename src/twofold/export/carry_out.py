@@ -11,7 +11,7 @@ from typing import Any
 import pydantic
 import torch
 
-from twofold.checkpoint.write import EXPORTED, check_apart, check_output, staged_folder
+from twofold.checkpoint.write import EXPORTED, check_apart, check_output, check_space, staged_folder
 from twofold.errors import TwofoldError
 from twofold.evaluate.size import memory_bytes
 from twofold.export.base import FORMATS, Format, Source, check_plain, compact_layers, get_format
@@ -93,6 +93,7 @@ def export_model(
     _check_kind(kind, loaded)
     chosen = _dtype(dtype, loaded, kind)
     weight_bytes = _bytes_in(loaded.model, chosen)
+    check_space(folder, weight_bytes)
     with _out_of_memory(model), torch.no_grad(), quiet_bars():
         reference = refer(loaded, tokens)
         with staged_folder(folder, overwrite) as staged:

@@ -32,8 +32,6 @@ def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
     Raises:
         TwofoldError: if the model does not decode with a cache, or has what the format can't express.
     """
-    from transformers.exporters.utils import decompose_for_generation
-
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         raise TwofoldError(
             f"--to {kind} takes models that decode one token after another, and {name} ({type(model).__name__}) does not; "
@@ -42,6 +40,8 @@ def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
     samples = torch.tensor(
         [[3, 4, 5, 6, 7], [7, 6, 5, 4, 3]]
     )  # two rows and several tokens, so that both sizes stay open
+    from transformers.exporters.utils import decompose_for_generation
+
     try:
         with _quiet():
             stages = decompose_for_generation(
@@ -58,6 +58,20 @@ def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
         reason = first_line(deepest if isinstance(deepest, Exception) else error)
         raise TwofoldError(
             f"{name} ({type(model).__name__}) can't be exported to {kind}: {reason}; use --to dense or --to portable"
+        ) from error
+
+
+def need_exporters(kind: str) -> None:
+    """Refuse a transformers whose exporters do not write this.
+
+    Raises:
+        TwofoldError: naming the version that is known to.
+    """
+    try:
+        from transformers.exporters import ExportedModel, OpenVINOExporter  # noqa: F401
+    except ImportError as error:
+        raise TwofoldError(
+            f"--to {kind} is written by exporters that this transformers does not have ({error}); install 5.23 or newer"
         ) from error
 
 

@@ -54,9 +54,15 @@ def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
     from fastapi import HTTPException, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
-    from transformers.cli.serving.server import build_server
 
-    from twofold.serving.generation import Chat, Complete, OneModel, State
+    try:
+        from transformers.cli.serving.server import build_server
+
+        from twofold.serving.generation import Chat, Complete, OneModel, State
+    except ImportError as error:
+        raise TwofoldError(
+            f"this transformers has not the server that twofold serve builds on ({error}); install 5.23 or newer"
+        ) from error
 
     manager, state = OneModel(loaded, name), State(positions(loaded.model))
     app: Any = build_server(

@@ -8,13 +8,14 @@ from typing import Any
 
 from twofold.export.base import Source, Written, export_format
 from twofold.export.formats.dense import save_beside
-from twofold.export.graph import products_note, trace
+from twofold.export.graph import need_exporters, products_note, trace
 from twofold.export.runtimes import GRAPHS, OnnxDecoder
 
 
 @export_format("onnx", needs=("onnx", "onnxscript", "onnxruntime"))
 def write_onnx(source: Source, folder: Path) -> Written:
     """The graph, its weights beside it, the configuration and the tokenizer."""
+    need_exporters("onnx")
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     exported = trace("onnx", OnnxExporter(), OnnxConfig(dynamic=True), source.model, source.loaded.name)

@@ -7,13 +7,14 @@ from typing import Any
 
 from twofold.export.base import Source, Written, export_format
 from twofold.export.formats.onnx import finish_graph
-from twofold.export.graph import products_note, trace
+from twofold.export.graph import need_exporters, products_note, trace
 from twofold.export.runtimes import GRAPHS, OpenVinoDecoder
 
 
 @export_format("openvino", needs=("openvino",))
 def write_openvino(source: Source, folder: Path) -> Written:
     """The graph, its weights beside it, the configuration and the tokenizer."""
+    need_exporters("openvino")
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
     exported = trace("openvino", OpenVINOExporter(), OpenVINOConfig(dynamic=True), source.model, source.loaded.name)
