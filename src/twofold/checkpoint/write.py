@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from twofold.errors import TwofoldError
 
 OURS = ("config.json", "plan.json", "run.json")  # what a folder that we wrote holds
+EXPORTED = "twofold-export.json"  # or this, if it is an export
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -31,7 +32,7 @@ def check_output(out: Path, overwrite: bool) -> None:
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise TwofoldError(f"the output folder {out} exists; name another one, or replace it with --overwrite")
-        if not all((out / name).exists() for name in OURS):
+        if not all((out / name).exists() for name in OURS) and not (out / EXPORTED).exists():
             raise TwofoldError(
                 f"the output folder {out} was not written by Twofold, so it is not replaced; name another"
             )

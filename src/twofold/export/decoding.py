@@ -1,0 +1,66 @@
+"""Greedy decoding, the same for every form that a model is in."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Decoder(Protocol):
+    """Reads token ids piece by piece and remembers what it has read."""
+
+    def start(self) -> None:
+        """Forget what was read."""
+
+    def read(
+        self,
+        ids: Tensor,  # (batch, tokens)
+    ) -> Tensor:  # (batch, tokens, vocabulary), or (batch, 1, vocabulary) where only the last are computed
+        """Read more tokens; the logits behind them."""
+
+
+class ModelDecoder:
+    """A causal language model of transformers, with its own cache; without one, everything is read again."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.start()
+
+    def start(self) -> None:
+        self._past: Any = None
+        self._read: Tensor | None = None
+
+    @torch.inference_mode()
+    def read(
+        self,
+        ids: Tensor,  # (batch, tokens)
+    ) -> Tensor:  # (batch, tokens, vocabulary)
+        ids = ids.to(self.model.device)
+        whole = ids if self._read is None else torch.cat([self._read, ids], 1)
+        past = {} if self._past is None else {"past_key_values": self._past}
+        out = self.model(input_ids=ids if past else whole, **past)
+        self._past, self._read = getattr(out, "past_key_values", None), whole
+        logits: Tensor = out.logits[:, -ids.shape[1] :]
+        return logits
+
+
+def greedy(
+    decoder: Decoder,
+    ids: Tensor,  # (batch, tokens)
+    count: int,
+) -> tuple[Tensor, Tensor]:  # (batch, count), (batch, count)
+    """The most likely ``count`` tokens after a prompt, one after another, through any end of the text.
+
+    Returns:
+        The tokens, and for each how far its logit is above that of the second one.
+    """
+    decoder.start()
+    tokens, leads = [], []
+    for _ in range(count):
+        best = decoder.read(ids)[:, -1].float().topk(2)
+        ids = best.indices[:, :1]
+        tokens.append(ids)
+        leads.append(best.values[:, 0] - best.values[:, 1])
+    return torch.cat(tokens, 1), torch.stack(leads, 1)

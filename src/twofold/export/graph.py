@@ -1,0 +1,104 @@
+"""What a graph is traced from: one forward that reads any number of tokens after any number that were read before.
+
+transformers' exporters make two graphs for generation, of a prompt and of one token, each with a copy of the weights. One graph
+of several tokens after a cache does for both, since an empty cache is a cache too. So the weights are on the disk once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from twofold.errors import TwofoldError
+from twofold.models import first_line
+
+
+def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
+    """The exported model, of one graph that gives the logits of the last token alone where the architecture can.
+
+    Args:
+        kind: the name of the format, for messages.
+        exporter: one of transformers', with its configuration.
+
+    Raises:
+        TwofoldError: if the model does not decode with a cache, or has what the format can't express.
+    """
+    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+        raise TwofoldError(
+            f"--to {kind} takes models that decode one token after another, and {name} ({type(model).__name__}) does not; "
+            "use --to dense or --to portable"
+        )
+    samples = torch.tensor(
+        [[3, 4, 5, 6, 7], [7, 6, 5, 4, 3]]
+    )  # two rows and several tokens, so that both sizes stay open
+    from transformers.exporters.utils import decompose_for_generation
+
+    try:
+        with _quiet():
+            stages = decompose_for_generation(
+                model, {"input_ids": samples, "attention_mask": torch.ones_like(samples)}, multi_token_decode=True
+            )
+            inputs = stages["decode"][1]
+            if "logits_to_keep" in inspect.signature(model.forward).parameters:
+                inputs["logits_to_keep"] = 1
+            return exporter.export(model, inputs, config)
+    except Exception as error:  # torch, onnxscript and openvino raise errors of their own
+        deepest: BaseException = error
+        while deepest.__cause__ is not None:
+            deepest = deepest.__cause__
+        reason = first_line(deepest if isinstance(deepest, Exception) else error)
+        raise TwofoldError(
+            f"{name} ({type(model).__name__}) can't be exported to {kind}: {reason}; use --to dense or --to portable"
+        ) from error
+
+
+def need_exporters(kind: str) -> None:
+    """Refuse a transformers whose exporters do not write this.
+
+    Raises:
+        TwofoldError: naming the version that is known to.
+    """
+    try:
+        from transformers.exporters import ExportedModel, OpenVINOExporter  # noqa: F401
+    except ImportError as error:
+        raise TwofoldError(
+            f"--to {kind} is written by exporters that this transformers does not have ({error}); install 5.23 or newer"
+        ) from error
+
+
+def linear_layers(model: nn.Module) -> int:
+    """How many products with a weight one forward of a model has: each factor is one."""
+    return sum(isinstance(module, nn.Linear | Conv1D) for module in model.modules())
+
+
+def products_note(found: int, model: nn.Module) -> str:
+    """Whether the factors are still two products in a graph."""
+    expected = linear_layers(model)
+    if found == expected:
+        return f"The graph has {found} products with a weight, one for each factor and each dense layer."
+    return (
+        f"The graph has {found} products with a weight, the model has {expected} linear layers: the exporter has joined or "
+        "split some."
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the exporters say of themselves out of our output; what they can't do they raise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

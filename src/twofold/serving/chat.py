@@ -1,0 +1,143 @@
+"""A conversation in the terminal, or with lines from a pipe; each answer is shown as it is made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from twofold.errors import TwofoldError
+from twofold.models import LoadedModel, load_model, need_tokenizer, positions
+
+HELP = "Write a line. /clear forgets what was said, /exit or Ctrl-D ends."
+
+
+class Conversation:
+    """What was said so far, and how a model goes on with it.
+
+    A model without a chat template goes on with the text itself, that of all lines and answers.
+
+    Args:
+        system: what the model is told before everything else.
+        max_tokens: of an answer.
+        temperature: 0 takes the most likely token each time.
+    """
+
+    def __init__(self, loaded: LoadedModel, system: str | None, max_tokens: int, temperature: float) -> None:
+        self.loaded, self.tokenizer = loaded, need_tokenizer(loaded)
+        if not loaded.model.can_generate() or getattr(loaded.model.config, "is_encoder_decoder", False):
+            raise TwofoldError(
+                f"{loaded.name} ({type(loaded.model).__name__}) does not go on with a text, so it can't answer"
+            )
+        self.templated = getattr(self.tokenizer, "chat_template", None) is not None
+        if system is not None and not self.templated:
+            raise TwofoldError(f"{loaded.name} has no chat template, so it can't be told a --system; leave it out")
+        self.opening = [] if system is None else [{"role": "system", "content": system}]
+        self.max_tokens, self.temperature = max_tokens, temperature
+        self.longest = positions(loaded.model)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was said."""
+        self.turns: list[dict[str, str]] = []
+
+    def answer(self, line: str) -> tuple[str, bool]:
+        """Answer a line, writing the answer to standard output; both are remembered.
+
+        Returns:
+            The answer, and whether the oldest turns had to be forgotten for it.
+
+        Raises:
+            TwofoldError: if the line alone is longer than the context.
+        """
+        turns = [*self.turns, {"role": "user", "content": line}]
+        ids, forgot = self._ids(turns), False
+        while self.longest is not None and ids.shape[1] >= self.longest:
+            if len(turns) == 1:
+                raise TwofoldError(
+                    f"the line is {ids.shape[1]} tokens long with what stands before it, and the model's context "
+                    f"{self.longest}, with no room for an answer; write less"
+                )
+            turns, forgot = turns[2:], True
+            ids = self._ids(turns)
+        text = self._generate(ids)
+        self.turns = [*turns, {"role": "assistant", "content": text}]
+        return text, forgot
+
+    def _ids(self, turns: list[dict[str, str]]) -> torch.Tensor:  # (1, tokens)
+        if self.templated:
+            said = [*self.opening, *turns]
+            ids = self.tokenizer.apply_chat_template(
+                said, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            ids = self.tokenizer("".join(turn["content"] for turn in turns), return_tensors="pt")
+        found: torch.Tensor = ids["input_ids"]
+        return found.to(self.loaded.model.device)
+
+    def _generate(self, ids: torch.Tensor) -> str:
+        from transformers import TextStreamer
+
+        room = self.max_tokens if self.longest is None else min(self.max_tokens, self.longest - ids.shape[1])
+        how: dict[str, Any] = {"do_sample": self.temperature > 0, "max_new_tokens": room}
+        if self.temperature > 0:
+            how["temperature"] = self.temperature
+        shown = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        out = self.loaded.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=shown, **how)
+        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def chat(
+    model: str,
+    *,
+    system: str | None = None,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Talk until the input ends. Lines of a pipe are turns of one conversation; only the answers go to standard output.
+
+    Raises:
+        TwofoldError: if the model can't be loaded or does not answer, or a line of a pipe is longer than its context.
+    """
+    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    said = Conversation(loaded, system, max_tokens, temperature)
+    torch.manual_seed(seed)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print(HELP, file=sys.stderr)
+    if not said.templated:
+        print(f"{loaded.name} has no chat template: it goes on with the text that you write.", file=sys.stderr)
+    for line in _lines(terminal):
+        if line in ("/exit", "/quit"):
+            break
+        if line == "/clear":
+            said.clear()
+            continue
+        try:
+            _, forgot = said.answer(line)
+        except TwofoldError as error:
+            if not terminal:
+                raise
+            print(error, file=sys.stderr)
+            continue
+        if forgot:
+            print("(the oldest turns were forgotten: the context is full)", file=sys.stderr)
+
+
+def _lines(terminal: bool) -> Iterator[str]:
+    """What is written, without empty lines."""
+    while True:
+        try:
+            line = input("> ") if terminal else sys.stdin.readline()
+        except EOFError:
+            return
+        if not terminal and not line:
+            return
+        if line.strip():
+            yield line.strip()

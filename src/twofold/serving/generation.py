@@ -1,0 +1,167 @@
+"""transformers' serving handlers for one model that is loaded already, with the checks that an answer needs before it begins."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import torch
+from fastapi import HTTPException
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerateManager, GenerationState
+
+from twofold.models import LoadedModel
+
+
+class OneModel(ModelManager):  # type: ignore[misc]
+    """The models of a server: this one, under its name."""
+
+    def __init__(self, loaded: LoadedModel, name: str) -> None:
+        self.loaded, self.name = loaded, name
+        super().__init__(device=str(loaded.model.device), dtype="auto")
+
+    def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
+        return self.loaded.model, self.loaded.tokenizer
+
+    async def load_model_streaming(self, *_: Any, **__: Any) -> AsyncIterator[str]:
+        yield f'data: {{"status": "ready", "model": "{self.name}", "cached": true}}\n\n'
+
+    def get_gen_models(self, *_: Any) -> list[dict[str, Any]]:
+        return [{"id": self.name, "object": "model", "created": 0, "owned_by": "twofold"}]
+
+    def shutdown(self) -> None:
+        """Nothing was loaded here."""
+
+
+class Answers(GenerateManager):  # type: ignore[misc]
+    """Answers one request after another, each as ``generate`` does alone, so that none depends on what else is asked.
+
+    Args:
+        longest: tokens of the model's context, None if it has no limit.
+    """
+
+    def __init__(self, longest: int | None) -> None:
+        super().__init__()
+        self.longest = longest
+
+    def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **more: Any) -> Any:
+        self._fit(inputs, gen_config)
+        return super().generate_streaming(model, processor, inputs, gen_config, **more)
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> tuple[str, int, Any]:
+        self._fit(inputs, gen_config)
+        left = threading.Event()
+
+        def stop(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.full((len(ids),), left.is_set(), device=ids.device)
+
+        def run() -> Any:
+            if left.is_set():
+                return inputs["input_ids"]
+            return model.generate(**inputs, generation_config=gen_config, tokenizer=processor, stopping_criteria=[stop])
+
+        try:
+            sequences = await asyncio.shield(self.async_submit(run))
+        except asyncio.CancelledError:  # the client has left
+            left.set()
+            raise
+        length = inputs["input_ids"].shape[-1]
+        generated = sequences[0, length:]
+        return processor.decode(generated, skip_special_tokens=True), length, generated
+
+    def _fit(self, inputs: Any, gen_config: Any) -> None:
+        """Refuse a prompt without room for an answer, and end an answer where the context ends.
+
+        Raises:
+            HTTPException: 400 with a sentence.
+        """
+        length = int(inputs["input_ids"].shape[-1])
+        if length == 0:
+            raise HTTPException(400, "the prompt is empty; write something")
+        if self.longest is not None:
+            if length >= self.longest:
+                raise HTTPException(
+                    400,
+                    f"the prompt has {length} tokens and the model's context {self.longest}, with no room for an answer; "
+                    "shorten it",
+                )
+            asked = gen_config.max_new_tokens
+            gen_config.max_new_tokens = min(asked, self.longest - length) if asked else self.longest - length
+
+
+class State(GenerationState):  # type: ignore[misc]
+    """One manager, for the one model."""
+
+    def __init__(self, longest: int | None) -> None:
+        super().__init__()
+        self._answers = Answers(longest)
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> Answers:
+        return self._answers
+
+
+class _Checked:
+    """What both handlers check beside transformers' own checks."""
+
+    model_manager: OneModel
+
+    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
+        name, asked = self.model_manager.name, body.get("model")
+        if asked not in (None, "", name):
+            raise HTTPException(404, f"this server has the model {name}, not {asked}; ask for {name}")
+        return name, self.model_manager.loaded.model, self.model_manager.loaded.tokenizer
+
+    def _check_numbers(self, body: dict[str, Any]) -> None:
+        for key in ("max_tokens", "max_completion_tokens"):
+            value = body.get(key)
+            if value is not None and (type(value) is not int or value < 1):
+                raise HTTPException(400, f"{key} must be a whole number above 0, got {value!r}")
+        for key in ("temperature", "top_p"):
+            value = body.get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+                raise HTTPException(400, f"{key} must be a number that is not below 0, got {value!r}")
+        if body.get("n") not in (None, 1):
+            raise HTTPException(400, "n must be 1: this server gives one answer to a request")
+        if body.get("generation_config") is not None:
+            raise HTTPException(
+                400, "generation_config is not taken; use max_tokens, temperature, top_p, stop and seed"
+            )
+
+    def _build_generation_config(self, body: dict[str, Any], *given: Any, **more: Any) -> Any:
+        config = super()._build_generation_config(body, *given, **more)  # type: ignore[misc]
+        if body.get("temperature"):
+            config.do_sample = True
+        return config
+
+
+class Chat(_Checked, ChatCompletionHandler):  # type: ignore[misc]
+    """POST /v1/chat/completions."""
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        self._check_numbers(body)
+        messages = body.get("messages")
+        if (
+            not isinstance(messages, list)
+            or not messages
+            or not all(isinstance(m, dict) and "role" in m for m in messages)
+        ):
+            raise HTTPException(400, "messages must be a list of {role, content}, with at least one")
+        if getattr(self.model_manager.loaded.tokenizer, "chat_template", None) is None:
+            raise HTTPException(400, f"{self.model_manager.name} has no chat template; use /v1/completions")
+        return await super().handle_request(body, request_id)
+
+
+class Complete(_Checked, CompletionHandler):  # type: ignore[misc]
+    """POST /v1/completions."""
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        self._check_numbers(body)
+        if not isinstance(body.get("prompt"), str):
+            raise HTTPException(400, "prompt must be a text")
+        return await super().handle_request(body, request_id)
