@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from twofold.adapters.register import register
 from twofold.errors import TwofoldError
 from twofold.nn import CompactLinear, DenseColumnsLinear, FactoredLinear, SharedBasis, SharedLinear, SlicedLinear
 from twofold.nn.shared_linear import hold_bases
@@ -105,6 +106,7 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
             replace_module(model, name, _skeleton(modules[name], name, settings, bases))
             found += 1
         hold_bases(model)
+        register()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Refuse factors of another shape than the configuration says, and those that were not in the checkpoint.
@@ -270,3 +272,4 @@ def attach(model: Any) -> None:
     model.hf_quantizer = TwofoldQuantizer(config)
     model.is_quantized = True
     model.quantization_method = METHOD
+    register()

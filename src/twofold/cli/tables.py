@@ -16,6 +16,7 @@ from twofold.inspection import Inspection
 from twofold.plan import Estimate, Plan, PlanEntry
 from twofold.run import Run
 from twofold.status import Status
+from twofold.tune.record import TuneRun
 
 console = Console()
 
@@ -338,3 +339,32 @@ def print_status(status: Status, removed: bool) -> None:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
+
+
+def print_tuned(run: TuneRun, out: Path) -> None:
+    """What a fine-tuning did, cost and gained."""
+    table(
+        "Fine-tuning",
+        ["", ""],
+        [
+            ["method", run.settings.method],
+            ["trained numbers", f"{millions(run.trainable)} of {millions(run.parameters)}"],
+            ["rows", f"{run.rows:,}, and {run.rows_held_out:,} held out"],
+            ["steps", f"{run.steps:,} of {run.step_seconds:.2f} s"],
+            ["held-out loss before, nats a token", _nats(run.held_out_before)],
+            ["held-out loss after", _nats(run.held_out_after)],
+        ],
+    )
+    for sample in run.samples:
+        console.print(f"[bold]{plain(sample.prompt[-300:].strip())}[/bold]")
+        console.print(f"  before: {plain(sample.original.strip())}")
+        console.print(f"  after: {plain(sample.factored.strip())}")
+    for note in run.notes:
+        console.print(f"Note: {plain(note)}.")
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items() if seconds >= 0.5)
+    console.print(f"Time: {spent}. Peak memory: {run.peak_memory / 2**30:.2f} GiB.")
+    console.print(f"Written: {plain(str(out))}", highlight=False, soft_wrap=True)
+
+
+def _nats(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
