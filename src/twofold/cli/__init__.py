@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from twofold.cli import compare, compress, eval, inspect, plan, status, tune
+from twofold.cli import compare, compress, eval, extract, inspect, merge, plan, status, tune
 from twofold.cli.settings import repeat_flags
 
 
@@ -36,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (compress, plan, inspect, eval, compare, tune, status):
+for _module in (compress, plan, inspect, eval, compare, tune, merge, extract, status):
     app.command(name=_module.__name__.rpartition(".")[2], no_args_is_help=True)(_stoppable(_module.command))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unicodedata import category
 
 from rich.console import Console
@@ -17,6 +18,10 @@ from twofold.plan import Estimate, Plan, PlanEntry
 from twofold.run import Run
 from twofold.status import Status
 from twofold.tune.record import TuneRun
+
+if TYPE_CHECKING:  # these need PEFT, which is an extra
+    from twofold.adapters.extract import Extraction
+    from twofold.adapters.merge import Merge
 
 console = Console()
 
@@ -339,6 +344,31 @@ def print_status(status: Status, removed: bool) -> None:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
+
+
+def print_extracted(made: Extraction, out: Path) -> None:
+    """What was extracted."""
+    ranks = list(made.ranks.values())
+    console.print(
+        f"{len(ranks)} layers, ranks {min(ranks)} to {max(ranks)}, {millions(made.numbers)} numbers: {made.energy:.1%} of the change "
+        f"{plain(made.metric)}."
+    )
+    for note in made.notes:
+        console.print(f"Note: {plain(note)}.")
+    console.print(f"Adapter: {plain(str(out))}", highlight=False, soft_wrap=True)
+
+
+def print_merged(made: Merge, out: Path) -> None:
+    """What was merged."""
+    if made.ranks:
+        ranks = list(made.ranks.values())
+        console.print(f"{len(ranks)} layers of ranks {min(ranks)} to {max(ranks)}.")
+    if made.metric:
+        console.print(f"What was left out was chosen {plain(made.metric)}.")
+    console.print(f"Parameters: {millions(made.parameters_after)}, the model alone has {millions(made.parameters_before)}.")
+    for note in made.notes:
+        console.print(f"Note: {plain(note)}.")
+    console.print(f"Written: {plain(str(out))}", highlight=False, soft_wrap=True)
 
 
 def print_tuned(run: TuneRun, out: Path) -> None:
