@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,12 @@ def load_adapter(model: Any, folder: Path, name: str, loaded: LoadedModel) -> Pe
     check_base(folder, loaded)
     register()
     try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), adapter_name=name)
-            return model
-        return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        with warnings.catch_warnings():  # advice to who calls PEFT by hand
+            warnings.simplefilter("ignore")
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), adapter_name=name)
+                return model
+            return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
     except TwofoldError:
         raise
     except Exception as error:  # shapes, names, an unknown kind of adapter …

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from twofold.checkpoint.quantizer import dense_module
 from twofold.errors import TwofoldError
@@ -41,6 +44,13 @@ def grow(
     Raises:
         TwofoldError: if it is a sliced layer, or one that shares its basis: their forms hold no further rank.
     """
+    if isinstance(layer, nn.Linear | Conv1D):  # it became dense when it grew before
+        dense = copy.deepcopy(layer)
+        added = left.to(dense.weight) @ right.to(dense.weight)
+        dense.weight += added.T if isinstance(layer, Conv1D) else added
+        if bias is not None:
+            dense.bias += bias.to(dense.weight)
+        return dense
     if not isinstance(layer, FactoredLinear):
         raise TwofoldError(
             f"an adapter can't be merged into a {type(layer).__name__}, whose form holds no further rank; keep it beside the "
