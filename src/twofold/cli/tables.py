@@ -22,6 +22,7 @@ from twofold.tune.record import TuneRun
 if TYPE_CHECKING:  # these need PEFT, which is an extra
     from twofold.adapters.extract import Extraction
     from twofold.adapters.merge import Merge
+    from twofold.tune.estimate import TuneEstimate
 
 console = Console()
 
@@ -394,6 +395,19 @@ def print_tuned(run: TuneRun, out: Path) -> None:
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items() if seconds >= 0.5)
     console.print(f"Time: {spent}. Peak memory: {run.peak_memory / 2**30:.2f} GiB.")
     console.print(f"Written: {plain(str(out))}", highlight=False, soft_wrap=True)
+
+
+def print_estimated(found: TuneEstimate) -> None:
+    """What a fine-tuning would take."""
+    parts = ("program", "weights", "gradients", "optimizer", "activations", "head")
+    rows = [[name, megabytes(getattr(found, name))] for name in parts]
+    table("Peak memory, estimated", ["", ""], [*rows, ["in all", megabytes(found.memory)]])
+    again = ", activations computed anew" if found.gradient_checkpointing else ""
+    console.print(
+        f"Method {found.method}: {millions(found.trainable)} of {millions(found.parameters)} numbers are trained, "
+        f"{found.micro_batch} × {found.accumulation} rows a step{again}."
+    )
+    console.print(f"Time: about {found.step_seconds:.1f} s a step, {found.seconds / 60:.1f} min for {found.steps:,} steps.")
 
 
 def _nats(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,12 +25,19 @@ def command(
     Started again with the same settings, a run that was stopped goes on from its last checkpoint.
     """
     from twofold.adapters.register import need
-    from twofold.cli.tables import print_tuned
+    from twofold.cli.tables import print_estimated, print_tuned
 
     need("peft", "trl", "datasets")
-    from twofold.tune.run import tune
+    from twofold.tune.run import prepare, tune
 
-    del dry_run
+    if dry_run:
+        found = prepare(settings, must_estimate=True).estimate
+        assert found is not None
+        if json_output:
+            print(json.dumps({**found.model_dump(), "memory": found.memory}, indent=1))
+        else:
+            print_estimated(found)
+        return
     run = tune(settings, out, overwrite=overwrite, quiet=quiet)
     if json_output:
         print(run.model_dump_json(indent=1))

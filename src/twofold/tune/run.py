@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,23 @@ from transformers import EarlyStoppingCallback, PrinterCallback
 from trl import SFTConfig
 
 from twofold.adapters.register import need
+from twofold.budget import parse_budget
 from twofold.checkpoint.write import check_apart, check_output, check_space, staged_folder
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel, cast_weights, load_model, need_tokenizer, positions, quiet_bars
+from twofold.files import write_text
+from twofold.models import (
+    LoadedModel,
+    cast_weights,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    positions,
+    quiet_bars,
+)
 from twofold.progress import say
 from twofold.run import Sample, Stopwatch, machine, peak_memory
 from twofold.tune.bar import LossBar
+from twofold.tune.estimate import TuneEstimate, choose, estimate
 from twofold.tune.methods import Method, apply_method, check_method
 from twofold.tune.record import Point, TuneRun, draw_curve, write_card
 from twofold.tune.rows import Rows, read_rows
@@ -53,41 +65,60 @@ def tune(settings: TuneSettings, out: Path | str, *, overwrite: bool = False, qu
     out = Path(out).expanduser().resolve()
     watch = Stopwatch()
     check_output(out, overwrite)
+    with watch.stage("read"), quiet_libraries():
+        prepared = prepare(settings)
+    if not quiet:
+        say(_summary(prepared.rows, prepared.examples))
     with watch.stage("load"), quiet_libraries():
-        rows = read_rows(
-            settings.data,
-            skip_bad=settings.skip_bad,
-            dataset_config=settings.dataset_config,
-            dataset_split=settings.dataset_split,
-        )
         loaded = load_model(
             settings.model, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
         )
         check_apart(out, loaded.source, [Path(one) for one in settings.data if Path(one).exists()])
-        check_method(loaded.model, settings)
-        examples = encode(rows, loaded, settings)
         base = loaded.shards.hash("") if loaded.shards is not None else ""
-    if not quiet:
-        say(_summary(rows, examples))
-    mark = hashlib.sha256(f"{__version__} {settings.model_dump_json()} {examples.sha256} {base}".encode()).hexdigest()
+    about = f"{__version__} {settings.model_dump_json()} {prepared.examples.sha256} {base}"
     with working(out, settings.model) as work:
-        work.belongs_to(mark)
+        work.belongs_to(hashlib.sha256(about.encode()).hexdigest())
         work.update(stage="tuning")
-        return _Tuning(settings, loaded, rows, examples, base, work, watch, quiet=quiet).run(out, overwrite)
+        prepared.settings = _chosen(prepared.settings, work.folder / CHECKPOINTS / "settings.json")
+        return _Tuning(prepared, loaded, base, work, watch, quiet=quiet).run(out, overwrite)
 
 
-def encode(rows: Rows, loaded: LoadedModel, settings: TuneSettings) -> Examples:
-    """The rows as tokens.
+@dataclass
+class Prepared:
+    """What is known before the weights are loaded."""
+
+    settings: TuneSettings  # as they were chosen for the memory
+    rows: Rows
+    examples: Examples
+    windows: Any  # the data set of rows, or of packed windows
+    steps: int
+    estimate: TuneEstimate | None  # None where the architecture can't be run without weights
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
+    """Read the rows, and tell what the run will take.
+
+    Args:
+        must_estimate: fail where it can't be told.
 
     Raises:
-        TwofoldError: if the model reads no windows of that length, or the rows do not fit.
+        TwofoldError: for whatever the user can put right.
     """
-    longest = positions(loaded.model)
+    rows = read_rows(
+        settings.data,
+        skip_bad=settings.skip_bad,
+        dataset_config=settings.dataset_config,
+        dataset_split=settings.dataset_split,
+    )
+    model = load_skeleton(settings.model, trust_remote_code=settings.trust_remote_code).model
+    check_method(model, settings)
+    longest = positions(model)
     if longest is not None and settings.length > longest:
-        settings.length = longest
-    return encode_rows(
+        settings = settings.model_copy(update={"length": longest})
+    examples = encode_rows(
         rows.rows,
-        need_tokenizer(loaded),
+        load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code),
         length=settings.length,
         long=settings.long,
         loss=settings.loss,
@@ -95,6 +126,42 @@ def encode(rows: Rows, loaded: LoadedModel, settings: TuneSettings) -> Examples:
         held_out=settings.held_out,
         seed=settings.seed,
     )
+    windows = packed(examples.train, settings.length) if settings.packing else as_dataset(examples.train)
+    steps = settings.steps or max(1, math.ceil(math.ceil(len(windows) / settings.batch) * settings.epochs))
+    sizes = [len(ids) for ids in windows["input_ids"]]
+    shape = {"longest": max(sizes), "mean": sum(sizes) / len(sizes), "steps": steps}
+    notes: list[str] = []
+    try:
+        if settings.memory is None:
+            return Prepared(settings, rows, examples, windows, steps, estimate(settings, **shape), notes)
+        chosen, found = choose(settings, int(read_bytes(settings.memory)), **shape)
+    except TwofoldError:
+        if must_estimate or settings.memory is not None:
+            raise
+        return Prepared(settings, rows, examples, windows, steps, None, notes)
+    if chosen.method != settings.method:
+        notes.append(f"{settings.method} does not fit in {settings.memory}, so {chosen.method} was trained in its place")
+    return Prepared(chosen, rows, examples, windows, steps, found, notes)
+
+
+def read_bytes(text: str) -> float:
+    """A memory such as 4GB in bytes.
+
+    Raises:
+        TwofoldError: if it is none.
+    """
+    size, unit = parse_budget(text)
+    if unit != "bytes":
+        raise TwofoldError(f"--memory must be a size in bytes, such as 4GB, got {text!r}")
+    return size
+
+
+def _chosen(settings: TuneSettings, path: Path) -> TuneSettings:
+    """What was chosen for the memory when the run began: a run that is taken up again does the same."""
+    if path.is_file():
+        return TuneSettings.model_validate_json(path.read_text(encoding="utf-8"))
+    write_text(path, settings.model_dump_json(indent=1) + "\n")
+    return settings
 
 
 def _summary(rows: Rows, examples: Examples) -> str:
@@ -113,27 +180,24 @@ class _Tuning:
 
     def __init__(
         self,
-        settings: TuneSettings,
+        prepared: Prepared,
         loaded: LoadedModel,
-        rows: Rows,
-        examples: Examples,
         base: str,
         work: Work,
         watch: Stopwatch,
         *,
         quiet: bool,
     ) -> None:
-        self.settings, self.loaded, self.rows, self.examples, self.base = settings, loaded, rows, examples, base
+        self.settings, self.loaded, self.base = prepared.settings, loaded, base
+        self.prepared, self.rows, self.examples = prepared, prepared.rows, prepared.examples
         self.work, self.watch, self.quiet = work, watch, quiet
         self.folder = work.folder / CHECKPOINTS
         self.parameters = sum(p.numel() for p in loaded.model.parameters())
-        self.notes: list[str] = []
+        self.notes = prepared.notes
 
     def run(self, out: Path, overwrite: bool) -> TuneRun:
         settings, examples = self.settings, self.examples
-        with quiet_libraries():
-            windows = packed(examples.train, settings.length) if settings.packing else as_dataset(examples.train)
-        steps = settings.steps or max(1, math.ceil(math.ceil(len(windows) / settings.batch) * settings.epochs))
+        windows, steps = self.prepared.windows, self.prepared.steps
         prompts = held_out_prompts(examples, self.loaded.tokenizer)
         before = answers(self.loaded.model, self.loaded.tokenizer, prompts)
         with self.watch.stage("prepare"), quiet_libraries():
@@ -285,6 +349,7 @@ class _Tuning:
             held_out_curve=held,
             steps_shortened=sum(hook.shortened for hook in method.optimizer_hooks),
             step_seconds=trainer.watch.step_seconds,
+            estimated_memory=self.prepared.estimate.memory if self.prepared.estimate is not None else 0,
             notes=self.notes,
         )
 

@@ -22,6 +22,7 @@ from trl import SFTTrainer
 
 from twofold.errors import TwofoldError
 from twofold.files import write_text
+from twofold.residence import return_memory
 from twofold.tune.bar import LossBar
 from twofold.tune.tokens import Example
 
@@ -56,6 +57,7 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise NotFiniteError("the loss is not a finite number", self.state.global_step + 1)
+        return_memory()  # rows of many lengths would leave it in pieces that the next row does not fit in
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
