@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_model, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from conftest import ARCHITECTURES, make_model, make_tokenizer
 from twofold.adapters.extract import extract
 from twofold.adapters.folder import write_adapter
 from twofold.adapters.grow import grow, plain_factors
@@ -49,7 +49,9 @@ def factored_model(architecture: str = "llama", rank: int = 6) -> Any:
 def with_lora(model: Any, rank: int = 3, **settings_: Any) -> PeftModel:
     """LoRA whose product is not zero, on every linear layer."""
     torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False, **settings_)).eval()
+    return get_peft_model(
+        model, LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False, **settings_)
+    ).eval()
 
 
 @torch.no_grad()
@@ -76,7 +78,9 @@ def test_an_adapter_is_saved_loaded_and_merged_exactly(architecture: str, tmp_pa
     expected = logits(adapted)
     assert apart(expected, before) > 0.01
     adapted.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "small"), tmp_path / "adapter").eval()
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small"), tmp_path / "adapter"
+    ).eval()
     assert torch.equal(logits(loaded), expected)
     merged = loaded.merge_and_unload()
     assert apart(logits(merged), expected) < 1e-5
@@ -155,12 +159,20 @@ def test_an_untrained_adapter_takes_no_rank() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(3, 14), st.integers(3, 14), st.integers(1, 6), st.integers(1, 4), st.sampled_from(["auto", "plain"]), st.booleans())
+@given(
+    st.integers(3, 14),
+    st.integers(3, 14),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.sampled_from(["auto", "plain"]),
+    st.booleans(),
+)
 def test_growing_is_exact(m: int, n: int, r: int, k: int, form: str, bias: bool) -> None:
     r = min(r, m, n)
     generator = torch.Generator().manual_seed(m * 1000 + n * 10 + r)
     left, right, up, down, x = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((m, r), (r, n), (m, k), (k, n), (5, n))
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((m, r), (r, n), (m, k), (k, n), (5, n))
     )
     layer = FactoredLinear.from_factors(left, right, torch.randn(m, dtype=torch.float64) if bias else None, form=form)  # type: ignore[arg-type]
     torch.testing.assert_close(torch.linalg.multi_dot(plain_factors(layer)), left @ right)
@@ -234,7 +246,9 @@ def test_an_adapter_of_full_energy_is_the_whole_change(tmp_path: Path) -> None:
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
     assert apart(logits(adapted), expected) < 1e-4
     budget = extract(str(tuned), str(base), tmp_path / "less", rank=1, quiet=True)
-    assert budget.numbers <= sum(sum(dense_weight(tuned_model.get_submodule(n)).shape) for n in whole_layers(tuned_model))
+    assert budget.numbers <= sum(
+        sum(dense_weight(tuned_model.get_submodule(n)).shape) for n in whole_layers(tuned_model)
+    )
     assert 0.1 < budget.energy < 1
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "less")
 
@@ -243,9 +257,9 @@ def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
     base = save(make_model(), tmp_path / "base")
     other = save(make_model(seed=5), tmp_path / "other")
     shapes = save(make_model("qwen2"), tmp_path / "shapes")
-    with pytest.raises(TwofoldError, match="is not the base of.*differ by"):
+    with pytest.raises(TwofoldError, match=r"is not the base of.*differ by"):
         extract(str(other), str(base), tmp_path / "x", rank=2, quiet=True)
-    with pytest.raises(TwofoldError, match="is not the base of.*mlp"):
+    with pytest.raises(TwofoldError, match=r"is not the base of.*mlp"):
         extract(str(shapes), str(base), tmp_path / "x", rank=2, quiet=True)
     with pytest.raises(TwofoldError, match="nothing to extract"):
         extract(str(base), str(base), tmp_path / "x", rank=2, quiet=True)

@@ -87,7 +87,9 @@ def extract(
                 continue
             found = metrics.of(name, change).decompose(change)
             values[name] = found.values.float()
-            kept = by_energy({name: found.values}, energy)[name] if energy else min(len(found.values), DEEP * (rank or 1))
+            kept = (
+                by_energy({name: found.values}, energy)[name] if energy else min(len(found.values), DEEP * (rank or 1))
+            )
             left, right = found.factors(max(kept, 1))
             factors[name] = (left.float(), right.float())
     relative = (changes / max(squares, 1e-300)) ** 0.5
@@ -95,8 +97,8 @@ def extract(
         raise TwofoldError(f"the linear layers of {tuned} and {base} are the same, so there is nothing to extract")
     if relative > FAR:
         raise TwofoldError(
-            f"{base} is not the base of {tuned}: their linear layers differ by {relative:.0%} of their norm; name the model that it "
-            "was tuned from"
+            f"{base} is not the base of {tuned}: their linear layers differ by {relative:.0%} of their norm; name the model "
+            "that it was tuned from"
         )
     if energy is not None:
         ranks = by_energy(values, energy)
@@ -118,7 +120,9 @@ def extract(
         notes=_others(first, second, names),
     )
     with staged_folder(out, overwrite) as folder:
-        write_adapter(folder, {n: (factors[n][0][:, :r], factors[n][1][:r]) for n, r in ranks.items()}, str(first.source or base))
+        write_adapter(
+            folder, {n: (factors[n][0][:, :r], factors[n][1][:r]) for n, r in ranks.items()}, str(first.source or base)
+        )
         (folder / "run.json").write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return made
 
@@ -138,7 +142,8 @@ def matching_layers(base: LoadedModel, tuned: LoadedModel) -> list[str]:
         shapes = [tuple(dense_weight(layer).shape) for layer in (one, other)]
         if shapes[0] != shapes[1]:
             raise TwofoldError(
-                f"{base.name} is not the base of {tuned.name}: the layer {name} is {shapes[0]} in the one and {shapes[1]} in the other"
+                f"{base.name} is not the base of {tuned.name}: the layer {name} is {shapes[0]} in the one and "
+                f"{shapes[1]} in the other"
             )
     return names
 

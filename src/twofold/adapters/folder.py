@@ -53,7 +53,9 @@ def load_adapter(model: Any, folder: Path, name: str, loaded: LoadedModel) -> Pe
     if not (folder / CONFIG).is_file():
         raise TwofoldError(f"there is no adapter in {folder}: it has no {CONFIG}")
     if not (folder / WEIGHTS).is_file():
-        raise TwofoldError(f"the adapter {folder} has no {WEIGHTS}; Twofold loads no other format (pickles can run code)")
+        raise TwofoldError(
+            f"the adapter {folder} has no {WEIGHTS}; Twofold loads no other format (pickles can run code)"
+        )
     check_base(folder, loaded)
     register()
     try:
@@ -80,8 +82,8 @@ def check_base(folder: Path, loaded: LoadedModel) -> None:
     recorded = base_of(folder)
     if recorded and loaded.shards is not None and recorded != loaded.shards.hash(""):
         raise TwofoldError(
-            f"{folder} was made from another model than {loaded.name}: the weights differ from those that its run.json names; name "
-            "the model that it was trained on"
+            f"{folder} was made from another model than {loaded.name}: the weights differ from those that its run.json names; "
+            "name the model that it was trained on"
         )
 
 

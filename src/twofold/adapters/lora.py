@@ -26,8 +26,11 @@ class CompactLora(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.base_layer: nn.Module
         self.fan_in_fan_out = False  # the factors are (out, in), whatever the dense layer was
-        self._before: list[nn.Module] = []  # the base layers of before each merge; in a list, where PyTorch does not look
+        self._before: list[
+            nn.Module
+        ] = []  # the base layers of before each merge; in a list, where PyTorch does not look
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, CompactLinear)
@@ -51,8 +54,8 @@ class CompactLora(LoraLinear):
             variant, method = None, method or "this kind of LoRA"
         if variant is not None or method:
             raise TwofoldError(
-                f"{method or 'this kind of LoRA'} needs the dense weight, which a factored layer does not have; take lora, rslora, "
-                "eva, factors-top or factors-tail, or make the model dense first (model.dequantize())"
+                f"{method or 'this kind of LoRA'} needs the dense weight, which a factored layer does not have; take lora, "
+                "rslora, eva, factors-top or factors-tail, or make the model dense first (model.dequantize())"
             )
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
@@ -70,7 +73,7 @@ class CompactLora(LoraLinear):
             down, up = self.lora_A[name].weight, self.lora_B[name].weight * self.scaling[name]
             if safe_merge and not (torch.isfinite(down).all() and torch.isfinite(up).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            old = self.base_layer
+            old: nn.Module = self.base_layer
             bias = self.lora_B[name].bias if self.lora_bias[name] else None
             new = grow(old, up, down, None if bias is None else bias * self.scaling[name])
             trained = any(parameter.requires_grad for parameter in old.parameters())
@@ -97,7 +100,9 @@ class CompactLoraModel(LoraModel):
         if not isinstance(base, CompactLinear):
             return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)  # type: ignore[no-any-return]
         if kwargs.pop("parameter_name", None) is not None:
-            raise TwofoldError("an adapter can't take a single parameter of a factored layer; name the layer as a target")
+            raise TwofoldError(
+                "an adapter can't take a single parameter of a factored layer; name the layer as a target"
+            )
         kwargs.pop("device_map", None)
         return CompactLora(target, adapter_name, config=lora_config, **kwargs)
 

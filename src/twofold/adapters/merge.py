@@ -62,7 +62,9 @@ def merge(
     """
     weights = weights or [1.0] * len(adapters)
     if len(weights) != len(adapters):
-        raise TwofoldError(f"there are {len(adapters)} adapters and {len(weights)} values of --weight; give one for each")
+        raise TwofoldError(
+            f"there are {len(adapters)} adapters and {len(weights)} values of --weight; give one for each"
+        )
     if recompress and adapter_rank is not None:
         raise TwofoldError("give either --recompress or --adapter-rank")
     out = Path(out).expanduser().resolve()
@@ -75,8 +77,8 @@ def merge(
         parameters_before=sum(p.numel() for p in loaded.model.parameters()),
     )  # fmt: skip
     adapted: Any = loaded.model
-    for number, folder in enumerate(adapters):
-        adapted = load_adapter(adapted, Path(folder).expanduser(), f"adapter{number}", loaded)
+    for number, one in enumerate(adapters):
+        adapted = load_adapter(adapted, Path(one).expanduser(), f"adapter{number}", loaded)
     metrics = Metrics(moments)
     if adapter_rank is not None:
         layers = _one_adapter(adapted, weights, adapter_rank, metrics, record)
@@ -158,7 +160,9 @@ def _one_adapter(
             if key not in module.lora_A:
                 continue
             if module.lora_variant.get(key) is not None:
-                raise TwofoldError(f"{record.adapters[number]} is no plain LoRA, so it can't be put into one adapter; merge it")
+                raise TwofoldError(
+                    f"{record.adapters[number]} is no plain LoRA, so it can't be put into one adapter; merge it"
+                )
             down, up = module.lora_A[key].weight, module.lora_B[key].weight
             part = up.to(working_dtype(up.device)) @ down.to(working_dtype(up.device)) * (module.scaling[key] * weight)
             change = part if change is None else change + part

@@ -1,7 +1,7 @@
-"""The metric in which a change of a layer is measured: that of the calibration, where its moments are kept, or else the plain one.
+"""The metric in which a change of a layer is measured: that of the calibration, where moments are kept, or else the plain one.
 
-Of the two sides of a layer the calibration may have kept only what depends on the weight itself (W C Wᵀ, Wᵀ G W). For another weight
-that side has its trace alone: it counts as a multiple of the identity, which keeps the losses of all layers on one scale.
+Of the two sides of a layer the calibration may have kept only what depends on the weight itself (W C Wᵀ, Wᵀ G W). For another
+weight that side has its trace alone: it counts as a multiple of the identity, which keeps the losses of all layers on one scale.
 """
 
 from __future__ import annotations
@@ -93,5 +93,6 @@ class Metrics:
         if self.moments is None:
             return "in the plain metric: no moments were named"
         return (
-            f"in the calibrated metric for {self.whole} layers, with one side of it for {self.partly}, in the plain one for {self.plain}"
+            f"in the calibrated metric for {self.whole} layers, with one side of it for {self.partly}, in the plain one for "
+            f"{self.plain}"
         )

@@ -26,7 +26,7 @@ def by_budget(
     costs: Mapping[str, int],  # numbers that one direction takes
     budget: int,  # numbers in all
 ) -> dict[str, int]:
-    """The ranks that keep the most energy within a budget: the directions with the most energy for their cost, as far as it goes."""
+    """The ranks that keep the most energy within a budget: the directions with the most for their cost, as far as it goes."""
     names = [name for name in values for _ in range(len(values[name]))]
     if not names:
         return {}

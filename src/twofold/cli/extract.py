@@ -13,8 +13,12 @@ def command(
     base: Annotated[str, typer.Option(help="The model that it was tuned from.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the adapter to write.")],
     rank: Annotated[int | None, typer.Option(min=1, help="A budget: the mean rank of the layers.")] = None,
-    energy: Annotated[float | None, typer.Option(help="In its place: the share of each layer's change to keep.")] = None,
-    moments: Annotated[Path | None, typer.Option(help="Moments of the base: measure the change in their metric.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="In its place: the share of each layer's change to keep.")
+    ] = None,
+    moments: Annotated[
+        Path | None, typer.Option(help="Moments of the base: measure the change in their metric.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,

@@ -12,14 +12,18 @@ def command(
     model: Annotated[str, typer.Argument(help="The model that the adapters were trained on.")],
     adapters: Annotated[list[str], typer.Argument(help="Folders of LoRA adapters.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    weight: Annotated[list[float] | None, typer.Option(help="How much an adapter counts; once for each, in order.")] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="How much an adapter counts; once for each, in order.")
+    ] = None,
     recompress: Annotated[
         bool, typer.Option("--recompress", help="Bring each factored layer back to the rank that it had.")
     ] = False,
     adapter_rank: Annotated[
         int | None, typer.Option(min=1, help="Write one adapter and no model: its mean rank, as a budget.")
     ] = None,
-    moments: Annotated[Path | None, typer.Option(help="Moments of the model: leave out what counts least for it.")] = None,
+    moments: Annotated[
+        Path | None, typer.Option(help="Moments of the model: leave out what counts least for it.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:

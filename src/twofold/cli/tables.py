@@ -351,8 +351,8 @@ def print_extracted(made: Extraction, out: Path) -> None:
     """What was extracted."""
     ranks = list(made.ranks.values())
     console.print(
-        f"{len(ranks)} layers, ranks {min(ranks)} to {max(ranks)}, {millions(made.numbers)} numbers: {made.energy:.1%} of the change "
-        f"{plain(made.metric)}."
+        f"{len(ranks)} layers, ranks {min(ranks)} to {max(ranks)}, {millions(made.numbers)} numbers: {made.energy:.1%} of the "
+        f"change {plain(made.metric)}."
     )
     for note in made.notes:
         console.print(f"Note: {plain(note)}.")
@@ -366,7 +366,9 @@ def print_merged(made: Merge, out: Path) -> None:
         console.print(f"{len(ranks)} layers of ranks {min(ranks)} to {max(ranks)}.")
     if made.metric:
         console.print(f"What was left out was chosen {plain(made.metric)}.")
-    console.print(f"Parameters: {millions(made.parameters_after)}, the model alone has {millions(made.parameters_before)}.")
+    console.print(
+        f"Parameters: {millions(made.parameters_after)}, the model alone has {millions(made.parameters_before)}."
+    )
     for note in made.notes:
         console.print(f"Note: {plain(note)}.")
     console.print(f"Written: {plain(str(out))}", highlight=False, soft_wrap=True)
@@ -407,7 +409,9 @@ def print_estimated(found: TuneEstimate) -> None:
         f"Method {found.method}: {millions(found.trainable)} of {millions(found.parameters)} numbers are trained, "
         f"{found.micro_batch} × {found.accumulation} rows a step{again}."
     )
-    console.print(f"Time: about {found.step_seconds:.1f} s a step, {found.seconds / 60:.1f} min for {found.steps:,} steps.")
+    console.print(
+        f"Time: about {found.step_seconds:.1f} s a step, {found.seconds / 60:.1f} min for {found.steps:,} steps."
+    )
 
 
 def _nats(value: float | None) -> str:

@@ -29,9 +29,11 @@ def command(
 
     need("peft", "trl", "datasets")
     from twofold.tune.run import prepare, tune
+    from twofold.tune.trainer import quiet_libraries
 
     if dry_run:
-        found = prepare(settings, must_estimate=True).estimate
+        with quiet_libraries():
+            found = prepare(settings, must_estimate=True).estimate
         assert found is not None
         if json_output:
             print(json.dumps({**found.model_dump(), "memory": found.memory}, indent=1))

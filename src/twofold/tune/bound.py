@@ -1,8 +1,8 @@
 """A bound on how much one step changes the product of two factors, in the spectral norm.
 
 A step ΔA, ΔB of the factors changes the product by ΔA B + A ΔB + ΔA ΔB, which grows with the factors though the step does not.
-Spectron (arXiv 2602.12429) finds that training factors is stable if the spectral norm of that change is bounded. Here the bound is
-a share of the product's own norm, and a step that goes beyond it is shortened. The change is not computed: by the norms of the
+Spectron (arXiv 2602.12429) finds that training factors is stable if the spectral norm of that change is bounded. Here the bound
+is a share of the product's own norm, and a step that goes beyond it is shortened. The change is not computed: by the norms of the
 factors it is at most ‖ΔA‖‖B‖ + ‖A‖‖ΔB‖ + ‖ΔA‖‖ΔB‖. In the gauge forms A is [1; T], or B is [1, S].
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from twofold.nn import FactoredLinear
 
-ROUNDS = 4  # of power iteration; the norm is then right to some percent
+ROUNDS, WIDTH = 4, 4  # of subspace iteration, and its directions; the norm is then right to some percent
 
 
 class BoundedUpdate:
@@ -76,7 +76,7 @@ def last_step(optimizer: torch.optim.Optimizer, group: dict[str, Any] | None, we
 def spectral_norm(
     matrix: Tensor,  # (m, n)
 ) -> float:
-    """‖A‖₂ by power iteration from a fixed start, so that a run that is taken up again does the same."""
+    """‖A‖₂ by subspace iteration from a fixed start, so that a run that is taken up again does the same."""
     return _norm(matrix.shape[1], lambda x: matrix @ x, lambda y: matrix.mT @ y, matrix)
 
 
@@ -102,14 +102,14 @@ def product_norm(layer: FactoredLinear) -> float:
 
 
 def _norm(size: int, forward: Any, backward: Any, like: Tensor) -> float:
+    """The largest singular value of a map, by subspace iteration."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(size, generator=generator).to(like)
+    block = torch.randn(size, min(size, WIDTH), generator=generator).to(like.detach())
     value = 0.0
     for _ in range(ROUNDS):
-        norm = float(x.norm())
-        if norm == 0.0:
-            return 0.0
-        y = forward(x / norm)
-        value = float(y.norm())
-        x = backward(y)
+        image = forward(torch.linalg.qr(block)[0])
+        value = float(torch.linalg.matrix_norm(image.detach(), 2))
+        if value == 0.0:
+            break
+        block = backward(image)
     return value

@@ -1,8 +1,8 @@
-"""Training some singular directions of a factored layer alone: its product is split, exactly, into what stays and what is trained.
+"""Training some singular directions of a factored layer alone: its product is split into what stays and what is trained.
 
-W′ = U Σ Vᵀ of rank r. The k leading (or trailing) directions become the start of a LoRA of rank k, and the others the base layer of
-rank r − k; merged after the training, the layer has the rank r again. With the leading ones this is PiSSA (Meng et al., 2024), with
-the trailing ones MiLoRA (Wang et al., 2024), without a dense weight.
+W′ = U Σ Vᵀ of rank r. The k leading (or trailing) directions become the start of a LoRA of rank k, and the others the base layer
+of rank r − k; merged after the training, the layer has the rank r again. With the leading ones this is PiSSA (Meng et al., 2024),
+with the trailing ones MiLoRA (Wang et al., 2024), without a dense weight.
 """
 
 from __future__ import annotations
@@ -45,11 +45,17 @@ def split_directions(model: Any, names: list[str], count: int, *, leading: bool)
         trained[name] = (left[:, moved] * root, root[:, None] * right[moved])
         ranks[name] = k
         rest = FactoredLinear.from_factors(
-            left[:, stays] * values[stays], right[stays], layer.bias, transposed=layer.transposed, dtype=layer.weight.dtype
+            left[:, stays] * values[stays],
+            right[stays],
+            layer.bias,
+            transposed=layer.transposed,
+            dtype=layer.weight.dtype,
         )
         replace_module(model, name, rest)
     if not trained:
-        raise TwofoldError("no factored layer of this model has two directions, so none can be trained alone; take --method factors")
+        raise TwofoldError(
+            "no factored layer of this model has two directions, so none can be trained alone; take --method factors"
+        )
     config = LoraConfig(
         r=count, lora_alpha=count, target_modules=list(trained), task_type="CAUSAL_LM",
         rank_pattern={name: k for name, k in ranks.items() if k != count},

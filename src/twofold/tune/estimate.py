@@ -55,7 +55,9 @@ class TuneEstimate(pydantic.BaseModel, extra="forbid"):
         return self.program + self.weights + self.gradients + self.optimizer + self.activations + self.head
 
 
-def estimate(settings: TuneSettings, *, longest: int, mean: float, steps: int, speed: float | None = None) -> TuneEstimate:
+def estimate(
+    settings: TuneSettings, *, longest: int, mean: float, steps: int, speed: float | None = None
+) -> TuneEstimate:
     """What a run with these settings takes.
 
     Args:
@@ -79,7 +81,9 @@ def estimate(settings: TuneSettings, *, longest: int, mean: float, steps: int, s
     except TwofoldError:
         raise
     except Exception as error:  # an architecture that needs other inputs, or looks at its numbers
-        raise TwofoldError(f"{settings.model} can't be estimated ({first_line(error)}); run without --memory and --dry-run") from error
+        raise TwofoldError(
+            f"{settings.model} can't be estimated ({first_line(error)}); run without --memory and --dry-run"
+        ) from error
     parameters = sum(p.numel() for p in skeleton.model.parameters())
     trainable = _trainable(settings, ready)
     weights = sum(p.numel() * p.element_size() for p in ready.parameters())
@@ -116,11 +120,13 @@ def estimate(settings: TuneSettings, *, longest: int, mean: float, steps: int, s
     )
 
 
-def choose(settings: TuneSettings, memory: int, *, longest: int, mean: float, steps: int) -> tuple[TuneSettings, TuneEstimate]:
+def choose(
+    settings: TuneSettings, memory: int, *, longest: int, mean: float, steps: int
+) -> tuple[TuneSettings, TuneEstimate]:
     """The settings that fit in a memory: of those that give the same training the fastest, and only then another method.
 
-    First the micro-batch is halved, then activations are computed anew in the backward pass, and last an adapter is trained in the
-    place of what was asked for.
+    First the micro-batch is halved, then activations are computed anew in the backward pass, and last an adapter is trained in
+    the place of what was asked for.
 
     Raises:
         TwofoldError: if nothing fits, with what the smallest takes.
@@ -144,13 +150,13 @@ def choose(settings: TuneSettings, memory: int, *, longest: int, mean: float, st
                 micro //= 2
     assert smallest is not None
     raise TwofoldError(
-        f"{memory / 1e9:.2f} GB are too little: the smallest way takes {smallest.memory / 1e9:.2f} GB ({smallest.method}, one row at a "
-        f"time of {longest} tokens); give more with --memory, or a smaller --length"
+        f"{memory / 1e9:.2f} GB are too little: the smallest way takes {smallest.memory / 1e9:.2f} GB ({smallest.method}, one "
+        f"row at a time of {longest} tokens); give more with --memory, or a smaller --length"
     )
 
 
 def _give_shapes(model: nn.Module, dtype: torch.dtype) -> None:
-    """Tensors without numbers on the processor in the place of those on the meta device, where each kernel keeps what it would."""
+    """Tensors without numbers on the processor for those on the meta device, so that each kernel keeps what it would."""
     known: dict[int, Tensor] = {}
 
     def made(tensor: Tensor) -> Tensor:
@@ -161,7 +167,8 @@ def _give_shapes(model: nn.Module, dtype: torch.dtype) -> None:
         return known[id(tensor)]
 
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
             for name, tensor in store.items():
                 if tensor is not None:
                     store[name] = made(tensor)

@@ -66,7 +66,9 @@ def chosen_layers(model: nn.Module, settings: TuneSettings) -> list[str]:
     names = whole_layers(model)
     for pattern in [*settings.include, *settings.exclude]:
         if not any(matches(name, [pattern]) for name in names):
-            raise TwofoldError(f"the pattern {pattern!r} matches no linear layer; list them with: twofold inspect {settings.model}")
+            raise TwofoldError(
+                f"the pattern {pattern!r} matches no linear layer; list them with: twofold inspect {settings.model}"
+            )
     chosen = [
         name
         for name in names
@@ -87,13 +89,13 @@ def check_method(model: nn.Module, settings: TuneSettings) -> list[str]:
     compact = [name for name in names if isinstance(model.get_submodule(name), CompactLinear)]
     if settings.method.startswith("factors") and not compact:
         raise TwofoldError(
-            f"--method {settings.method} trains the layers of a factorized model, and {settings.model} has none; factorize it first "
-            "(twofold compress), or take --method lora"
+            f"--method {settings.method} trains the layers of a factorized model, and {settings.model} has none; factorize it "
+            "first (twofold compress), or take --method lora"
         )
     if settings.method in DENSE and compact:
         raise TwofoldError(
-            f"--method {settings.method} needs the dense weight, and {compact[0]} is kept in its factors; take lora, rslora, eva, "
-            "factors, factors-top or factors-tail, or leave such layers out with --exclude"
+            f"--method {settings.method} needs the dense weight, and {compact[0]} is kept in its factors; take lora, rslora, "
+            "eva, factors, factors-top or factors-tail, or leave such layers out with --exclude"
         )
     return compact if settings.method.startswith("factors") else names
 
@@ -149,15 +151,15 @@ def adapter_config(settings: TuneSettings, names: list[str], steps: int) -> Peft
             target_r=rank, init_r=max(rank * 3 // 2, rank + 1), tinit=first, tfinal=last, total_step=steps,
             deltaT=max(1, steps // 50), **common,
         )  # fmt: skip
-    extra: dict[str, Any] = {
+    extra: dict[str, dict[str, Any]] = {
         "rslora": {"use_rslora": True},
         "dora": {"use_dora": True},
         "pissa": {"init_lora_weights": "pissa"},
         "olora": {"init_lora_weights": "olora"},
         "corda": {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")},
         "eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)},
-    }.get(method, {})
-    return LoraConfig(r=rank, **common, **extra)
+    }
+    return LoraConfig(r=rank, **common, **extra.get(method, {}))
 
 
 def _factors(model: Any, names: list[str], settings: TuneSettings) -> Method:

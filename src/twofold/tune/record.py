@@ -61,7 +61,10 @@ class TuneRun(pydantic.BaseModel, extra="forbid"):
 def draw_curve(run: TuneRun, path: Path) -> None:
     """Training loss of each step and held-out loss over the steps, as an SVG."""
     settings = {key: PRINT.get(value, value) if isinstance(value, str) else value for key, value in SETTINGS.items()}
-    with matplotlib.rc_context({**settings, "figure.facecolor": "white", "svg.hashsalt": "twofold"}), warnings.catch_warnings():
+    with (
+        matplotlib.rc_context({**settings, "figure.facecolor": "white", "svg.hashsalt": "twofold"}),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         figure = Figure(figsize=(7.0, 4.0), layout="constrained")
         axes: Any = figure.subplots()
@@ -90,12 +93,32 @@ def write_card(run: TuneRun, folder: Path) -> None:
         ("held-out loss before", _loss(run.held_out_before)),
         ("held-out loss after", _loss(run.held_out_after)),
     ]
-    lines = ["---", "library_name: " + ("peft" if (folder / "adapter_config.json").exists() else "transformers"), "tags:", "- twofold"]
-    lines += ["---", "", "# Fine-tuned with Twofold", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+    lines = [
+        "---",
+        "library_name: " + ("peft" if (folder / "adapter_config.json").exists() else "transformers"),
+        "tags:",
+        "- twofold",
+    ]
+    lines += [
+        "---",
+        "",
+        "# Fine-tuned with Twofold",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+        "",
+    ]
     lines += ["The loss is in nats a token, over " + ("the answers" if s.loss == "answers" else "all tokens") + ".", ""]
     lines += ["![Loss over the steps](loss.svg)", ""]
     for sample in run.samples:
-        lines += [f"**{_plain(sample.prompt)}**", "", f"- before: {_plain(sample.original)}", f"- after: {_plain(sample.factored)}", ""]
+        lines += [
+            f"**{_plain(sample.prompt)}**",
+            "",
+            f"- before: {_plain(sample.original)}",
+            f"- after: {_plain(sample.factored)}",
+            "",
+        ]
     if run.notes:
         lines += ["## Notes", "", *(f"- {_plain(note)}" for note in run.notes), ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -64,12 +64,16 @@ def read_rows(
                 rows.append(make_row(value, where))
             except BadRowError as error:
                 if not skip_bad:
-                    raise TwofoldError(f"{where}: {error}; mend the row, or leave out such rows with --skip-bad") from error
+                    raise TwofoldError(
+                        f"{where}: {error}; mend the row, or leave out such rows with --skip-bad"
+                    ) from error
                 skipped += 1
                 first = first or f"{where}: {error}"
     if not rows:
         bad = f" but {skipped} bad ones, first {first}" if skipped else ""
-        raise TwofoldError(f"there are no rows in {', '.join(sources)}{bad}; name a file with one JSON object on each line")
+        raise TwofoldError(
+            f"there are no rows in {', '.join(sources)}{bad}; name a file with one JSON object on each line"
+        )
     return Rows(rows, skipped, first)
 
 
@@ -147,7 +151,14 @@ def _list(value: dict[str, Any], key: str) -> list[Any]:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+    }
     return "empty" if value in ([], "", None) else names.get(type(value), type(value).__name__)
 
 
@@ -176,7 +187,9 @@ def _lines(path: Path, source: str) -> Iterator[tuple[str, Any]]:
         if path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(rows, list):
-                raise TwofoldError(f"{source} must be a JSON list of rows; a file with one row on each line is a .jsonl")
+                raise TwofoldError(
+                    f"{source} must be a JSON list of rows; a file with one row on each line is a .jsonl"
+                )
             yield from ((f"{source}, row {number}", row) for number, row in enumerate(rows, 1))
             return
         with path.open(encoding="utf-8-sig") as file:

@@ -129,7 +129,7 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
     windows = packed(examples.train, settings.length) if settings.packing else as_dataset(examples.train)
     steps = settings.steps or max(1, math.ceil(math.ceil(len(windows) / settings.batch) * settings.epochs))
     sizes = [len(ids) for ids in windows["input_ids"]]
-    shape = {"longest": max(sizes), "mean": sum(sizes) / len(sizes), "steps": steps}
+    shape: dict[str, Any] = {"longest": max(sizes), "mean": sum(sizes) / len(sizes), "steps": steps}
     notes: list[str] = []
     try:
         if settings.memory is None:
@@ -140,7 +140,9 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
             raise
         return Prepared(settings, rows, examples, windows, steps, None, notes)
     if chosen.method != settings.method:
-        notes.append(f"{settings.method} does not fit in {settings.memory}, so {chosen.method} was trained in its place")
+        notes.append(
+            f"{settings.method} does not fit in {settings.memory}, so {chosen.method} was trained in its place"
+        )
     return Prepared(chosen, rows, examples, windows, steps, found, notes)
 
 
@@ -227,7 +229,9 @@ class _Tuning:
         save = settings.save_every or (look if settings.patience else often)
         measured = bool(examples.held_out)
         if settings.patience and (not measured or save % look):
-            raise TwofoldError("--patience needs held-out rows, and a --save-every that is a multiple of --evaluate-every")
+            raise TwofoldError(
+                "--patience needs held-out rows, and a --save-every that is a multiple of --evaluate-every"
+            )
         optim = {"adamw": "adamw_torch", "galore": "galore_adamw", "apollo": "apollo_adamw"}[settings.optimizer]
         if optim != "adamw_torch":
             need("galore_torch" if settings.optimizer == "galore" else "apollo_torch")
@@ -311,16 +315,22 @@ class _Tuning:
         with quiet_libraries():
             method.model.save_pretrained(good)
         raise TwofoldError(
-            f"{error.what} at step {error.step}, so the training stopped; the state of step {error.step - 1} is kept in {good}: take a "
-            f"smaller --learning-rate than {self.settings.rate:g} and another --out, or look at the rows"
+            f"{error.what} at step {error.step}, so the training stopped; the state of step {error.step - 1} is kept in {good}: "
+            f"take a smaller --learning-rate than {self.settings.rate:g} and another --out, or look at the rows"
         ) from error
 
     def _record(
         self, method: Method, trainer: RowTrainer, windows: int, steps: int, resume: Path | None, first: float | None
     ) -> TuneRun:
         history = trainer.state.log_history
-        after = trainer.held_out_loss() if self.examples.held_out else None
         held = [Point(step=one["step"], loss=one["eval_loss"]) for one in history if "eval_loss" in one]
+        after = held[-1].loss if held else None
+        if self.examples.held_out and (
+            self.settings.patience or not held or held[-1].step != trainer.state.global_step
+        ):
+            after = (
+                trainer.held_out_loss()
+            )  # that of the best state, which was put back; or none was measured at the end
         resumed = int(resume.name.rpartition("-")[2]) if resume is not None else 0
         examples = self.examples
         if first is not None:
@@ -357,7 +367,9 @@ class _Tuning:
         self, out: Path, overwrite: bool, method: Method, record: TuneRun, prompts: list[str], before: list[str]
     ) -> TuneRun:
         after = answers(method.model, self.loaded.tokenizer, prompts)
-        record.samples = [Sample(prompt=p, original=b, factored=a) for p, b, a in zip(prompts, before, after, strict=True)]
+        record.samples = [
+            Sample(prompt=p, original=b, factored=a) for p, b, a in zip(prompts, before, after, strict=True)
+        ]
         with staged_folder(out, overwrite) as folder:
             with self.watch.stage("write"), quiet_libraries():
                 save(method, self.loaded, folder)

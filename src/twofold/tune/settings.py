@@ -30,7 +30,8 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
         Field(description="what is trained: " + ", ".join(Method.__args__)),  # type: ignore[attr-defined]
     ] = "lora"
     rank: Annotated[
-        int | None, Field(ge=1, description="rank of an adapter, or how many directions are trained [default: 16; vera 256]")
+        int | None,
+        Field(ge=1, description="rank of an adapter, or how many directions are trained [default: 16; vera 256]"),
     ] = None
     alpha: Annotated[
         float | None, Field(gt=0, description="an adapter's product counts alpha / rank times [default: 2 × rank]")
@@ -50,7 +51,9 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
         Literal["refuse", "cut", "skip"], Field(description="what becomes of a row that is longer: refuse, cut, skip")
     ] = "refuse"
     packing: Annotated[bool, Field(description="put several rows into one window, each blind to the others")] = False
-    loss: Annotated[Literal["answers", "all"], Field(description="learn the answers alone, or all of a row")] = "answers"
+    loss: Annotated[Literal["answers", "all"], Field(description="learn the answers alone, or all of a row")] = (
+        "answers"
+    )
     chat: Annotated[
         bool, Field(description="put prompt and completion rows through the chat template, as one turn each")
     ] = False
@@ -71,7 +74,8 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
         Field(description="adamw, or with low-rank gradients (full only): galore, apollo"),
     ] = "adamw"
     evaluate_every: Annotated[
-        int | None, Field(ge=1, description="steps between two looks at the held-out rows [default: a tenth of the run]")
+        int | None,
+        Field(ge=1, description="steps between two looks at the held-out rows [default: a tenth of the run]"),
     ] = None
     save_every: Annotated[
         int | None, Field(ge=1, description="steps between two checkpoints [default: a tenth of the run]")

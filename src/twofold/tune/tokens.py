@@ -80,14 +80,16 @@ def encode_rows(
             cut += 1
             example = shorter
         if not example.learnt:
-            raise TwofoldError(f"{row.where}: nothing of it is learnt, its answer has no tokens; mend or remove the row")
+            raise TwofoldError(
+                f"{row.where}: nothing of it is learnt, its answer has no tokens; mend or remove the row"
+            )
         examples.append(example)
     if too_long and long == "refuse":
         where, size = too_long[0]
         longest = max(size for _, size in too_long)
         raise TwofoldError(
-            f"{where} has {size} tokens, more than the {length} of --length, and so have {len(too_long) - 1} more rows (the longest "
-            f"{longest}); raise --length, cut such rows with --long cut, or leave them out with --long skip"
+            f"{where} has {size} tokens, more than the {length} of --length, and so have {len(too_long) - 1} more rows (the "
+            f"longest {longest}); raise --length, cut such rows with --long cut, or leave them out with --long skip"
         )
     return _split(examples, held_out, seed, cut, left_out)
 
@@ -174,8 +176,8 @@ def _conversation(
         start, stop = _common(before, ids), _common(after, ids)
         if start < len(before) - 1 or stop < len(after) - 1 or stop <= start:
             raise TwofoldError(
-                f"{where}: the chat template renders the beginning of a conversation otherwise than the whole, so the answers in it "
-                "can't be told; learn all of it with --loss all, or give one answer a row"
+                f"{where}: the chat template renders the beginning of a conversation otherwise than the whole, so the answers in "
+                "it can't be told; learn all of it with --loss all, or give one answer a row"
             )
         learnt[start:stop] = [True] * (stop - start)
     return ids, learnt

@@ -43,6 +43,7 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, held_out: list[Example], watch: Watch, hooks: list[Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.held_out, self.watch, self.hooks = held_out, watch, hooks
+        self.control: Any
         self.add_callback(watch)  # the last one, so that its mark says that all others are done
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -185,6 +186,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
         kept = last_whole(folder)
         rest = f"the state of {kept.name} is kept" if kept is not None else "no checkpoint was kept"
         raise TwofoldError(
-            f"no space for a checkpoint in {folder}; {rest}: free some space and run the same command again, or save less often with "
-            "--save-every"
+            f"no space for a checkpoint in {folder}; {rest}: free some space and run the same command again, or save less often "
+            "with --save-every"
         ) from error
