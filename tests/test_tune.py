@@ -34,7 +34,8 @@ from twofold.tune.tokens import Example, encode_rows
 from twofold.tune.trainer import as_dataset, disk_errors, last_whole, packed
 
 ROWS = [{"prompt": f"Say {i}: ", "completion": f"it is {3 * i}."} for i in range(24)]
-QUICK: dict[str, object] = {"steps": 6, "batch": 4, "rank": 4, "length": 128, "learning_rate": 1e-2, "held_out": 4}
+QUICK: dict[str, object] = {"steps": 6, "batch": 4, "rank": 4, "length": 128, "learning_rate": 1e-2, "held_out": 4,
+    "evaluate_every": 3, "save_every": 3}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +233,7 @@ def test_no_space_for_a_checkpoint(place: Path, tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(TwofoldError, match="no space for"):
-            run(place, tmp_path / "out")
+            run(place, tmp_path / "out", save_every=1)
     write = torch.save
     full = OSError(28, "No space left on device")
 
@@ -244,8 +245,8 @@ def test_no_space_for_a_checkpoint(place: Path, tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fill)
         with pytest.raises(TwofoldError, match=r"no space for a checkpoint in .*checkpoint-2 is kept: free some space"):
-            run(place, tmp_path / "out")
-    assert run(place, tmp_path / "out").resumed == 2
+            run(place, tmp_path / "out", save_every=1)
+    assert run(place, tmp_path / "out", save_every=1).resumed == 2
     with pytest.raises(ValueError, match="other"), disk_errors(tmp_path):
         raise ValueError("other")
 
@@ -261,7 +262,9 @@ def test_half_written_checkpoints_are_not_taken(tmp_path: Path) -> None:
 
 
 def test_it_stops_early_and_keeps_the_best(place: Path, tmp_path: Path) -> None:
-    record = run(place, tmp_path / "out", steps=40, patience=2, evaluate_every=2, learning_rate=0.3, method="full")
+    record = run(
+        place, tmp_path / "out", steps=40, patience=2, evaluate_every=2, save_every=2, learning_rate=0.3, method="full"
+    )
     assert record.steps < 40 == record.steps_planned
     assert record.held_out_after == pytest.approx(min(p.loss for p in record.held_out_curve[1:]), abs=1e-5)
     with pytest.raises(TwofoldError, match="--patience needs held-out rows"):

@@ -176,7 +176,6 @@ def test_a_conversation_needs_a_template_that_goes_on() -> None:
         ({"held_out": 2.5}, "--held-out must be a share below 1 or a whole number"),
         ({"method": "best"}, "--method:.*got 'best'"),
         ({"learning_rate": float("nan")}, "--learning-rate"),
-        ({"optimizer": "galore"}, "is for --method full"),
         ({"rank": 0}, "--rank"),
         ({"ranks": 1}, "no setting 'ranks'"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from twofold.errors import TwofoldError
+from twofold.silence import silence
 
 EXTRA = "it needs the package {}, which is not installed; install it with: pip install 'twofold[tune]'"
 
@@ -20,9 +21,10 @@ def register() -> bool:
     """
     if importlib.util.find_spec("peft") is None:
         return False
-    from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+    with silence():  # PEFT loads torchao
+        from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
-    from twofold.adapters.lora import CompactLoraModel
+        from twofold.adapters.lora import CompactLoraModel
 
     if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA], CompactLoraModel):
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = CompactLoraModel

@@ -25,7 +25,7 @@ from twofold.tune.settings import TuneSettings
 
 VOCABULARY_TILE = 32_768  # logits are made for so many tokens of the vocabulary at a time
 TILES = 4.0  # such tiles that are in memory at once, in the backward pass
-PROBE_SECONDS = 0.3
+PROBE_SECONDS = 0.1
 EFFICIENCY = 0.6  # of a training step, against the bare product of matrices
 
 

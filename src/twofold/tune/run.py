@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback
 from trl import SFTConfig
 
-from twofold.adapters.register import need
 from twofold.budget import parse_budget
 from twofold.checkpoint.write import check_apart, check_output, check_space, staged_folder
 from twofold.errors import TwofoldError
@@ -232,9 +231,6 @@ class _Tuning:
             raise TwofoldError(
                 "--patience needs held-out rows, and a --save-every that is a multiple of --evaluate-every"
             )
-        optim = {"adamw": "adamw_torch", "galore": "galore_adamw", "apollo": "apollo_adamw"}[settings.optimizer]
-        if optim != "adamw_torch":
-            need("galore_torch" if settings.optimizer == "galore" else "apollo_torch")
         config = SFTConfig(
             output_dir=str(self.folder),
             per_device_train_batch_size=settings.micro_batch,
@@ -244,8 +240,7 @@ class _Tuning:
             lr_scheduler_type="cosine",
             warmup_steps=math.ceil(settings.warmup * steps),
             weight_decay=settings.weight_decay,
-            optim=optim,
-            optim_target_modules=["attn", "mlp"] if optim != "adamw_torch" else None,
+            optim="adamw_torch",
             logging_steps=1,
             logging_nan_inf_filter=False,
             eval_strategy="steps" if measured else "no",

@@ -69,10 +69,6 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
         float,
         Field(gt=0, description="factors: the most that one step changes a product, as a share of its spectral norm"),
     ] = 0.02
-    optimizer: Annotated[
-        Literal["adamw", "galore", "apollo"],
-        Field(description="adamw, or with low-rank gradients (full only): galore, apollo"),
-    ] = "adamw"
     evaluate_every: Annotated[
         int | None,
         Field(ge=1, description="steps between two looks at the held-out rows [default: a tenth of the run]"),
@@ -100,8 +96,6 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
             raise ValueError(f"--micro-batch must divide --batch, got {self.micro_batch} and {self.batch}")
         if self.held_out > 1 and not float(self.held_out).is_integer():
             raise ValueError(f"--held-out must be a share below 1 or a whole number of rows, got {self.held_out}")
-        if self.optimizer != "adamw" and self.method != "full":
-            raise ValueError(f"--optimizer {self.optimizer} is for --method full, got {self.method}")
         return self
 
     @property
