@@ -166,6 +166,17 @@ def _tokenizer(source: str | Path, where: dict[str, Any]) -> tuple[Any, str]:
         return None, first_line(error)
 
 
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model that is not loaded.
+
+    Raises:
+        TwofoldError: if there is no such model, or it has none.
+    """
+    source, where, folder = _locate(name, None, trust_remote_code)
+    tokenizer, reason = _tokenizer(source, where)
+    return need_tokenizer(LoadedModel(None, tokenizer, name, folder, torch.float32, reason))
+
+
 def load_streamed(
     name: str,
     chain: Chain,

@@ -210,7 +210,7 @@ class Streamed(Resident):
                 for unit in units:
                     for name in self.units[unit]:
                         self._put(name, self.state[name])
-                _return_memory()
+                return_memory()
 
     def _load(self, names: list[str], unit: str, stack: ExitStack | None = None) -> None:
         keys: dict[str, list[str]] = {}
@@ -276,7 +276,7 @@ class Streamed(Resident):
             module._buffers[leaf] = tensor.data
 
 
-def _return_memory() -> None:
+def return_memory() -> None:
     """Hand what was freed back to the system.
 
     glibc keeps it for later, in pieces that the next block's tensors do not fit in, so that the memory would grow with the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import time
@@ -13,6 +14,7 @@ import pydantic
 from safetensors import SafetensorError, safe_open
 
 from twofold.calibrate.moments import DESCRIPTION
+from twofold.checkpoint.write import TUNED
 from twofold.errors import TwofoldError
 from twofold.run import Run
 from twofold.work import is_running, read_state, work_folder
@@ -54,6 +56,9 @@ def status_of(out: Path) -> Status:
     if state is None:
         if not finished:
             raise TwofoldError(f"there is neither a finished nor an unfinished run in {out}; name the --out of a run")
+        tuned = tuned_record(out)
+        if tuned is not None:
+            return tuned
         try:
             run = Run.model_validate_json((out / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -85,6 +90,21 @@ def status_of(out: Path) -> Status:
         hours=(time.time() - state.started) / 3600 if state.started else 0.0,
         finished=finished,
     )
+
+
+def tuned_record(out: Path) -> Status | None:
+    """What a folder says that a fine-tuning, a merge or an extraction wrote; None if it is of another kind."""
+    try:
+        record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or record.get("kind") not in TUNED:
+            return None
+        model = (
+            record["settings"]["model"] if record["kind"] == "tune" else record.get("model", record.get("tuned", ""))
+        )
+        hours = float(record.get("seconds", {}).get("total", 0.0)) / 3600
+        return Status(out=str(out), state="finished", model=str(model), hours=hours, finished=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def remove_work(out: Path) -> Status:

@@ -22,7 +22,7 @@ from twofold.version import __version__
 STATE = "state.json"
 
 
-LONG = ("spectra", "checkpoint", "recalibrated", "refine")  # folders of what took long, kept after a failure
+LONG = ("spectra", "checkpoint", "recalibrated", "refine", "tune")  # folders of what took long, kept after a failure
 
 
 class State(pydantic.BaseModel):

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from twofold.adapters.register import register
 from twofold.checkpoint.integers import check_loaded, integer_layer, integers_of, mind_ties
 from twofold.errors import TwofoldError
 from twofold.nn import (
@@ -120,6 +121,7 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         hold_bases(model)
         if any(isinstance(module, TiedLinear) for module in model.modules()):
             mind_ties(model)
+        register()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Refuse factors of another shape than the configuration says, and those that were not in the checkpoint.
@@ -309,3 +311,4 @@ def attach(model: Any) -> None:
     model.hf_quantizer = TwofoldQuantizer(config)
     model.is_quantized = True
     model.quantization_method = METHOD
+    register()

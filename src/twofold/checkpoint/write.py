@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from twofold.errors import TwofoldError
 
 OURS = ("config.json", "plan.json", "run.json")  # what a folder that we wrote holds
 EXPORTED = "twofold-export.json"  # or this, if it is an export
+TUNED = ("tune", "merge", "extract")  # the kinds of run.json in the folders of those commands
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -32,7 +34,7 @@ def check_output(out: Path, overwrite: bool) -> None:
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise TwofoldError(f"the output folder {out} exists; name another one, or replace it with --overwrite")
-        if not all((out / name).exists() for name in OURS) and not (out / EXPORTED).exists():
+        if not _is_ours(out):
             raise TwofoldError(
                 f"the output folder {out} was not written by Twofold, so it is not replaced; name another"
             )
@@ -41,6 +43,17 @@ def check_output(out: Path, overwrite: bool) -> None:
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise TwofoldError(f"the output folder {out} can't be made: no permission to write in {parent}")
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a folder holds what we write: a factored checkpoint, an export, or what was tuned, merged or extracted."""
+    if all((out / name).exists() for name in OURS) or (out / EXPORTED).exists():
+        return True
+    try:
+        record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("kind") in TUNED
 
 
 def check_apart(out: Path, source: Path | None, texts: list[Path]) -> None:

@@ -10,7 +10,21 @@ from typing import Any
 
 import typer
 
-from twofold.cli import bench, chat, compare, compress, eval, export, inspect, plan, serve, status
+from twofold.cli import (
+    bench,
+    chat,
+    compare,
+    compress,
+    eval,
+    export,
+    extract,
+    inspect,
+    merge,
+    plan,
+    serve,
+    status,
+    tune,
+)
 from twofold.cli.settings import repeat_flags
 
 
@@ -36,7 +50,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (compress, plan, inspect, eval, compare, bench, export, serve, chat, status):
+for _module in (
+    compress, plan, inspect, eval, compare, bench, export, serve, chat, tune, merge, extract, status
+):  # fmt: skip
     app.command(name=_module.__name__.rpartition(".")[2], no_args_is_help=True)(_stoppable(_module.command))
 
 

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from twofold.comparison.grid import grid_fields, make_grid
 from twofold.errors import TwofoldError
 from twofold.recipe import SIZES, Recipe, make_recipe, parse_override, read_recipe
+from twofold.tune.settings import TuneSettings, make_settings
 
 
 def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
@@ -26,6 +27,11 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
 def grid_flags(function: Callable[..., None]) -> Callable[..., None]:
     """The same for a grid of recipes; the function gets ``grid``."""
     return _flags(function, "grid", make_grid, grid_fields())
+
+
+def tune_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """The same for a fine-tuning; the function gets ``settings``."""
+    return _flags(function, "settings", make_settings, TuneSettings.model_fields)
 
 
 def _flags(
@@ -56,7 +62,7 @@ def _flags(
         )
         description = f"{field.description} {shown}".strip().replace("[", "\\[")
         option = typer.Option(flag, help=description, show_default=False)
-        if name == "trust_remote_code":
+        if field.annotation is bool:
             add(name, Annotated[bool, option], False)
         else:
             add(name, Annotated[_flag_type(field.annotation), option], None)
@@ -91,7 +97,7 @@ def _flags(
 
 
 SEVERAL = (  # flags that may take several values
-    "--calibration", "--text", "--include", "--exclude", "--override", "--objectives", "--other-text", "--baselines"
+    "--calibration", "--text", "--include", "--exclude", "--override", "--objectives", "--other-text", "--baselines", "--data"
 )  # fmt: skip
 
 

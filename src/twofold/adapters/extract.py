@@ -1,0 +1,163 @@
+"""A LoRA adapter out of two models: what the tuned one has and its base has not, with a rank for each layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydantic
+import torch
+from torch import Tensor
+
+from twofold.adapters.folder import check_base, write_adapter
+from twofold.adapters.lora import whole_layers
+from twofold.adapters.metric import Metrics
+from twofold.adapters.ranks import by_budget, by_energy
+from twofold.checkpoint.write import check_output, staged_folder
+from twofold.errors import TwofoldError
+from twofold.linalg import working_dtype
+from twofold.models import LoadedModel, load_model
+from twofold.progress import progress
+from twofold.targets import dense_weight
+
+FAR = 0.5  # a tuned weight differs from its base by much less than this share of its norm
+DEEP = 8  # ranks that are kept at hand, times the mean rank of a budget
+
+
+class Extraction(pydantic.BaseModel, extra="forbid"):
+    """What was extracted, kept as run.json beside the adapter."""
+
+    kind: str = "extract"
+    tuned: str
+    base: str
+    base_sha256: str = ""
+    ranks: dict[str, int]  # of the layers that have one
+    numbers: int  # in the adapter
+    energy: float  # the share of the change, in the metric, that is kept
+    change: float  # ‖tuned − base‖ / ‖base‖ over the linear layers
+    metric: str  # in words
+    notes: list[str] = []
+
+
+def extract(
+    tuned: str,
+    base: str,
+    out: Path | str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    moments: Path | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Extraction:
+    """Write the adapter that turns ``base`` into ``tuned`` as far as its ranks go; both dense, or factorized.
+
+    Args:
+        rank: a budget: as many numbers as this rank in every layer would take, spent where they count most.
+        energy: in its place, the share of each layer's change to keep.
+        moments: of the base's calibration; the change is measured in their metric.
+
+    Raises:
+        TwofoldError: if one is not the base of the other, they do not differ, or the settings do not fit.
+    """
+    if (rank is None) == (energy is None):
+        raise TwofoldError("give either --rank or --energy")
+    if energy is not None and not 0 < energy <= 1:
+        raise TwofoldError(f"--energy must be a share above 0 and at most 1, got {energy}")
+    out = Path(out).expanduser().resolve()
+    check_output(out, overwrite)
+    first, second = load_model(base), load_model(tuned)
+    metrics = Metrics(moments)
+    names = matching_layers(first, second)
+    if second.source is not None:
+        check_base(second.source, first)
+    values: dict[str, Tensor] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    costs: dict[str, int] = {}
+    squares = changes = 0.0
+    with progress("Comparing", len(names), unit="layers", quiet=quiet) as tick, torch.no_grad():
+        for name in names:
+            old, new = (dense_weight(one.model.get_submodule(name)) for one in (first, second))
+            wide = working_dtype(old.device)
+            change = new.to(wide) - old.to(wide)
+            squares += float(old.to(wide).square().sum())
+            changes += float(change.square().sum())
+            costs[name] = sum(change.shape)
+            tick()
+            if not change.any():
+                continue
+            found = metrics.of(name, change).decompose(change)
+            values[name] = found.values.float()
+            kept = (
+                by_energy({name: found.values}, energy)[name] if energy else min(len(found.values), DEEP * (rank or 1))
+            )
+            left, right = found.factors(max(kept, 1))
+            factors[name] = (left.float(), right.float())
+    relative = (changes / max(squares, 1e-300)) ** 0.5
+    if not values:
+        raise TwofoldError(f"the linear layers of {tuned} and {base} are the same, so there is nothing to extract")
+    if relative > FAR:
+        raise TwofoldError(
+            f"{base} is not the base of {tuned}: their linear layers differ by {relative:.0%} of their norm; name the model "
+            "that it was tuned from"
+        )
+    if energy is not None:
+        ranks = by_energy(values, energy)
+    else:
+        within = {name: found[: factors[name][0].shape[1]] for name, found in values.items()}
+        ranks = by_budget(within, costs, (rank or 1) * sum(costs.values()))
+    ranks = {name: r for name, r in ranks.items() if r}
+    total = sum(float(found.sum()) for found in values.values())
+    held = sum(float(values[name][:r].sum()) for name, r in ranks.items())
+    made = Extraction(
+        tuned=tuned,
+        base=base,
+        base_sha256=first.shards.hash("") if first.shards is not None else "",
+        ranks=ranks,
+        numbers=sum(r * costs[name] for name, r in ranks.items()),
+        energy=held / total,
+        change=relative,
+        metric=metrics.words,
+        notes=_others(first, second, names),
+    )
+    with staged_folder(out, overwrite) as folder:
+        write_adapter(
+            folder, {n: (factors[n][0][:, :r], factors[n][1][:r]) for n, r in ranks.items()}, str(first.source or base)
+        )
+        (folder / "run.json").write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return made
+
+
+def matching_layers(base: LoadedModel, tuned: LoadedModel) -> list[str]:
+    """The linear layers of both models.
+
+    Raises:
+        TwofoldError: naming the first layer that one lacks, or that has another shape.
+    """
+    names, others = whole_layers(base.model), set(whole_layers(tuned.model))
+    for name in [*names, *sorted(others - set(names))]:
+        if name not in others or name not in names:
+            lacking = base.name if name not in names else tuned.name
+            raise TwofoldError(f"{base.name} is not the base of {tuned.name}: {lacking} has no layer {name}")
+        one, other = base.model.get_submodule(name), tuned.model.get_submodule(name)
+        shapes = [tuple(dense_weight(layer).shape) for layer in (one, other)]
+        if shapes[0] != shapes[1]:
+            raise TwofoldError(
+                f"{base.name} is not the base of {tuned.name}: the layer {name} is {shapes[0]} in the one and "
+                f"{shapes[1]} in the other"
+            )
+    return names
+
+
+def _others(base: LoadedModel, tuned: LoadedModel, names: list[str]) -> list[str]:
+    """What else differs, which no adapter of linear layers holds."""
+    inside = tuple(f"{name}." for name in names)
+    old = dict(base.model.named_parameters())
+    differs = [
+        name
+        for name, new in tuned.model.named_parameters()
+        if not (name.startswith(inside) and not name.endswith(".bias"))
+        and (name not in old or old[name].shape != new.shape or not torch.equal(old[name], new))
+    ]
+    if not differs:
+        return []
+    return [f"{len(differs)} other weights differ too (first {differs[0]}) and are not in the adapter"]

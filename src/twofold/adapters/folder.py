@@ -1,0 +1,96 @@
+"""Adapters on disk, as PEFT writes and reads them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from twofold.adapters.register import register
+from twofold.errors import TwofoldError
+from twofold.models import LoadedModel, first_line
+from twofold.nn.factored_linear import balanced
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def write_adapter(
+    folder: Path,
+    layers: Mapping[str, tuple[Tensor, Tensor]],  # by layer: left (m, r), right (r, n); their product is added
+    base: str,
+) -> None:
+    """A LoRA adapter whose layers have ranks of their own."""
+    ranks = {name: left.shape[1] for name, (left, _) in layers.items()}
+    counts = list(ranks.values())
+    usual = max(set(counts), key=counts.count)
+    pattern = {name: rank for name, rank in ranks.items() if rank != usual}
+    config = LoraConfig(
+        r=usual, lora_alpha=usual, rank_pattern=pattern, alpha_pattern=dict(pattern), target_modules=sorted(ranks),
+        task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
+    )  # fmt: skip
+    tensors: dict[str, Tensor] = {}
+    for name, (left, right) in layers.items():
+        up, down = balanced(left, right)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.float().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.float().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def load_adapter(model: Any, folder: Path, name: str, loaded: LoadedModel) -> PeftModel:
+    """Put an adapter on a model, or on one that has others already.
+
+    Raises:
+        TwofoldError: if there is none, it is a pickle, or it does not belong to this model.
+    """
+    if not (folder / CONFIG).is_file():
+        raise TwofoldError(f"there is no adapter in {folder}: it has no {CONFIG}")
+    if not (folder / WEIGHTS).is_file():
+        raise TwofoldError(
+            f"the adapter {folder} has no {WEIGHTS}; Twofold loads no other format (pickles can run code)"
+        )
+    check_base(folder, loaded)
+    register()
+    try:
+        with warnings.catch_warnings():  # advice to who calls PEFT by hand
+            warnings.simplefilter("ignore")
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), adapter_name=name)
+                return model
+            return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    except TwofoldError:
+        raise
+    except Exception as error:  # shapes, names, an unknown kind of adapter …
+        raise TwofoldError(
+            f"the adapter {folder} does not fit {loaded.name}: {first_line(error)}; name the model that it was trained on"
+        ) from error
+
+
+def check_base(folder: Path, loaded: LoadedModel) -> None:
+    """Refuse an adapter, or a tuned model, whose record says that it was made from other weights.
+
+    Raises:
+        TwofoldError: if it was.
+    """
+    recorded = base_of(folder)
+    if recorded and loaded.shards is not None and recorded != loaded.shards.hash(""):
+        raise TwofoldError(
+            f"{folder} was made from another model than {loaded.name}: the weights differ from those that its run.json names; "
+            "name the model that it was trained on"
+        )
+
+
+def base_of(folder: Path) -> str:
+    """The hash of the weights that a folder's run.json says it was made from; empty if it says nothing."""
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return str(record.get("base_sha256", "")) if isinstance(record, dict) else ""
+    except (OSError, ValueError):
+        return ""

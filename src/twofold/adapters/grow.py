@@ -1,0 +1,105 @@
+"""A low-rank change added to a factored layer exactly: its rank grows, [left, L] [right; R] = left right + L R."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from twofold.checkpoint.quantizer import dense_module
+from twofold.errors import TwofoldError
+from twofold.linalg import plain_storage, working_dtype
+from twofold.nn import DenseColumnsLinear, FactoredLinear
+
+
+def plain_factors(
+    layer: FactoredLinear, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:  # (m, r), (r, n'): n' are the inputs that are factored
+    """The two factors of a layer in any of its forms, in the given dtype or the widest of the device."""
+    dtype = dtype or working_dtype(layer.weight.device)
+    reduce, expand = layer.reduce.weight.detach().to(dtype), layer.expand.weight.detach().to(dtype)
+    one = torch.eye(layer.rank, dtype=dtype, device=reduce.device)
+    if layer.order is None:
+        return expand, reduce
+    if layer.form == "rows":
+        return torch.cat([one, expand]).index_select(0, layer.order), reduce
+    right = reduce.new_empty(layer.rank, layer.factored_inputs)
+    right[:, layer.order.long()] = torch.cat([one, reduce], 1)
+    return expand, right
+
+
+@torch.no_grad()
+def grow(
+    layer: nn.Module,
+    left: Tensor,  # (m, k)
+    right: Tensor,  # (k, n)
+    bias: Tensor | None = None,  # (m,), added to the layer's
+) -> nn.Module:
+    """The layer that computes (W′ + left · right) x + b + bias, of the rank r + k; the given one is left as it is.
+
+    A layer whose rank would reach that of a full matrix, or that would take more room than one, becomes dense.
+
+    Raises:
+        TwofoldError: if it is a sliced layer, or one that shares its basis: their forms hold no further rank.
+    """
+    if isinstance(layer, nn.Linear | Conv1D):  # it became dense when it grew before
+        dense = copy.deepcopy(layer)
+        added = left.to(dense.weight) @ right.to(dense.weight)
+        dense.weight += added.T if isinstance(layer, Conv1D) else added
+        if bias is not None:
+            dense.bias += bias.to(dense.weight)
+        return dense
+    if not isinstance(layer, FactoredLinear):
+        raise TwofoldError(
+            f"an adapter can't be merged into a {type(layer).__name__}, whose form holds no further rank; keep it beside the "
+            "model, or make the model dense first (model.dequantize())"
+        )
+    if bias is not None and layer.bias is None:
+        raise TwofoldError("the adapter has a bias, the layer has none; keep it beside the model")
+    dtype, wide = layer.weight.dtype, working_dtype(layer.weight.device)
+    left, right = left.detach().to(layer.weight.device, wide), right.detach().to(layer.weight.device, wide)
+    total = None if layer.bias is None else layer.bias.detach().to(wide)
+    if total is not None and bias is not None:
+        total = total + bias.to(total)
+    if not left.any() or not right.any():  # nothing was trained: no rank is spent on it
+        left, right = left[:, :0], right[:0]
+    split = None
+    if isinstance(layer, DenseColumnsLinear):
+        split = layer.split
+        right = right.index_select(1, split)
+        columns = layer.dense.weight.detach().to(wide) + left @ right[:, : layer.columns]
+        right = right[:, layer.columns :]
+    old_left, old_right = plain_factors(layer, wide)
+    whole_left, whole_right = torch.cat([old_left, left], 1), torch.cat([old_right, right])
+    m, r = whole_left.shape
+    n = whole_right.shape[1]
+    if r < min(m, n):
+        inner = None if split is not None else total
+        grown = FactoredLinear.from_factors(whole_left, whole_right, inner, transposed=layer.transposed, dtype=dtype)
+        if grown.form != "plain" or plain_storage(m, n, r) < m * n:
+            if split is None:
+                return grown
+            return DenseColumnsLinear.around(
+                grown, columns.to(dtype), split, None if total is None else total.to(dtype), layer.transposed
+            )
+    weight = whole_left @ whole_right
+    if split is not None:
+        whole = weight.new_empty(m, layer.in_features)
+        whole[:, split.long()] = torch.cat([columns, weight], 1)
+        weight = whole
+    return dense_module(_Dense(layer, weight.to(dtype), total))  # type: ignore[arg-type]
+
+
+class _Dense:
+    """What ``dense_module`` asks of a layer, with another weight."""
+
+    def __init__(self, layer: FactoredLinear, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = self.weight = weight
+        self.bias = bias
+        self.transposed = layer.transposed
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def to_dense(self) -> Tensor:
+        return self._weight

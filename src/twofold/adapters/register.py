@@ -1,0 +1,43 @@
+"""Makes PEFT know the factored layers."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from twofold.errors import TwofoldError
+from twofold.silence import silence
+
+EXTRA = "it needs the package {}, which is not installed; install it with: pip install 'twofold[tune]'"
+
+
+def register() -> bool:
+    """Let PEFT's LoRA take a factored layer as a whole, in every way in which PEFT makes or loads an adapter.
+
+    PEFT asks a table which class carries out LoRA. Ours stands there in the place of PEFT's own, whose subclass it is: for all
+    layers but ours it does what PEFT does. Called when a model gets factored layers, so that an adapter loads on it at once.
+
+    Returns:
+        Whether PEFT is installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        return False
+    with silence():  # PEFT loads torchao
+        from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+
+        from twofold.adapters.lora import CompactLoraModel
+
+    if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA], CompactLoraModel):
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = CompactLoraModel
+    return True
+
+
+def need(*packages: str) -> None:
+    """Make sure that the packages of the extra "tune" are there.
+
+    Raises:
+        TwofoldError: naming the first one that is not.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise TwofoldError(EXTRA.format(package))
+    register()

@@ -1,0 +1,123 @@
+"""The settings of a fine-tuning: one pydantic model for the flags, Python and the record of the run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field
+
+from twofold.recipe import checked
+
+Method = Literal[
+    "lora", "rslora", "dora", "pissa", "olora", "corda", "eva", "vera", "adalora",
+    "factors", "factors-top", "factors-tail", "full",
+]  # fmt: skip
+RATES: dict[str, float] = {"full": 2e-5, "factors": 5e-5, "factors-top": 1e-4, "factors-tail": 1e-4, "vera": 2e-3}
+RATE = 2e-4  # of the methods that train adapters
+
+
+class TuneSettings(pydantic.BaseModel, extra="forbid"):
+    """How a model is fine-tuned. The description of each field is also the help of its flag."""
+
+    model: Annotated[str, Field(description="a folder, a hub id, a .gguf file, or smollm2 (built in)")]
+    data: Annotated[
+        list[str],
+        Field(min_length=1, description="files of rows (.jsonl, .json), or data sets of the hub, to train on"),
+    ]
+    method: Annotated[
+        Method,
+        Field(description="what is trained: " + ", ".join(Method.__args__)),  # type: ignore[attr-defined]
+    ] = "lora"
+    rank: Annotated[
+        int | None,
+        Field(ge=1, description="rank of an adapter, or how many directions are trained [default: 16; vera 256]"),
+    ] = None
+    alpha: Annotated[
+        float | None, Field(gt=0, description="an adapter's product counts alpha / rank times [default: 2 × rank]")
+    ] = None
+    dropout: Annotated[float, Field(ge=0, lt=1, description="dropout before an adapter")] = 0.0
+    include: Annotated[list[str], Field(description="patterns of layers to train; all linear layers if none")] = []
+    exclude: Annotated[list[str], Field(description="patterns of layers to leave as they are")] = []
+    learning_rate: Annotated[
+        float | None, Field(gt=0, allow_inf_nan=False, description="the highest rate [default: that of the method]")
+    ] = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False, description="times that the rows are gone through")] = 1.0
+    steps: Annotated[int | None, Field(ge=1, description="steps of the optimizer, in the place of epochs")] = None
+    batch: Annotated[int, Field(ge=1, description="rows (or packed windows) of one step")] = 8
+    micro_batch: Annotated[int, Field(ge=1, description="rows that are in memory at once; must divide the batch")] = 1
+    length: Annotated[int, Field(ge=8, description="tokens of the longest row, and of a packed window")] = 1024
+    long: Annotated[
+        Literal["refuse", "cut", "skip"], Field(description="what becomes of a row that is longer: refuse, cut, skip")
+    ] = "refuse"
+    packing: Annotated[bool, Field(description="put several rows into one window, each blind to the others")] = False
+    loss: Annotated[Literal["answers", "all"], Field(description="learn the answers alone, or all of a row")] = (
+        "answers"
+    )
+    chat: Annotated[
+        bool, Field(description="put prompt and completion rows through the chat template, as one turn each")
+    ] = False
+    skip_bad: Annotated[bool, Field(description="leave out rows that can't be read, and count them")] = False
+    held_out: Annotated[
+        float, Field(ge=0, description="rows to measure on and not to train on: a share below 1, or how many")
+    ] = 0.1
+    dataset_config: Annotated[str | None, Field(description="the configuration of a data set")] = None
+    dataset_split: Annotated[str, Field(description="the split of a data set")] = "train"
+    warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps in which the rate rises")] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, description="weight decay of AdamW")] = 0.0
+    bound: Annotated[
+        float,
+        Field(gt=0, description="factors: the most that one step changes a product, as a share of its spectral norm"),
+    ] = 0.02
+    evaluate_every: Annotated[
+        int | None,
+        Field(ge=1, description="steps between two looks at the held-out rows [default: a tenth of the run]"),
+    ] = None
+    save_every: Annotated[
+        int | None, Field(ge=1, description="steps between two checkpoints [default: a tenth of the run]")
+    ] = None
+    patience: Annotated[
+        int | None, Field(ge=1, description="stop after so many looks without a better held-out loss")
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, Field(description="less memory for more time: activations are computed anew in the backward pass")
+    ] = False
+    memory: Annotated[
+        str | None, Field(description="the most memory, as in 4GB: picks micro-batch, checkpointing and method")
+    ] = None
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of the split, the order and the adapters")] = 0
+    dtype: Annotated[str, Field(description="of the computation; auto is float32 on a processor")] = "auto"
+    device: Annotated[str, Field(description="cpu, cuda, mps, or auto")] = "auto"
+    trust_remote_code: Annotated[bool, Field(description="run code that comes with the checkpoint")] = False
+
+    @pydantic.model_validator(mode="after")
+    def _fit(self) -> TuneSettings:
+        if self.batch % self.micro_batch:
+            raise ValueError(f"--micro-batch must divide --batch, got {self.micro_batch} and {self.batch}")
+        if self.held_out > 1 and not float(self.held_out).is_integer():
+            raise ValueError(f"--held-out must be a share below 1 or a whole number of rows, got {self.held_out}")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate."""
+        return self.learning_rate or RATES.get(self.method, RATE)
+
+    @property
+    def scale(self) -> float:
+        """alpha: what an adapter's product is multiplied by, times its rank."""
+        return self.alpha or 2.0 * self.size
+
+    @property
+    def size(self) -> int:
+        """The rank of an adapter, or how many directions are trained."""
+        return self.rank or (256 if self.method == "vera" else 16)
+
+
+def make_settings(values: dict[str, object]) -> TuneSettings:
+    """Check settings.
+
+    Raises:
+        TwofoldError: naming the first one that is wrong, what it must be, and what came.
+    """
+    return checked(TuneSettings, values, list(TuneSettings.model_fields))

@@ -1,0 +1,402 @@
+"""Fine-tuning end to end on a tiny model: every method, kills, faults; and the bound on the factors' steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import twofold.cli
+from conftest import make_model, make_tokenizer
+from test_adapters import factored_model, with_lora
+from twofold.checkpoint.write import check_output
+from twofold.errors import TwofoldError
+from twofold.nn import FactoredLinear
+from twofold.tune import make_settings
+from twofold.tune.bound import BoundedUpdate, product_norm, spectral_norm
+from twofold.tune.directions import split_directions
+from twofold.tune.estimate import choose, estimate
+from twofold.tune.record import TuneRun
+from twofold.tune.rows import read_rows
+from twofold.tune.run import prepare, read_bytes, tune
+from twofold.tune.tokens import Example, encode_rows
+from twofold.tune.trainer import as_dataset, disk_errors, last_whole, packed
+
+ROWS = [{"prompt": f"Say {i}: ", "completion": f"it is {3 * i}."} for i in range(24)]
+QUICK: dict[str, object] = {"steps": 6, "batch": 4, "rank": 4, "length": 128, "learning_rate": 1e-2, "held_out": 4,
+    "evaluate_every": 3, "save_every": 3}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, a factored one, and rows."""
+    folder = tmp_path_factory.mktemp("tune")
+    for name, model in (("dense", make_model()), ("factored", factored_model(rank=8))):
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+def run(place: Path, out: Path, model: str = "dense", **given: object) -> TuneRun:
+    settings = {"model": str(place / model), "data": [str(place / "rows.jsonl")], **QUICK, **given}
+    return tune(make_settings(settings), out, quiet=True)
+
+
+def load(place: Path, out: Path, model: str) -> Any:
+    if (out / "adapter_config.json").exists():
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / model), out).eval()
+    return AutoModelForCausalLM.from_pretrained(out).eval()
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, place: Path) -> float:
+    """By the logits, with none of the code that the training uses."""
+    rows = encode_rows(read_rows([str(place / "rows.jsonl")]).rows, make_tokenizer(), length=128, held_out=4)
+    total = count = 0.0
+    for one in rows.held_out:
+        logits = model(input_ids=torch.tensor([one.input_ids])).logits[0, :-1].double()
+        labels = torch.tensor(one.labels[1:])
+        total += float(F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+        count += int((labels != -100).sum())
+    return total / count
+
+
+METHODS = [
+    *(("dense", m) for m in ("lora", "rslora", "dora", "pissa", "olora", "corda", "eva", "vera", "adalora", "full")),
+    *(("factored", m) for m in ("lora", "eva", "factors", "factors-top", "factors-tail", "full")),
+]
+
+
+@pytest.mark.parametrize(("model", "method"), METHODS)
+def test_what_is_written_is_what_was_trained(model: str, method: str, place: Path, tmp_path: Path) -> None:
+    record = run(place, tmp_path / "out", model, method=method)
+    assert record.held_out_before == pytest.approx(held_out_loss(load(place, place / model, model), place), abs=1e-5)
+    tuned = load(place, tmp_path / "out", model)
+    assert record.held_out_after == pytest.approx(held_out_loss(tuned, place), abs=1e-5)
+    assert record.held_out_after is not None and record.held_out_before is not None
+    assert record.held_out_after < record.held_out_before - 1e-3
+    assert [point.step for point in record.curve] == [1, 2, 3, 4, 5, 6]
+    assert record.held_out_curve[0].step == 0 and record.held_out_curve[-1].step == 6
+    assert {m.rank for m in tuned.modules() if isinstance(m, FactoredLinear)} == ({8} if model == "factored" else set())
+    if method == "factors":  # and nothing else
+        before = dict(load(place, place / model, model).named_parameters())
+        changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, before[n])}
+        assert changed and all(".reduce." in n or ".expand." in n for n in changed)
+        assert record.trainable < record.parameters
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"run.json", "loss.svg", "README.md", "tokenizer.json"} <= files
+    assert not (tmp_path / "out.partial").exists()
+    assert TuneRun.model_validate_json((tmp_path / "out" / "run.json").read_text()) == record
+    check_output(tmp_path / "out", overwrite=True)  # ours, so it may be replaced
+
+
+def test_packed_rows_do_not_see_each_other(place: Path, tmp_path: Path) -> None:
+    examples = [Example([5, 6, 7, 8], [5, 6, 7, 8]), Example([9, 10, 11], [-100, 10, 11]), Example([1, 2], [1, 2])]
+    windows = packed(examples, 7)
+    assert sorted(len(ids) for ids in windows["input_ids"]) == [2, 7]
+    # One step of all rows, packed and not, has one loss and one gradient: so one step gives the same weights.
+    given = {"steps": 1, "batch": 20, "method": "full", "warmup": 0.0}
+    apart = run(place, tmp_path / "apart", **given)
+    together = run(place, tmp_path / "together", **{**given, "packing": True, "batch": 4, "micro_batch": 2})
+    assert together.windows < apart.windows
+    small = prepare(
+        make_settings({"model": str(place / "dense"), "data": [str(place / "rows.jsonl")], **QUICK, "packing": True})
+    )
+    assert len(small.windows) == together.windows <= 4  # so the one step sees all rows
+    assert together.curve[0].loss == pytest.approx(apart.curve[0].loss, rel=1e-5)
+    first, second = (load(place, tmp_path / name, "dense") for name in ("apart", "together"))
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        # AdamW's first step is the rate times a sign: where a gradient is nearly zero it may differ
+        assert ((one - other).abs() > 1e-4).float().mean() < 0.01
+
+
+COMMAND = ["--steps", "9", "--batch", "4", "--micro-batch", "2", "--rank", "4", "--length", "128", "--learning-rate", "0.01",
+           "--save-every", "2", "--dropout", "0.1", "--held-out", "4", "--quiet"]  # fmt: skip
+
+
+def test_a_killed_run_ends_with_the_same_weights(place: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "twofold",
+        "tune",
+        str(place / "dense"),
+        "--data",
+        str(place / "rows.jsonl"),
+        *COMMAND,
+    ]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    seen = tmp_path / "out.partial" / "tune" / "checkpoint-4"  # killed while it is written, or just after
+    while not seen.exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -9, process.communicate()[1]
+    kept = {path.parent.name for path in (tmp_path / "out.partial" / "tune").glob("*/whole.json")}
+    assert not (tmp_path / "out").exists() and "checkpoint-2" in kept
+    resumed, whole = (
+        tune(
+            make_settings(
+                {"model": str(place / "dense"), "data": [str(place / "rows.jsonl")], "steps": 9, "batch": 4, "micro_batch": 2,
+                 "rank": 4, "length": 128, "learning_rate": 0.01, "save_every": 2, "dropout": 0.1, "held_out": 4.0}
+            ),
+            tmp_path / name,
+            quiet=True,
+        )
+        for name in ("out", "uninterrupted")
+    )  # fmt: skip
+    assert resumed.resumed in (2, 4) and whole.resumed == 0
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "uninterrupted"))
+    assert one == other
+    assert resumed.curve == whole.curve and resumed.held_out_curve == whole.held_out_curve
+
+
+def test_a_run_with_other_settings_does_not_go_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from twofold.tune import run as module
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "draw_curve", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(place, tmp_path / "out")
+    with pytest.raises(TwofoldError, match="unfinished run with another"):
+        run(place, tmp_path / "out", seed=3)
+    assert run(place, tmp_path / "out").resumed == 6
+
+
+def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_state(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twofold.tune.trainer import RowTrainer
+
+    compute = RowTrainer.compute_loss
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(RowTrainer, "compute_loss", broken)
+    with pytest.raises(
+        TwofoldError, match=r"loss is not a finite number at step 4.*state of step 3 is kept in .*--learning-rate"
+    ):
+        run(place, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    good = tmp_path / "out.partial" / "tune" / "last-good"
+    kept = load(place, good, "dense")
+    assert all(bool(torch.isfinite(p).all()) for p in kept.parameters())
+    monkeypatch.undo()
+    expected = run(place, tmp_path / "three", steps=6)
+    at_three = next(point.loss for point in expected.held_out_curve if point.step == 3)
+    assert held_out_loss(kept, place) == pytest.approx(at_three, abs=1e-5)
+
+
+def test_a_gradient_that_is_infinite_stops_before_the_step(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twofold.tune.trainer import RowTrainer
+
+    step = RowTrainer.training_step
+
+    def broken(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step == 1:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(RowTrainer, "training_step", broken)
+    with pytest.raises(TwofoldError, match="a gradient is not finite at step 2"):
+        run(place, tmp_path / "out")
+
+
+def test_no_space_for_a_checkpoint(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    import torch.serialization
+
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(TwofoldError, match="no space for"):
+            run(place, tmp_path / "out", save_every=1)
+    write = torch.save
+    full = OSError(28, "No space left on device")
+
+    def fill(obj: object, path: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-3" in str(path):
+            raise full
+        write(obj, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fill)
+        with pytest.raises(TwofoldError, match=r"no space for a checkpoint in .*checkpoint-2 is kept: free some space"):
+            run(place, tmp_path / "out", save_every=1)
+    assert run(place, tmp_path / "out", save_every=1).resumed == 2
+    with pytest.raises(ValueError, match="other"), disk_errors(tmp_path):
+        raise ValueError("other")
+
+
+def test_half_written_checkpoints_are_not_taken(tmp_path: Path) -> None:
+    for step, whole in ((2, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / "whole.json").write_text("{}")
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-12").exists()
+    assert last_whole(tmp_path / "none") is None
+
+
+def test_it_stops_early_and_keeps_the_best(place: Path, tmp_path: Path) -> None:
+    record = run(
+        place, tmp_path / "out", steps=40, patience=2, evaluate_every=2, save_every=2, learning_rate=0.3, method="full"
+    )
+    assert record.steps < 40 == record.steps_planned
+    assert record.held_out_after == pytest.approx(min(p.loss for p in record.held_out_curve[1:]), abs=1e-5)
+    with pytest.raises(TwofoldError, match="--patience needs held-out rows"):
+        run(place, tmp_path / "x", patience=1, held_out=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "said"),
+    [
+        ("dense", {"method": "factors"}, "factorize it first"),
+        ("factored", {"method": "dora"}, "needs the dense weight"),
+        ("dense", {"include": ["nothing*"]}, "matches no linear layer"),
+        ("dense", {"exclude": ["*"]}, "no layer is left to train"),
+        ("dense", {"memory": "10MB"}, "are too little: the smallest way takes"),
+        ("dense", {"memory": "90M"}, "--memory must be a size in bytes"),
+        ("dense", {"data": ["missing.jsonl"]}, "there is no file"),
+        ("dense", {"length": 12}, "tokens, more than the 12"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    model: str, given: dict[str, object], said: str, place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TwofoldError, match=said):
+        run(place, tmp_path / "out", model, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_estimate_counts_what_is_kept(place: Path) -> None:
+    settings = make_settings({"model": str(place / "dense"), "data": ["x"], "method": "full", "batch": 4})
+    one = estimate(settings, longest=64, mean=32, steps=10, speed=1e9)
+    assert one.weights == one.gradients == one.optimizer // 2 == 4 * one.parameters
+    model = make_model().train()
+    kept: dict[int, int] = {}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.model(input_ids=torch.zeros(1, 64, dtype=torch.int64), use_cache=False)
+    assert one.activations == pytest.approx(
+        sum(kept.values()), rel=0.2
+    )  # without numbers the attention keeps its mask, too
+    lora = estimate(settings.model_copy(update={"method": "lora"}), longest=64, mean=32, steps=10, speed=1e9)
+    assert lora.gradients + lora.optimizer < one.gradients + one.optimizer
+    assert lora.trainable == sum(p.numel() for n, p in with_lora(make_model(), 16).named_parameters() if "lora_" in n)
+    again = estimate(
+        settings.model_copy(update={"gradient_checkpointing": True}), longest=64, mean=32, steps=10, speed=1e9
+    )
+    assert again.activations < one.activations and again.step_seconds > one.step_seconds
+    enough, found = choose(settings, one.memory + 2**26, longest=64, mean=32, steps=10)
+    assert enough.method == "full" and found.memory <= one.memory + 2**26
+    assert read_bytes("4GB") == 4e9
+
+
+def test_splitting_directions_changes_nothing_at_the_start() -> None:
+    ids = torch.arange(20)[None]
+    for leading in (True, False):
+        model = factored_model(rank=6)
+        with torch.no_grad():
+            before = model(input_ids=ids).logits
+            name = "model.layers.1.mlp.gate_proj"
+            values = torch.linalg.svdvals(model.get_submodule(name).to_dense(torch.float64))[:6]
+            adapted = split_directions(model, [name], 2, leading=leading)
+            torch.testing.assert_close(adapted(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
+            layer = model.get_submodule(name)
+            moved = torch.linalg.svdvals((layer.lora_B["default"].weight @ layer.lora_A["default"].weight).double())[:2]
+        torch.testing.assert_close(moved, values[:2] if leading else values[-2:], rtol=1e-4, atol=1e-5)
+        assert layer.base_layer.rank == 4
+
+
+@pytest.mark.parametrize("form", ["plain", "rows", "columns"])
+def test_a_step_changes_the_product_by_no_more_than_the_bound(form: Any) -> None:
+    torch.manual_seed(0)
+    for rate, bound in ((1e-1, 0.01), (1e-6, 0.01)):
+        layer = FactoredLinear.from_factors(torch.randn(20, 4).double(), torch.randn(4, 30).double(), form=form)
+        before = layer.to_dense().clone()
+        exact = torch.linalg.matrix_norm(before, 2)
+        assert product_norm(layer) == pytest.approx(float(exact), rel=0.1)
+        assert spectral_norm(layer.reduce.weight) == pytest.approx(
+            float(torch.linalg.matrix_norm(layer.reduce.weight, 2)), rel=0.1
+        )
+        hook = BoundedUpdate({"layer": layer}, bound)
+        optimizer = torch.optim.AdamW([layer.reduce.weight, layer.expand.weight], lr=rate, weight_decay=0.0)
+        hook.attach(optimizer)
+        for _ in range(3):
+            layer(torch.randn(8, 30).double()).square().sum().backward()
+            old = layer.to_dense().clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            change = torch.linalg.matrix_norm(layer.to_dense() - old, 2)
+            assert change <= 1.15 * bound * torch.linalg.matrix_norm(
+                old, 2
+            )  # norms by iteration are right to some percent
+        assert hook.shortened == (3 if rate == 1e-1 else 0)
+        assert not torch.equal(layer.to_dense(), before)
+
+
+def test_rows_as_a_data_set() -> None:
+    assert as_dataset([Example([1, 2], [-100, 2])]).to_list() == [{"input_ids": [1, 2], "labels": [-100, 2]}]
+
+
+def test_the_command_says_what_it_would_take_and_what_is_wrong(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(*given: object) -> tuple[int, str, str]:
+        rows = place / "rows.jsonl" if "--data" not in given else None
+        data = ["--data", str(rows)] if rows is not None else []
+        command = ["twofold", "tune", str(place / "dense"), *data, *map(str, given), "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", command)
+        try:
+            twofold.cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    code, out, _ = command("--dry-run", "--json")
+    assert code == 0 and json.loads(out)["memory"] > 1e8 and not list(tmp_path.iterdir())
+    code, out, _ = command("--dry-run")
+    assert code == 0 and "in all" in out and "Method lora" in out
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n')
+    code, _, said = command("--data", tmp_path / "bad.jsonl")
+    assert code == 2 and len(said.strip().splitlines()) == 1 and 'line 1: there is no "completion"' in said
+    code, out, said = command("--steps", 2, "--batch", 2, "--held-out", 2)
+    assert code == 0 and "held-out loss after" in out and "22 rows to train on, 2 held out" in said
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, said = command("--steps", 2)
+    assert code == 2 and "pip install 'twofold[tune]'" in said
