@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from twofold.comparison.figure import COLOURS, PRINT
 from twofold.report.drawing import INK, SETTINGS, label_of
@@ -69,10 +70,14 @@ def _figure(bench: Bench) -> Any:
     roof = np.minimum(line * roofs.bytes_per_second, roofs.flops) / 1e9
     axes.plot(line, roof, color=ink, linewidth=1.2)
     axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=12))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("operations for each byte moved")
     axes.set_ylabel("operations a second (10⁹)")
     title = f"{roofs.bytes_per_second / 1e9:.0f} GB and {roofs.flops / 1e9:.0f} · 10⁹ operations a second, as measured"
-    axes.set_title(title)
+    axes.set_title(title, fontsize=10, fontweight="normal", loc="left")
     axes.grid(True)
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=n) for i, n in enumerate(runtimes)]
     hollow = {row.model for row in bench.rows if row.original}
@@ -83,10 +88,10 @@ def _figure(bench: Bench) -> Any:
             color=ink,
             marker=MARKERS[i % 7],
             linestyle="none",
-            label=label_of(name, 28),
+            label=label_of(name, 40),
             markerfacecolor="white" if name in hollow else ink,
         )
         for i, name in enumerate(models)
     ]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
