@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import twofold
 import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
+from twofold.checkpoint.quantizer import FORMAT_VERSION
 from twofold.inspection import inspect_model
 from twofold.models import load_model
 from twofold.plan import Plan
@@ -592,7 +593,7 @@ for name in (
     case(f"factored: a module is called {name!r}", "factorizes", **factored)(
         modules_of(lambda m, name=name: m.update({name: {"rank": 3, "form": "rows"}}) and None)
     )
-for value in (4, 99, -1, 0, "1", None, 1.5, [1], True):
+for value in (FORMAT_VERSION + 1, 99, -1, 0, "1", None, 1.5, [1], True):
     case(f"factored: format version {value}", "format version", **factored)(quantization_of(format_version=value))
 case("factored: a module is left out", QUERY, **factored)(modules_of(lambda m: m.pop(QUERY) and None))
 for name, change in {
