@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from twofold.linalg import gauge_form, gauge_storage, plain_storage, working_dtype
 from twofold.nn.compact_linear import CompactLinear, bare_linear, counted
