@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def bare_linear(
     in_features: int, out_features: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Linear:
-    """An ``nn.Linear`` without a bias; on the meta device nothing is initialized, which would take most of the time to make one."""
+    """An ``nn.Linear`` without a bias; on the meta device nothing is initialized, which is slow there."""
     if not torch.empty(0, device=device).is_meta:
         return nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
     layer = nn.Linear.__new__(nn.Linear)
