@@ -10,6 +10,26 @@ from torch import Tensor, nn
 from twofold.nn.int_matrix import IntLinear
 
 
+def bare_linear(
+    in_features: int, out_features: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Linear:
+    """An ``nn.Linear`` without a bias; on the meta device nothing is initialized, which is slow there."""
+    if not torch.empty(0, device=device).is_meta:
+        return nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = in_features, out_features
+    layer.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+    layer.register_parameter("bias", None)
+    return layer
+
+
+def counted(length: int, device: torch.device | str | None) -> Tensor:  # (length,), int32
+    """0, 1, 2, …; on the meta device just its shape, since ``torch.arange`` is slow there."""
+    order = torch.empty(length, device=device, dtype=torch.int32)
+    return order if order.is_meta else torch.arange(length, device=device, dtype=torch.int32)
+
+
 class CompactLinear(nn.Module):
     """y = W′x + b with W′ (out, in) kept in fewer than out · in numbers, by ``nn.Linear`` children that ``CHILDREN`` names.
 

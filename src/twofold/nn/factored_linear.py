@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from twofold.linalg import gauge_form, gauge_storage, plain_storage, working_dtype
-from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.compact_linear import CompactLinear, bare_linear, counted
 
 Form = Literal["plain", "rows", "columns"]
 
@@ -75,11 +75,11 @@ class FactoredLinear(CompactLinear):
         self.transposed = transposed
         inner = in_features - rank if form == "columns" else in_features
         outer = out_features - rank if form == "rows" else out_features
-        self.reduce = nn.Linear(inner, rank, bias=False, device=device, dtype=dtype)
-        self.expand = nn.Linear(rank, outer, bias=False, device=device, dtype=dtype)
+        self.reduce = bare_linear(inner, rank, device, dtype)
+        self.expand = bare_linear(rank, outer, device, dtype)
         self._add_bias_and_guard(bias, device, dtype)
         permuted = {"plain": 0, "rows": out_features, "columns": in_features}[form]
-        self.register_buffer("order", torch.arange(permuted, device=device, dtype=torch.int32) if permuted else None)
+        self.register_buffer("order", counted(permuted, device) if permuted else None)
 
     @classmethod
     def from_factors(
