@@ -37,7 +37,7 @@ def small_recipe(checkpoint, text_file, **settings):
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", sorted(name for name, one in OBJECTIVES.items() if one.correct is None))
 def test_every_objective_with_every_allocation(name, allocate):
     model = twofold.factorize(
         make_model(), make_tokenizer(), keep=0.6, objective=name, allocate=allocate, texts=[TEXT], **SMALL
