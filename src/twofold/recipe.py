@@ -286,7 +286,9 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
 def _check_correction(recipe: Recipe, sizes: int) -> None:
     """Refuse settings that a correction of integers does not go with."""
     if recipe.fixed_bits is None:
-        raise ValueError(f"--objective {recipe.objective} corrects weights of integers: give --bits, as in --bits 4")
+        raise ValueError(
+            f"--objective {recipe.objective} corrects weights of integers: give --bits, as in --bits 4 (compare has none)"
+        )
     if sizes:
         raise ValueError(
             f"--objective {recipe.objective} has its size from --bits and --rank; leave --keep, --budget and the qualities out"
