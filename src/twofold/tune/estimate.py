@@ -73,8 +73,8 @@ def estimate(
     device = choose_device(settings.device)
     dtype = compute_dtype(settings.dtype, skeleton.stored_dtype, device)
     tokens = settings.micro_batch * longest
-    ready = _ready(skeleton.model.train(), settings, names)
     try:
+        ready = _ready(skeleton.model.train(), settings, names)
         with quiet_bars(), FakeTensorMode(allow_non_fake_inputs=True):
             _give_shapes(ready, dtype)
             activations = kept_for_backward(ready, settings.micro_batch, longest)
