@@ -65,7 +65,7 @@ def print_tuned(run: TuneRun, out: Path) -> None:
 
 def print_estimated(found: TuneEstimate) -> None:
     """What a fine-tuning would take."""
-    parts = ("program", "weights", "gradients", "optimizer", "activations", "head")
+    parts = ("program", "weights", "gradients", "optimizer", "activations", "head", "spare")
     rows = [[name, megabytes(getattr(found, name))] for name in parts]
     table("Peak memory, estimated", ["", ""], [*rows, ["in all", megabytes(found.memory)]])
     again = ", activations computed anew" if found.gradient_checkpointing else ""
