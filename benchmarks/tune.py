@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import twofold
 from twofold.nn import FactoredLinear
 from twofold.tune import make_settings
-from twofold.tune.run import prepare
+from twofold.tune.prepare import prepare
 from twofold.tune.tokens import Example
 
 
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=384, help="longer rows are cut")
+    parser.add_argument("--length", type=int, default=256, help="longer rows are cut")
     parser.add_argument("--held-out", type=int, default=100)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--out", type=Path, required=True)

@@ -27,9 +27,10 @@ from twofold.tune import make_settings
 from twofold.tune.bound import BoundedUpdate, product_norm, spectral_norm
 from twofold.tune.directions import split_directions
 from twofold.tune.estimate import choose, estimate
+from twofold.tune.prepare import prepare, read_bytes
 from twofold.tune.record import TuneRun
 from twofold.tune.rows import read_rows
-from twofold.tune.run import prepare, read_bytes, tune
+from twofold.tune.run import tune
 from twofold.tune.tokens import Example, encode_rows
 from twofold.tune.trainer import as_dataset, disk_errors, last_whole, packed
 

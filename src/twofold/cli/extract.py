@@ -25,10 +25,10 @@ def command(
 ) -> None:
     """Write a LoRA adapter that turns one model into another as far as its ranks go; each layer has a rank of its own."""
     from twofold.adapters.register import need
-    from twofold.cli.tables import print_extracted
 
     need("peft")
     from twofold.adapters.extract import extract
+    from twofold.cli.tune_tables import print_extracted
 
     made = extract(tuned, base, out, rank=rank, energy=energy, moments=moments, overwrite=overwrite, quiet=quiet)
     if json_output:

@@ -29,10 +29,10 @@ def command(
 ) -> None:
     """Merge LoRA adapters into a model: exactly, the rank of a factored layer grows by theirs; or back to the old size."""
     from twofold.adapters.register import need
-    from twofold.cli.tables import print_merged
 
     need("peft")
     from twofold.adapters.merge import merge
+    from twofold.cli.tune_tables import print_merged
 
     made = merge(
         model, adapters, out, weights=weight, recompress=recompress, adapter_rank=adapter_rank, moments=moments,

@@ -25,10 +25,11 @@ def command(
     Started again with the same settings, a run that was stopped goes on from its last checkpoint.
     """
     from twofold.adapters.register import need
-    from twofold.cli.tables import print_estimated, print_tuned
 
     need("peft", "trl", "datasets")
-    from twofold.tune.run import prepare, tune
+    from twofold.cli.tune_tables import print_estimated, print_tuned
+    from twofold.tune.prepare import prepare
+    from twofold.tune.run import tune
     from twofold.tune.trainer import quiet_libraries
 
     if dry_run:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback
 from trl import SFTConfig
 
-from twofold.budget import parse_budget
 from twofold.checkpoint.write import check_apart, check_output, check_space, staged_folder
 from twofold.errors import TwofoldError
 from twofold.files import write_text
@@ -20,21 +18,16 @@ from twofold.models import (
     LoadedModel,
     cast_weights,
     load_model,
-    load_skeleton,
-    load_tokenizer,
-    positions,
     quiet_bars,
 )
 from twofold.progress import say
 from twofold.run import Sample, Stopwatch, machine, peak_memory
 from twofold.tune.bar import LossBar
-from twofold.tune.estimate import TuneEstimate, choose, estimate
-from twofold.tune.methods import Method, apply_method, check_method
+from twofold.tune.methods import Method, apply_method
+from twofold.tune.prepare import Prepared, prepare, summary
 from twofold.tune.record import Point, TuneRun, draw_curve, write_card
-from twofold.tune.rows import Rows, read_rows
 from twofold.tune.samples import answers, held_out_prompts
 from twofold.tune.settings import TuneSettings
-from twofold.tune.tokens import Examples, encode_rows
 from twofold.tune.trainer import (
     NotFiniteError,
     RowTrainer,
@@ -42,7 +35,6 @@ from twofold.tune.trainer import (
     as_dataset,
     disk_errors,
     last_whole,
-    packed,
     quiet_libraries,
 )
 from twofold.version import __version__
@@ -67,7 +59,7 @@ def tune(settings: TuneSettings, out: Path | str, *, overwrite: bool = False, qu
     with watch.stage("read"), quiet_libraries():
         prepared = prepare(settings)
     if not quiet:
-        say(_summary(prepared.rows, prepared.examples))
+        say(summary(prepared.rows, prepared.examples))
     with watch.stage("load"), quiet_libraries():
         loaded = load_model(
             settings.model, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
@@ -82,98 +74,12 @@ def tune(settings: TuneSettings, out: Path | str, *, overwrite: bool = False, qu
         return _Tuning(prepared, loaded, base, work, watch, quiet=quiet).run(out, overwrite)
 
 
-@dataclass
-class Prepared:
-    """What is known before the weights are loaded."""
-
-    settings: TuneSettings  # as they were chosen for the memory
-    rows: Rows
-    examples: Examples
-    windows: Any  # the data set of rows, or of packed windows
-    steps: int
-    estimate: TuneEstimate | None  # None where the architecture can't be run without weights
-    notes: list[str] = field(default_factory=list)
-
-
-def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
-    """Read the rows, and tell what the run will take.
-
-    Args:
-        must_estimate: fail where it can't be told.
-
-    Raises:
-        TwofoldError: for whatever the user can put right.
-    """
-    rows = read_rows(
-        settings.data,
-        skip_bad=settings.skip_bad,
-        dataset_config=settings.dataset_config,
-        dataset_split=settings.dataset_split,
-    )
-    model = load_skeleton(settings.model, trust_remote_code=settings.trust_remote_code).model
-    check_method(model, settings)
-    longest = positions(model)
-    if longest is not None and settings.length > longest:
-        settings = settings.model_copy(update={"length": longest})
-    examples = encode_rows(
-        rows.rows,
-        load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code),
-        length=settings.length,
-        long=settings.long,
-        loss=settings.loss,
-        chat=settings.chat,
-        held_out=settings.held_out,
-        seed=settings.seed,
-    )
-    windows = packed(examples.train, settings.length) if settings.packing else as_dataset(examples.train)
-    steps = settings.steps or max(1, math.ceil(math.ceil(len(windows) / settings.batch) * settings.epochs))
-    sizes = [len(ids) for ids in windows["input_ids"]]
-    shape: dict[str, Any] = {"longest": max(sizes), "mean": sum(sizes) / len(sizes), "steps": steps}
-    notes: list[str] = []
-    try:
-        if settings.memory is None:
-            return Prepared(settings, rows, examples, windows, steps, estimate(settings, **shape), notes)
-        chosen, found = choose(settings, int(read_bytes(settings.memory)), **shape)
-    except TwofoldError:
-        if must_estimate or settings.memory is not None:
-            raise
-        return Prepared(settings, rows, examples, windows, steps, None, notes)
-    if chosen.method != settings.method:
-        notes.append(
-            f"{settings.method} does not fit in {settings.memory}, so {chosen.method} was trained in its place"
-        )
-    return Prepared(chosen, rows, examples, windows, steps, found, notes)
-
-
-def read_bytes(text: str) -> float:
-    """A memory such as 4GB in bytes.
-
-    Raises:
-        TwofoldError: if it is none.
-    """
-    size, unit = parse_budget(text)
-    if unit != "bytes":
-        raise TwofoldError(f"--memory must be a size in bytes, such as 4GB, got {text!r}")
-    return size
-
-
 def _chosen(settings: TuneSettings, path: Path) -> TuneSettings:
     """What was chosen for the memory when the run began: a run that is taken up again does the same."""
     if path.is_file():
         return TuneSettings.model_validate_json(path.read_text(encoding="utf-8"))
     write_text(path, settings.model_dump_json(indent=1) + "\n")
     return settings
-
-
-def _summary(rows: Rows, examples: Examples) -> str:
-    parts = [f"{len(examples.train):,} rows to train on, {len(examples.held_out):,} held out"]
-    if rows.skipped:
-        parts.append(f"{rows.skipped:,} bad ones skipped (first: {rows.first_skipped})")
-    if examples.cut:
-        parts.append(f"{examples.cut:,} cut to --length")
-    if examples.left_out:
-        parts.append(f"{examples.left_out:,} left out that are longer")
-    return "; ".join(parts)
 
 
 class _Tuning:
@@ -207,9 +113,6 @@ class _Tuning:
             bar = LossBar(quiet=self.quiet)
             trainer = self._trainer(method, windows, steps, bar)
         resume = last_whole(self.folder)
-        if settings.method == "adalora" and resume is not None:
-            self.notes.append("adalora keeps no state of its ranks, so the run began again")
-            resume = None
         try:
             with self.watch.stage("train"), quiet_libraries(), disk_errors(self.folder):
                 first = self._first_loss(trainer)

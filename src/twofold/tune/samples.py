@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from twofold.models import quiet_bars
+from twofold.residence import return_memory
 from twofold.tune.tokens import IGNORED, Examples
 
 COUNT, TOKENS, LONGEST = 2, 48, 256
@@ -38,4 +39,5 @@ def answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
             )
         given.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     model.train(training)
+    return_memory()
     return given

@@ -79,6 +79,7 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
             scored = self.model(input_ids=ids, labels=labels, fused_lm_head=True)
             total -= float(scored.log_probs.double().sum())
             count += int(scored.label_mask.sum())
+            return_memory()
         self.model.train(training)
         return total / max(count, 1)
 
