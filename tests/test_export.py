@@ -25,7 +25,7 @@ from twofold.export.formats.dense import save_dense
 from twofold.export.formats.lora import split
 from twofold.export.graph import trace
 from twofold.export.runtimes import open_export
-from twofold.models import LoadedModel, load_model
+from twofold.models import LoadedModel, load_model, load_skeleton, survey
 from twofold.nn import DenseColumnsLinear, FactoredLinear, SharedBasis, SharedLinear, SlicedLinear
 
 IDS = torch.tensor([[84, 104, 101, 32, 99, 97, 115, 116, 108, 101]])
@@ -370,6 +370,9 @@ def test_graphs_decode_what_the_model_does(kind, tmp_path, run):
     decoder = open_export(tmp_path / "out")
     prompts = torch.randint(0, 256, (3, 17), generator=torch.Generator().manual_seed(1))  # several rows, another length
     assert torch.equal(greedy(decoder, prompts, 20)[0], greedy(ModelDecoder(model), prompts, 20)[0])
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    # The exporter has made caches trees of tensors, for the whole process; a chain of blocks stays one.
+    assert survey(load_skeleton(str(tmp_path / "dense")), []).chain is not None
 
 
 def test_what_a_format_can_not_express_is_refused():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers.cache_utils import Cache
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ def watch_chain(model: nn.Module) -> Iterator[ChainWatch]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             hidden = args[0] if args else kwargs.get("hidden_states")
             watch.calls.append((name, hidden, output))
-            others = [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, Tensor) and t is not hidden]
+            # A cache is filled in passing, whether or not an exporter has registered it as a tree of tensors.
+            leaves = tree_leaves((args[1:], kwargs), is_leaf=lambda x: isinstance(x, Cache))
+            others = [t for t in leaves if isinstance(t, Tensor) and t is not hidden]
             watch.crossed |= any(t.requires_grad for t in others)
 
         return hook
