@@ -74,7 +74,7 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
     from twofold.factorize import apply_plan, dense_again
     from twofold.models import need_tokenizer
     from twofold.pipeline import open_for, prepare
-    from twofold.plan import make_plan
+    from twofold.planning import make_plan
     from twofold.recipe import make_recipe
     from twofold.run import Stopwatch
 

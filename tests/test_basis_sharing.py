@@ -34,7 +34,8 @@ from twofold.nn import FactoredLinear, SharedBasis, SharedLinear
 from twofold.nn.shared_linear import BASES, hold_bases
 from twofold.objectives import get_objective
 from twofold.pipeline import plan_model
-from twofold.plan import Plan, make_plan
+from twofold.plan import Plan
+from twofold.planning import make_plan
 from twofold.recipe import Override, make_recipe
 from twofold.refine.base import REFINEMENTS, Refined, Refinement
 from twofold.refine.training import trainable

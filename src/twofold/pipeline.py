@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import getpass
-import hashlib
-import json
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import nn
 
 from twofold import distributed
 from twofold.allocate import Evidence, get_allocation
-from twofold.blocks import Chain, block_names, stretches
-from twofold.calibrate import Moments, TokenWindows, collect_moments, request_statistics
-from twofold.calibrate.fingerprint import fingerprint, model_hash, moments_path
-from twofold.calibrate.moments import DESCRIPTION, FORMAT, Request
+from twofold.blocks import Chain, block_names
+from twofold.calibrate import Moments, TokenWindows
+from twofold.calibrate.fingerprint import model_hash
 from twofold.calibrate.windows import calibration_windows, fit_window
+from twofold.calibration import calibrate, on_text_alone, spectra_mark, used_targets
 from twofold.checkpoint import attach
 from twofold.checkpoint.write import check_space
 from twofold.errors import TwofoldError
@@ -38,15 +31,13 @@ from twofold.models import (
     check_finite,
     choose_device,
     compute_dtype,
-    first_line,
     load_model,
     load_skeleton,
     load_streamed,
-    survey,
 )
 from twofold.objectives import Objective, get_objective
-from twofold.objectives.base import Statistic
-from twofold.plan import Plan, make_plan
+from twofold.plan import Plan
+from twofold.planning import make_plan
 from twofold.progress import say
 from twofold.quantize.check import check_bits, stand_in
 from twofold.quantize.loss import rounding_needs
@@ -61,8 +52,7 @@ from twofold.speed.latency import times_of
 from twofold.structures import few_tokens, find_structures
 from twofold.structures.carry_out import measure_structures
 from twofold.structures.options import check_structural
-from twofold.targets import Targets, find_groups, find_targets
-from twofold.version import __version__
+from twofold.targets import Targets, find_targets
 from twofold.work import Work
 
 RESIDENT_BLOCKS = 4  # blocks of a model in memory that are decomposed, and kept, together
@@ -294,7 +284,7 @@ def with_structures(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Ta
     run = None
     if not any(parameter.is_meta for parameter in model.parameters()):
         run = partial(model, input_ids=few_tokens(model))
-        with _on_text_alone(model), torch.no_grad():
+        with on_text_alone(model), torch.no_grad():
             run()
     return find_structures(model, targets, kinds, run, recipe.form, recipe.share_blocks, recipe.overrides)
 
@@ -320,136 +310,6 @@ def decompose(
     return decompose_targets(
         residence, targets.targets, moments, objective, damping, spectra, chain=chain, blocks=blocks, quiet=quiet
     )
-
-
-def calibrate(
-    recipe: Recipe,
-    opened: Opened,
-    targets: Targets,
-    needs: frozenset[Statistic],
-    windows: TokenWindows,
-    hashed: str,
-    watch: Stopwatch,
-    *,
-    moments_folder: Path | None = None,
-    work: Work | None = None,
-    quiet: bool = False,
-) -> tuple[Targets, Moments, bool]:
-    """The moments of a model on windows of tokens: those of an earlier run if they fit, else new ones.
-
-    Args:
-        needs: what the objectives that they will serve ask for.
-        hashed: the hash of the model.
-
-    Returns:
-        The targets with the groups that share an input, the moments, and whether they are those of an earlier run.
-    """
-    loaded, residence = opened.loaded, opened.loaded.residence
-    with watch.stage("texts"):
-        before: frozenset[str] = frozenset()
-        if residence.streamed:
-            found = survey(loaded, targets.targets)
-            targets, before = replace(targets, groups=found.groups), found.before
-        else:
-            targets = replace(targets, groups=_groups(loaded.model, targets, windows.ids[:1, :16].to(residence.device)))
-    request = request_statistics(targets.targets, targets.groups, needs)
-    mark = fingerprint(hashed, windows, request, recipe, residence.dtype)
-    path = moments_folder or moments_path(mark)
-    if work is not None:
-        work.belongs_to(spectra_mark(hashed, mark, recipe))
-        work.update(stage="calibrating", moments=str(path))
-    named = moments_folder is not None
-    with _only_one(path, quiet), watch.stage("calibrate"):
-        moments, reused = _moments(opened, recipe, targets, request, windows, before, mark, path, named, quiet)
-    if reused:
-        watch.seconds.pop("calibrate")
-        if not quiet:
-            say(f"the moments of an earlier run fit and are used again ({path})")
-    return targets, moments, reused
-
-
-def used_targets(targets: Targets, moments: Moments) -> Targets:
-    """The targets that the moments say something about; the others stay dense, with the reason.
-
-    Raises:
-        TwofoldError: if none is left.
-    """
-    used = targets.without(moments.unused(targets.targets))
-    if not used.targets:
-        raise TwofoldError(
-            "nothing to factorize: no linear layer takes part when the model runs on the calibration text"
-        )
-    return used
-
-
-def _moments(
-    opened: Opened,
-    recipe: Recipe,
-    targets: Targets,
-    request: Request,
-    windows: TokenWindows,
-    before: frozenset[str],
-    mark: str,
-    path: Path,
-    named: bool,
-    quiet: bool,
-) -> tuple[Moments, bool]:
-    """The moments of an earlier run, or new ones; and which of the two."""
-    found = _reuse(path, mark, request, named=named) if (path / DESCRIPTION).is_file() else None
-    if distributed.agree(found is not None) and found is not None:
-        return found, True
-    check_space(path, 4 * request.numbers + _states_bytes(opened, recipe, windows))
-    about = {"model": opened.loaded.name, "source": windows.source, "seed": str(recipe.seed)}
-    made = collect_moments(
-        opened.loaded.residence,
-        targets.targets,
-        request,
-        windows.ids,
-        empty=Moments({}, 0, targets.groups, mark, about),
-        parts=stretches(opened.chain, opened.blocks) if opened.blocks is not None else None,
-        before=before,
-        seed=recipe.seed,
-        curvature=recipe.curvature,
-        batch_size=recipe.batch_size,
-        folder=path,
-        on_disk=recipe.activations == "disk",
-        quiet=quiet,
-    )
-    return made, False
-
-
-@contextmanager
-def _only_one(folder: Path, quiet: bool) -> Iterator[None]:
-    """Within the block no other run on this machine collects the same moments; the lock ends with the process."""
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"twofold-{getpass.getuser()}-{name}.lock")
-    if distributed.is_main():
-        try:
-            lock.acquire(timeout=0.5)
-        except Timeout:
-            if not quiet:
-                say(f"another run collects the same moments ({folder}); waiting for it")
-            lock.acquire()
-    distributed.wait()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _states_bytes(opened: Opened, recipe: Recipe, windows: TokenWindows) -> int:
-    """What the hidden states between stretches take on the disk."""
-    if opened.blocks is None or opened.chain is None or recipe.activations != "disk":
-        return 0
-    config = opened.loaded.model.config.get_text_config()
-    width = int(getattr(config, "hidden_size", 0) or 0)
-    kept = len(stretches(opened.chain, opened.blocks)) if "gradient" in get_objective(recipe.objective).needs else 2
-    return kept * windows.ids.numel() * width * opened.loaded.residence.dtype.itemsize
-
-
-def spectra_mark(hashed: str, moments: str, recipe: Recipe) -> str:
-    """What the spectra of a run belong to."""
-    return json.dumps([FORMAT, __version__, hashed, moments, recipe.objective, recipe.damping, recipe.dtype])
 
 
 def plain_chain(model: nn.Module) -> Chain:
@@ -478,39 +338,6 @@ def layer_times(loaded: LoadedModel, targets: Targets, recipe: Recipe, *, quiet:
     device = choose_device(recipe.device)
     dtype = compute_dtype(recipe.dtype, loaded.stored_dtype, device)
     return distributed.same(lambda: times_of(targets.targets, recipe.form, dtype, device, quiet=quiet))
-
-
-def _groups(model: Any, targets: Targets, sample: Tensor) -> dict[str, str]:
-    """Which targets share an input, and whether the model runs on token ids at all."""
-    with _on_text_alone(model):
-        return find_groups(model, targets.targets, lambda: model(input_ids=sample))
-
-
-@contextmanager
-def _on_text_alone(model: Any) -> Iterator[None]:
-    """Say what is wrong with a model that can't be run within the block."""
-    try:
-        yield
-    except TwofoldError:
-        raise
-    except Exception as error:  # an architecture that needs other inputs fails in its own way
-        raise TwofoldError(
-            f"{type(model).__name__} does not run on text alone, so it can't be calibrated on it ({first_line(error)}); "
-            "--objective svd --allocate uniform needs no calibration"
-        ) from error
-
-
-def _reuse(path: Path, mark: str, request: Request, *, named: bool) -> Moments | None:
-    """The saved moments; those in the cache that are not whole are collected again, those that the user named are refused."""
-    try:
-        moments = Moments.load(path, mark)
-        moments.check(request)
-        return moments
-    except TwofoldError:
-        if named:
-            raise
-        shutil.rmtree(path, ignore_errors=True)
-        return None
 
 
 def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bool = True, quiet: bool = False) -> Plan:

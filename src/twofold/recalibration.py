@@ -15,7 +15,7 @@ from twofold.calibrate.moments import DESCRIPTION
 from twofold.errors import TwofoldError
 from twofold.factorize import apply_plan, decompose_targets, put_back
 from twofold.objectives import get_objective
-from twofold.plan import make_plan
+from twofold.planning import make_plan
 from twofold.recipe import Recipe
 from twofold.spectra import Spectra
 from twofold.targets import dense_weight

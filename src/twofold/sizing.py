@@ -20,7 +20,8 @@ from twofold.evaluate import Quality, Reference
 from twofold.evaluation import gives_logits
 from twofold.factorize import apply_plan, dense_again, put_back
 from twofold.models import LoadedModel
-from twofold.plan import Plan, least_keep, make_plan
+from twofold.plan import Plan
+from twofold.planning import least_keep, make_plan
 from twofold.progress import say
 from twofold.quantize.carry_out import rest_names
 from twofold.recipe import Recipe

@@ -16,6 +16,7 @@ from twofold.allocate import get_allocation
 from twofold.calibrate import Moments, TokenWindows, request_statistics
 from twofold.calibrate.fingerprint import model_hash
 from twofold.calibrate.windows import calibration_windows, fit_window
+from twofold.calibration import calibrate, spectra_mark, used_targets
 from twofold.comparison.grid import Cell, Grid
 from twofold.comparison.record import Text
 from twofold.errors import TwofoldError
@@ -26,12 +27,9 @@ from twofold.objectives.base import Statistic
 from twofold.pipeline import (
     RESIDENT_BLOCKS,
     Opened,
-    calibrate,
     decompose,
     open_for,
     plain_chain,
-    spectra_mark,
-    used_targets,
     with_structures,
 )
 from twofold.progress import say

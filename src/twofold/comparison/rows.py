@@ -23,7 +23,7 @@ from twofold.evidence import gather
 from twofold.factorize import dense_again, put_back
 from twofold.objectives import get_objective
 from twofold.pipeline import Prepared, carry_out
-from twofold.plan import make_plan
+from twofold.planning import make_plan
 from twofold.progress import say
 from twofold.quantize.rounding import torchao_version
 from twofold.recalibration import recalibrate

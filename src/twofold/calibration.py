@@ -1,0 +1,203 @@
+"""The calibration of a run: the moments of an earlier one if they fit, else new ones; one process at a time collects the same."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from twofold import distributed
+from twofold.blocks import stretches
+from twofold.calibrate import Moments, TokenWindows, collect_moments, request_statistics
+from twofold.calibrate.fingerprint import fingerprint, moments_path
+from twofold.calibrate.moments import DESCRIPTION, FORMAT, Request
+from twofold.checkpoint.write import check_space
+from twofold.errors import TwofoldError
+from twofold.models import (
+    first_line,
+    survey,
+)
+from twofold.objectives import get_objective
+from twofold.objectives.base import Statistic
+from twofold.progress import say
+from twofold.recipe import Recipe
+from twofold.run import Stopwatch
+from twofold.targets import Targets, find_groups
+from twofold.version import __version__
+from twofold.work import Work
+
+if TYPE_CHECKING:
+    from twofold.pipeline import Opened
+
+
+def calibrate(
+    recipe: Recipe,
+    opened: Opened,
+    targets: Targets,
+    needs: frozenset[Statistic],
+    windows: TokenWindows,
+    hashed: str,
+    watch: Stopwatch,
+    *,
+    moments_folder: Path | None = None,
+    work: Work | None = None,
+    quiet: bool = False,
+) -> tuple[Targets, Moments, bool]:
+    """The moments of a model on windows of tokens: those of an earlier run if they fit, else new ones.
+
+    Args:
+        needs: what the objectives that they will serve ask for.
+        hashed: the hash of the model.
+
+    Returns:
+        The targets with the groups that share an input, the moments, and whether they are those of an earlier run.
+    """
+    loaded, residence = opened.loaded, opened.loaded.residence
+    with watch.stage("texts"):
+        before: frozenset[str] = frozenset()
+        if residence.streamed:
+            found = survey(loaded, targets.targets)
+            targets, before = replace(targets, groups=found.groups), found.before
+        else:
+            targets = replace(targets, groups=_groups(loaded.model, targets, windows.ids[:1, :16].to(residence.device)))
+    request = request_statistics(targets.targets, targets.groups, needs)
+    mark = fingerprint(hashed, windows, request, recipe, residence.dtype)
+    path = moments_folder or moments_path(mark)
+    if work is not None:
+        work.belongs_to(spectra_mark(hashed, mark, recipe))
+        work.update(stage="calibrating", moments=str(path))
+    named = moments_folder is not None
+    with _only_one(path, quiet), watch.stage("calibrate"):
+        moments, reused = _moments(opened, recipe, targets, request, windows, before, mark, path, named, quiet)
+    if reused:
+        watch.seconds.pop("calibrate")
+        if not quiet:
+            say(f"the moments of an earlier run fit and are used again ({path})")
+    return targets, moments, reused
+
+
+def used_targets(targets: Targets, moments: Moments) -> Targets:
+    """The targets that the moments say something about; the others stay dense, with the reason.
+
+    Raises:
+        TwofoldError: if none is left.
+    """
+    used = targets.without(moments.unused(targets.targets))
+    if not used.targets:
+        raise TwofoldError(
+            "nothing to factorize: no linear layer takes part when the model runs on the calibration text"
+        )
+    return used
+
+
+def _moments(
+    opened: Opened,
+    recipe: Recipe,
+    targets: Targets,
+    request: Request,
+    windows: TokenWindows,
+    before: frozenset[str],
+    mark: str,
+    path: Path,
+    named: bool,
+    quiet: bool,
+) -> tuple[Moments, bool]:
+    """The moments of an earlier run, or new ones; and which of the two."""
+    found = _reuse(path, mark, request, named=named) if (path / DESCRIPTION).is_file() else None
+    if distributed.agree(found is not None) and found is not None:
+        return found, True
+    check_space(path, 4 * request.numbers + _states_bytes(opened, recipe, windows))
+    about = {"model": opened.loaded.name, "source": windows.source, "seed": str(recipe.seed)}
+    made = collect_moments(
+        opened.loaded.residence,
+        targets.targets,
+        request,
+        windows.ids,
+        empty=Moments({}, 0, targets.groups, mark, about),
+        parts=stretches(opened.chain, opened.blocks) if opened.blocks is not None else None,
+        before=before,
+        seed=recipe.seed,
+        curvature=recipe.curvature,
+        batch_size=recipe.batch_size,
+        folder=path,
+        on_disk=recipe.activations == "disk",
+        quiet=quiet,
+    )
+    return made, False
+
+
+@contextmanager
+def _only_one(folder: Path, quiet: bool) -> Iterator[None]:
+    """Within the block no other run on this machine collects the same moments; the lock ends with the process."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"twofold-{getpass.getuser()}-{name}.lock")
+    if distributed.is_main():
+        try:
+            lock.acquire(timeout=0.5)
+        except Timeout:
+            if not quiet:
+                say(f"another run collects the same moments ({folder}); waiting for it")
+            lock.acquire()
+    distributed.wait()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _states_bytes(opened: Opened, recipe: Recipe, windows: TokenWindows) -> int:
+    """What the hidden states between stretches take on the disk."""
+    if opened.blocks is None or opened.chain is None or recipe.activations != "disk":
+        return 0
+    config = opened.loaded.model.config.get_text_config()
+    width = int(getattr(config, "hidden_size", 0) or 0)
+    kept = len(stretches(opened.chain, opened.blocks)) if "gradient" in get_objective(recipe.objective).needs else 2
+    return kept * windows.ids.numel() * width * opened.loaded.residence.dtype.itemsize
+
+
+def spectra_mark(hashed: str, moments: str, recipe: Recipe) -> str:
+    """What the spectra of a run belong to."""
+    return json.dumps([FORMAT, __version__, hashed, moments, recipe.objective, recipe.damping, recipe.dtype])
+
+
+def _groups(model: Any, targets: Targets, sample: Tensor) -> dict[str, str]:
+    """Which targets share an input, and whether the model runs on token ids at all."""
+    with on_text_alone(model):
+        return find_groups(model, targets.targets, lambda: model(input_ids=sample))
+
+
+@contextmanager
+def on_text_alone(model: Any) -> Iterator[None]:
+    """Say what is wrong with a model that can't be run within the block."""
+    try:
+        yield
+    except TwofoldError:
+        raise
+    except Exception as error:  # an architecture that needs other inputs fails in its own way
+        raise TwofoldError(
+            f"{type(model).__name__} does not run on text alone, so it can't be calibrated on it ({first_line(error)}); "
+            "--objective svd --allocate uniform needs no calibration"
+        ) from error
+
+
+def _reuse(path: Path, mark: str, request: Request, *, named: bool) -> Moments | None:
+    """The saved moments; those in the cache that are not whole are collected again, those that the user named are refused."""
+    try:
+        moments = Moments.load(path, mark)
+        moments.check(request)
+        return moments
+    except TwofoldError:
+        if named:
+            raise
+        shutil.rmtree(path, ignore_errors=True)
+        return None
