@@ -10,7 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import make_model, make_tokenizer
+import twofold
+from conftest import TEXT, make_model, make_tokenizer
 from test_inference import factored_model
 from twofold import TwofoldError
 from twofold.cli import app
@@ -240,3 +241,10 @@ def test_a_compiler_that_fails_is_one_sentence(models: tuple[str, str], monkeypa
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(TwofoldError, match=r"torch.compile can't run .* here \(no g\+\+ here\).*leave compile out"):
         bench([models[0]], runtimes=["compile"], lengths=SHORT, settings=QUIET, memory=False)
+
+
+def test_a_model_of_integers_has_no_ideal():
+    model = twofold.factorize(
+        make_model(), make_tokenizer(), keep=0.7, bits=8, texts=[TEXT], tokens=64, window=32, quiet=True
+    )
+    assert work_of(model) is None and work_of(make_model()) is not None

@@ -14,12 +14,14 @@ import twofold.truncated as truncated
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.allocate.sensitivity import GRID
 from twofold.calibrate.curvature import loss_gradient
+from twofold.comparison import compare, make_grid
 from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.factorize import layer_problem
 from twofold.first_order import component_scores
 from twofold.linalg import gauge_rank, truncate
 from twofold.pipeline import carry_out, open_for, plan_model, prepare
+from twofold.plan import Plan
 from twofold.recipe import make_recipe
 from twofold.run import Stopwatch
 from twofold.targets import dense_weight
@@ -309,14 +311,18 @@ def test_moments_of_a_killed_run_are_not_measured_a_third_time(tmp_path, text_fi
     ("settings", "words"),
     [
         ({"objective": "svd"}, "does not give"), ({"objective": "svd-llm"}, "does not give"),
+        ({"allocate": "sensitivity", "bits": 4}, "do not count by"),
+        ({"allocate": "sensitivity", "keep": None, "latency": 0.7}, "do not count by"),
+        ({"allocate": "global", "dense_bits": 8, "refine": "anchored"}, "leave one of the two out"),
         ({"keep": None, "kl_at_most": 0.1}, "give --keep or --budget"), ({"stream": "always"}, "block by block"),
     ],
 )  # fmt: skip
-def test_moments_that_can_not_be_measured_again_are_refused(settings, words, checkpoint, text_file, tmp_path):
+def test_what_does_not_go_together_is_refused(settings, words, checkpoint, text_file, tmp_path):
     given = {"model": str(checkpoint), "calibration": [str(text_file)], "keep": 0.7, "allocate": "global-iterated"}
-    recipe = make_recipe({k: v for k, v in {**given, **settings}.items() if v is not None})
     with pytest.raises(TwofoldError, match=words):
-        compress(recipe, tmp_path / "small", quiet=True)
+        compress(
+            make_recipe({k: v for k, v in {**given, **settings}.items() if v is not None}), tmp_path / "o", quiet=True
+        )
 
 
 def test_another_curvature_is_another_calibration(checkpoint, text_file):
@@ -339,3 +345,18 @@ def test_the_estimate_counts_what_an_allocation_measures(checkpoint):
     assert own.pop("global") == 0 and all(value > 0 for value in own.values()), own
     assert "recalibrate" in seconds["global-iterated"]
     assert own["measured"] == pytest.approx(seconds["measured"]["calibrate"], rel=0.5)
+
+
+def test_moments_are_measured_again_where_the_rest_is_of_integers(checkpoint, text_file, tmp_path):
+    given = {"model": str(checkpoint), "calibration": [str(text_file)], "keep": 0.7, "tokens": 128, "window": 32}
+    recipe = make_recipe({**given, "allocate": "global-iterated", "dense_bits": 8, "eval_windows": 1})
+    run = compress(recipe, tmp_path / "small", quiet=True)
+    assert run.quality.factored["divergence"] < 5
+    assert any(entry.bits == 8 for entry in Plan.load(tmp_path / "small" / "plan.json").dense)
+
+
+def test_the_order_of_objectives_refuses_nothing(checkpoint, text_file, tmp_path):
+    grid = make_grid({"model": str(checkpoint), "calibration": [str(text_file)], "objectives": "whitened+rows,two-sided",
+        "allocate": "global-iterated", "keep": "0.8", "tokens": 128, "window": 32, "baselines": "none"})  # fmt: skip
+    rows = compare(grid, tmp_path / "arena", quiet=True).rows
+    assert [row.skipped is None for row in rows] == [True, False, True]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import twofold
@@ -15,6 +16,7 @@ from conftest import make_model
 from twofold import Recipe, TwofoldError
 from twofold.cli import app
 from twofold.pipeline import plan_model
+from twofold.recipe import make_recipe
 from twofold.speed import latency
 from twofold.speed.latency import DECODE, PREFILL, Latencies, Table, Times, measured_ranks, time_shape, times_of
 from twofold.targets import list_weights
@@ -161,3 +163,11 @@ def test_times_of_targets_are_those_of_their_shapes(clock: list[tuple[int, int]]
     assert len(clock) == len({(t.out_features, t.in_features) for t in targets})
     first = targets[0]
     assert np.isclose(found.times[first.name].dense, first.size / 100)
+
+
+def test_a_stored_recipe_aligns_ranks_as_the_first_run_did():
+    recipe = make_recipe({"model": "m", "latency": 0.6})
+    again = make_recipe(yaml.safe_load(recipe.to_yaml()))
+    assert recipe.aligned == again.aligned == 8
+    assert make_recipe({"model": "m", "latency": 0.6, "rank_multiple": 1}).aligned == 1
+    assert make_recipe({"model": "m", "keep": 0.6}).aligned == 1

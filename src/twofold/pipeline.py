@@ -132,6 +132,13 @@ def check_methods(recipe: Recipe) -> None:
     check_bits(recipe, get_objective(recipe.objective))
     check_structural(recipe, bool(get_objective(recipe.objective).structures))
     check_recalibrated(recipe)
+    if "perplexities" in get_allocation(recipe.allocate).needs and (
+        recipe.latency is not None or recipe.bits is not None
+    ):
+        raise TwofoldError(
+            f"--allocate {recipe.allocate} measures shares of numbers stored as floating point, which a budget in time and "
+            "--bits do not count by; use --allocate global"
+        )
 
 
 def _check_streamed(recipe: Recipe, way: Way) -> None:
@@ -335,7 +342,9 @@ def layer_times(loaded: LoadedModel, targets: Targets, recipe: Recipe, *, quiet:
         raise TwofoldError(
             f"--latency is for objectives that treat each weight alone, not for {recipe.objective}; give --keep or --budget"
         )
-    device = choose_device(recipe.device)
+    device = loaded.residence.device
+    if device.type == "meta":  # no weights are here yet
+        device = choose_device(recipe.device)
     dtype = compute_dtype(recipe.dtype, loaded.stored_dtype, device)
     return distributed.same(lambda: times_of(targets.targets, recipe.form, dtype, device, quiet=quiet))
 

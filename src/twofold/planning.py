@@ -22,7 +22,7 @@ from twofold.recipe import Override, Recipe
 from twofold.structures.options import check_structural, forced_size, sizes_at, structure_candidate
 from twofold.structures.sharing import alone_notes
 from twofold.targets import DenseWeight, Target, Targets, last_match, matches
-from twofold.time_budget import ALIGNED, in_time, time_budget, time_note, timed
+from twofold.time_budget import in_time, time_budget, time_note, timed
 
 CORRECTION_RANK = 32  # where none is given
 
@@ -180,9 +180,7 @@ def _options(
     Args:
         relative: whether losses are shares of each target's own total.
     """
-    multiple = recipe.rank_multiple
-    if recipe.latency is not None and "rank_multiple" not in recipe.model_fields_set:
-        multiple = ALIGNED
+    multiple = recipe.aligned
     storage = Storage(recipe, element_bytes, recipe.fixed_bits)
     candidates: list[Candidate] = []
     overrides: dict[str, Choice] = {}

@@ -16,6 +16,7 @@ from twofold.errors import TwofoldError
 from twofold.factorize import apply_plan, decompose_targets, put_back
 from twofold.objectives import get_objective
 from twofold.planning import make_plan
+from twofold.quantize.carry_out import rest_names
 from twofold.recipe import Recipe
 from twofold.spectra import Spectra
 from twofold.targets import dense_weight
@@ -60,12 +61,12 @@ def recalibrate(prepared: Prepared, recipe: Recipe, *, folder: Path | None = Non
     assert moments is not None and windows is not None
     targets, model, element = prepared.targets.targets, loaded.model, loaded.stored_dtype
     request = request_statistics(targets, prepared.targets.groups, prepared.objective.needs)
-    ranks = [(entry.name, entry.rank) for entry in prepared.plan.entries]
-    mark = hashlib.sha256(json.dumps([moments.fingerprint, recipe.damping, recipe.form, ranks]).encode()).hexdigest()
+    model_of = prepared.plan.model_dump_json(include={"entries", "dense"})  # what the plan makes of the model
+    mark = hashlib.sha256(json.dumps([moments.fingerprint, recipe.damping, model_of]).encode()).hexdigest()
     found = _kept(folder, mark)
     if found is None:
         weights = {target.name: dense_weight(model.get_submodule(target.name)).detach() for target in targets}
-        with put_back(model, list(weights)):
+        with put_back(model, [*weights, *rest_names(prepared.plan, model)]):
             apply_plan(
                 model,
                 prepared.plan,
@@ -83,7 +84,7 @@ def recalibrate(prepared: Prepared, recipe: Recipe, *, folder: Path | None = Non
             )  # fmt: skip
     old = moments.sums
     mixed = {name: old[name] for name in old}
-    mixed |= {name: old[name] + SHARE * (found.sums[name] - old[name]) for name in request.names()}
+    mixed |= {name: old[name] + SHARE * (found.sums[name].to(old[name]) - old[name]) for name in request.names()}
     prepared.moments = replace(moments, sums=mixed, fingerprint=mark)
     prepared.spectra = decompose_targets(
         loaded.residence, targets, prepared.moments, prepared.objective, recipe.damping, Spectra(None, mark),

@@ -18,6 +18,7 @@ from twofold.nn.int_matrix import GROUP, default_group
 from twofold.nn.packing import BITS
 from twofold.objectives import OBJECTIVES
 
+ALIGNED = 8  # ranks are multiples of this where the budget is in time and nothing else was asked for
 REST_BITS = 8  # of the embeddings, with --bits auto
 SIZES = (
     "keep",
@@ -171,7 +172,9 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     curvature: Annotated[
         Curvature, Field(description="how the gradients' moments are estimated: sampled, gauss-newton, empirical")
     ] = "sampled"
-    rank_multiple: Annotated[int, Field(ge=1, description="ranks are multiples of this")] = 1
+    rank_multiple: Annotated[
+        int | None, Field(ge=1, description="ranks are multiples of this; 1, or 8 with --latency")
+    ] = None
     min_rank: Annotated[int, Field(ge=1, description="the smallest rank")] = 1
     include: Annotated[list[str], Field(description="factorize only the layers that match these patterns")] = []
     exclude: Annotated[list[str], Field(description="leave the layers that match these patterns dense")] = []
@@ -234,7 +237,16 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
             raise ValueError(
                 "a refinement trains factors of floating point, and --bits rounds them to integers; leave one of the two out"
             )
+        if self.kept_bits is not None and "anchored" in self.refine:
+            raise ValueError(
+                "anchored solves for layers of floating point, and --dense-bits rounds some to integers; leave one of the two out"
+            )
         return self
+
+    @property
+    def aligned(self) -> int:
+        """What ranks are multiples of."""
+        return self.rank_multiple or (1 if self.latency is None else ALIGNED)
 
     @property
     def corrects(self) -> bool:

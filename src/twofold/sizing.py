@@ -150,7 +150,9 @@ class Sizing:
     def _probe(self, keep: float) -> Probe:
         """Measure the model at a share; a plan that this run, or the one that it goes on from, has measured is not again."""
         plan = self._plan(keep)
-        told = f"{self.prepared.spectra.mark} {self.reference.mark} {plan.model_dump_json(include={'entries'})}"
+        told = (
+            f"{self.prepared.spectra.mark} {self.reference.mark} {plan.model_dump_json(include={'entries', 'dense'})}"
+        )
         key = hashlib.sha256(told.encode()).hexdigest()
         if key not in self._known:
             self._known[key] = asdict(self._measure(plan))

@@ -251,7 +251,8 @@ def _holder(
         return "", ()
     kinds = [type(modules[owner]) for owner, _, _ in places]
     rest = tuple(owner for owner, _, _ in places[1:])
-    if kinds[0] is nn.Embedding and all(kind is nn.Linear for kind in kinds[1:]):
+    biased = any(getattr(modules[owner], "bias", None) is not None for owner in rest)  # shared tables have none yet
+    if kinds[0] is nn.Embedding and all(kind is nn.Linear for kind in kinds[1:]) and not biased:
         return "embedding", rest
     if len(kinds) == 1 and kinds[0] in (nn.Linear, Conv1D):
         return ("linear" if kinds[0] is nn.Linear else "transposed"), ()

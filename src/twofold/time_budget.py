@@ -10,8 +10,6 @@ import numpy as np
 from twofold.allocate import Candidate, Evidence, LayerTimes
 from twofold.errors import TwofoldError
 
-ALIGNED = 8  # ranks are multiples of this where the budget is in time and nothing else was asked for
-
 
 def in_time(candidate: Candidate, evidence: Evidence) -> Candidate:
     """The same choices at what they cost in microseconds."""

@@ -45,7 +45,7 @@ def compare(grid: Grid | Mapping[str, Any], out: Path | str, *, quiet: bool = Fa
     impossible = check_names(grid)
     baselines, note = choose_baselines(grid.baselines)
     with only_run(out):
-        ground = lay(grid, quiet=quiet)
+        ground = lay(grid, impossible, quiet=quiet)
         impossible |= _check_sizes(ground, impossible)
         if note is not None:
             ground.notes.append(note)

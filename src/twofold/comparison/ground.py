@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,16 +167,19 @@ def _heaviest(grid: Grid, recipe: Recipe) -> Recipe:
     return recipe
 
 
-def lay(grid: Grid, *, quiet: bool = False) -> Ground:
+def lay(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False) -> Ground:
     """Load the model and read the texts, once for all cells.
+
+    Args:
+        impossible: cells that will be skipped, whatever the model is.
 
     Raises:
         TwofoldError: if the model does not fit in memory, gives no token logits, or a text can't be used.
     """
     watch = Stopwatch()
-    most = max(grid.objectives, key=lambda name: len(get_objective(name).needs))
-    allocate = "uniform" if get_objective(most).structures else grid.allocate[0]  # the others are refused with it
-    recipe = grid.recipe(Cell(most, allocate, max(grid.keep), ()))
+    possible = [cell for cell in grid.cells() if cell not in impossible] or list(grid.cells())
+    most = max(possible, key=lambda cell: (len(get_objective(cell.objective).needs), cell.keep))
+    recipe = grid.recipe(replace(most, refine=()))
     with watch.stage("load"):
         opened = open_for(_heaviest(grid, recipe), quiet=True)
     loaded = opened.loaded

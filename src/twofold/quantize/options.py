@@ -103,7 +103,7 @@ def _ranks(forced: int | None, largest: int, recipe: Recipe) -> NDArray[np.int64
     if forced is not None:
         return np.array([min(max(forced, 1), largest)])
     ranks = np.arange(min(max(recipe.min_rank, 1), largest), largest + 1)
-    aligned = ranks[ranks % recipe.rank_multiple == 0]
+    aligned = ranks[ranks % recipe.aligned == 0]
     return aligned if len(aligned) else ranks[:1]
 
 

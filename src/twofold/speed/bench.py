@@ -262,7 +262,7 @@ def layer_table(name: str, settings: Settings, dtype: torch.dtype, device: torch
     model = load_skeleton(name, trust_remote_code=settings.trust_remote_code).model
     shapes: dict[tuple[int, int], list[int]] = {}
     for module in model.modules():
-        if type(module) is FactoredLinear:
+        if type(module) is FactoredLinear and module.bits is None:
             shapes.setdefault((module.out_features, module.in_features), []).append(module.rank)
     rows = []
     for (m, n), ranks in shapes.items():

@@ -12,7 +12,7 @@ import pydantic
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from twofold.nn import SharedLinear
+from twofold.nn import IntMatrix, SharedLinear
 
 
 class Work(pydantic.BaseModel, extra="forbid"):
@@ -37,8 +37,13 @@ class Work(pydantic.BaseModel, extra="forbid"):
         return tokens * self.multiplications + self.head + tokens * tokens / 2 * self.attended
 
 
-def work_of(model: Any) -> Work:
-    """Count the work of a transformers model from its modules; a factored one before it has its inference form."""
+def work_of(model: Any) -> Work | None:
+    """Count the work of a transformers model from its modules; a factored one before it has its inference form.
+
+    None for a model with integers, which are read in few bytes and turned back into numbers: there is no ideal of that kind.
+    """
+    if any(isinstance(module, IntMatrix) for module in model.modules()):
+        return None
     get_output = getattr(model, "get_output_embeddings", None)
     output = id(get_output()) if callable(get_output) else None
     product: set[int] = set()  # weights that inputs are multiplied with

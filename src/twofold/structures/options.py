@@ -94,7 +94,7 @@ def structure_candidate(
     """A structure as a candidate: its ranks are units."""
     units = np.arange(min(max(recipe.min_rank, 1), structure.units - 1), structure.units)
     units = units[units > 0]
-    aligned = units[units % recipe.rank_multiple == 0]
+    aligned = units[units % recipe.aligned == 0]
     units = aligned if len(aligned) else units[:1]
     if structure.kind == "shared-basis" and tails[0] > 0:
         units = units[: int((tails[units] > 0).sum()) + 1]  # more rank than the numerical one buys nothing
