@@ -302,3 +302,13 @@ def test_adapters_are_merged_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "one" / "run.json").write_text(json.dumps({"base_sha256": "1" * 64}))
     with pytest.raises(TwofoldError, match="another model"):
         merge(str(base), [str(tmp_path / "one")], tmp_path / "x")
+
+
+def test_extracting_does_not_replace_what_it_reads(tmp_path: Path) -> None:
+    base, tuned = save(make_model(), tmp_path / "base"), save(make_model(seed=5), tmp_path / "tuned")
+    for folder in (base, tuned):
+        (folder / "run.json").write_text(json.dumps({"kind": "tune"}))  # ours, so --overwrite may replace it
+    for out in (base, tuned, tmp_path / "base" / "inside"):
+        with pytest.raises(TwofoldError, match="output folder"):
+            extract(str(tuned), str(base), out, rank=2, overwrite=True, quiet=True)
+    assert (base / "model.safetensors").is_file() and (tuned / "model.safetensors").is_file()

@@ -464,3 +464,13 @@ def test_a_folder_without_a_graph(tmp_path):
 
 
 logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_original_is_not_replaced_by_its_adapter(named, small, tmp_path):
+    original = tmp_path / "original"
+    (original / "twofold-export.json").write_text("{}", encoding="utf-8")  # ours, so --overwrite may replace it
+    base = str(original) if named else None
+    with pytest.raises(TwofoldError, match="which this run reads"):
+        export_model(str(small), "lora", original, base=base, overwrite=True, quiet=True)
+    assert (original / "model.safetensors").is_file()

@@ -401,3 +401,19 @@ def test_the_command_says_what_it_would_take_and_what_is_wrong(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, _, said = command("--steps", 2)
     assert code == 2 and "pip install 'twofold[tune]'" in said
+
+
+@pytest.mark.parametrize("pattern", ["rows.jsonl", "*.jsonl", "~/ours/rows.jsonl", "~/ours/*.jsonl"])
+def test_the_rows_are_not_replaced_by_the_output(
+    pattern: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "run.json").write_text(json.dumps({"kind": "tune"}))
+    (ours / "rows.jsonl").write_text((place / "rows.jsonl").read_text())
+    source = pattern if pattern.startswith("~") else str(ours / pattern)
+    settings = make_settings({"model": str(place / "dense"), "data": [source], **QUICK})
+    with pytest.raises(TwofoldError, match="which this run reads"):
+        tune(settings, ours, overwrite=True, quiet=True)
+    assert (ours / "rows.jsonl").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,21 @@ def get_format(name: str) -> Format:
     if name not in FORMATS:
         raise TwofoldError(f"there is no export format {name!r}; choose one of {', '.join(sorted(FORMATS))}")
     return FORMATS[name]
+
+
+def recorded_original(loaded: LoadedModel) -> str:
+    """The model that a checkpoint was made from, as its record says.
+
+    Raises:
+        TwofoldError: if it has none.
+    """
+    try:
+        record = (loaded.source or Path()) / "run.json"
+        return str(json.loads(record.read_text(encoding="utf-8"))["recipe"]["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TwofoldError(
+            f"{loaded.name} has no run.json that says what it was made from; name the original with --base"
+        ) from error
 
 
 def compact_layers(model: Any) -> dict[str, CompactLinear]:

@@ -26,6 +26,7 @@ from twofold.tune.bar import LossBar
 from twofold.tune.methods import Method, apply_method
 from twofold.tune.prepare import Prepared, prepare, summary
 from twofold.tune.record import Point, TuneRun, draw_curve, write_card
+from twofold.tune.rows import data_files
 from twofold.tune.samples import answers, held_out_prompts
 from twofold.tune.settings import TuneSettings
 from twofold.tune.trainer import (
@@ -64,7 +65,7 @@ def tune(settings: TuneSettings, out: Path | str, *, overwrite: bool = False, qu
         loaded = load_model(
             settings.model, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
         )
-        check_apart(out, loaded.source, [Path(one) for one in settings.data if Path(one).exists()])
+        check_apart(out, loaded.source, [file for one in settings.data for file in data_files(one)])
         base = loaded.shards.hash("") if loaded.shards is not None else ""
     about = f"{__version__} {settings.model_dump_json()} {prepared.examples.sha256} {base}"
     with working(out, settings.model) as work:
