@@ -124,7 +124,7 @@ def export_model(
 
 def _check_kind(kind: Format, loaded: LoadedModel) -> None:
     """Refuse a model that the format is not for."""
-    check_plain(loaded.model, loaded.name)
+    check_plain(loaded.model, loaded.name, kind.integers)
     if kind.factored and not compact_layers(loaded.model):
         others = ", ".join(sorted(name for name, other in FORMATS.items() if not other.factored))
         raise TwofoldError(
