@@ -24,6 +24,7 @@ from twofold.adapters.lora import CompactLora, whole_layers
 from twofold.adapters.merge import merge, recompress_to
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import by_budget, by_energy
+from twofold.adapters.register import need, register
 from twofold.checkpoint import attach
 from twofold.errors import TwofoldError
 from twofold.linalg import weighted_low_rank
@@ -370,3 +371,11 @@ def test_recompressing_leaves_a_layer_with_dense_columns_that_became_dense(tmp_p
     assert name not in whole.ranks  # it became dense
     first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / one).eval() for one in ("out", "whole"))
     torch.testing.assert_close(first.get_submodule(name).weight, second.get_submodule(name).weight)
+
+
+def test_a_broken_peft_keeps_no_model_from_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # an import of it raises ImportError
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert register() is False
+    with pytest.raises(TwofoldError, match="peft is installed but can't be imported"):
+        need("peft")

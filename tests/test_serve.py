@@ -205,7 +205,12 @@ def test_the_server_has_one_model_and_no_other_doors(running):
         ("completions", {"prompt": "a", "seed": "x"}, 400, "seed must be a whole number"),
         ("completions", {"prompt": "a", "seed": True}, 400, "seed must be a whole number"),
         ("chat/completions", {"messages": HI, "chat_template_kwargs": 3}, 400, "must be an object"),
-        ("chat/completions", {"messages": HI, "chat_template_kwargs": {"chat_template": "x"}}, 400, "can't set chat_temp"),
+        (
+            "chat/completions",
+            {"messages": HI, "chat_template_kwargs": {"chat_template": "x"}},
+            400,
+            "can't set chat_temp",
+        ),
         ("chat/completions", {"messages": HI, "chat_template_kwargs": {"tokenize": False}}, 400, "can't set tokenize"),
         ("chat/completions", {"messages": [{"role": "odd", "content": "x"}]}, 400, "refuses the conversation (no odd"),
         ("chat/completions", {"messages": HI, "chat_template_kwargs": None, "max_tokens": 0}, 400, "max_tokens"),

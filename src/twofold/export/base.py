@@ -73,7 +73,9 @@ class Format:
 FORMATS: dict[str, Format] = {}
 
 
-def export_format(name: str, *, factored: bool = False, needs: tuple[str, ...] = (), integers: bool = False) -> Callable[[Write], Write]:
+def export_format(
+    name: str, *, factored: bool = False, needs: tuple[str, ...] = (), integers: bool = False
+) -> Callable[[Write], Write]:
     """Register a function (source, folder) → what was written as a format."""
 
     def register(function: Write) -> Write:

@@ -87,8 +87,8 @@ def check_method(model: nn.Module, settings: TuneSettings) -> list[str]:
     """
     if any(isinstance(module, IntMatrix) for module in model.modules()):
         raise TwofoldError(
-            f"{settings.model} is kept in integers (--bits), and these can't be trained; train the checkpoint that was compressed "
-            "without --bits, or the original before it is compressed"
+            f"{settings.model} is kept in integers (--bits), and these can't be trained; train the checkpoint that was "
+            "compressed without --bits, or the original before it is compressed"
         )
     names = chosen_layers(model, settings)
     compact = [name for name in names if isinstance(model.get_submodule(name), CompactLinear)]
