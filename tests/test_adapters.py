@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -24,10 +24,12 @@ from twofold.adapters.lora import CompactLora, whole_layers
 from twofold.adapters.merge import merge, recompress_to
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import by_budget, by_energy
+from twofold.adapters.register import need, register
 from twofold.checkpoint import attach
 from twofold.errors import TwofoldError
 from twofold.linalg import weighted_low_rank
-from twofold.nn import DenseColumnsLinear, FactoredLinear, SlicedLinear
+from twofold.nn import DenseColumnsLinear, FactoredLinear, IntLinear, SlicedLinear
+from twofold.quantize.rounding import round_matrix
 from twofold.targets import dense_weight, find_targets, replace_module
 
 IDS = torch.arange(24)[None]
@@ -302,3 +304,78 @@ def test_adapters_are_merged_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "one" / "run.json").write_text(json.dumps({"base_sha256": "1" * 64}))
     with pytest.raises(TwofoldError, match="another model"):
         merge(str(base), [str(tmp_path / "one")], tmp_path / "x")
+
+
+def test_extracting_does_not_replace_what_it_reads(tmp_path: Path) -> None:
+    base, tuned = save(make_model(), tmp_path / "base"), save(make_model(seed=5), tmp_path / "tuned")
+    for folder in (base, tuned):
+        (folder / "run.json").write_text(json.dumps({"kind": "tune"}))  # ours, so --overwrite may replace it
+    for out in (base, tuned, tmp_path / "base" / "inside"):
+        with pytest.raises(TwofoldError, match="output folder"):
+            extract(str(tuned), str(base), out, rank=2, overwrite=True, quiet=True)
+    assert (base / "model.safetensors").is_file() and (tuned / "model.safetensors").is_file()
+
+
+def test_dora_is_merged_alone_and_one_adapter_is_of_plain_lora(tmp_path: Path) -> None:
+    base = str(save(make_model(), tmp_path / "base"))
+    kinds: dict[str, Any] = {
+        "lora": LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+        "dora": LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, use_dora=True),
+        "vera": VeraConfig(r=4, target_modules="all-linear"),
+        "adalora": AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=["q_proj", "v_proj"]),
+        "biased": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]),
+    }
+    expected = None
+    for name, config in kinds.items():
+        adapted = get_peft_model(make_model(), config).eval()
+        if name == "dora":
+            for part, parameter in adapted.named_parameters():
+                if "magnitude" in part:
+                    parameter.data *= 1.3
+            expected = logits(adapted)
+        adapted.save_pretrained(tmp_path / name)
+    lora, dora = str(tmp_path / "lora"), str(tmp_path / "dora")
+    for adapters, weights in (([dora], [0.5]), ([dora, lora], None), ([lora, dora], [1.0, 1.0])):
+        with pytest.raises(TwofoldError, match=r"dora is DoRA.*merge it alone, without --weight"):
+            merge(base, adapters, tmp_path / "x", weights=weights)
+    for name in ("dora", "vera", "adalora", "biased"):
+        with pytest.raises(TwofoldError, match=f"{name} is no plain LoRA"):
+            merge(base, [str(tmp_path / name)], tmp_path / "x", adapter_rank=2)
+    assert not (tmp_path / "x").exists()
+    merge(base, [dora], tmp_path / "merged")
+    assert expected is not None
+    assert apart(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()), expected) < 1e-5
+
+
+def test_nothing_is_merged_into_integers() -> None:
+    layer = FactoredLinear.from_factors(torch.randn(10, 4), torch.randn(4, 12), form="plain")
+    matrices = {"reduce": layer.reduce.weight.detach(), "expand": layer.expand.weight.detach()}
+    rounded = {name: round_matrix(matrix, 8, None, IntLinear) for name, matrix in matrices.items()}
+    layer.hold_integers(8, None, **rounded)
+    with pytest.raises(TwofoldError, match=r"factors that are integers \(--bits\)"):
+        grow(layer, torch.randn(10, 1), torch.randn(1, 12))
+
+
+def test_recompressing_leaves_a_layer_with_dense_columns_that_became_dense(tmp_path: Path) -> None:
+    model = factored_model(rank=4)
+    torch.manual_seed(0)
+    name = "model.layers.0.self_attn.v_proj"  # (16, 32)
+    rest = FactoredLinear.from_factors(torch.randn(16, 12), torch.randn(12, 29))
+    replace_module(model, name, DenseColumnsLinear.around(rest, torch.randn(16, 3), torch.randperm(32).int()))
+    attach(model)
+    base = save(model, tmp_path / "small")
+    write_adapter(tmp_path / "one", {name: (torch.randn(16, 6), torch.randn(6, 32))}, str(base))
+    made = merge(str(base), [str(tmp_path / "one")], tmp_path / "out", recompress=True)
+    assert any(name in note and "dense columns" in note for note in made.notes)
+    whole = merge(str(base), [str(tmp_path / "one")], tmp_path / "whole")
+    assert name not in whole.ranks  # it became dense
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / one).eval() for one in ("out", "whole"))
+    torch.testing.assert_close(first.get_submodule(name).weight, second.get_submodule(name).weight)
+
+
+def test_a_broken_peft_keeps_no_model_from_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # an import of it raises ImportError
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert register() is False
+    with pytest.raises(TwofoldError, match="peft is installed but can't be imported"):
+        need("peft")

@@ -26,7 +26,7 @@ from twofold.export.formats.lora import split
 from twofold.export.graph import trace
 from twofold.export.runtimes import open_export
 from twofold.models import LoadedModel, load_model, load_skeleton, survey
-from twofold.nn import DenseColumnsLinear, FactoredLinear, SharedBasis, SharedLinear, SlicedLinear
+from twofold.nn import DenseColumnsLinear, FactoredLinear, IntMatrix, SharedBasis, SharedLinear, SlicedLinear
 
 IDS = torch.tensor([[84, 104, 101, 32, 99, 97, 115, 116, 108, 101]])
 register()
@@ -464,3 +464,31 @@ def test_a_folder_without_a_graph(tmp_path):
 
 
 logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_original_is_not_replaced_by_its_adapter(named, small, tmp_path):
+    original = tmp_path / "original"
+    (original / "twofold-export.json").write_text("{}", encoding="utf-8")  # ours, so --overwrite may replace it
+    base = str(original) if named else None
+    with pytest.raises(TwofoldError, match="which this run reads"):
+        export_model(str(small), "lora", original, base=base, overwrite=True, quiet=True)
+    assert (original / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+def test_integers_are_exported_merged_or_refused(kind, tmp_path, monkeypatch):
+    write_original_gguf(make_model("llama"), tmp_path / "original.gguf")
+    original = load_model(str(tmp_path / "original.gguf"), device="cpu").model
+    settings = {"keep": 0.6, "texts": [TEXT], "tokens": 64, "window": 32, "quiet": True, "bits": 8}
+    model = twofold.factorize(original, make_tokenizer(), **settings)
+    assert any(isinstance(module, IntMatrix) for module in model.modules())
+    model.save_pretrained(tmp_path / "small")
+    make_tokenizer().save_pretrained(tmp_path / "small")
+    base = {"base": str(tmp_path / "original.gguf")} if kind == "gguf" else {}
+    if not FORMATS[kind].integers:
+        with pytest.raises(TwofoldError, match=r"is kept in integers \(--bits\)"):
+            export_model(str(tmp_path / "small"), kind, tmp_path / "out", quiet=True)
+        return
+    done = export_model(str(tmp_path / "small"), kind, tmp_path / "out", dtype="float32", quiet=True, **base)
+    assert done.comparison.relative < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import signal
 import socket
 import subprocess
@@ -26,7 +27,9 @@ from twofold.models import LoadedModel
 from twofold.serving.chat import Conversation
 from twofold.serving.server import build_app, listen, serve
 
+HI = [{"role": "user", "content": "Hi"}]
 TEMPLATE = (
+    "{% if messages[0]['role'] == 'odd' %}{{ raise_exception('no odd roles') }}{% endif %}"
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
@@ -136,6 +139,29 @@ def test_many_clients_get_the_answers_of_offline(running):
     assert len({text for _, _, text, _ in answers}) > 6, "the model must not answer everything alike"
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_seed_gives_the_answer_that_it_gives_alone(path, running):
+    what = {"prompt": "The castle"} if path == "completions" else {"messages": HI, "chat_template_kwargs": None}
+
+    def ask(seed, stream):
+        body = {**what, "max_tokens": 12, "temperature": 1.5, "seed": seed, "stream": stream}
+        answer = httpx.post(f"{running.url}/{path}", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        if not stream:
+            choice = answer.json()["choices"][0]
+            return choice.get("text") or choice["message"]["content"]
+        lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+        choices = [json.loads(line)["choices"][0] for line in lines]
+        return "".join(c.get("text") or (c.get("delta") or {}).get("content") or "" for c in choices)
+
+    jobs = [(seed, stream) for seed in range(4) for stream in (False, True)]
+    alone = [ask(*job) for job in jobs]
+    assert len(set(alone)) >= 4, "another seed gives another answer"
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda job: ask(*job), jobs * 2))
+    assert together == alone * 2
+
+
 def test_a_chat_streams(running):
     parts = list(
         running.client().chat.completions.create(
@@ -173,6 +199,21 @@ def test_the_server_has_one_model_and_no_other_doors(running):
         ("chat/completions", {"messages": []}, 400, "messages must be a list"),
         ("chat/completions", {"messages": ["hello"]}, 400, "messages must be a list"),
         ("completions", [1], 400, "no JSON object"),
+        ("completions", {"prompt": "a", "top_p": 1.5}, 400, "top_p must be a number between 0 and 1"),
+        ("completions", {"prompt": "a", "frequency_penalty": -1}, 400, "frequency_penalty must be a number above -1"),
+        ("completions", {"prompt": "a", "frequency_penalty": "x"}, 400, "frequency_penalty must be a number above -1"),
+        ("completions", {"prompt": "a", "seed": "x"}, 400, "seed must be a whole number"),
+        ("completions", {"prompt": "a", "seed": True}, 400, "seed must be a whole number"),
+        ("chat/completions", {"messages": HI, "chat_template_kwargs": 3}, 400, "must be an object"),
+        (
+            "chat/completions",
+            {"messages": HI, "chat_template_kwargs": {"chat_template": "x"}},
+            400,
+            "can't set chat_temp",
+        ),
+        ("chat/completions", {"messages": HI, "chat_template_kwargs": {"tokenize": False}}, 400, "can't set tokenize"),
+        ("chat/completions", {"messages": [{"role": "odd", "content": "x"}]}, 400, "refuses the conversation (no odd"),
+        ("chat/completions", {"messages": HI, "chat_template_kwargs": None, "max_tokens": 0}, 400, "max_tokens"),
     ],
 )
 def test_bad_requests_get_one_sentence(path, body, status, message, running):
@@ -329,3 +370,6 @@ def test_a_conversation_remembers_forgets_and_is_cleared(capsys):
     assert text == said.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     with pytest.raises(TwofoldError, match="has no chat template, so it can't be told a --system"):
         Conversation(loaded(template=None), "Be brief.", 3, 0.0)
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    with pytest.raises(TwofoldError, match=r"refuses the conversation \(no system\); leave --system out"):
+        Conversation(loaded(template=refusing), "Be brief.", 3, 0.0)

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import twofold.cli
-from conftest import make_model, make_tokenizer
+from conftest import TEXT, make_model, make_tokenizer
 from test_adapters import factored_model, with_lora
+from twofold import factorize
 from twofold.checkpoint.write import check_output
 from twofold.errors import TwofoldError
 from twofold.nn import FactoredLinear
@@ -401,3 +402,100 @@ def test_the_command_says_what_it_would_take_and_what_is_wrong(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, _, said = command("--steps", 2)
     assert code == 2 and "pip install 'twofold[tune]'" in said
+
+
+@pytest.mark.parametrize("pattern", ["rows.jsonl", "*.jsonl", "~/ours/rows.jsonl", "~/ours/*.jsonl"])
+def test_the_rows_are_not_replaced_by_the_output(
+    pattern: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "run.json").write_text(json.dumps({"kind": "tune"}))
+    (ours / "rows.jsonl").write_text((place / "rows.jsonl").read_text())
+    source = pattern if pattern.startswith("~") else str(ours / pattern)
+    settings = make_settings({"model": str(place / "dense"), "data": [source], **QUICK})
+    with pytest.raises(TwofoldError, match="which this run reads"):
+        tune(settings, ours, overwrite=True, quiet=True)
+    assert (ours / "rows.jsonl").is_file()
+
+
+def test_a_run_that_fails_early_leaves_nothing_behind(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(TwofoldError, match="no space for"):
+            run(place, tmp_path / "out")
+    with pytest.raises(TwofoldError, match="--save-every that is a multiple"):  # steps are known from the rows alone
+        run(place, tmp_path / "out", steps=None, epochs=10, patience=1, evaluate_every=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("twofold.tune.trainer.RowTrainer.held_out_loss", lambda self: float("nan"))
+        with pytest.raises(TwofoldError, match="is not finite"):
+            run(place, tmp_path / "out")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise TwofoldError("in the first step")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("twofold.tune.trainer.RowTrainer.training_step", fail)
+        with pytest.raises(TwofoldError, match="in the first step"):
+            run(place, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    assert run(place, tmp_path / "out", steps=1, save_every=1, evaluate_every=1).steps == 1  # other settings
+
+
+@pytest.mark.parametrize(("model", "method"), [("factored", "factors-tail"), ("dense", "pissa")])
+def test_the_last_good_state_is_as_the_finished_one(
+    model: str, method: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twofold.tune.trainer import RowTrainer
+
+    compute = RowTrainer.compute_loss
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowTrainer, "compute_loss", broken)
+        with pytest.raises(TwofoldError, match="state of step 3 is kept in"):
+            run(place, tmp_path / "out", model, method=method)
+    kept = load(place, tmp_path / "out.partial" / "tune" / "last-good", model)
+    expected = run(place, tmp_path / "three", model, method=method)
+    at_three = next(point.loss for point in expected.held_out_curve if point.step == 3)
+    assert held_out_loss(kept, place) == pytest.approx(at_three, abs=1e-5)
+
+
+def test_patience_goes_on_where_it_was(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {"steps": 40, "patience": 2, "evaluate_every": 2, "save_every": 2, "learning_rate": 0.3}
+    whole = run(place, tmp_path / "whole", method="full", **given)
+    assert whole.steps < 40
+    stop = whole.steps  # one look without a better loss is counted before it
+    write = torch.save
+
+    def fill(obj: object, path: Any, *args: Any, **kwargs: Any) -> None:
+        if f"checkpoint-{stop}" in str(path):
+            raise OSError(28, "No space left on device")
+        write(obj, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fill)
+        with pytest.raises(TwofoldError, match="no space for a checkpoint"):
+            run(place, tmp_path / "out", method="full", **given)
+    resumed = run(place, tmp_path / "out", method="full", **given)
+    assert 0 < resumed.resumed < stop and resumed.steps == whole.steps
+    assert resumed.held_out_after == whole.held_out_after
+
+
+def test_integers_are_not_trained(place: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"keep": 0.6, "texts": [TEXT], "tokens": 64, "window": 32, "quiet": True, "bits": 8}
+    factorize(make_model(), make_tokenizer(), **settings).save_pretrained(tmp_path / "small")
+    make_tokenizer().save_pretrained(tmp_path / "small")
+    for method in ("lora", "factors", "full"):
+        given = {"model": str(tmp_path / "small"), "data": [str(place / "rows.jsonl")], "method": method, **QUICK}
+        with pytest.raises(TwofoldError, match=r"is kept in integers \(--bits\), and these can't be trained"):
+            tune(make_settings(given), tmp_path / "out", quiet=True)

@@ -142,6 +142,23 @@ def test_long_rows_are_refused_cut_or_skipped() -> None:
     assert (len(skipped.train), skipped.cut, skipped.left_out) == (1, 0, 3)
 
 
+def test_rows_that_the_template_refuses_are_named_or_skipped() -> None:
+    good = [Row(f"line {i}", turns=(("user", "Hi"), ("assistant", "Ho"))) for i in range(2)]
+    odd = Row("line 7", turns=(("odd", "Hi"), ("assistant", "Ho")))
+    first = Row("line 8", turns=(("assistant", "Ho"), ("user", "Hi")))  # what comes before its answer is empty
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'odd' %}{{ raise_exception('') }}{% endif %}" + CHAT
+    tokenizer.chat_template = "{{ messages[0]['role'][:0] }}" + tokenizer.chat_template
+    for bad in (odd, first):
+        with pytest.raises(TwofoldError, match=rf"{bad.where}: the chat template refuses it .*--skip-bad"):
+            encode_rows([*good, bad], tokenizer, length=64, held_out=0)
+    found = encode_rows([*good, odd, first], tokenizer, length=64, held_out=0, skip_bad=True)
+    assert (len(found.train), found.refused) == (2, 2)
+    assert found.first_refused.startswith("line 7: the chat template refuses it")
+    with pytest.raises(TwofoldError, match="no row is left to learn from: 1 bad ones were skipped, first line 7"):
+        encode_rows([odd], tokenizer, length=64, skip_bad=True)
+
+
 def test_rows_are_held_out_by_the_seed() -> None:
     rows = [Row(f"line {i}", prompt="p", completion=f"answer {i}") for i in range(20)]
     tokenizer = make_tokenizer()
@@ -177,6 +194,9 @@ def test_a_conversation_needs_a_template_that_goes_on() -> None:
         ({"method": "best"}, "--method:.*got 'best'"),
         ({"learning_rate": float("nan")}, "--learning-rate"),
         ({"rank": 0}, "--rank"),
+        ({"patience": 2, "steps": 40, "evaluate_every": 4, "save_every": 6}, "--save-every that is a multiple"),
+        ({"patience": 2, "steps": 40, "held_out": 0}, "--patience needs held-out rows"),
+        ({"patience": 2, "steps": 40, "method": "adalora"}, "--method adalora keeps none"),
         ({"ranks": 1}, "no setting 'ranks'"),
     ],
 )

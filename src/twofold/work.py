@@ -22,7 +22,9 @@ from twofold.version import __version__
 STATE = "state.json"
 
 
-LONG = ("spectra", "checkpoint", "recalibrated", "refine", "tune")  # folders of what took long, kept after a failure
+# Folders of what took long, kept after a failure; of a fine-tuning its checkpoints, and not what it chose at the start.
+LONG = ("spectra", "checkpoint", "recalibrated", "refine", "tune/checkpoint-*", "tune/last-good")
+BEFORE = "before"  # a fine-tuning's loss of before, which took not long
 
 
 class State(pydantic.BaseModel):
@@ -135,8 +137,9 @@ def working(out: Path, model: str) -> Iterator[Work]:
         yield work
     except BaseException:
         if distributed.is_main():
-            kept = any(path.is_file() for name in LONG for path in (work.folder / name).rglob("*"))
-            if not kept and not work.state.measured:
+            folders = [found for pattern in LONG for found in work.folder.glob(pattern)]
+            kept = any(path.is_file() for found in folders for path in found.rglob("*"))
+            if not kept and not set(work.state.measured) - {BEFORE}:
                 shutil.rmtree(work.folder, ignore_errors=True)
             else:
                 work.update(process=0)

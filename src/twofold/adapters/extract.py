@@ -12,7 +12,7 @@ from twofold.adapters.folder import check_base, write_adapter
 from twofold.adapters.lora import whole_layers
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import by_budget, by_energy
-from twofold.checkpoint.write import check_output, staged_folder
+from twofold.checkpoint.write import check_apart, check_output, staged_folder
 from twofold.errors import TwofoldError
 from twofold.linalg import working_dtype
 from twofold.models import LoadedModel, load_model
@@ -66,6 +66,8 @@ def extract(
     out = Path(out).expanduser().resolve()
     check_output(out, overwrite)
     first, second = load_model(base), load_model(tuned)
+    for one in (first, second):
+        check_apart(out, one.source, [])
     metrics = Metrics(moments)
     names = matching_layers(first, second)
     if second.source is not None:
@@ -73,6 +75,7 @@ def extract(
     values: dict[str, Tensor] = {}
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     costs: dict[str, int] = {}
+    ranks: dict[str, int] = {}
     squares = changes = 0.0
     with progress("Comparing", len(names), unit="layers", quiet=quiet) as tick, torch.no_grad():
         for name in names:
@@ -87,9 +90,9 @@ def extract(
                 continue
             found = metrics.of(name, change).decompose(change)
             values[name] = found.values.float()
-            kept = (
-                by_energy({name: found.values}, energy)[name] if energy else min(len(found.values), DEEP * (rank or 1))
-            )
+            kept = min(len(found.values), DEEP * (rank or 1))
+            if energy is not None:
+                kept = ranks[name] = by_energy({name: found.values}, energy)[name]
             left, right = found.factors(max(kept, 1))
             factors[name] = (left.float(), right.float())
     relative = (changes / max(squares, 1e-300)) ** 0.5
@@ -100,9 +103,7 @@ def extract(
             f"{base} is not the base of {tuned}: their linear layers differ by {relative:.0%} of their norm; name the model "
             "that it was tuned from"
         )
-    if energy is not None:
-        ranks = by_energy(values, energy)
-    else:
+    if energy is None:
         within = {name: found[: factors[name][0].shape[1]] for name, found in values.items()}
         ranks = by_budget(within, costs, (rank or 1) * sum(costs.values()))
     ranks = {name: r for name, r in ranks.items() if r}

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from twofold.checkpoint.quantizer import dense_module
 from twofold.errors import TwofoldError
 from twofold.linalg import plain_storage, working_dtype
-from twofold.nn import DenseColumnsLinear, FactoredLinear
+from twofold.nn import DenseColumnsLinear, FactoredLinear, IntMatrix
 
 
 def plain_factors(
@@ -42,7 +42,8 @@ def grow(
     A layer whose rank would reach that of a full matrix, or that would take more room than one, becomes dense.
 
     Raises:
-        TwofoldError: if it is a sliced layer, or one that shares its basis: their forms hold no further rank.
+        TwofoldError: if it is a sliced layer, or one that shares its basis: their forms hold no further rank; or if its factors
+            are integers.
     """
     if isinstance(layer, nn.Linear | Conv1D):  # it became dense when it grew before
         dense = copy.deepcopy(layer)
@@ -55,6 +56,11 @@ def grow(
         raise TwofoldError(
             f"an adapter can't be merged into a {type(layer).__name__}, whose form holds no further rank; keep it beside the "
             "model, or make the model dense first (model.dequantize())"
+        )
+    if any(isinstance(part, IntMatrix) for part in layer.modules()):
+        raise TwofoldError(
+            "an adapter can't be merged into factors that are integers (--bits), they would become floating point; keep it "
+            "beside the model, or make the model dense first (twofold export --to dense)"
         )
     if bias is not None and layer.bias is None:
         raise TwofoldError("the adapter has a bias, the layer has none; keep it beside the model")

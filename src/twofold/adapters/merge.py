@@ -7,7 +7,7 @@ from typing import Any
 
 import pydantic
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -79,6 +79,7 @@ def merge(
     adapted: Any = loaded.model
     for number, one in enumerate(adapters):
         adapted = load_adapter(adapted, Path(one).expanduser(), f"adapter{number}", loaded)
+    _check_kinds(adapted, record, adapter_rank is not None)
     metrics = Metrics(moments)
     if adapter_rank is not None:
         layers = _one_adapter(adapted, weights, adapter_rank, metrics, record)
@@ -86,15 +87,40 @@ def merge(
             write_adapter(folder, layers, str(loaded.source or model))
             (folder / "run.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
         return record
-    old = {name: layer.rank for name, layer in _factored(loaded.model).items()}
+    before = _factored(loaded.model)
+    columns = [name for name, layer in before.items() if isinstance(layer, DenseColumnsLinear)]
+    old = {name: layer.rank for name, layer in before.items() if name not in columns}
     merged = merge_into(adapted, weights)
     if recompress:
         record.notes += recompress_to(merged, old, metrics)
+        record.notes += [f"{name} has dense columns and keeps its grown rank" for name in columns]
         record.metric = metrics.words
     record.ranks = {name: layer.rank for name, layer in _factored(merged).items()}
     record.parameters_after = sum(p.numel() for p in merged.parameters())
     _write(merged, loaded, record, out, overwrite)
     return record
+
+
+def _check_kinds(adapted: PeftModel, record: Merge, together: bool) -> None:
+    """Refuse what would not be the sum of the adapters.
+
+    Raises:
+        TwofoldError: if DoRA is scaled or added to another adapter; or if one adapter is asked for, of others than plain LoRA.
+    """
+    for number, (path, weight) in enumerate(zip(record.adapters, record.weights, strict=True)):
+        config = adapted.peft_config[f"adapter{number}"]
+        dora = getattr(config, "use_dora", False)
+        if dora and (weight != 1 or len(record.adapters) > 1):
+            raise TwofoldError(
+                f"{path} is DoRA, which also sets the length of each weight: it can't count more or less than once, nor be added "
+                "to other adapters; merge it alone, without --weight"
+            )
+        more = config.bias != "none" if hasattr(config, "bias") else False
+        more = more or bool(getattr(config, "lora_bias", False) or getattr(config, "modules_to_save", None))
+        if together and (config.peft_type != PeftType.LORA or dora or more):
+            raise TwofoldError(
+                f"{path} is no plain LoRA, and --adapter-rank puts the products of plain LoRA into one adapter; merge it without"
+            )
 
 
 def merge_into(adapted: PeftModel, weights: list[float]) -> Any:
@@ -120,7 +146,7 @@ def recompress_to(model: nn.Module, ranks: dict[str, int], metrics: Metrics) -> 
     Returns:
         Notes: of layers that stay larger.
     """
-    notes = []
+    notes: list[str] = []
     for name, rank in ranks.items():
         layer = model.get_submodule(name)
         if isinstance(layer, DenseColumnsLinear):

@@ -17,14 +17,17 @@ def register() -> bool:
     layers but ours it does what PEFT does. Called when a model gets factored layers, so that an adapter loads on it at once.
 
     Returns:
-        Whether PEFT is installed.
+        Whether PEFT is installed, and can be imported.
     """
     if importlib.util.find_spec("peft") is None:
         return False
-    with silence():  # PEFT loads torchao
-        from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+    try:
+        with silence():  # PEFT loads torchao
+            from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
-        from twofold.adapters.lora import CompactLoraModel
+            from twofold.adapters.lora import CompactLoraModel
+    except ImportError:  # installed, but broken: models load without it
+        return False
 
     if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA], CompactLoraModel):
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = CompactLoraModel
@@ -35,9 +38,12 @@ def need(*packages: str) -> None:
     """Make sure that the packages of the extra "tune" are there.
 
     Raises:
-        TwofoldError: naming the first one that is not.
+        TwofoldError: naming the first one that is not, or if PEFT can't be imported.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise TwofoldError(EXTRA.format(package))
-    register()
+    if not register():
+        raise TwofoldError(
+            "the package peft is installed but can't be imported; install it anew: pip install 'twofold[tune]'"
+        )

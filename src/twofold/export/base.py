@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from twofold.errors import TwofoldError
 from twofold.export.decoding import Decoder
 from twofold.models import LoadedModel
-from twofold.nn import CompactLinear, SharedBasis
+from twofold.nn import CompactLinear, IntMatrix, SharedBasis
 
 EXTRA = "pip install 'twofold[export]'"
 NAMES = {"lm_eval": "lm-eval"}  # of packages, where they differ from those of their modules
@@ -53,6 +54,7 @@ class Format:
     write: Write
     factored: bool  # whether it takes only models with factored layers
     needs: tuple[str, ...]  # modules of packages that Twofold does not depend on
+    integers: bool = False  # whether it takes layers of integers, which it merges
 
     def check(self) -> None:
         """Refuse what can't be written here, before any work.
@@ -71,11 +73,13 @@ class Format:
 FORMATS: dict[str, Format] = {}
 
 
-def export_format(name: str, *, factored: bool = False, needs: tuple[str, ...] = ()) -> Callable[[Write], Write]:
+def export_format(
+    name: str, *, factored: bool = False, needs: tuple[str, ...] = (), integers: bool = False
+) -> Callable[[Write], Write]:
     """Register a function (source, folder) → what was written as a format."""
 
     def register(function: Write) -> Write:
-        FORMATS[name] = Format(name, function, factored, needs)
+        FORMATS[name] = Format(name, function, factored, needs, integers)
         return function
 
     return register
@@ -92,18 +96,41 @@ def get_format(name: str) -> Format:
     return FORMATS[name]
 
 
+def recorded_original(loaded: LoadedModel) -> str:
+    """The model that a checkpoint was made from, as its record says.
+
+    Raises:
+        TwofoldError: if it has none.
+    """
+    try:
+        record = (loaded.source or Path()) / "run.json"
+        return str(json.loads(record.read_text(encoding="utf-8"))["recipe"]["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TwofoldError(
+            f"{loaded.name} has no run.json that says what it was made from; name the original with --base"
+        ) from error
+
+
 def compact_layers(model: Any) -> dict[str, CompactLinear]:
     """The layers of a model that take the place of dense ones, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CompactLinear)}
 
 
-def check_plain(model: Any, name: str) -> None:
+def check_plain(model: Any, name: str, integers: bool = False) -> None:
     """Refuse factors that are quantized: an export holds numbers.
+
+    Args:
+        integers: whether the format merges them, so that integers of ours (--bits) will do.
 
     Raises:
         TwofoldError: naming the first one.
     """
     for key, module in model.named_modules():
+        if isinstance(module, IntMatrix) and not integers:
+            raise TwofoldError(
+                f"{key} of {name} is kept in integers (--bits), which this format does not hold; use --to dense, or export the "
+                "checkpoint that was compressed without --bits"
+            )
         if isinstance(module, CompactLinear | SharedBasis):
             for child in module.CHILDREN:
                 weight = getattr(module, child).weight

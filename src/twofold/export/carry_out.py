@@ -14,7 +14,7 @@ import torch
 from twofold.checkpoint.write import EXPORTED, check_apart, check_output, check_space, staged_folder
 from twofold.errors import TwofoldError
 from twofold.evaluate.size import memory_bytes
-from twofold.export.base import FORMATS, Format, Source, check_plain, compact_layers, get_format
+from twofold.export.base import FORMATS, Format, Source, check_plain, compact_layers, get_format, recorded_original
 from twofold.export.compare import Comparison, check, compare, refer, words
 from twofold.export.formats import register
 from twofold.models import LoadedModel, load_model, quiet_bars
@@ -91,6 +91,9 @@ def export_model(
         tick()
     check_apart(folder, loaded.source, [])
     _check_kind(kind, loaded)
+    original = base or (recorded_original(loaded) if to == "lora" else None)
+    if original is not None and Path(original).expanduser().exists():
+        check_apart(folder, Path(original).expanduser(), [])
     chosen = _dtype(dtype, loaded, kind)
     weight_bytes = _bytes_in(loaded.model, chosen)
     check_space(folder, weight_bytes)
@@ -121,7 +124,7 @@ def export_model(
 
 def _check_kind(kind: Format, loaded: LoadedModel) -> None:
     """Refuse a model that the format is not for."""
-    check_plain(loaded.model, loaded.name)
+    check_plain(loaded.model, loaded.name, kind.integers)
     if kind.factored and not compact_layers(loaded.model):
         others = ", ".join(sorted(name for name, other in FORMATS.items() if not other.factored))
         raise TwofoldError(

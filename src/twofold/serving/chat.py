@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel, load_model, need_tokenizer, positions
+from twofold.models import LoadedModel, first_line, load_model, need_tokenizer, positions
 
 HELP = "Write a line. /clear forgets what was said, /exit or Ctrl-D ends."
 
@@ -23,6 +23,9 @@ class Conversation:
         system: what the model is told before everything else.
         max_tokens: of an answer.
         temperature: 0 takes the most likely token each time.
+
+    Raises:
+        TwofoldError: if the model does not answer, or its chat template knows no ``system``.
     """
 
     def __init__(self, loaded: LoadedModel, system: str | None, max_tokens: int, temperature: float) -> None:
@@ -38,6 +41,8 @@ class Conversation:
         self.max_tokens, self.temperature = max_tokens, temperature
         self.longest = positions(loaded.model)
         self.clear()
+        if self.opening:
+            self._ids([{"role": "user", "content": "Hi"}])
 
     def clear(self) -> None:
         """Forget what was said."""
@@ -69,9 +74,15 @@ class Conversation:
     def _ids(self, turns: list[dict[str, str]]) -> torch.Tensor:  # (1, tokens)
         if self.templated:
             said = [*self.opening, *turns]
-            ids = self.tokenizer.apply_chat_template(
-                said, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            try:
+                ids = self.tokenizer.apply_chat_template(
+                    said, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
+            except Exception as error:  # a template is data, and may refuse anything
+                rest = "; leave --system out" if self.opening else ""
+                raise TwofoldError(
+                    f"the chat template of {self.loaded.name} refuses the conversation ({first_line(error)}){rest}"
+                ) from error
         else:
             ids = self.tokenizer("".join(turn["content"] for turn in turns), return_tensors="pt")
         found: torch.Tensor = ids["input_ids"]

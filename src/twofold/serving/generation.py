@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import sys
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,7 +16,18 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
-from twofold.models import LoadedModel
+from twofold.models import LoadedModel, first_line
+
+SEED = "twofold_seed"  # of a request, in its generation config on the way to the thread that draws
+LIMITS = {  # of numbers in a request: the least one, the largest one, and what they are in words
+    "temperature": (0.0, sys.float_info.max, "a number that is not below 0"),
+    "top_p": (0.0, 1.0, "a number between 0 and 1"),
+    "frequency_penalty": (math.nextafter(-1.0, 0.0), sys.float_info.max, "a number above -1"),
+}
+OURS = (  # of the chat template's arguments
+    "add_generation_prompt", "chat_template", "conversation", "load_audio_from_video", "return_dict", "return_tensors", "self",
+    "tokenize", "tools",
+)  # fmt: skip
 
 
 class OneModel(ModelManager):  # type: ignore[misc]
@@ -50,12 +63,16 @@ class Answers(GenerateManager):  # type: ignore[misc]
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **more: Any) -> Any:
         self._fit(inputs, gen_config)
+        seed = gen_config.__dict__.pop(SEED, None)
+        if seed is not None:  # on the thread that draws, right before this answer: nothing comes between the two
+            self.submit(torch.manual_seed, seed)
         return super().generate_streaming(model, processor, inputs, gen_config, **more)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, Any]:
         self._fit(inputs, gen_config)
+        seed = gen_config.__dict__.pop(SEED, None)
         left = threading.Event()
 
         def stop(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -64,6 +81,8 @@ class Answers(GenerateManager):  # type: ignore[misc]
         def run() -> Any:
             if left.is_set():
                 return inputs["input_ids"]
+            if seed is not None:
+                torch.manual_seed(seed)
             return model.generate(**inputs, generation_config=gen_config, tokenizer=processor, stopping_criteria=[stop])
 
         try:
@@ -122,10 +141,13 @@ class _Checked:
             value = body.get(key)
             if value is not None and (type(value) is not int or value < 1):
                 raise HTTPException(400, f"{key} must be a whole number above 0, got {value!r}")
-        for key in ("temperature", "top_p"):
+        for key, (least, most, words) in LIMITS.items():
             value = body.get(key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-                raise HTTPException(400, f"{key} must be a number that is not below 0, got {value!r}")
+            if value is not None and (type(value) not in (int, float) or not least <= value <= most):
+                raise HTTPException(400, f"{key} must be {words}, got {value!r}")
+        seed = body.get("seed")
+        if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**63):
+            raise HTTPException(400, f"seed must be a whole number of 64 bits, got {seed!r}")
         if body.get("n") not in (None, 1):
             raise HTTPException(400, "n must be 1: this server gives one answer to a request")
         if body.get("generation_config") is not None:
@@ -134,7 +156,9 @@ class _Checked:
             )
 
     def _build_generation_config(self, body: dict[str, Any], *given: Any, **more: Any) -> Any:
-        config = super()._build_generation_config(body, *given, **more)  # type: ignore[misc]
+        # transformers would set the seed here, while another answer is drawn
+        config = super()._build_generation_config({**body, "seed": None}, *given, **more)  # type: ignore[misc]
+        setattr(config, SEED, body.get("seed"))
         if body.get("temperature"):
             config.do_sample = True
         return config
@@ -154,7 +178,31 @@ class Chat(_Checked, ChatCompletionHandler):  # type: ignore[misc]
             raise HTTPException(400, "messages must be a list of {role, content}, with at least one")
         if getattr(self.model_manager.loaded.tokenizer, "chat_template", None) is None:
             raise HTTPException(400, f"{self.model_manager.name} has no chat template; use /v1/completions")
+        self._check_template(body)
         return await super().handle_request(body, request_id)
+
+    def _check_template(self, body: dict[str, Any]) -> None:
+        """Refuse what the chat template refuses, before the answer begins.
+
+        Raises:
+            HTTPException: 400 with a sentence.
+        """
+        if body.get("chat_template_kwargs", {}) is None:
+            del body["chat_template_kwargs"]
+        more = body.get("chat_template_kwargs", {})
+        if not isinstance(more, dict):
+            raise HTTPException(400, "chat_template_kwargs must be an object")
+        if taken := [key for key in OURS if key in more]:
+            raise HTTPException(400, f"chat_template_kwargs can't set {taken[0]}; leave it out")
+        model, tokenizer = self.model_manager.loaded.model, self.model_manager.loaded.tokenizer
+        try:
+            modality = self.model_manager.get_model_modality(model, processor=tokenizer)
+            turns = self.get_processor_inputs_from_messages(body["messages"], modality)
+            tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tools=body.get("tools"), tokenize=False, **more
+            )
+        except Exception as error:  # a template is data, and may refuse anything
+            raise HTTPException(400, f"the chat template refuses the conversation ({first_line(error)})") from error
 
 
 class Complete(_Checked, CompletionHandler):  # type: ignore[misc]

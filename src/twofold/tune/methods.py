@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 
 from twofold.adapters.lora import has_compact, whole_layers
 from twofold.errors import TwofoldError
-from twofold.nn import CompactLinear, SharedLinear
+from twofold.nn import CompactLinear, IntMatrix, SharedLinear
 from twofold.targets import matches
 from twofold.tune.allocation import AdaLoraSteps
 from twofold.tune.bound import BoundedUpdate
@@ -85,6 +85,11 @@ def check_method(model: nn.Module, settings: TuneSettings) -> list[str]:
     Raises:
         TwofoldError: if it can't.
     """
+    if any(isinstance(module, IntMatrix) for module in model.modules()):
+        raise TwofoldError(
+            f"{settings.model} is kept in integers (--bits), and these can't be trained; train the checkpoint that was "
+            "compressed without --bits, or the original before it is compressed"
+        )
     names = chosen_layers(model, settings)
     compact = [name for name in names if isinstance(model.get_submodule(name), CompactLinear)]
     if settings.method.startswith("factors") and not compact:

@@ -57,11 +57,13 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
         long=settings.long,
         loss=settings.loss,
         chat=settings.chat,
+        skip_bad=settings.skip_bad,
         held_out=settings.held_out,
         seed=settings.seed,
     )
     windows = packed(examples.train, settings.length) if settings.packing else as_dataset(examples.train)
     steps = settings.steps or max(1, math.ceil(math.ceil(len(windows) / settings.batch) * settings.epochs))
+    settings.intervals(steps)
     sizes = [len(ids) for ids in windows["input_ids"]]
     shape: dict[str, Any] = {"longest": max(sizes), "mean": sum(sizes) / len(sizes), "steps": steps}
     notes: list[str] = []
@@ -97,6 +99,8 @@ def summary(rows: Rows, examples: Examples) -> str:
     parts = [f"{len(examples.train):,} rows to train on, {len(examples.held_out):,} held out"]
     if rows.skipped:
         parts.append(f"{rows.skipped:,} bad ones skipped (first: {rows.first_skipped})")
+    if examples.refused:
+        parts.append(f"{examples.refused:,} refused by the chat template skipped (first: {examples.first_refused})")
     if examples.cut:
         parts.append(f"{examples.cut:,} cut to --length")
     if examples.left_out:

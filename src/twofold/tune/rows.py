@@ -77,6 +77,18 @@ def read_rows(
     return Rows(rows, skipped, first)
 
 
+def data_files(source: str) -> list[Path]:
+    """The files and folders of this machine that a source names; none if it is a data set of the hub."""
+    path = Path(source).expanduser()
+    if _is_pattern(path):
+        return [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (patterns may be absolute)
+    return [path] if path.exists() else []
+
+
+def _is_pattern(path: Path) -> bool:
+    return any(sign in str(path) for sign in "*?[") and not path.exists()
+
+
 def make_row(value: Any, where: str) -> Row:
     """Check one row.
 
@@ -165,12 +177,12 @@ def _kind(value: Any) -> str:
 def _values(source: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
     """Each row of a source with its place; a line that is no JSON comes as the error that it is."""
     path = Path(source).expanduser()
-    if any(sign in source for sign in "*?[") and not path.exists():
-        found = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (patterns may be absolute)
+    if _is_pattern(path):
+        found = data_files(source)
         if not found:
             raise TwofoldError(f"no file matches {source}; check the path")
         for one in found:
-            yield from _values(one, config, split)
+            yield from _values(str(one), config, split)
         return
     if path.is_dir():
         raise TwofoldError(f"{source} is a folder: name the files in it, as in {source.rstrip('/')}/*.jsonl")

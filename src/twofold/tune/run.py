@@ -26,6 +26,7 @@ from twofold.tune.bar import LossBar
 from twofold.tune.methods import Method, apply_method
 from twofold.tune.prepare import Prepared, prepare, summary
 from twofold.tune.record import Point, TuneRun, draw_curve, write_card
+from twofold.tune.rows import data_files
 from twofold.tune.samples import answers, held_out_prompts
 from twofold.tune.settings import TuneSettings
 from twofold.tune.trainer import (
@@ -38,7 +39,7 @@ from twofold.tune.trainer import (
     quiet_libraries,
 )
 from twofold.version import __version__
-from twofold.work import Work, working
+from twofold.work import BEFORE, Work, working
 
 CHECKPOINTS = "tune"  # the part of the unfinished state that is kept after a kill
 KEPT = 2  # checkpoints at a time
@@ -64,7 +65,7 @@ def tune(settings: TuneSettings, out: Path | str, *, overwrite: bool = False, qu
         loaded = load_model(
             settings.model, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
         )
-        check_apart(out, loaded.source, [Path(one) for one in settings.data if Path(one).exists()])
+        check_apart(out, loaded.source, [file for one in settings.data for file in data_files(one)])
         base = loaded.shards.hash("") if loaded.shards is not None else ""
     about = f"{__version__} {settings.model_dump_json()} {prepared.examples.sha256} {base}"
     with working(out, settings.model) as work:
@@ -126,14 +127,8 @@ class _Tuning:
 
     def _trainer(self, method: Method, windows: Any, steps: int, bar: LossBar) -> RowTrainer:
         settings, examples = self.settings, self.examples
-        often = max(1, steps // 10)
-        look = settings.evaluate_every or often
-        save = settings.save_every or (look if settings.patience else often)
+        look, save = settings.intervals(steps)
         measured = bool(examples.held_out)
-        if settings.patience and (not measured or save % look):
-            raise TwofoldError(
-                "--patience needs held-out rows, and a --save-every that is a multiple of --evaluate-every"
-            )
         config = SFTConfig(
             output_dir=str(self.folder),
             per_device_train_batch_size=settings.micro_batch,
@@ -152,6 +147,7 @@ class _Tuning:
             save_steps=save,
             save_total_limit=KEPT,
             load_best_model_at_end=bool(settings.patience),
+            restore_callback_states_from_checkpoint=bool(settings.patience),
             metric_for_best_model="eval_loss",
             greater_is_better=False,
             seed=settings.seed,
@@ -189,13 +185,13 @@ class _Tuning:
         """The held-out loss of before the training; kept, since a run that is taken up again has the model of later."""
         if not self.examples.held_out:
             return None
-        known = self.work.state.measured.get("before")
+        known = self.work.state.measured.get(BEFORE)
         if known is not None:
             return float(known["loss"] or 0.0)
         loss = trainer.held_out_loss()
         if not math.isfinite(loss):
             raise TwofoldError("the loss of the model on the held-out rows is not finite; the model can't be trained")
-        self.work.update(measured={"before": {"loss": loss}})
+        self.work.update(measured={BEFORE: {"loss": loss}})
         return loss
 
     def _checkpoint_bytes(self, method: Method) -> int:
@@ -211,7 +207,8 @@ class _Tuning:
         """
         good = self.work.folder / CHECKPOINTS / "last-good"
         with quiet_libraries():
-            method.model.save_pretrained(good)
+            save(method, self.loaded, good)
+            self.loaded.tokenizer.save_pretrained(good)
         raise TwofoldError(
             f"{error.what} at step {error.step}, so the training stopped; the state of step {error.step - 1} is kept in {good}: "
             f"take a smaller --learning-rate than {self.settings.rate:g} and another --out, or look at the rows"
@@ -240,7 +237,7 @@ class _Tuning:
             data_sha256=examples.sha256,
             rows=len(examples.train),
             rows_held_out=len(examples.held_out),
-            rows_skipped=self.rows.skipped,
+            rows_skipped=self.rows.skipped + examples.refused,
             rows_cut=examples.cut,
             rows_too_long=examples.left_out,
             windows=windows,

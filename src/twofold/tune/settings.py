@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
+from twofold.errors import TwofoldError
 from twofold.recipe import checked
 
 Method = Literal[
@@ -96,7 +97,26 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
             raise ValueError(f"--micro-batch must divide --batch, got {self.micro_batch} and {self.batch}")
         if self.held_out > 1 and not float(self.held_out).is_integer():
             raise ValueError(f"--held-out must be a share below 1 or a whole number of rows, got {self.held_out}")
+        if self.steps is not None:
+            self.intervals(self.steps)
         return self
+
+    def intervals(self, steps: int) -> tuple[int, int]:
+        """Steps between two looks at the held-out rows, and between two checkpoints, in a run of so many steps.
+
+        Raises:
+            TwofoldError: if the best state could not be taken, as ``patience`` does.
+        """
+        often = max(1, steps // 10)
+        look = self.evaluate_every or often
+        save = self.save_every or (look if self.patience else often)
+        if self.patience and (not self.held_out or save % look):
+            raise TwofoldError(
+                "--patience needs held-out rows, and a --save-every that is a multiple of --evaluate-every"
+            )
+        if self.patience and self.method == "adalora":
+            raise TwofoldError("--patience takes the best checkpoint, and --method adalora keeps none; leave it out")
+        return look, save
 
     @property
     def rate(self) -> float:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from twofold.errors import TwofoldError
+from twofold.models import first_line
 from twofold.tune.rows import Row
 
 IGNORED = -100  # the label of a token that is not learnt
+MEND = "mend the row, or leave out such rows with --skip-bad"
+
+
+class RefusedRowError(TwofoldError):
+    """A row that the chat template refuses, or that has nothing to learn."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples to train on and held-out ones, and what became of long rows."""
+    """Examples to train on and held-out ones, and what became of long rows and of refused ones."""
 
     train: list[Example]
     held_out: list[Example]
     cut: int = 0
     left_out: int = 0
+    refused: int = 0  # by the chat template
+    first_refused: str = ""  # place and reason
 
     @property
     def sha256(self) -> str:
@@ -56,20 +64,28 @@ def encode_rows(
     long: Literal["refuse", "cut", "skip"] = "refuse",
     loss: Literal["answers", "all"] = "answers",
     chat: bool = False,
+    skip_bad: bool = False,
     held_out: float = 0.1,
     seed: int = 0,
 ) -> Examples:
     """Tokens and labels of all rows, some of which are set aside to measure on.
 
     Raises:
-        TwofoldError: if rows are longer than ``length`` and are to be refused; if a row can't be put through the chat template;
-            or if too few rows are left.
+        TwofoldError: if rows are longer than ``length`` and are to be refused; if a row can't be put through the chat template,
+            unless such rows are to be skipped; or if too few rows are left.
     """
     examples: list[Example] = []
     cut = left_out = 0
     too_long: list[tuple[str, int]] = []
+    refused: list[RefusedRowError] = []
     for row in rows:
-        example = encode(row, tokenizer, chat=chat, loss=loss)
+        try:
+            example = encode(row, tokenizer, chat=chat, loss=loss)
+        except RefusedRowError as error:
+            if not skip_bad:
+                raise TwofoldError(f"{error}; {MEND}") from error
+            refused.append(error)
+            continue
         size = len(example.input_ids)
         if size > length:
             too_long.append((row.where, size))
@@ -79,10 +95,6 @@ def encode_rows(
                 continue
             cut += 1
             example = shorter
-        if not example.learnt:
-            raise TwofoldError(
-                f"{row.where}: nothing of it is learnt, its answer has no tokens; mend or remove the row"
-            )
         examples.append(example)
     if too_long and long == "refuse":
         where, size = too_long[0]
@@ -91,7 +103,10 @@ def encode_rows(
             f"{where} has {size} tokens, more than the {length} of --length, and so have {len(too_long) - 1} more rows (the "
             f"longest {longest}); raise --length, cut such rows with --long cut, or leave them out with --long skip"
         )
-    return _split(examples, held_out, seed, cut, left_out)
+    if refused and not examples:
+        raise TwofoldError(f"no row is left to learn from: {len(refused)} bad ones were skipped, first {refused[0]}")
+    divided = _split(examples, held_out, seed, cut, left_out)
+    return replace(divided, refused=len(refused), first_refused=str(refused[0]) if refused else "")
 
 
 def _split(examples: list[Example], held_out: float, seed: int, cut: int, left_out: int) -> Examples:
@@ -117,7 +132,8 @@ def encode(row: Row, tokenizer: Any, *, chat: bool = False, loss: Literal["answe
     """One row as tokens and labels.
 
     Raises:
-        TwofoldError: if the tokenizer has no chat template, or one that does not begin a conversation as it goes on.
+        TwofoldError: if the tokenizer has no chat template, one that does not begin a conversation as it goes on, or one that
+            refuses the row.
     """
     turns = row.turns
     if chat and not turns and row.prompt:
@@ -128,7 +144,10 @@ def encode(row: Row, tokenizer: Any, *, chat: bool = False, loss: Literal["answe
         ids, learnt = _completion(row, tokenizer)
     if loss == "all":
         learnt = [True] * len(ids)
-    return Example(ids, [token if one else IGNORED for token, one in zip(ids, learnt, strict=True)])
+    example = Example(ids, [token if one else IGNORED for token, one in zip(ids, learnt, strict=True)])
+    if not example.learnt:
+        raise RefusedRowError(f"{row.where}: nothing of it is learnt, its answer has no tokens")
+    return example
 
 
 def _completion(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -164,7 +183,7 @@ def _conversation(
         try:
             text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask)
         except Exception as error:  # a template is data, and may refuse anything
-            raise TwofoldError(f"{where}: the chat template refuses it ({str(error).splitlines()[0]})") from error
+            raise RefusedRowError(f"{where}: the chat template refuses it ({first_line(error)})") from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     ids = render(len(messages), False)

@@ -11,7 +11,7 @@ from twofold.export.decoding import Decoder, ModelDecoder
 from twofold.models import cast_weights, load_model
 
 
-@export_format("dense")
+@export_format("dense", integers=True)
 def write_dense(source: Source, folder: Path) -> Written:
     """Products multiplied in float64 and rounded once to the stored dtype; the files are those of the original's architecture."""
     save_dense(source, folder)

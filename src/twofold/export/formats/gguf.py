@@ -25,7 +25,7 @@ Turn = Callable[[np.ndarray], np.ndarray]
 CONVERTER = "without one, use --to dense and then llama.cpp's own convert_hf_to_gguf.py, which no package has"
 
 
-@export_format("gguf")
+@export_format("gguf", integers=True)
 def write_gguf(source: Source, folder: Path) -> Written:
     """The merged weights in float32, bfloat16 or float16, and everything else as the original's file has it.
 

@@ -7,7 +7,6 @@ small.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
-from twofold.export.base import Source, Written, compact_layers, export_format
+from twofold.export.base import Source, Written, compact_layers, export_format, recorded_original
 from twofold.export.decoding import Decoder, ModelDecoder
 from twofold.linalg import working_dtype
 from twofold.models import cast_weights, load_model
@@ -41,7 +40,7 @@ def write_lora(source: Source, folder: Path) -> Written:
     Raises:
         TwofoldError: if there is no original to be found, or it is not the one that the model was made from.
     """
-    name = source.base or _recorded(source)
+    name = source.base or recorded_original(source.loaded)
     original = load_model(name, device="cpu")
     layers = compact_layers(source.model)
     _check_original(source, original.model, layers, name)
@@ -123,17 +122,6 @@ def _adapt(model: Any, residuals: dict[str, Residual], name: str) -> Any:
 def _dense(module: nn.Module) -> Tensor:  # (m, n)
     weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator]
     return weight.T if isinstance(module, Conv1D) else weight
-
-
-def _recorded(source: Source) -> str:
-    """The original that the checkpoint was made from, as its record says."""
-    try:
-        record = (source.loaded.source or Path()) / "run.json"
-        return str(json.loads(record.read_text(encoding="utf-8"))["recipe"]["model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TwofoldError(
-            f"{source.loaded.name} has no run.json that says what it was made from; name the original with --base"
-        ) from error
 
 
 def _check_original(source: Source, original: Any, layers: dict[str, CompactLinear], name: str) -> None:
