@@ -118,6 +118,11 @@ def _hidden(output: Any) -> Tensor | None:
     return None
 
 
+def plain_chain(model: nn.Module) -> Chain:
+    """The blocks of a model by their names alone, to do work in parts; it says nothing of how they run."""
+    return Chain(tuple(block_names(model)), False)
+
+
 @contextmanager
 def watch_chain(model: nn.Module) -> Iterator[ChainWatch]:
     """Watch the runs of the model within the block.

@@ -113,7 +113,7 @@ def _moments(
     quiet: bool,
 ) -> tuple[Moments, bool]:
     """The moments of an earlier run, or new ones; and which of the two."""
-    found = _reuse(path, mark, request, named=named) if (path / DESCRIPTION).is_file() else None
+    found = reuse(path, mark, request, named=named)
     if distributed.agree(found is not None) and found is not None:
         return found, True
     check_space(path, 4 * request.numbers + _states_bytes(opened, recipe, windows))
@@ -190,8 +190,13 @@ def on_text_alone(model: Any) -> Iterator[None]:
         ) from error
 
 
-def _reuse(path: Path, mark: str, request: Request, *, named: bool) -> Moments | None:
-    """The saved moments; those in the cache that are not whole are collected again, those that the user named are refused."""
+def reuse(path: Path, mark: str, request: Request, *, named: bool) -> Moments | None:
+    """The saved moments, None if there are none.
+
+    Those that are not whole are removed, to be collected again; those that the user named are refused.
+    """
+    if not (path / DESCRIPTION).is_file():
+        return None
     try:
         moments = Moments.load(path, mark)
         moments.check(request)

@@ -10,8 +10,7 @@ E[x zᵀ] (n, n), z = Wᵀ g. Sums over tokens of products that stand on the sma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from twofold.calibrate import Moments
 from twofold.calibrate.collect import no_cache
+from twofold.calibrate.frozen import frozen, start_graph
 from twofold.factorize import layer_problem
 from twofold.linalg import Spectrum, smaller_side
 from twofold.linalg.metric import Metric, metric_product
@@ -80,32 +80,18 @@ def gradient_products(
         sums[target.name] = torch.zeros(k, k, dtype=wide, device=device)
     hooks = [model.get_submodule(t.name).register_forward_hook(_adding(sums[t.name], t)) for t in targets]
     predicted = windows.shape[0] * (windows.shape[1] - 1)
-    with frozen(model, hooks), progress("Gradients", windows.numel(), unit="tokens", quiet=quiet) as tick:
+    hooks.append(start_graph(model))
+    with (
+        frozen(model, hooks),
+        torch.enable_grad(),
+        progress("Gradients", windows.numel(), unit="tokens", quiet=quiet) as tick,
+    ):
         for ids in windows[:, None].to(device):
             logits = model(input_ids=ids, **no_cache(model)).logits[0, :-1]
             loss = nn.functional.cross_entropy(logits.to(wide), ids[0, 1:], reduction="sum") / predicted
             loss.backward()  # type: ignore[no-untyped-call]
             tick(ids.numel())
     return sums
-
-
-@contextmanager
-def frozen(model: Any, hooks: list[Any]) -> Iterator[None]:
-    """Within the block the output of the embeddings starts the graph and no weight gets a gradient; then the hooks go."""
-    was_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    was_training = model.training
-    model.eval()
-    model.requires_grad_(False)
-    start = model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for handle in [start, *hooks]:
-            handle.remove()
-        for parameter, required in was_grad:
-            parameter.requires_grad_(required)
-        model.train(was_training)
 
 
 def _adding(total: Tensor, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from twofold import distributed
 from twofold.allocate import Evidence, get_allocation
-from twofold.blocks import Chain, block_names
+from twofold.blocks import Chain, plain_chain
 from twofold.calibrate import Moments, TokenWindows
 from twofold.calibrate.fingerprint import model_hash
 from twofold.calibrate.windows import calibration_windows, fit_window
@@ -317,11 +317,6 @@ def decompose(
     return decompose_targets(
         residence, targets.targets, moments, objective, damping, spectra, chain=chain, blocks=blocks, quiet=quiet
     )
-
-
-def plain_chain(model: nn.Module) -> Chain:
-    """The blocks of a model by their names alone, to do work in parts; it says nothing of how they run."""
-    return Chain(tuple(block_names(model)), False)
 
 
 def plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe, times: Evidence | None = None) -> Plan:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twofold.allocate import get_allocation
-from twofold.blocks import Chain, block_names
-from twofold.calibrate import Moments, collect_moments, request_statistics
-from twofold.calibrate.moments import DESCRIPTION
+from twofold.blocks import plain_chain
+from twofold.calibrate import collect_moments, request_statistics
+from twofold.calibration import reuse
 from twofold.errors import TwofoldError
 from twofold.factorize import apply_plan, decompose_targets, put_back
 from twofold.objectives import get_objective
@@ -63,7 +63,7 @@ def recalibrate(prepared: Prepared, recipe: Recipe, *, folder: Path | None = Non
     request = request_statistics(targets, prepared.targets.groups, prepared.objective.needs)
     model_of = prepared.plan.model_dump_json(include={"entries", "dense"})  # what the plan makes of the model
     mark = hashlib.sha256(json.dumps([moments.fingerprint, recipe.damping, model_of]).encode()).hexdigest()
-    found = _kept(folder, mark)
+    found = None if folder is None else reuse(folder, mark, request, named=False)
     if found is None:
         weights = {target.name: dense_weight(model.get_submodule(target.name)).detach() for target in targets}
         with put_back(model, [*weights, *rest_names(prepared.plan, model)]):
@@ -83,23 +83,14 @@ def recalibrate(prepared: Prepared, recipe: Recipe, *, folder: Path | None = Non
                 batch_size=recipe.batch_size, weights=weights, folder=folder, quiet=quiet,
             )  # fmt: skip
     old = moments.sums
-    mixed = {name: old[name] for name in old}
-    mixed |= {name: old[name] + SHARE * (found.sums[name].to(old[name]) - old[name]) for name in request.names()}
+    mixed = dict(old) | {
+        name: old[name] + SHARE * (found.sums[name].to(old[name]) - old[name]) for name in request.names()
+    }
     prepared.moments = replace(moments, sums=mixed, fingerprint=mark)
     prepared.spectra = decompose_targets(
         loaded.residence, targets, prepared.moments, prepared.objective, recipe.damping, Spectra(None, mark),
-        chain=Chain(tuple(block_names(model)), False), quiet=quiet,
+        chain=plain_chain(model), quiet=quiet,
     )  # fmt: skip
     prepared.plan = make_plan(
         loaded.name, prepared.targets, prepared.spectra.values, recipe, element.itemsize, prepared.evidence
     )
-
-
-def _kept(folder: Path | None, mark: str) -> Moments | None:
-    """The moments that a killed run has finished."""
-    if folder is None or not (folder / DESCRIPTION).is_file():
-        return None
-    try:
-        return Moments.load(folder, mark)
-    except TwofoldError:
-        return None

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from twofold.calibrate import Moments
 from twofold.calibrate.collect import no_cache
-from twofold.calibrate.curvature import Curvature, loss_gradient
+from twofold.calibrate.curvature import Curvature, loss_gradient, stream
+from twofold.calibrate.frozen import frozen, start_graph
 from twofold.factorize import layer_problem
-from twofold.first_order import frozen
 from twofold.linalg.metric import metric_product
 from twofold.objectives import Objective
 from twofold.progress import progress
@@ -58,11 +58,15 @@ def rank_losses(
             left, right = weight.to(basis) @ weighed, basis
         sums[target.name] = torch.zeros(basis.shape[1] + 1, dtype=torch.float64, device=weight.device)
         hooks.append(module.register_forward_hook(_adding(sums[target.name], left.to(weight), right.to(weight))))
-    with frozen(model, hooks), progress("Losses by rank", windows.numel(), unit="tokens", quiet=quiet) as tick:
+    hooks.append(start_graph(model))
+    with (
+        frozen(model, hooks),
+        torch.enable_grad(),
+        progress("Losses by rank", windows.numel(), unit="tokens", quiet=quiet) as tick,
+    ):
         for i, ids in enumerate(windows[:, None].to(model.device)):
             logits = model(input_ids=ids, **no_cache(model)).logits
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-            logits.backward(loss_gradient(logits, ids, generator, curvature))
+            logits.backward(loss_gradient(logits, ids, stream(seed, i), curvature))
             tick(ids.numel())
     return {name: (total / (2 * windows.numel())).cpu().numpy() for name, total in sums.items()}
 

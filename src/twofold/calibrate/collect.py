@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from twofold import distributed
 from twofold.blocks import Stretch, run_stretch
 from twofold.calibrate.activations import Activations
-from twofold.calibrate.curvature import Curvature, loss_gradient
+from twofold.calibrate.curvature import Curvature, loss_gradient, stream
+from twofold.calibrate.frozen import frozen, start_graph
 from twofold.calibrate.moments import SQUARE, Moments, Parts, Request, read_names, write_part
 from twofold.errors import TwofoldError
 from twofold.files import make_folder
@@ -227,13 +228,8 @@ def collect_moments(
         folder,
         on_disk,
     )
-    model = residence.model
-    was_grad = [(p, p.requires_grad) for p in model.parameters()]
-    was_training = model.training
-    model.eval()
-    model.requires_grad_(False)
     found: dict[str, Tensor] = {}
-    try:
+    with frozen(residence.model):
         begin = sweep.resume()
         total = sweep.count * windows.shape[1] * len(steps)
         done = sweep.count * windows.shape[1] * begin + sweep.done * windows.shape[1]
@@ -242,10 +238,6 @@ def collect_moments(
                 sums = sweep.run(step, [t for t in targets if step.stretch.holds(t.name, before)], tick)
                 if folder is None:
                     found |= sums
-    finally:
-        for parameter, required in was_grad:
-            parameter.requires_grad_(required)
-        model.train(was_training)
     moments = replace(empty, sums=found, tokens=windows.numel())
     if folder is None:
         return moments
@@ -383,11 +375,7 @@ class _Sweep:
         accumulator = Accumulator(self.residence, targets, self.request, step.kinds, self.weights)
         for name, tensor in self.resumed.items():
             accumulator.sums[name].copy_(tensor)
-        start_graph = None
-        if backward and stretch.is_first:
-            start_graph = model.get_input_embeddings().register_forward_hook(
-                lambda m, a, output: output.requires_grad_(True)
-            )
+        graph = start_graph(model) if backward and stretch.is_first else None
         begin, self.done, self.resumed = self.first + self.done, 0, {}
         saved_at = time.monotonic()
         about = {"way": self.way, "step": step.name, "shape": "", "dtype": ""}
@@ -412,8 +400,8 @@ class _Sweep:
                         saved_at = time.monotonic()
         finally:
             accumulator.remove()
-            if start_graph is not None:
-                start_graph.remove()
+            if graph is not None:
+                graph.remove()
         sums = {name: accumulator.sums[name] for name in sorted(accumulator.sums)}
         distributed.add_up(sums.values())
         broken = next((name for name, tensor in sums.items() if not torch.isfinite(tensor).all()), None)
@@ -480,8 +468,7 @@ class _Sweep:
                         f"no gradient reaches the logits of {type(model).__name__}; use --objective svd-llm"
                     )
                 self._check(logits, run)
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
-                logits.backward(loss_gradient(logits, batch, generator, self.curvature))
+                logits.backward(loss_gradient(logits, batch, stream(self.seed, first), self.curvature))
             else:
                 gradient = self._state("gradient", stretch.last).read(here, there).to(out)
                 out.backward(gradient)

@@ -24,6 +24,11 @@ ROWS = 128  # token positions that are worked on at once
 TOP = 256  # most likely tokens that gauss-newton looks at
 
 
+def stream(seed: int, batch: int) -> torch.Generator:
+    """The draws of one batch, which do not depend on those of others."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + batch)
+
+
 def loss_gradient(
     logits: Tensor,  # (batch, length, vocabulary)
     ids: Tensor,  # (batch, length), that the logits are of

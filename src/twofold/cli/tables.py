@@ -173,6 +173,14 @@ def _loss(entry: PlanEntry) -> str:
     return "–" if entry.predicted_loss is None else f"{entry.predicted_loss:.3g}"
 
 
+def print_spent(notes: list[str], seconds: dict[str, float], peak_memory: float) -> None:
+    """The notes of a run, and what it took."""
+    for note in notes:
+        console.print(f"Note: {plain(note)}.")
+    spent = ", ".join(f"{name} {took:.0f} s" for name, took in seconds.items() if took >= 0.5)
+    console.print(f"Time: {spent}. Peak memory: {peak_memory / 2**30:.2f} GiB.")
+
+
 def print_run(run: Run, plan: Plan, out: Path) -> None:
     """What a compress run did, cost and gained."""
     kinds: dict[str, list[PlanEntry]] = {}
@@ -208,10 +216,7 @@ def print_run(run: Run, plan: Plan, out: Path) -> None:
         console.print(f"[bold]{plain(sample.prompt)}[/bold]")
         console.print(f"  original: {plain(sample.original.strip())}")
         console.print(f"  factored: {plain(sample.factored.strip())}")
-    for note in run.notes:
-        console.print(f"Note: {plain(note)}.")
-    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items() if seconds >= 0.5)
-    console.print(f"Time: {spent}. Peak memory: {run.peak_memory / 2**30:.2f} GiB.")
+    print_spent(run.notes, run.seconds, run.peak_memory)
     console.print(f"Checkpoint: {plain(str(out))}", highlight=False, soft_wrap=True)
     console.print(f"Report: {plain(str(out / 'report.html'))}", highlight=False, soft_wrap=True)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from twofold.adapters.extract import Extraction
 from twofold.adapters.merge import Merge
-from twofold.cli.tables import console, megabytes, millions, plain, table
+from twofold.cli.tables import console, megabytes, millions, plain, print_spent, table
 from twofold.tune.estimate import TuneEstimate
 from twofold.tune.record import TuneRun
 
@@ -56,10 +56,7 @@ def print_tuned(run: TuneRun, out: Path) -> None:
         console.print(f"[bold]{plain(sample.prompt[-300:].strip())}[/bold]")
         console.print(f"  before: {plain(sample.original.strip())}")
         console.print(f"  after: {plain(sample.factored.strip())}")
-    for note in run.notes:
-        console.print(f"Note: {plain(note)}.")
-    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items() if seconds >= 0.5)
-    console.print(f"Time: {spent}. Peak memory: {run.peak_memory / 2**30:.2f} GiB.")
+    print_spent(run.notes, run.seconds, run.peak_memory)
     console.print(f"Written: {plain(str(out))}", highlight=False, soft_wrap=True)
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from twofold.comparison.record import Comparison, Row
-from twofold.report.drawing import GRID, INK, SETTINGS, label_of
+from twofold.report.drawing import INK, label_of
 from twofold.report.formats import number
+from twofold.report.printed import COLOURS, PRINT, on_paper, save_printed
 
-PRINT = {INK: "#222222", GRID: "#dddddd"}  # on paper, where no page lends its colours
 INK_ON_PAPER = PRINT[INK]
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers too
 STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FRONT = "#bbbbbb"
@@ -26,14 +23,8 @@ PANEL = (6.2, 4.6)  # inches
 
 def draw_front(comparison: Comparison, paths: list[Path]) -> None:
     """Draw the figure into files; their suffixes say how."""
-    settings = {key: PRINT.get(value, value) if isinstance(value, str) else value for key, value in SETTINGS.items()}
-    settings |= {"figure.facecolor": "white", "svg.hashsalt": comparison.command}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that the font lacks
-        figure = _figure(comparison)
-        for path in paths:
-            described = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-            figure.savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.15, metadata=described)
+    with on_paper(comparison.command):
+        save_printed(_figure(comparison), paths)
 
 
 def _figure(comparison: Comparison) -> Any:

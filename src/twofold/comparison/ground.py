@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from twofold.allocate import get_allocation
+from twofold.blocks import plain_chain
 from twofold.calibrate import Moments, TokenWindows, request_statistics
 from twofold.calibrate.fingerprint import model_hash
 from twofold.calibrate.windows import calibration_windows, fit_window
@@ -30,7 +31,6 @@ from twofold.pipeline import (
     Opened,
     decompose,
     open_for,
-    plain_chain,
     with_structures,
 )
 from twofold.progress import say

@@ -8,10 +8,15 @@ from twofold.objectives.base import LayerMoments, Problem, objective
 ALPHA = 0.5
 
 
+def scaled_columns(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:  # (n,)
+    """The damped diagonal of C."""
+    assert moments.input_abs is not None
+    return damp(moments.input_abs.to(weight).pow(2 * ALPHA), damping, full=False)
+
+
 @objective("asvd", source="Yuan et al. 2023 (arXiv 2312.05821)", needs={"input_abs"}, loss="weight")
 def asvd(weight: Tensor, moments: LayerMoments, damping: float) -> Problem:
-    assert moments.input_abs is not None
-    columns = damp(moments.input_abs.to(weight).pow(2 * ALPHA), damping, full=False)  # (n,)
+    columns = scaled_columns(weight, moments, damping)
     if smaller_side(*weight.shape) == "rows":
         return Problem(None, gram(weight, columns), "rows")
     return Problem(columns, gram(weight, None), "columns")

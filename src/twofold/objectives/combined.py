@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from twofold.linalg import damp, gram, smaller_side
-from twofold.objectives.asvd import ALPHA
+from twofold.objectives.asvd import scaled_columns
 from twofold.objectives.base import (
     LayerMoments,
     Loss,
@@ -25,6 +25,7 @@ from twofold.objectives.base import (
     input_side,
     objective_family,
 )
+from twofold.objectives.fwsvd import fisher_rows
 
 Diagonal = Callable[[Tensor, LayerMoments, float], Tensor | None]
 
@@ -42,19 +43,9 @@ def _none(weight: Tensor, moments: LayerMoments, damping: float) -> None:
     return None
 
 
-def _abs(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:  # (n,)
-    assert moments.input_abs is not None
-    return damp(moments.input_abs.to(weight).pow(2 * ALPHA), damping, full=False)
-
-
 def _inputs(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:  # (n,)
     assert moments.input_square is not None
     return damp(moments.input_square.to(weight), damping, full=False)
-
-
-def _rows(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:  # (m,)
-    assert moments.fisher_rows is not None
-    return damp(moments.fisher_rows.to(weight), damping, full=False)
 
 
 def _outputs(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:  # (m,)
@@ -64,13 +55,13 @@ def _outputs(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:  
 
 INPUTS = {
     "plain": _Side((), _none),
-    "abs": _Side(("input_abs",), _abs),
+    "abs": _Side(("input_abs",), scaled_columns),
     "diagonal": _Side(("input_square",), _inputs, nats=True),
     "whitened": _Side(("input",), _none, full=True, nats=True),
 }
 OUTPUTS = {
     "plain": _Side((), _none),
-    "rows": _Side(("fisher_rows",), _rows),
+    "rows": _Side(("fisher_rows",), fisher_rows),
     "diagonal": _Side(("gradient_square",), _outputs, nats=True),
     "whitened": _Side(("gradient",), _none, full=True, nats=True),
 }

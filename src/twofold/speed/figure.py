@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from twofold.comparison.figure import COLOURS, PRINT
-from twofold.report.drawing import INK, SETTINGS, label_of
+from twofold.report.drawing import INK, label_of
+from twofold.report.printed import COLOURS, PRINT, on_paper, save_printed
 from twofold.speed.record import Bench, Row
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -22,14 +20,8 @@ SIZE = (7.0, 4.8)  # inches
 
 def draw_roofline(bench: Bench, paths: list[Path]) -> None:
     """Draw the figure into files; their suffixes say how."""
-    settings = {key: PRINT.get(value, value) if isinstance(value, str) else value for key, value in SETTINGS.items()}
-    settings |= {"figure.facecolor": "white", "svg.hashsalt": "roofline"}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that the font lacks
-        figure = _figure(bench)
-        for path in paths:
-            described = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-            figure.savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.15, metadata=described)
+    with on_paper("roofline"):
+        save_printed(_figure(bench), paths)
 
 
 def points(bench: Bench, row: Row) -> dict[str, tuple[float, float]]:

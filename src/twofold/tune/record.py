@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import html
-import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
 import pydantic
 from matplotlib.figure import Figure
 
-from twofold.comparison.figure import COLOURS, PRINT
-from twofold.report.drawing import SETTINGS
+from twofold.report.printed import COLOURS, on_paper
 from twofold.run import Machine, Sample
 from twofold.tune.settings import TuneSettings
 
@@ -60,12 +57,7 @@ class TuneRun(pydantic.BaseModel, extra="forbid"):
 
 def draw_curve(run: TuneRun, path: Path) -> None:
     """Training loss of each step and held-out loss over the steps, as an SVG."""
-    settings = {key: PRINT.get(value, value) if isinstance(value, str) else value for key, value in SETTINGS.items()}
-    with (
-        matplotlib.rc_context({**settings, "figure.facecolor": "white", "svg.hashsalt": "twofold"}),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
+    with on_paper("twofold"):
         figure = Figure(figsize=(7.0, 4.0), layout="constrained")
         axes: Any = figure.subplots()
         axes.grid(True, alpha=0.6)
