@@ -23,7 +23,7 @@ from test_adapters import factored_model, with_lora
 from twofold import factorize
 from twofold.checkpoint.write import check_output
 from twofold.errors import TwofoldError
-from twofold.nn import FactoredLinear
+from twofold.nn import FactoredLinear, IntLinear, QuantizedLinear, TiedLinear
 from twofold.tune import make_settings
 from twofold.tune.bound import BoundedUpdate, product_norm, spectral_norm
 from twofold.tune.directions import split_directions
@@ -491,11 +491,70 @@ def test_patience_goes_on_where_it_was(place: Path, tmp_path: Path, monkeypatch:
     assert resumed.held_out_after == whole.held_out_after
 
 
-def test_integers_are_not_trained(place: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"keep": 0.6, "texts": [TEXT], "tokens": 64, "window": 32, "quiet": True, "bits": 8}
-    factorize(make_model(), make_tokenizer(), **settings).save_pretrained(tmp_path / "small")
-    make_tokenizer().save_pretrained(tmp_path / "small")
-    for method in ("lora", "factors", "full"):
-        given = {"model": str(tmp_path / "small"), "data": [str(place / "rows.jsonl")], "method": method, **QUICK}
-        with pytest.raises(TwofoldError, match=r"is kept in integers \(--bits\), and these can't be trained"):
-            tune(make_settings(given), tmp_path / "out", quiet=True)
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Factorized models whose factors, embeddings and output layers are integers; Mistral's output layer is its own."""
+    folders = {}
+    for name in ("llama", "mistral"):
+        folder = tmp_path_factory.mktemp(name)
+        given: dict[str, Any] = {"keep": 0.6, "texts": [TEXT], "tokens": 64, "window": 32, "quiet": True}
+        factorize(make_model(name), make_tokenizer(), bits=4, dense_bits=8, **given).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "head"),
+    [
+        ("llama", "lora", TiedLinear),
+        ("llama", "rslora", TiedLinear),
+        ("llama", "eva", TiedLinear),
+        ("mistral", "lora", QuantizedLinear),
+    ],
+)
+def test_an_adapter_is_trained_beside_integers(
+    model: str, method: str, head: type, rounded: dict[str, str], place: Path, tmp_path: Path
+) -> None:
+    folder = rounded[model]
+    record = run(place, tmp_path / "out", folder, method=method)
+    before = load(place, Path(folder), folder)
+    assert isinstance(before.get_output_embeddings(), head)  # TRL multiplies by the weight of this layer itself
+    assert record.held_out_before == pytest.approx(held_out_loss(before, place), abs=1e-5)
+    tuned = load(place, tmp_path / "out", folder)
+    assert record.held_out_after == pytest.approx(held_out_loss(tuned, place), abs=1e-5)
+    assert record.held_out_after is not None and record.held_out_after < record.held_out_before - 1e-3
+    assert record.trainable == sum(p.numel() for n, p in tuned.named_parameters() if "lora" in n)
+    codes = [n for n, _ in before.named_buffers() if n.endswith("codes")]
+    assert codes and all(
+        torch.equal(before.get_buffer(n), tuned.get_base_model().get_buffer(_inside(tuned, n))) for n in codes
+    )
+
+
+def _inside(tuned: Any, name: str) -> str:
+    """A buffer of the model of before in the model with an adapter."""
+    (found,) = (n for n, _ in tuned.get_base_model().named_buffers() if n.replace(".base_layer", "") == name)
+    return str(found)
+
+
+@pytest.mark.parametrize("method", ["factors", "factors-top", "full"])
+def test_integers_are_not_trained(method: str, rounded: dict[str, str], place: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        TwofoldError, match=r"is kept in integers \(--bits\), and --method .* can't train these; take lora"
+    ):
+        run(place, tmp_path / "out", rounded["llama"], method=method)
+
+
+def test_integers_are_unpacked_again_in_the_backward_pass() -> None:
+    torch.manual_seed(0)
+    layer = IntLinear.of(torch.randint(-7, 8, (96, 64)), torch.rand(96, 1) + 0.5, 4, None)
+    x = torch.randn(3, 5, 64, requires_grad=True)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):  # type: ignore[func-returns-value]
+        y = layer(x)
+    assert not kept  # neither the weight, nor the inputs
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    dense = x.detach().clone().requires_grad_(True)
+    F.linear(dense, layer.weight).backward(gradient)
+    assert torch.equal(y, F.linear(x, layer.weight)) and torch.allclose(x.grad, dense.grad)  # type: ignore[arg-type]

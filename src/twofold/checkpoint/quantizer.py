@@ -163,12 +163,13 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the weights can be trained: factors of floating point can, integers can't."""
-        return not any(isinstance(one, dict) and "bits" in one for one in self.quantization_config.modules.values())
+        """Whether adapters beside the weights can be trained."""
+        return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        return self.is_trainable
+        """Whether the weights themselves can: factors of floating point can, integers can't."""
+        return not any(isinstance(one, dict) and "bits" in one for one in self.quantization_config.modules.values())
 
     @property
     def is_compileable(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -127,8 +127,31 @@ class IntMatrix(nn.Module):
         return f"{self.rows}, {self.columns}, bits={self.bits}, group={self.group}"
 
 
+class _Product(torch.autograd.Function):
+    """y = Wx with W from integers, which the backward pass computes anew: kept for it are the integers alone (as in QLoRA)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (..., in)
+        matrix: IntMatrix,
+    ) -> Tensor:  # (..., out)
+        ctx.matrix = matrix
+        return F.linear(x, matrix.weight.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: Any,
+        gradient: Tensor,  # (..., out)
+    ) -> tuple[Tensor, None]:  # (..., in)
+        return gradient @ ctx.matrix.weight.to(gradient.dtype), None
+
+
 class IntLinear(IntMatrix):
     """y = Wx with W (out, in) in integers. It is computed in the dtype of x, from W in that dtype.
+
+    Gradients pass through to x, and W takes no memory between the forward and the backward pass.
 
     >>> import torch
     >>> layer = IntLinear(4, 6, bits=4, group=None)
@@ -148,4 +171,6 @@ class IntLinear(IntMatrix):
         self,
         x: Tensor,  # (..., in)
     ) -> Tensor:  # (..., out)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, self)  # type: ignore[no-any-return,no-untyped-call]
         return F.linear(x, self.weight.to(x.dtype))

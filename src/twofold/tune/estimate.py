@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from twofold.errors import TwofoldError
 from twofold.models import choose_device, compute_dtype, first_line, load_skeleton, quiet_bars
-from twofold.nn import CompactLinear
+from twofold.nn import CompactLinear, IntMatrix
 from twofold.run import peak_memory
 from twofold.tune.methods import adapter_config, check_method
 from twofold.tune.settings import TuneSettings
@@ -88,7 +88,8 @@ def estimate(
         ) from error
     parameters = sum(p.numel() for p in skeleton.model.parameters())
     trainable = _trainable(settings, ready)
-    weights = sum(p.numel() * p.element_size() for p in ready.parameters())
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in _own(ready))
+    rounded = [m.numbers * dtype.itemsize for m in ready.modules() if isinstance(m, IntMatrix)]
     item = 4 if settings.method not in ("full", "factors") else dtype.itemsize
     config = skeleton.model.config.get_text_config()
     width, depth = getattr(config, "hidden_size", 1024), getattr(config, "num_hidden_layers", 1)
@@ -114,7 +115,7 @@ def estimate(
         optimizer=trainable * item * 2,
         activations=activations,
         head=head,
-        spare=int(SPARE * activations),
+        spare=int(SPARE * activations) + 2 * max(rounded, default=0),  # integers are unpacked layer by layer
         trainable=trainable,
         parameters=parameters,
         step_seconds=one,

@@ -37,6 +37,7 @@ from twofold.tune.tokens import Example
 
 DENSE = ("dora", "pissa", "olora", "corda", "vera", "adalora")  # these look into a dense weight
 CONVERTED = ("pissa", "olora", "corda")  # these change the base weight, so the difference is what is saved
+BESIDE = ("lora", "rslora", "eva")  # these leave the weight as it is, and look at its outputs alone
 SAMPLED = 64  # rows that eva and corda look at
 
 
@@ -85,10 +86,10 @@ def check_method(model: nn.Module, settings: TuneSettings) -> list[str]:
     Raises:
         TwofoldError: if it can't.
     """
-    if any(isinstance(module, IntMatrix) for module in model.modules()):
+    if settings.method not in BESIDE and any(isinstance(module, IntMatrix) for module in model.modules()):
         raise TwofoldError(
-            f"{settings.model} is kept in integers (--bits), and these can't be trained; train the checkpoint that was "
-            "compressed without --bits, or the original before it is compressed"
+            f"{settings.model} is kept in integers (--bits), and --method {settings.method} can't train these; take "
+            f"{', '.join(BESIDE[:-1])} or {BESIDE[-1]}, or train the checkpoint that was compressed without --bits"
         )
     names = chosen_layers(model, settings)
     compact = [name for name in names if isinstance(model.get_submodule(name), CompactLinear)]

@@ -24,6 +24,7 @@ from twofold.errors import TwofoldError
 from twofold.files import write_text
 from twofold.residence import return_memory
 from twofold.tune.bar import LossBar
+from twofold.tune.head import fuse_compact_head
 from twofold.tune.tokens import Example
 
 WHOLE = "whole.json"  # stands in a checkpoint that was written to its end
@@ -42,6 +43,7 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, held_out: list[Example], watch: Watch, hooks: list[Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        fuse_compact_head(self.model)
         self.held_out, self.watch, self.hooks = held_out, watch, hooks
         self.control: Any
         self.add_callback(watch)  # the last one, so that its mark says that all others are done
