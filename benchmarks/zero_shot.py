@@ -51,20 +51,11 @@ def write_tasks(folder: Path, data: Path) -> None:
 
 def measure(model: str, tasks: Path, limit: int | None, batch: int) -> dict[str, float]:
     """The accuracy of one model on each task."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    from twofold.evaluate.tasks import evaluate_tasks
 
-    from twofold.models import load_model
-
-    loaded = load_model(model, dtype="float32")
-    found = simple_evaluate(
-        model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch, device="cpu"),
-        tasks=[f"local_{name}" for name in TASKS],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        limit=limit, bootstrap_iters=0, log_samples=False,
-    )  # fmt: skip
-    return {name: float(found["results"][f"local_{name}"]["acc,none"]) for name in TASKS}
+    names = [f"local_{name}" for name in TASKS]
+    found = evaluate_tasks(model, names, task_folder=str(tasks), limit=limit, batch_size=batch, dtype="float32")
+    return {score.task.removeprefix("local_"): score.value for score in found.models[0].tasks}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.evaluate import evaluation_windows, measure_quality, model_size
+from twofold.evaluate.tasks import put_adapter
 from twofold.models import LoadedModel, check_ids, first_line, load_model, need_tokenizer, positions
 from twofold.recipe import Recipe
 
@@ -44,6 +45,7 @@ def evaluate_models(
     text: str | Sequence[str],
     *,
     against: str | None = None,
+    adapter: str | None = None,
     dataset_config: str | None = None,
     dataset_split: str = "test",
     text_column: str = "text",
@@ -56,11 +58,16 @@ def evaluate_models(
 ) -> Evaluation:
     """Measure a model, and the original beside it.
 
+    Args:
+        adapter: the folder of a PEFT adapter that is put on the model, and not on the original.
+
     Raises:
         TwofoldError: if a model or the text can't be used, or the two models do not share a vocabulary.
     """
     names = ([against] if against else []) + [model]
     loaded = [load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for name in names]
+    if adapter is not None:
+        put_adapter(loaded[-1], adapter)
     longest = min((p for p in (positions(one.model) for one in loaded) if p is not None), default=window)
     if window > longest:
         raise TwofoldError(f"--window {window} is longer than this model's {longest} positions; use --window {longest}")

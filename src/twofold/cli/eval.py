@@ -1,16 +1,25 @@
-"""twofold eval: perplexity, divergence, agreement and sizes, side by side."""
+"""twofold eval: perplexity, divergence, agreement and sizes, or accuracy on tasks, side by side."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def command(
     model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or smollm2.")],
-    text: Annotated[list[str], typer.Option(help="Text files or a data set name to measure on.")],
+    text: Annotated[list[str] | None, typer.Option(help="Text files or a data set name to measure on.")] = None,
     against: Annotated[str | None, typer.Option(help="The original model to compare with.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="The folder of an adapter, put on MODEL.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, with commas between, in place of --text.")
+    ] = None,
+    task_folder: Annotated[str | None, typer.Option(help="A folder with the YAML files of your own tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task; all without it.")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a task at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the examples before a question.")] = 0,
     dataset_config: Annotated[str | None, typer.Option(help="The configuration of the data set.")] = None,
     dataset_split: Annotated[str, typer.Option(help="The split of the data set.")] = "test",
     text_column: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
@@ -22,25 +31,44 @@ def command(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
-    """Measure a model on a text: perplexity, sizes, and with --against the divergence from the original."""
+    """Measure a model on a text (perplexity, sizes, with --against the divergence from the original) or on tasks of lm-eval."""
     from twofold.cli.tables import print_evaluation
-    from twofold.evaluation import evaluate_models
+    from twofold.cli.task_tables import print_tasks
+    from twofold.errors import TwofoldError
+    from twofold.evaluate.tasks import TaskEvaluation, evaluate_tasks
+    from twofold.evaluation import Evaluation, evaluate_models
 
-    result = evaluate_models(
-        model,
-        text,
-        against=against,
-        dataset_config=dataset_config,
-        dataset_split=dataset_split,
-        text_column=text_column,
-        windows=windows or None,
-        window=window,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        quiet=quiet,
-    )
+    if (text is None) == (tasks is None):
+        raise TwofoldError("give --text FILE to measure perplexity, or --tasks NAMES to measure accuracy")
+    loading: dict[str, Any] = {
+        "against": against,
+        "adapter": adapter,
+        "dtype": dtype,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "quiet": quiet,
+    }
+    result: Evaluation | TaskEvaluation
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        result = evaluate_tasks(
+            model, names, task_folder=task_folder, limit=limit, fewshot=fewshot, batch_size=batch_size, seed=seed, **loading
+        )  # fmt: skip
+        show: Any = print_tasks
+    else:
+        assert text is not None
+        result = evaluate_models(
+            model,
+            text,
+            dataset_config=dataset_config,
+            dataset_split=dataset_split,
+            text_column=text_column,
+            windows=windows or None,
+            window=window,
+            **loading,
+        )
+        show = print_evaluation
     if json_output:
         print(result.model_dump_json(indent=1))
     else:
-        print_evaluation(result)
+        show(result)

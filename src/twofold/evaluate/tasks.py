@@ -1,0 +1,204 @@
+"""Accuracy on tasks, by lm-eval, of models one after another."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from twofold.errors import TwofoldError
+from twofold.models import LoadedModel, first_line, load_model, need_tokenizer, quiet_bars
+from twofold.progress import say
+from twofold.silence import silence
+
+MISSING = "--tasks needs lm-eval, which is not installed; install it with: pip install 'twofold[lm-eval]'"
+BOOTSTRAP = 1000  # draws for the standard error of metrics that have no formula for it
+FIRST = ("acc", "exact_match", "f1")  # the metric that stands for a task, where it has one of these
+
+
+class TaskScores(pydantic.BaseModel, extra="forbid"):
+    """One task, as one model does it."""
+
+    task: str
+    rows: int
+    metric: str  # the one that stands for the task
+    value: float
+    standard_error: float | None
+    metrics: dict[str, float]  # all that lm-eval gives
+
+
+class ScoredModel(pydantic.BaseModel, extra="forbid"):
+    """One model on all tasks."""
+
+    name: str
+    tasks: list[TaskScores]
+    mean: float  # of the tasks' values
+
+
+class TaskEvaluation(pydantic.BaseModel, extra="forbid"):
+    """The original first, if it was given."""
+
+    lm_eval: str  # its version
+    limit: int | None
+    fewshot: int | None
+    seed: int
+    models: list[ScoredModel]
+
+
+def evaluate_tasks(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    against: str | None = None,
+    adapter: str | None = None,
+    task_folder: str | None = None,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> TaskEvaluation:
+    """Measure a model on tasks of lm-eval, and the original beside it.
+
+    Args:
+        adapter: the folder of a PEFT adapter that is put on the model, and not on the original.
+        task_folder: of YAML files of your own tasks, as ``lm_eval --include_path`` takes it; lm-eval's own are known too.
+        limit: rows of each task, the first ones; None measures all.
+        fewshot: examples before each question; None takes what the task says.
+
+    Raises:
+        TwofoldError: if lm-eval is not installed, there is no such task, or a model can't be used.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise TwofoldError(MISSING)
+    if not tasks:
+        raise TwofoldError("--tasks names no task; give some with commas between, as arc_easy,piqa")
+    if task_folder is not None and not Path(task_folder).is_dir():
+        raise TwofoldError(f"there is no folder {task_folder}; --task-folder names one with the YAML files of tasks")
+    with silence(), _quiet():
+        import lm_eval
+
+        manager = _manager(tasks, task_folder)
+    rows: list[ScoredModel] = []
+    for name in [*([against] if against else []), model]:
+        if not quiet:
+            say(f"{name}: {', '.join(tasks)}")
+        loaded = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        if adapter is not None and len(rows) == (against is not None):
+            put_adapter(loaded, adapter)
+        rows.append(_score(loaded, list(tasks), manager, limit, fewshot, batch_size, seed))
+    return TaskEvaluation(lm_eval=lm_eval.__version__, limit=limit, fewshot=fewshot, seed=seed, models=rows)
+
+
+def put_adapter(loaded: LoadedModel, adapter: str) -> None:
+    """Put a PEFT adapter on a loaded model.
+
+    Raises:
+        TwofoldError: if PEFT is not installed, there is no such adapter, or it does not belong to the model.
+    """
+    from twofold.adapters.register import need
+
+    need("peft")
+    from twofold.adapters.folder import load_adapter
+
+    loaded.model = load_adapter(loaded.model, Path(adapter).expanduser(), "default", loaded).eval()
+    loaded.name = f"{loaded.name} with {adapter}"
+
+
+def _manager(tasks: Sequence[str], folder: str | None) -> Any:
+    """lm-eval's table of tasks; its own thousands are read only if the user's folder has not all that are asked for."""
+    from lm_eval.tasks import TaskManager
+
+    absent = ""
+    for defaults in (False, True):
+        if folder is None and not defaults:
+            continue
+        try:
+            manager = TaskManager(include_path=folder, include_defaults=defaults)
+        except Exception as error:  # whatever a YAML file of the user's leads to
+            raise TwofoldError(f"the tasks in {folder} can't be read ({first_line(error)})") from error
+        absent = next((task for task in tasks if task not in manager.all_tasks), "")
+        if not absent:
+            return manager
+    raise TwofoldError(
+        f"lm-eval has no task {absent}; list them with: lm-eval ls tasks, or give your own with --task-folder"
+    )
+
+
+def _score(
+    loaded: LoadedModel,
+    tasks: list[str],
+    manager: Any,
+    limit: int | None,
+    fewshot: int | None,
+    batch_size: int,
+    seed: int,
+) -> ScoredModel:
+    """One model, by lm-eval's own loop."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = need_tokenizer(loaded)
+    try:
+        with _quiet(), quiet_bars():
+            runner = HFLM(
+                pretrained=loaded.model, tokenizer=tokenizer, batch_size=batch_size, device=str(loaded.model.device)
+            )
+            found = simple_evaluate(
+                model=runner, tasks=tasks, task_manager=manager, limit=limit, num_fewshot=fewshot, bootstrap_iters=BOOTSTRAP,
+                log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )  # fmt: skip
+    except TwofoldError:
+        raise
+    except Exception as error:  # a data set that is not on disk, a package that a task needs, an architecture …
+        raise TwofoldError(
+            f"lm-eval could not measure {loaded.name} on {', '.join(tasks)} ({type(error).__name__}: {first_line(error)}); most "
+            "tasks fetch a data set from the hub: see that it can be reached, or give tasks on local files with --task-folder"
+        ) from error
+    rows = found.get("n-samples", {})
+    scores = [_task(name, values, rows.get(name, {})) for name, values in found["results"].items()]
+    return ScoredModel(name=loaded.name, tasks=scores, mean=sum(s.value for s in scores) / len(scores))
+
+
+def _task(name: str, values: dict[str, Any], rows: dict[str, int]) -> TaskScores:
+    """lm-eval keys its numbers by metric and filter, with a comma between."""
+    metrics = {
+        key: float(value)
+        for key, value in values.items()
+        if "," in key and "_stderr" not in key and isinstance(value, int | float)
+    }
+    if not metrics:
+        raise TwofoldError(f"the task {name} gives no number")
+    ranks = {metric: place for place, metric in enumerate(FIRST)}
+    first = min(metrics, key=lambda key: ranks.get(key.split(",")[0], len(FIRST)))
+    metric, _, chosen = first.partition(",")
+    error = values.get(f"{metric}_stderr,{chosen}")
+    return TaskScores(
+        task=name,
+        rows=int(rows.get("effective", 0)),
+        metric=metric,
+        value=metrics[first],
+        standard_error=float(error) if isinstance(error, int | float) else None,
+        metrics=metrics,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval logs to the root of its own tree; errors alone are let through."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
