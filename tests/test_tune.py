@@ -33,7 +33,7 @@ from twofold.tune.record import TuneRun
 from twofold.tune.rows import read_rows
 from twofold.tune.run import tune
 from twofold.tune.tokens import Example, encode_rows
-from twofold.tune.trainer import as_dataset, disk_errors, last_whole, packed
+from twofold.tune.trainer import RowTrainer, as_dataset, disk_errors, last_whole, packed
 
 ROWS = [{"prompt": f"Say {i}: ", "completion": f"it is {3 * i}."} for i in range(24)]
 QUICK: dict[str, object] = {"steps": 6, "batch": 4, "rank": 4, "length": 128, "learning_rate": 1e-2, "held_out": 4,
@@ -558,3 +558,73 @@ def test_integers_are_unpacked_again_in_the_backward_pass() -> None:
     dense = x.detach().clone().requires_grad_(True)
     F.linear(dense, layer.weight).backward(gradient)
     assert torch.equal(y, F.linear(x, layer.weight)) and torch.allclose(x.grad, dense.grad)  # type: ignore[arg-type]
+
+
+OPTIMIZERS = [("dense", "full", "adafactor"), ("factored", "factors-top", "adafactor"), ("dense", "lora", "adafactor")]
+OPTIMIZERS += [("dense", "full", "galore"), ("dense", "full", "apollo"), ("factored", "full", "galore")]
+
+
+@pytest.mark.parametrize(("model", "method", "optimizer"), OPTIMIZERS)
+def test_an_optimizer_with_a_small_state(
+    model: str, method: str, optimizer: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[dict[Any, dict[str, Any]]] = []
+    write = RowTrainer.train
+
+    def train(self: RowTrainer, *args: Any, **kwargs: Any) -> Any:
+        result = write(self, *args, **kwargs)
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        states.append({tuple(p.shape): state for p, state in inner.state.items()})
+        return result
+
+    monkeypatch.setattr(RowTrainer, "train", train)
+    record = run(
+        place, tmp_path / "out", model, method=method, optimizer=optimizer, optimizer_rank=4, learning_rate=3e-3
+    )
+    tuned = load(place, tmp_path / "out", model)
+    assert record.held_out_after == pytest.approx(held_out_loss(tuned, place), abs=1e-5)
+    assert record.held_out_after is not None and record.held_out_before is not None
+    assert record.held_out_after < record.held_out_before - 1e-3
+    if optimizer == "adafactor":
+        assert all("exp_avg" not in state for state in states[0].values())
+        return
+    shape = (80, 32) if model == "dense" else (8, 32)  # a weight of the MLP, or its right factor
+    kept = [state["exp_avg"].shape for size, state in states[0].items() if sorted(size) == sorted(shape)]
+    assert kept and all(4 in size for size in kept)  # and not the shape of the weight
+
+
+def test_the_state_of_an_optimizer_is_estimated(place: Path) -> None:
+    def memory(**given: object) -> int:
+        settings = make_settings(
+            {"model": str(place / "dense"), "data": ["x"], "method": "full", "optimizer_rank": 4, **given}
+        )
+        return estimate(settings, longest=16, mean=16.0, steps=1, speed=1e9).optimizer
+
+    model = make_model()
+    layers = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    rest = sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in layers)
+    assert memory() == 8 * (rest + sum(w.numel() for w in layers))
+    assert memory(optimizer="apollo") == memory(optimizer="galore")
+    assert memory(optimizer="galore") == 4 * (2 * rest + sum(4 * (2 * max(w.shape) + min(w.shape)) for w in layers))
+    assert memory(optimizer="adafactor") == 4 * sum(
+        sum(p.shape) if p.dim() > 1 else p.numel() for p in model.parameters()
+    )
+
+
+def test_an_optimizer_that_does_not_fit_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, words in (
+        ({"optimizer": "galore", "method": "lora"}, "goes with --method full alone"),
+        ({"optimizer": "adafactor", "method": "factors"}, "bounds the steps of AdamW"),
+        ({"optimizer": "apollo", "method": "full", "patience": 2}, "--optimizer apollo keeps none"),
+        ({"optimizer": "apollo", "method": "full", "optimizer_rank": 500}, "no layer is larger than the rank 500"),
+    ):
+        with pytest.raises(TwofoldError, match=words):
+            run(place, tmp_path / "out", **given)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "galore_torch" else find(name, *rest)
+    )
+    with pytest.raises(TwofoldError, match=r"needs the package galore-torch.*twofold\[low-rank-optimizers\]"):
+        run(place, tmp_path / "out", method="full", optimizer="galore")

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-TALKATIVE = ("torchao", "torch.utils._pytree")
+TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Within the block torchao does not warn: transformers loads it, and it names the accelerators that it has no kernel for."""
+    """Within the block torchao and bitsandbytes do not warn of the accelerators and kernels that they have not found."""
     loggers = [logging.getLogger(name) for name in TALKATIVE]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

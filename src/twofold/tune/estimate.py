@@ -21,6 +21,7 @@ from twofold.models import choose_device, compute_dtype, first_line, load_skelet
 from twofold.nn import CompactLinear, IntMatrix
 from twofold.run import peak_memory
 from twofold.tune.methods import adapter_config, check_method
+from twofold.tune.optimizers import state_numbers
 from twofold.tune.settings import TuneSettings
 
 VOCABULARY_TILE = 32_768  # logits are made for so many tokens of the vocabulary at a time
@@ -112,7 +113,7 @@ def estimate(
         program=peak_memory() if device.type == "cpu" else 0,
         weights=weights,
         gradients=trainable * item,
-        optimizer=trainable * item * 2,
+        optimizer=state_numbers(ready, settings, trainable) * item,
         activations=activations,
         head=head,
         spare=int(SPARE * activations) + 2 * max(rounded, default=0),  # integers are unpacked layer by layer

@@ -11,6 +11,7 @@ from twofold.errors import TwofoldError
 from twofold.models import load_skeleton, load_tokenizer, positions
 from twofold.tune.estimate import TuneEstimate, choose, estimate
 from twofold.tune.methods import check_method
+from twofold.tune.optimizers import check_optimizer
 from twofold.tune.rows import Rows, read_rows
 from twofold.tune.settings import TuneSettings
 from twofold.tune.tokens import Examples, encode_rows
@@ -39,6 +40,7 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
     Raises:
         TwofoldError: for whatever the user can put right.
     """
+    check_optimizer(settings)
     rows = read_rows(
         settings.data,
         skip_bad=settings.skip_bad,

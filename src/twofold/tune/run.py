@@ -24,6 +24,7 @@ from twofold.progress import say
 from twofold.run import Sample, Stopwatch, machine, peak_memory
 from twofold.tune.bar import LossBar
 from twofold.tune.methods import Method, apply_method
+from twofold.tune.optimizers import optimizer_arguments
 from twofold.tune.prepare import Prepared, prepare, summary
 from twofold.tune.record import Point, TuneRun, draw_curve, write_card
 from twofold.tune.rows import data_files
@@ -138,12 +139,12 @@ class _Tuning:
             lr_scheduler_type="cosine",
             warmup_steps=math.ceil(settings.warmup * steps),
             weight_decay=settings.weight_decay,
-            optim="adamw_torch",
+            **optimizer_arguments(method.model, settings),
             logging_steps=1,
             logging_nan_inf_filter=False,
             eval_strategy="steps" if measured else "no",
             eval_steps=look,
-            save_strategy="no" if settings.method == "adalora" else "steps",
+            save_strategy="steps" if settings.keeps_checkpoints else "no",
             save_steps=save,
             save_total_limit=KEPT,
             load_best_model_at_end=bool(settings.patience),

@@ -14,6 +14,7 @@ Method = Literal[
     "lora", "rslora", "dora", "pissa", "olora", "corda", "eva", "vera", "adalora",
     "factors", "factors-top", "factors-tail", "full",
 ]  # fmt: skip
+PROJECTED = ("galore", "apollo")  # optimizers of gradients of low rank
 RATES: dict[str, float] = {"full": 2e-5, "factors": 5e-5, "factors-top": 1e-4, "factors-tail": 1e-4, "vera": 2e-3}
 RATE = 2e-4  # of the methods that train adapters
 
@@ -66,6 +67,11 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
     dataset_split: Annotated[str, Field(description="the split of a data set")] = "train"
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps in which the rate rises")] = 0.05
     weight_decay: Annotated[float, Field(ge=0, description="weight decay of AdamW")] = 0.0
+    optimizer: Annotated[
+        Literal["adamw", "adafactor", "galore", "apollo"],
+        Field(description="adamw; with a smaller state: adafactor, and for --method full galore, apollo"),
+    ] = "adamw"
+    optimizer_rank: Annotated[int, Field(ge=1, description="galore, apollo: rank of the projected gradients")] = 128
     bound: Annotated[
         float,
         Field(gt=0, description="factors: the most that one step changes a product, as a share of its spectral norm"),
@@ -97,6 +103,13 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
             raise ValueError(f"--micro-batch must divide --batch, got {self.micro_batch} and {self.batch}")
         if self.held_out > 1 and not float(self.held_out).is_integer():
             raise ValueError(f"--held-out must be a share below 1 or a whole number of rows, got {self.held_out}")
+        if self.optimizer in PROJECTED and self.method != "full":
+            raise ValueError(
+                f"--optimizer {self.optimizer} keeps the state of whole weights small, so it goes with --method full alone, got "
+                f"--method {self.method}"
+            )
+        if self.optimizer == "adafactor" and self.method == "factors":
+            raise ValueError("--method factors bounds the steps of AdamW; leave --optimizer out, or take factors-top")
         if self.steps is not None:
             self.intervals(self.steps)
         return self
@@ -114,9 +127,16 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
             raise TwofoldError(
                 "--patience needs held-out rows, and a --save-every that is a multiple of --evaluate-every"
             )
-        if self.patience and self.method == "adalora":
-            raise TwofoldError("--patience takes the best checkpoint, and --method adalora keeps none; leave it out")
+        if self.patience and not self.keeps_checkpoints:
+            what = f"--optimizer {self.optimizer}" if self.optimizer in PROJECTED else f"--method {self.method}"
+            raise TwofoldError(f"--patience takes the best checkpoint, and {what} keeps none; leave it out")
         return look, save
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether a run can be taken up again: PEFT keeps no state of adalora's ranks, and that of some optimizers is objects,
+        which only a pickle could hold."""
+        return self.method != "adalora" and self.optimizer not in PROJECTED
 
     @property
     def rate(self) -> float:
