@@ -160,7 +160,7 @@ def test_on_the_command_line(models: tuple[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--runtime", "fast"], "there is no runtime 'fast'; choose one of compile, eager"),
+        (["--runtime", "fast"], "there is no runtime 'fast'; choose one of compile, eager, onnx, openvino"),
         (["--runtime", ","], "--runtime names none"),
         (["--batch", "1,none"], "--batch must be whole numbers above 0 between commas, as 1,8, got '1,none'"),
         (["--batch", "0"], "--batch must be whole numbers above 0"),
@@ -204,7 +204,7 @@ def test_folders_of_other_runtimes(models: tuple[str, str], tmp_path: Path, monk
     class Other(Runtime):
         name = "other"
 
-        def why_not(self, model: str) -> str | None:
+        def why_not(self, model: str, settings: Settings) -> str | None:
             return None if model == str(exported) else "no exported folder"
 
         def load(self, model: str, settings: Settings) -> Any:

@@ -11,9 +11,9 @@ from twofold.errors import TwofoldError
 
 
 def command(
-    models: Annotated[list[str], typer.Argument(help="Folders, hub ids, .gguf files, or smollm2.")],
+    models: Annotated[list[str], typer.Argument(help="Folders, exported ones too, hub ids, .gguf files, or smollm2.")],
     against: Annotated[str | None, typer.Option(help="The original model to compare with.")] = None,
-    runtime: Annotated[str, typer.Option(help="Runtimes, between commas: eager, compile.")] = "eager",
+    runtime: Annotated[str, typer.Option(help="Between commas: eager, compile, onnx, openvino.")] = "eager",
     batch: Annotated[str, typer.Option(help="Sequences that are written at once, between commas.")] = "1,8",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens before those that are written.")] = 32,
     new: Annotated[int, typer.Option(min=1, help="Tokens that are written.")] = 64,

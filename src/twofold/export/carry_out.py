@@ -17,8 +17,10 @@ from twofold.evaluate.size import memory_bytes
 from twofold.export.base import FORMATS, Format, Source, check_plain, compact_layers, get_format, recorded_original
 from twofold.export.compare import Comparison, check, compare, refer, words
 from twofold.export.formats import register
+from twofold.export.runtimes import GRAPHS
 from twofold.models import LoadedModel, load_model, quiet_bars
 from twofold.progress import progress
+from twofold.speed.work import Work, work_of
 from twofold.version import __version__
 
 WEIGHTS = (".safetensors", ".onnx", ".onnx.data", ".bin", ".xml", ".gguf")
@@ -37,6 +39,7 @@ class Exported(pydantic.BaseModel, extra="forbid"):
     compared_in: str  # dtype of the computation
     comparison: Comparison
     notes: list[str]
+    work: Work | None = None  # of a graph: what it moves and multiplies for a token
     twofold_version: str = __version__
 
     def words(self) -> list[str]:
@@ -96,6 +99,7 @@ def export_model(
         check_apart(folder, Path(original).expanduser(), [])
     chosen = _dtype(dtype, loaded, kind)
     weight_bytes = _bytes_in(loaded.model, chosen)
+    work = work_of(loaded.model) if to in GRAPHS else None
     check_space(folder, weight_bytes)
     with _out_of_memory(model), torch.no_grad(), quiet_bars():
         reference = refer(loaded, tokens)
@@ -117,6 +121,7 @@ def export_model(
                 compared_in=str(written.dtype).removeprefix("torch."),
                 comparison=comparison,
                 notes=written.notes,
+                work=work,
             )
             (staged / EXPORTED).write_text(json.dumps(result.model_dump(), indent=1) + "\n", encoding="utf-8")
     return result

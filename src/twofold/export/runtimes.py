@@ -27,10 +27,9 @@ def open_export(folder: Path, threads: int | None = None) -> Decoder:
     Raises:
         TwofoldError: if the folder holds no graph, or its runtime is not installed.
     """
-    if (folder / GRAPHS["onnx"]).is_file():
-        return OnnxDecoder(folder / GRAPHS["onnx"], threads)
-    if (folder / GRAPHS["openvino"]).is_file():
-        return OpenVinoDecoder(folder / GRAPHS["openvino"], threads)
+    for name, decoder in DECODERS.items():
+        if (folder / GRAPHS[name]).is_file():
+            return decoder(folder / GRAPHS[name], threads)
     raise TwofoldError(f"{folder} holds no exported graph; make one with twofold export --to onnx or --to openvino")
 
 
@@ -60,7 +59,11 @@ def other_inputs(
 
 
 class OnnxDecoder:
-    """A graph of ``twofold export --to onnx``, on the processor."""
+    """A graph of ``twofold export --to onnx``, on the processor.
+
+    Attributes:
+        sizes: how many sequences and how many tokens of each it reads at once; None for any number.
+    """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         import onnxruntime
@@ -73,6 +76,7 @@ class OnnxDecoder:
         self._inputs = {one.name: one for one in self._session.get_inputs()}
         self._outputs = [one.name for one in self._session.get_outputs()]
         self._past = [name for name in self._inputs if name.startswith(PAST)]
+        self.sizes = tuple(size if isinstance(size, int) else None for size in self._inputs["input_ids"].shape)
         self.start()
 
     def start(self) -> None:
@@ -101,7 +105,11 @@ class OnnxDecoder:
 
 
 class OpenVinoDecoder:
-    """A graph of ``twofold export --to openvino``, on the processor, in float32."""
+    """A graph of ``twofold export --to openvino``, on the processor, in float32.
+
+    Attributes:
+        sizes: how many sequences and how many tokens of each it reads at once; None for any number.
+    """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         os.environ.setdefault("OPENVINO_TELEMETRY", "0")
@@ -116,7 +124,10 @@ class OpenVinoDecoder:
         }
         compiled = openvino.Core().compile_model(str(path), "CPU", settings)
         self._request = compiled.create_infer_request()
-        self._names = {next(iter(port.get_names())) for port in compiled.inputs}
+        ports = {next(iter(port.get_names())): port for port in compiled.inputs}
+        self._names = set(ports)
+        shape = ports["input_ids"].get_partial_shape()
+        self.sizes = tuple(size.get_length() if size.is_static else None for size in shape)
         self._logits = next(port for port in compiled.outputs if "logits" in port.get_names())
         self.start()
 
@@ -131,3 +142,6 @@ class OpenVinoDecoder:
         out = self._request.infer(other_inputs(self._names, ids.cpu().numpy(), self._read))
         self._read += ids.shape[1]
         return torch.from_numpy(np.array(out[self._logits]))
+
+
+DECODERS: dict[str, type[OnnxDecoder | OpenVinoDecoder]] = {"onnx": OnnxDecoder, "openvino": OpenVinoDecoder}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ class _Timed:
     """One model in one runtime while it is timed."""
 
     name: str
+    place: str  # what is loaded: the model, or an export of it
     original: bool
     session: Session
     loaded: list[float]
@@ -68,30 +71,16 @@ def bench(
     """
     lengths, settings = lengths or Lengths(), settings or Settings()
     chosen = [get_runtime(name) for name in dict.fromkeys(runtimes)]
-    device = choose_device(settings.device)
     names = list(dict.fromkeys([*([against] if against is not None else []), *models]))
-    notes, able = _able(names, chosen)
-    rows: list[Row] = []
-    ratios: list[Ratio] = []
-    rounds = sum(len(able[runtime.name]) for runtime in chosen) * (lengths.repeats + 1)
-    with progress("Timing", rounds, unit="rounds", quiet=settings.quiet) as tick:
-        for runtime in chosen:
-            timed_here = _opened(able[runtime.name], against, runtime, settings, lengths.repeats)
-            for one in timed_here:
-                _check_lengths(one, lengths)
-                notes += one.session.notes
-            _time(timed_here, lengths, device, tick)
-            peaks = {
-                one.name: peak_of(one.name, runtime.name, settings, lengths.prompt, lengths.new, lengths.prefill)
-                for one in timed_here
-                if memory
-            }
-            made = [_row(one, runtime.name, lengths, peaks.get(one.name)) for one in timed_here]
-            rows += made
-            ratios += _ratios(made, lengths)
-            del timed_here
-            gc.collect()
-    dtype = getattr(torch, rows[0].dtype, torch.float32)
+    notes, able = _able(names, chosen, settings)
+    for runtime in chosen:
+        runtime.check(able[runtime.name], settings)
+        for name in able[runtime.name]:
+            _check_lengths(name, runtime.context(name, settings), lengths)
+    with tempfile.TemporaryDirectory(prefix="twofold-bench-") as folder:
+        places = {runtime.name: _places(runtime, able, settings, Path(folder)) for runtime in chosen}
+        rows, ratios, more = _rows(places, against, chosen, lengths, settings, memory)
+    device, dtype = choose_device(settings.device), getattr(torch, rows[0].dtype, torch.float32)
     return Bench(
         machine=machine(device, dtype),
         processor=processor(device),
@@ -105,11 +94,59 @@ def bench(
         ratios=ratios,
         layers=[layer for name in names for layer in layer_table(name, settings, dtype, device)],
         roofs=measure_roofs(dtype, device, lengths.repeats),
-        notes=list(dict.fromkeys(notes)),
+        notes=list(dict.fromkeys([*notes, *more])),
     )
 
 
-def _able(names: list[str], chosen: list[Runtime]) -> tuple[list[str], dict[str, list[str]]]:
+def _places(runtime: Runtime, able: dict[str, list[str]], settings: Settings, folder: Path) -> dict[str, str]:
+    """What the runtime loads for each of its models, in a folder of its own if it has to make it."""
+    own = folder / runtime.name
+    own.mkdir()
+    return runtime.places(able[runtime.name], settings, own)
+
+
+def _rows(
+    places: dict[str, dict[str, str]],  # by runtime and model
+    against: str | None,
+    chosen: list[Runtime],
+    lengths: Lengths,
+    settings: Settings,
+    memory: bool,
+) -> tuple[list[Row], list[Ratio], list[str]]:
+    """Every model in every runtime, the ratios, and notes."""
+    device = choose_device(settings.device)
+    notes: list[str] = []
+    rows: list[Row] = []
+    ratios: list[Ratio] = []
+    rounds = sum(len(models) for models in places.values()) * (lengths.repeats + 1)
+    with progress("Timing", rounds, unit="rounds", quiet=settings.quiet) as tick:
+        for runtime in chosen:
+            timed_here = _opened(places[runtime.name], against, runtime, settings, lengths.repeats)
+            for one in timed_here:
+                _check_lengths(one.name, one.session.positions, lengths)
+                notes += one.session.notes
+                if one.place != one.name:
+                    notes.append(
+                        f"{one.name} in {runtime.name} is an export that was made for this bench: its layers are as they are "
+                        "stored, not in their inference form, and the export is no part of the time to load"
+                    )
+            _time(timed_here, lengths, device, tick)
+            peaks = {
+                one.name: peak_of(
+                    one.place, runtime.name, settings, lengths.prompt, lengths.new, lengths.prefill, one.name
+                )
+                for one in timed_here
+                if memory
+            }
+            made = [_row(one, runtime.name, lengths, peaks.get(one.name)) for one in timed_here]
+            rows += made
+            ratios += _ratios(made, lengths)
+            del timed_here
+            gc.collect()
+    return rows, ratios, notes
+
+
+def _able(names: list[str], chosen: list[Runtime], settings: Settings) -> tuple[list[str], dict[str, list[str]]]:
     """Which models each runtime runs, and notes on those that it does not.
 
     Raises:
@@ -118,7 +155,7 @@ def _able(names: list[str], chosen: list[Runtime]) -> tuple[list[str], dict[str,
     notes: list[str] = []
     able: dict[str, list[str]] = {runtime.name: [] for runtime in chosen}
     for name in names:
-        reasons = {runtime.name: runtime.why_not(name) for runtime in chosen}
+        reasons = {runtime.name: runtime.why_not(name, settings) for runtime in chosen}
         for runtime, reason in reasons.items():
             if reason is None:
                 able[runtime].append(name)
@@ -132,47 +169,49 @@ def _able(names: list[str], chosen: list[Runtime]) -> tuple[list[str], dict[str,
     return notes, able
 
 
-def _opened(names: list[str], against: str | None, runtime: Runtime, settings: Settings, repeats: int) -> list[_Timed]:
+def _opened(
+    places: dict[str, str], against: str | None, runtime: Runtime, settings: Settings, repeats: int
+) -> list[_Timed]:
     """Load the models in turn some times, make those of the last round ready; the first round may read the disk, uncounted."""
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in places}
     held: dict[str, Any] = {}
     for number in range(repeats + 1):
-        for name in names:
+        for name, place in places.items():
             held.pop(name, None)
             gc.collect()
             start = time.perf_counter()
-            held[name] = runtime.load(name, settings)
+            held[name] = runtime.load(place, settings)
             if number:
                 seconds[name].append(time.perf_counter() - start)
             if number < repeats:
                 del held[name]
     made = []
-    for name in names:
+    for name, place in places.items():
         loaded = held.pop(name)
         disk = runtime.disk_bytes(loaded)
         start = time.perf_counter()
         session = runtime.session(loaded, settings)
-        made.append(_Timed(name, name == against, session, seconds[name], time.perf_counter() - start, disk))
+        prepared = time.perf_counter() - start
+        made.append(_Timed(name, place, name == against, session, seconds[name], prepared, disk))
     return made
 
 
-def _check_lengths(one: _Timed, lengths: Lengths) -> None:
+def _check_lengths(name: str, most: int | None, lengths: Lengths) -> None:
     """Refuse what is longer than the model's context.
 
     Raises:
         TwofoldError: with how many tokens it has.
     """
-    most = one.session.positions
     if most is None:
         return
     if lengths.prompt + lengths.new > most:
         raise TwofoldError(
-            f"--prompt {lengths.prompt} and --new {lengths.new} are longer than the context of {one.name}, {most} tokens; "
+            f"--prompt {lengths.prompt} and --new {lengths.new} are longer than the context of {name}, {most} tokens; "
             "give fewer"
         )
     if lengths.prefill + 1 > most:
         raise TwofoldError(
-            f"--prefill {lengths.prefill} and the token behind it are longer than the context of {one.name}, {most} tokens; "
+            f"--prefill {lengths.prefill} and the token behind it are longer than the context of {name}, {most} tokens; "
             f"use --prefill {most - 1}"
         )
 
@@ -257,7 +296,7 @@ def _ideal(original: Row, row: Row, what: str, lengths: Lengths) -> float | None
 
 def layer_table(name: str, settings: Settings, dtype: torch.dtype, device: torch.device) -> list[Layer]:
     """Each shape of a factored model's layers at their middle rank, dense against factored, for one token and for many."""
-    if name.endswith(".gguf") or RUNTIMES["eager"].why_not(name) is not None:
+    if name.endswith(".gguf") or RUNTIMES["eager"].why_not(name, settings) is not None:
         return []
     model = load_skeleton(name, trust_remote_code=settings.trust_remote_code).model
     shapes: dict[tuple[int, int], list[int]] = {}

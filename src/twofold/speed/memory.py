@@ -30,8 +30,20 @@ def write(session: Session, batch: int, prompt: int, new: int) -> None:
         session.step(state)
 
 
-def peak_of(model: str, runtime: str, settings: Settings, prompt: int, new: int, prefill: int) -> int:
+def peak_of(
+    model: str,
+    runtime: str,
+    settings: Settings,
+    prompt: int,
+    new: int,
+    prefill: int,
+    name: str | None = None,
+) -> int:
     """Bytes of resident memory at the peak, in a process of its own with as many threads as this one.
+
+    Args:
+        model: what the runtime loads.
+        name: of the model, for messages, where it is an export that is loaded.
 
     Raises:
         TwofoldError: if that process fails.
@@ -45,7 +57,7 @@ def peak_of(model: str, runtime: str, settings: Settings, prompt: int, new: int,
     )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it was killed, as for lack of memory"])[-1]
-        raise TwofoldError(f"the memory of {model} in {runtime} can't be measured: {last}")
+        raise TwofoldError(f"the memory of {name or model} in {runtime} can't be measured: {last}")
     return int(json.loads(done.stdout.splitlines()[-1])["peak_memory"])
 
 

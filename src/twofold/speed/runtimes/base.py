@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -61,9 +62,30 @@ class Runtime(ABC):
     packages: ClassVar[tuple[str, ...]] = ()  # that must be installed
     extra: ClassVar[str] = ""  # of twofold, which installs them
 
-    def why_not(self, model: str) -> str | None:
+    def why_not(self, model: str, settings: Settings) -> str | None:
         """Why it can't run a model or folder of this name, told without loading it; None if it may."""
         return None
+
+    def check(self, models: list[str], settings: Settings) -> None:
+        """Refuse settings that it can't follow for these models, before any work.
+
+        Raises:
+            TwofoldError: with what to change.
+        """
+        return
+
+    def context(self, model: str, settings: Settings) -> int | None:
+        """The longest sequence of a model that ``places`` will take long for; None if there is no limit, or no such work."""
+        return None
+
+    def places(
+        self,
+        models: list[str],
+        settings: Settings,
+        folder: Path,  # an empty one, which is removed after the bench
+    ) -> dict[str, str]:
+        """What is loaded in the place of each model: itself, or what is made of it for this runtime."""
+        return {model: model for model in models}
 
     @abstractmethod
     def load(self, model: str, settings: Settings) -> Any: ...

@@ -88,7 +88,7 @@ class Eager(Runtime):
 
     name: ClassVar[str] = "eager"
 
-    def why_not(self, model: str) -> str | None:
+    def why_not(self, model: str, settings: Settings) -> str | None:
         folder = Path(model).expanduser()
         exported = [f"*{end}" for end in (".onnx", ".xml")]
         if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(any(folder.rglob(e)) for e in exported):

@@ -1,0 +1,61 @@
+"""Exports that are made to be timed, by a process of its own: the exporters leave their marks in the process that they run in.
+
+python -m twofold.speed.exports '{"format": …}'
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from twofold.errors import TwofoldError
+from twofold.export import export_model
+
+
+def export_all(models: dict[str, Path], to: str, trust_remote_code: bool, quiet: bool) -> None:
+    """Export models into folders, one after another.
+
+    Raises:
+        TwofoldError: if one can't be exported.
+    """
+    asked = {
+        "format": to, "models": {name: str(folder) for name, folder in models.items()},
+        "trust_remote_code": trust_remote_code, "quiet": quiet,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "twofold.speed.exports", json.dumps(asked)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if quiet else None,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        said = [line for text in (done.stdout, done.stderr) for line in (text or "").strip().splitlines()[-1:]]
+        raise TwofoldError(said[0] if said else f"the export to {to} was killed, as for lack of memory")
+
+
+def main() -> None:
+    """Do what the JSON in the first argument says; the sentence of an error goes to standard output."""
+    asked = json.loads(sys.argv[1])
+    for name, folder in asked["models"].items():
+        try:
+            export_model(
+                name,
+                asked["format"],
+                folder,
+                tokens=0,
+                trust_remote_code=asked["trust_remote_code"],
+                quiet=asked["quiet"],
+            )
+        except TwofoldError as error:
+            print(
+                f"{name} can't be exported to be timed in {asked['format']} ({error}); or leave {asked['format']} out of "
+                "--runtime"
+            )
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

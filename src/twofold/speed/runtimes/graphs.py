@@ -1,0 +1,183 @@
+"""Exported graphs, in the runtime that they are for. A model that is no export is exported for the time of the bench."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from twofold.checkpoint.write import EXPORTED
+from twofold.errors import TwofoldError
+from twofold.export import Exported
+from twofold.export.base import check_plain, get_format
+from twofold.export.formats import register as register_formats
+from twofold.export.graph import need_exporters
+from twofold.export.runtimes import DECODERS, GRAPHS
+from twofold.models import choose_device, first_line, load_skeleton, positions
+from twofold.progress import say
+from twofold.speed.exports import export_all
+from twofold.speed.runtimes.base import Runtime, Settings, State, greedy
+from twofold.speed.work import Work
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A graph that its runtime has read."""
+
+    folder: Path
+    decoder: Any
+
+
+@dataclass
+class GraphState:
+    """Sequences; what was read of them is kept by the decoder, which keeps one batch at a time."""
+
+    token: Tensor  # (batch, 1)
+
+
+class GraphSession:
+    """An exported graph.
+
+    Raises:
+        TwofoldError: if it does not read any number of sequences and tokens, or has no readable config.json.
+    """
+
+    def __init__(self, opened: Opened, runtime: str, settings: Settings) -> None:
+        self._decoder, self._runtime = opened.decoder, runtime
+        record = _record(opened.folder)
+        self.name = f"the graph of {record.model}" if record is not None else f"the graph in {opened.folder}"
+        if any(size is not None for size in self._decoder.sizes):
+            sequences, tokens = ("any number of" if size is None else size for size in self._decoder.sizes)
+            raise TwofoldError(
+                f"{self.name} reads {sequences} sequences of {tokens} tokens at once and nothing else, so it can't be timed; "
+                f"export the model with twofold export --to {runtime}, whose graphs read any number"
+            )
+        try:
+            config: Any = AutoConfig.from_pretrained(opened.folder, trust_remote_code=settings.trust_remote_code)
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError
+            raise TwofoldError(
+                f"{opened.folder} has no config.json that says what its graph reads ({first_line(error)}); "
+                f"make it with twofold export --to {runtime}"
+            ) from error
+        longest = getattr(config, "max_position_embeddings", None)
+        self.positions: int | None = longest if isinstance(longest, int) else None
+        self.vocabulary = int(config.get_text_config().vocab_size)
+        self.dtype = "float32"
+        self.work: Work | None = None if record is None else record.work
+        files = graph_bytes(opened.folder, runtime)
+        self.weight_bytes = files if record is None else record.weight_bytes
+        self.notes: list[str] = []
+        if choose_device(settings.device).type != "cpu":
+            self.notes.append(f"{runtime} runs on the processor, whatever the other runtimes use")
+        self._state: GraphState | None = None
+
+    def begin(self, ids: Tensor, room: int) -> GraphState:
+        self._decoder.start()
+        self._state = GraphState(self._read(ids))
+        return self._state
+
+    def step(self, state: State) -> None:
+        if state is not self._state:
+            raise RuntimeError("a graph keeps one batch of sequences, and this is an earlier one")
+        state.token = self._read(state.token)
+
+    def _read(self, ids: Tensor) -> Tensor:  # (batch, 1)
+        try:
+            return greedy(self._decoder.read(ids))
+        except TwofoldError:
+            raise
+        except Exception as error:  # each runtime has errors of its own
+            raise TwofoldError(f"{self.name} can't be run in {self._runtime}: {first_line(error)}") from error
+
+
+class Graphs(Runtime):
+    """A runtime of exported graphs, on the processor and in float32."""
+
+    extra: ClassVar[str] = "export"
+
+    def why_not(self, model: str, settings: Settings) -> str | None:
+        folder = Path(model).expanduser()
+        if self._is_export(model):
+            return None
+        others = [name for name, graph in GRAPHS.items() if (folder / graph).is_file()]
+        if others and not any(folder.glob("*.safetensors")):
+            return f"a folder exported to {others[0]}"
+        if model.endswith(".gguf"):  # it would be loaded whole; the export refuses what it can't take
+            return None
+        skeleton = load_skeleton(model, trust_remote_code=settings.trust_remote_code).model
+        if not skeleton.can_generate() or getattr(skeleton.config, "is_encoder_decoder", False):
+            return f"it does not write text token by token, and {self.name} runs exports of models that do"
+        try:
+            check_plain(skeleton, model)
+        except TwofoldError:
+            return f"its factors are quantized, and {self.name} runs exports, which hold numbers; it takes one without --bits"
+        return None
+
+    def check(self, models: list[str], settings: Settings) -> None:
+        for flag, given, able in (
+            ("--dtype", settings.dtype, ("auto", "float32")),
+            ("--device", settings.device, ("auto", "cpu")),
+        ):
+            if given not in able:
+                raise TwofoldError(
+                    f"the runtime {self.name} runs in float32 on the processor, got {flag} {given}; leave {flag} out, or "
+                    f"{self.name} out of --runtime"
+                )
+        if all(self._is_export(model) for model in models):
+            return
+        register_formats()
+        get_format(self.name).check()
+        need_exporters(self.name)
+
+    def context(self, model: str, settings: Settings) -> int | None:
+        if self._is_export(model) or model.endswith(".gguf"):
+            return None
+        return positions(load_skeleton(model, trust_remote_code=settings.trust_remote_code).model)
+
+    def places(self, models: list[str], settings: Settings, folder: Path) -> dict[str, str]:
+        wanted = [model for model in models if not self._is_export(model)]
+        made = {model: folder / str(number) for number, model in enumerate(wanted)}
+        if made:
+            if not settings.quiet:
+                say(
+                    f"Exporting {', '.join(made)} to {self.name} into {folder}, which is removed after the bench; it takes "
+                    "longer with more layers. To keep one: twofold export"
+                )
+            export_all(made, self.name, settings.trust_remote_code, settings.quiet)
+        return {model: str(made.get(model, model)) for model in models}
+
+    def load(self, model: str, settings: Settings) -> Opened:
+        folder = Path(model).expanduser()
+        try:
+            return Opened(folder, DECODERS[self.name](folder / GRAPHS[self.name], torch.get_num_threads()))
+        except Exception as error:  # each runtime has errors of its own
+            raise TwofoldError(
+                f"{self.name} can't open {folder / GRAPHS[self.name]}: {first_line(error)}; export the model again"
+            ) from error
+
+    def session(self, loaded: Opened, settings: Settings) -> GraphSession:
+        return GraphSession(loaded, self.name, settings)
+
+    def disk_bytes(self, loaded: Opened) -> int | None:
+        return graph_bytes(loaded.folder, self.name)
+
+    def _is_export(self, model: str) -> bool:
+        return (Path(model).expanduser() / GRAPHS[self.name]).is_file()
+
+
+def graph_bytes(folder: Path, runtime: str) -> int:
+    """Bytes of a graph and of the files beside it that hold its weights."""
+    stem = GRAPHS[runtime].removesuffix(".xml")  # model.onnx and model.onnx.data; openvino_model.xml and .bin
+    return sum(path.stat().st_size for path in folder.glob(f"{stem}*") if path.is_file())
+
+
+def _record(folder: Path) -> Exported | None:
+    """What twofold export says of a folder, if it wrote it."""
+    try:
+        return Exported.model_validate_json((folder / EXPORTED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
