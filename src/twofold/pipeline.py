@@ -24,7 +24,6 @@ from twofold.errors import TwofoldError
 from twofold.estimate import Way, choose_way, estimate_run
 from twofold.evaluation import evaluation_text
 from twofold.evidence import gather
-from twofold.factorize import apply_plan, decompose_targets
 from twofold.models import (
     LoadedModel,
     cast_weights,
@@ -49,6 +48,7 @@ from twofold.run import Stopwatch
 from twofold.sizing import Sizing
 from twofold.spectra import Spectra
 from twofold.speed.latency import times_of
+from twofold.stages import apply_plan, decompose_targets
 from twofold.structures import few_tokens, find_structures
 from twofold.structures.carry_out import measure_structures
 from twofold.structures.options import check_structural
