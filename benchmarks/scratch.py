@@ -143,7 +143,9 @@ def train(
     """Train with transformers' Trainer; gives what was measured."""
     run = Run(arm, rate, sum(p.numel() for p in model.parameters()))
     clock = Clock(budget, corpus, run)
-    optimizer = twofold.training_optimizer(model, lr=rate, weight_decay=options.weight_decay, **rule)
+    optimizer = twofold.training_optimizer(
+        model, lr=rate, embedding_lr=options.embedding_rate, weight_decay=options.weight_decay, **rule
+    )
     settings = TrainingArguments(
         output_dir=str(options.out / "trainer"), per_device_train_batch_size=options.batch, max_steps=budget.steps or 10**7,
         seed=options.seed, save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
@@ -255,11 +257,12 @@ def rules(corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
         "dense": {},
         "none": {"scale": "none", "decay": "factors"},
         "product": {"scale": "product", "decay": "product"},
-        "product, decay of each factor": {"scale": "product", "decay": "factors"},
+        "product-decay-factors": {"scale": "product", "decay": "factors"},
         "bound": {"scale": "bound", "decay": "factors"},
     }
     rows = []
-    for name, rule in ways.items():
+    for name in options.rules or ways:
+        rule = ways[name]
         for rate in options.rates:
             model = build("dense" if name == "dense" else "factorized", dense, narrow, options)
             run = train(name, model, corpus, Budget(steps=options.steps), rate, options, **rule)
@@ -300,7 +303,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the dense arm; the others get as many operations")
     parser.add_argument("--probe", type=float, default=0.25, help="the share of it that each rate is tried for")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
-    parser.add_argument("--rules", action="store_true", help="compare the ways to scale the steps, for --steps")
+    parser.add_argument("--embedding-rate", type=float, default=3e-3, help="of the embedding, in every arm")
+    parser.add_argument("--rules", nargs="*", help="compare the ways to scale the steps, for --steps")
     parser.add_argument("--small", action="store_true", help="a model of a million parameters")
     for name, value in (
         ("keep", 0.5), ("weight-decay", 0.1), ("seed", 0), ("batch", 8), ("context", 128), ("vocabulary", 2048), ("layers", 6),
@@ -311,15 +315,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.small:
         options.hidden, options.inner, options.layers, options.vocabulary, options.context = 128, 352, 3, 512, 64
-    if options.rules and options.steps is None:
+    if options.rules is not None and options.steps is None:
         parser.error("--rules needs --steps")
     options.out.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(options.text.read_text(encoding="utf-8"), options.vocabulary, options.context)
-    result = rules(corpus, options) if options.rules else compare(corpus, options)
+    result = rules(corpus, options) if options.rules is not None else compare(corpus, options)
     result["options"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     result["machine"] = machine(torch.device("cpu"), torch.float32).model_dump()
     write_text(options.out / "scratch.json", json.dumps(result, indent=1) + "\n")
-    if options.rules:
+    if options.rules is not None:
         for row in result["rows"]:
             print(f"| {row['rule']} | {row['rate']:g} | {row['loss']:.4f} | {row['highest_norm'] or 0:.2f} |")
         return
