@@ -1,7 +1,7 @@
 """A Transformer trained from scratch on a text: dense, factorized, and dense with as few parameters as the factorized one.
 
     python benchmarks/scratch.py --text stories.txt --out scratch-bench/ --minutes 3
-    python benchmarks/scratch.py --text stories.txt --out scratch-rules/ --rules --steps 200 --small --rates 3e-4 1e-3 3e-3 1e-2
+    python benchmarks/scratch.py --text stories.txt --out scratch-rules/ --rules --steps 200 --small --rates 1e-3 3e-3 1e-2 3e-2
 
 Each arm has the same time to train (evaluations not counted), with a cosine rate that ends with the time. Its rate is its own
 best of ``--rates``, chosen in short runs by the first half of the held-out text; what is reported is the loss on the second half.
@@ -144,16 +144,20 @@ def train(
     run = Run(arm, rate, sum(p.numel() for p in model.parameters()))
     clock = Clock(budget, corpus, run)
     optimizer = twofold.training_optimizer(
-        model, lr=rate, embedding_lr=options.embedding_rate, weight_decay=options.weight_decay, **rule
+        model,
+        lr=rate,
+        embedding_lr=options.embedding_rate,
+        weight_decay=options.weight_decay,
+        **({"scale": options.scale} | rule),
     )
-    settings = TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(options.out / "trainer"), per_device_train_batch_size=options.batch, max_steps=budget.steps or 10**7,
         seed=options.seed, save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
         dataloader_pin_memory=False, use_cpu=True, max_grad_norm=1.0,
     )  # fmt: skip
     trainer = Trainer(
         model=model,
-        args=settings,
+        args=arguments,
         train_dataset=[{"input_ids": one, "labels": one} for one in corpus.train],
         optimizers=(optimizer, LambdaLR(optimizer, clock.factor)),
         callbacks=[clock],
@@ -254,17 +258,19 @@ def rules(corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
     """The held-out loss of each way to scale the factors' steps and to decay them, at each rate."""
     dense, narrow, _ = shapes(corpus.vocabulary, options)
     ways: dict[str, dict[str, Any]] = {
-        "dense": {},
+        "dense": {"scale": "none"},
         "none": {"scale": "none", "decay": "factors"},
         "product": {"scale": "product", "decay": "product"},
         "product-decay-factors": {"scale": "product", "decay": "factors"},
         "bound": {"scale": "bound", "decay": "factors"},
+        "bound-decay-product": {"scale": "bound", "decay": "product"},
+        "dense-bound": {"scale": "bound"},
     }
     rows = []
     for name in options.rules or ways:
         rule = ways[name]
         for rate in options.rates:
-            model = build("dense" if name == "dense" else "factorized", dense, narrow, options)
+            model = build("dense" if name.startswith("dense") else "factorized", dense, narrow, options)
             run = train(name, model, corpus, Budget(steps=options.steps), rate, options, **rule)
             norms = [
                 float(torch.linalg.matrix_norm(m.to_dense(), 2))
@@ -302,7 +308,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="of the long run of each arm")
     parser.add_argument("--steps", type=int, help="of the dense arm; the others get as many operations")
     parser.add_argument("--probe", type=float, default=0.25, help="the share of it that each rate is tried for")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2])
     parser.add_argument("--embedding-rate", type=float, default=3e-3, help="of the embedding, in every arm")
     parser.add_argument("--rules", nargs="*", help="compare the ways to scale the steps, for --steps")
     parser.add_argument("--small", action="store_true", help="a model of a million parameters")
@@ -311,6 +317,7 @@ def main() -> None:
         ("heads", 8), ("hidden", 384), ("inner", 1024),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--scale", default="bound", help="of the optimizer, the same in every arm")
     parser.add_argument("--init", default="spectral")
     options = parser.parse_args()
     if options.small:

@@ -17,7 +17,8 @@ import twofold
 from conftest import CONFIGS, TEXT, make_model, make_tokenizer
 from twofold.nn import FactoredLinear
 from twofold.scratch import STARTS, factorize_start
-from twofold.scratch.optimizer import DIRECTION, ProductDecay, power_iteration
+from twofold.scratch.optimizer import ProductDecay
+from twofold.scratch.steps import DIRECTION, matrix_norm
 from twofold.targets import dense_weight, find_targets
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -197,7 +198,7 @@ def test_a_step_of_a_factor_is_scaled_by_the_norm_of_the_other() -> None:
     a, b = layer.expand.weight, layer.reduce.weight
     before = {"a": a.detach().clone(), "b": b.detach().clone()}
     m, n, r, lr = layer.out_features, layer.in_features, layer.rank, 1e-3
-    optimizer = twofold.training_optimizer(model, lr=lr)
+    optimizer = twofold.training_optimizer(model, lr=lr, scale="product")
     ids = tokens()[:2]
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
@@ -218,15 +219,15 @@ def test_a_step_of_a_factor_is_scaled_by_the_norm_of_the_other() -> None:
 def test_the_norm_is_followed(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
-    norm, direction = power_iteration(weight, None)
+    norm, direction = matrix_norm(weight, None)
     assert (
         0.95 * exact_norm(weight) <= norm <= 1.0001 * exact_norm(weight)
     )  # iterated norms are never above the exact ones
     for _ in range(50):
         weight += 0.01 * torch.randn(shape, generator=generator)
-        norm, direction = power_iteration(weight, direction)
+        norm, direction = matrix_norm(weight, direction)
     assert norm == pytest.approx(exact_norm(weight), rel=0.02)
-    assert power_iteration(torch.zeros(shape), None)[0] == 0.0
+    assert matrix_norm(torch.zeros(shape), None)[0] == 0.0
 
 
 def test_the_decay_is_the_gradient_of_the_products_norm() -> None:
@@ -242,7 +243,27 @@ def test_the_decay_is_the_gradient_of_the_products_norm() -> None:
     torch.testing.assert_close(b.detach(), before[1] - 0.005 * to_b, rtol=1e-5, atol=1e-7)
 
 
-def test_rates_follow_a_scheduler_and_the_state_is_loaded_again() -> None:
+def test_no_step_changes_a_product_or_a_dense_weight_by_more_than_the_bound() -> None:
+    model = twofold.factorize(CONFIGS["llama"](), keep=0.5, exclude=["q_proj"])
+    optimizer = twofold.training_optimizer(model, lr=0.5, embedding_lr=1e-3, bound=0.02)  # far too fast
+    ids = tokens()[:2]
+
+    def weights() -> dict[str, torch.Tensor]:
+        names = [name for name, m in model.named_modules() if isinstance(m, FactoredLinear) or name.endswith("q_proj")]
+        return {name: dense_weight(model.get_submodule(name)).detach().double() for name in names}
+
+    for _ in range(4):
+        before = weights()
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        for name, weight in weights().items():
+            change = exact_norm(weight - before[name]) / exact_norm(before[name])
+            assert 0 < change <= 0.025, name  # the norms are right to some percent
+
+
+@pytest.mark.parametrize("scale", ["bound", "product"])
+def test_rates_follow_a_scheduler_and_the_state_is_loaded_again(scale: Any) -> None:
     ids = tokens()[:4]
 
     def steps(model: Any, optimizer: Any, count: int) -> None:
@@ -252,16 +273,16 @@ def test_rates_follow_a_scheduler_and_the_state_is_loaded_again() -> None:
             optimizer.step()
 
     model = twofold.factorize(CONFIGS["llama"](), keep=0.5)
-    optimizer = twofold.training_optimizer(model, lr=4e-3, weight_decay=0.1)
+    optimizer = twofold.training_optimizer(model, lr=4e-3, weight_decay=0.1, scale=scale)
     scheduler = LambdaLR(optimizer, lambda step: 0.5**step)
     steps(model, optimizer, 1)
     scheduler.step()
     assert {group["lr"] for group in optimizer.param_groups} == {2e-3}
-    assert DIRECTION in optimizer.state[model.get_submodule("model.layers.0.mlp.up_proj").reduce.weight]
+    assert f"{DIRECTION}weight" in optimizer.state[model.get_submodule("model.layers.0.mlp.up_proj").reduce.weight]
 
     other = twofold.factorize(CONFIGS["llama"](), keep=0.5)
     other.load_state_dict(model.state_dict())
-    again = twofold.training_optimizer(other, lr=4e-3, weight_decay=0.1)
+    again = twofold.training_optimizer(other, lr=4e-3, weight_decay=0.1, scale=scale)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     steps(model, optimizer, 2)
     steps(other, again, 2)

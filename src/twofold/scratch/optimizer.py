@@ -1,4 +1,7 @@
-"""AdamW for models with factored layers: a step of the factors changes their product as much as one of a dense weight would.
+"""AdamW for models with factored layers, whose steps are bounded or scaled by what they do to the product of two factors.
+
+The bound (the default) is that of ``tune/bound.py``, for dense weights too: no step changes a weight or a product by more than a
+share of its own spectral norm. The other way scales the rates:
 
 AdamW moves every number by about its rate η, so a step of a dense weight (m, n) has a spectral norm up to η√(mn). With W′ = AB
 a step ΔB of the factor B (r, n), of norm up to η√(rn), changes the product by A ΔB, of norm up to ‖A‖₂ η√(rn): the more, the
@@ -20,24 +23,21 @@ from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
 from twofold.nn import FactoredLinear, IntMatrix
-from twofold.tune.bound import BoundedUpdate
+from twofold.scratch.steps import BoundedSteps, ScaledSteps
 
 Scale = Literal["product", "bound", "none"]
 Decay = Literal["product", "factors"]
 BOUND = 0.02  # of scale="bound", as a share of the product's own norm
 BETAS = (0.9, 0.95)
-DIRECTION = "twofold_direction"  # in the optimizer's state of a factor
-FIRST_ROUNDS = 30  # of power iteration
-TINY = 1e-12
 
 
 def training_optimizer(
     model: nn.Module,
     *,
-    lr: float = 1e-3,
+    lr: float = 1e-2,
     embedding_lr: float | None = None,
     weight_decay: float = 0.0,
-    scale: Scale = "product",
+    scale: Scale = "bound",
     decay: Decay = "product",
     betas: tuple[float, float] = BETAS,
     bound: float = BOUND,
@@ -48,8 +48,9 @@ def training_optimizer(
         model: with or without factored layers; dense weights are trained as AdamW does, vectors without weight decay.
         lr: the highest rate, of dense weights and products alike; schedulers change it as always.
         embedding_lr: that of embeddings and the output layer, the same if it is None.
-        scale: "product" scales the rates of the factors (see the top of this file), "bound" shortens steps that would change a
-            product by more than a share ``bound`` of its own norm, "none" is AdamW as it is.
+        scale: "bound" shortens a step that would change a product, or a dense weight that is no embedding, by more than a
+            share ``bound`` of its own spectral norm; "product" scales the rates of the factors (see the top of this file);
+            "none" is AdamW as it is.
         decay: whether the weight decay of factored layers is that of the product or of each factor.
 
     Raises:
@@ -86,7 +87,7 @@ def training_optimizer(
     if scale == "product":
         ScaledSteps(list(layers.values())).attach(optimizer)
     elif scale == "bound":
-        BoundedUpdate(dict(layers), bound).attach(optimizer)
+        BoundedSteps(layers, [p for p in rest if p.dim() == 2 and id(p) not in tables], bound).attach(optimizer)
     if decay == "product" and weight_decay > 0:
         ProductDecay(list(layers.values()), weight_decay).attach(optimizer)
     return optimizer
@@ -116,79 +117,6 @@ def factored_layers(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
             if not (module.reduce.weight.requires_grad and module.expand.weight.requires_grad):
                 continue
             yield name, module
-
-
-class ScaledSteps:
-    """Multiplies the rate of every factor for the time of a step; a scheduler sees the rates as they were set.
-
-    The norms are followed by power iteration, one round a step. Its direction is part of the optimizer's state, so that a
-    training that is taken up again does the same.
-    """
-
-    def __init__(self, layers: list[FactoredLinear]) -> None:
-        self.layers = layers
-        self._rates: list[tuple[dict[str, Any], float]] = []
-        self._directions: list[tuple[Tensor, Tensor]] = []
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Scale the rates of an optimizer in whose groups every factor stands alone."""
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
-
-    @torch.no_grad()
-    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        groups = {id(group["params"][0]): group for group in optimizer.param_groups if len(group["params"]) == 1}
-        for layer in self.layers:
-            reduce, expand = layer.reduce.weight, layer.expand.weight
-            b, a = (self._norm(optimizer, weight) for weight in (reduce, expand))
-            shares = step_scales(layer, a, b)
-            for weight, share in zip((reduce, expand), shares, strict=True):
-                group = groups[id(weight)]
-                self._rates.append((group, group["lr"]))
-                group["lr"] = group["lr"] * share
-
-    def _norm(self, optimizer: torch.optim.Optimizer, weight: Tensor) -> float:
-        known = optimizer.state[weight].get(DIRECTION) if weight in optimizer.state else None
-        norm, direction = power_iteration(weight, known)
-        self._directions.append((weight, direction))
-        return norm
-
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for group, rate in self._rates:
-            group["lr"] = rate
-        for weight, direction in self._directions:
-            if optimizer.state.get(weight):  # AdamW begins a state of its own in an empty one
-                optimizer.state[weight][DIRECTION] = direction
-        self._rates.clear()
-        self._directions.clear()
-
-
-def step_scales(layer: FactoredLinear, expand_norm: float, reduce_norm: float) -> tuple[float, float]:
-    """By what the rates of ``reduce`` (r, n) and ``expand`` (m, r) are multiplied: ½√(m/r) / ‖A‖₂ and ½√(n/r) / ‖B‖₂."""
-    m, n, r = layer.out_features, layer.in_features, layer.rank
-    return 0.5 * math.sqrt(m / r) / max(expand_norm, TINY), 0.5 * math.sqrt(n / r) / max(reduce_norm, TINY)
-
-
-def power_iteration(
-    weight: Tensor,  # (m, n)
-    direction: Tensor | None,  # (n,), of the last call
-) -> tuple[float, Tensor]:
-    """‖W‖₂ from below, and the direction (n,) to go on from; without one, many rounds from a fixed start."""
-    rounds = 1
-    if direction is None:
-        rounds = FIRST_ROUNDS
-        generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(weight.shape[1], generator=generator).to(weight)
-        direction = direction / direction.norm()
-    image = weight @ direction
-    for _ in range(rounds):
-        back = weight.mT @ image
-        size = back.norm()
-        if not float(size) > 0:  # a weight of zeros
-            return 0.0, direction
-        direction = back / size
-        image = weight @ direction
-    return float(image.norm()), direction
 
 
 class ProductDecay:
