@@ -71,12 +71,12 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
     import torch
 
     from twofold.evaluate import evaluation_windows, measure_quality
-    from twofold.factorize import apply_plan, dense_again
     from twofold.models import need_tokenizer
     from twofold.pipeline import open_for, prepare
     from twofold.planning import make_plan
     from twofold.recipe import make_recipe
     from twofold.run import Stopwatch
+    from twofold.stages import apply_plan, dense_again
 
     settings: dict[str, Any] = {
         "model": str(folder), "calibration": [str(given.train)], "tokens": given.tokens, "window": given.window,

@@ -27,7 +27,6 @@ import twofold
 from conftest import ARCHITECTURES, TEXT, VOCABULARY, make_model, make_tokenizer
 from twofold.calibrate import Moments
 from twofold.checkpoint.quantizer import FORMAT_VERSION
-from twofold.factorize import apply_plan, put_back
 from twofold.inspection import inspect_model
 from twofold.models import load_model
 from twofold.nn import FactoredLinear, SharedBasis, SharedLinear
@@ -40,6 +39,7 @@ from twofold.recipe import Override, make_recipe
 from twofold.refine.base import REFINEMENTS, Refined, Refinement
 from twofold.refine.training import trainable
 from twofold.spectra import Spectra
+from twofold.stages import apply_plan, put_back
 from twofold.structures.options import structure_candidate
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.sharing import UNSHARED, alone_notes, share_bases, sharing

@@ -27,7 +27,7 @@ from twofold.comparison.quantized import choose_baselines, quantized, torchao_ve
 from twofold.comparison.rows import Rows
 from twofold.compression import compress
 from twofold.evaluation import evaluate_models
-from twofold.factorize import put_back
+from twofold.stages import put_back
 from twofold.targets import find_targets
 
 NO_TORCHAO = "torchao is not installed: pip install 'twofold[quantize]'"

@@ -17,13 +17,13 @@ from twofold.calibrate.curvature import loss_gradient
 from twofold.comparison import compare, make_grid
 from twofold.compression import compress
 from twofold.errors import TwofoldError
-from twofold.factorize import layer_problem
 from twofold.first_order import component_scores
 from twofold.linalg import gauge_rank, truncate
 from twofold.pipeline import carry_out, open_for, plan_model, prepare
 from twofold.plan import Plan
 from twofold.recipe import make_recipe
 from twofold.run import Stopwatch
+from twofold.stages import layer_problem
 from twofold.targets import dense_weight
 
 SMALL = {"tokens": 128, "window": 32, "quiet": True}

@@ -16,7 +16,6 @@ from twofold.cache import cache_folder
 from twofold.calibrate.windows import HELD_OUT, held_out_windows
 from twofold.compression import compress
 from twofold.errors import TwofoldError
-from twofold.factorize import dense_again
 from twofold.linalg import decompose, truncate, weighted_low_rank
 from twofold.models import LoadedModel
 from twofold.objectives import LayerMoments, get_objective
@@ -30,6 +29,7 @@ from twofold.refine.head import before_head, find_head
 from twofold.refine.streams import Streams
 from twofold.refine.teacher import Teacher, divergence
 from twofold.refine.training import train, trainable, training
+from twofold.stages import dense_again
 
 
 def recipe_of(checkpoint, text_file, **settings):

@@ -13,6 +13,7 @@ from twofold.nn import DenseColumnsLinear, FactoredLinear, SharedLinear, SlicedL
 from twofold.pipeline import factorize
 from twofold.plan import Plan
 from twofold.recipe import Recipe
+from twofold.scratch import training_optimizer
 from twofold.targets import find_targets
 from twofold.version import __version__
 
@@ -32,4 +33,5 @@ __all__ = [
     "find_targets",
     "load_model",
     "optimize",
+    "training_optimizer",
 ]

@@ -22,7 +22,6 @@ from twofold.evaluate import measure_quality
 from twofold.evaluate.quality import Logits
 from twofold.evaluate.streamed import LastStates
 from twofold.evaluation import evaluation_text, gives_logits
-from twofold.factorize import dense_again, factor_entries
 from twofold.models import LoadedModel, cast_weights, load_streamed, quiet_bars
 from twofold.nn import CompactLinear
 from twofold.nn.shared_linear import BASES
@@ -35,6 +34,7 @@ from twofold.refine import Refined, refine
 from twofold.residence import Streamed
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.sizing import Sizing
+from twofold.stages import dense_again, factor_entries
 from twofold.work import Work, working
 
 SAMPLE_TOKENS = 32

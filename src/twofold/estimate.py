@@ -22,13 +22,13 @@ from twofold.budget import parse_budget
 from twofold.calibrate.moments import request_statistics
 from twofold.calibrate.windows import held_out_windows
 from twofold.errors import TwofoldError
-from twofold.factorize import BATCH, BATCH_NUMBERS
 from twofold.models import LoadedModel, choose_device, compute_dtype, load_skeleton, survey
 from twofold.objectives import get_objective
 from twofold.plan import Estimate
 from twofold.probe import Speeds, probe
 from twofold.recipe import Recipe
 from twofold.residence import LARGE, PART
+from twofold.stages import BATCH, BATCH_NUMBERS
 from twofold.targets import Target, list_weights
 
 PART_OF_FREE = 0.85  # of the memory that is free, what is used unless --memory says otherwise

@@ -218,7 +218,7 @@ def load_streamed(
 def empty_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """A model with parameters on the meta device, and with its buffers (rotary frequencies and the like) computed."""
     with quiet_bars(), init_empty_weights(include_buffers=False):
-        model = _from_config(model_class, config, dtype)
+        model = model_from_config(model_class, config, dtype)
     model.tie_weights()
     _replace_factored(model, config)
     return model.eval().requires_grad_(False)
@@ -305,13 +305,13 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
 def _empty_model(config: Any, model_class: Any, trust_remote_code: bool) -> Any:
     """A model of this configuration on the meta device, with its factored layers if it has some."""
     with quiet_bars(), torch.device("meta"):
-        model = _from_config(model_class, config, None, trust_remote_code)
+        model = model_from_config(model_class, config, None, trust_remote_code)
     model.tie_weights()
     _replace_factored(model, config)
     return model
 
 
-def _from_config(model_class: Any, config: Any, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
+def model_from_config(model_class: Any, config: Any, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
     """A model made from its configuration; an Auto class finds the architecture."""
     settings = {} if dtype is None else {"dtype": dtype}
     if hasattr(model_class, "_from_config"):
@@ -502,14 +502,14 @@ def _check_folder(path: Path, name: str) -> None:
 def _config_and_class(source: str | Path, where: dict[str, Any]) -> tuple[Any, Any]:
     """The configuration, and the class to load; where the two disagree, the configuration as that class reads it."""
     config = AutoConfig.from_pretrained(source, **where)
-    model_class = _model_class(config, where["trust_remote_code"])
+    model_class = model_class_of(config, where["trust_remote_code"])
     kind = getattr(model_class, "config_class", None)
     if kind is not None and not isinstance(config, kind):
         config = kind.from_pretrained(source, **where)
     return config, model_class
 
 
-def _model_class(config: Any, trust_remote_code: bool) -> Any:
+def model_class_of(config: Any, trust_remote_code: bool) -> Any:
     """The class that the checkpoint names, so that any kind of head loads; else the causal language model."""
     names = getattr(config, "architectures", None) or []
     if names and not (trust_remote_code and getattr(config, "auto_map", None)):

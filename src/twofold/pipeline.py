@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from twofold import distributed
 from twofold.allocate import Evidence, get_allocation
@@ -24,7 +25,6 @@ from twofold.errors import TwofoldError
 from twofold.estimate import Way, choose_way, estimate_run
 from twofold.evaluation import evaluation_text
 from twofold.evidence import gather
-from twofold.factorize import apply_plan, decompose_targets
 from twofold.models import (
     LoadedModel,
     cast_weights,
@@ -46,9 +46,11 @@ from twofold.recipe import Recipe, make_recipe
 from twofold.refine import check_refinable, check_refinements, refine
 from twofold.residence import Resident, Streamed
 from twofold.run import Stopwatch
+from twofold.scratch.start import factorize_start
 from twofold.sizing import Sizing
 from twofold.spectra import Spectra
 from twofold.speed.latency import times_of
+from twofold.stages import apply_plan, decompose_targets
 from twofold.structures import few_tokens, find_structures
 from twofold.structures.carry_out import measure_structures
 from twofold.structures.options import check_structural
@@ -429,19 +431,24 @@ def factorize(
     model: Any,
     tokenizer: Any = None,
     *,
+    init: str | None = None,
     texts: Iterable[str] | None = None,
     calibration: str | Path | list[str | Path] | None = None,
     quiet: bool = False,
     **settings: Any,
 ) -> Any:
-    """Factorize a model: the main job in one call.
+    """Factorize a model: the main job in one call, or the start of a training from scratch.
 
     >>> model = twofold.factorize("smollm2", keep=0.8, calibration="texts.txt")    # doctest: +SKIP
     >>> model.save_pretrained("small")                                             # doctest: +SKIP
+    >>> model = twofold.factorize(LlamaConfig(), init="spectral", keep=0.5)        # doctest: +SKIP
 
     Args:
-        model: a folder, a hub id, ``smollm2``, or a loaded transformers model, which is changed in place.
+        model: a folder, a hub id, ``smollm2``, or a loaded transformers model, which is changed in place; or a configuration,
+            of which a model with random weights is built.
         tokenizer: of a loaded model.
+        init: for a training from scratch, where nothing is calibrated: "spectral" (for a configuration the default) truncates
+            the weights that the model has, "random" draws factors whose product is as large (docs/train.md).
         texts: an iterable of texts to calibrate on.
         calibration: text files or data set names; "self" (the default) samples texts from the model.
         settings: any field of ``twofold.Recipe``: one of keep, budget, perplexity_at_most and kl_at_most; tokens, objective,
@@ -455,6 +462,10 @@ def factorize(
     Raises:
         TwofoldError: for whatever the caller can put right.
     """
+    if init is not None or isinstance(model, PretrainedConfig):
+        if texts is not None or calibration is not None:
+            raise TwofoldError("a start for a training from scratch is not calibrated; leave texts and calibration out")
+        return factorize_start(model, init or "spectral", **settings)
     named = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if calibration is not None:
         settings["calibration"] = [

@@ -16,13 +16,13 @@ from twofold.blocks import Chain, Stretch, run_stretch
 from twofold.calibrate.collect import BACKWARD, FORWARD, Accumulator, no_cache
 from twofold.calibrate.curvature import loss_gradient
 from twofold.calibrate.moments import request_statistics
-from twofold.factorize import BATCH, BATCH_NUMBERS
 from twofold.linalg import decompose, gauge_rank, gram, smaller_side, truncate, truncation_loss
 from twofold.models import LoadedModel, empty_model
 from twofold.nn import FactoredLinear
 from twofold.objectives import get_objective
 from twofold.recipe import Recipe
 from twofold.residence import Resident
+from twofold.stages import BATCH, BATCH_NUMBERS
 from twofold.targets import Target
 
 LARGEST_BLOCK = 300_000_000  # numbers of a block that is tried as it is

@@ -13,12 +13,12 @@ from twofold.blocks import plain_chain
 from twofold.calibrate import collect_moments, request_statistics
 from twofold.calibration import reuse
 from twofold.errors import TwofoldError
-from twofold.factorize import apply_plan, decompose_targets, put_back
 from twofold.objectives import get_objective
 from twofold.planning import make_plan
 from twofold.quantize.carry_out import rest_names
 from twofold.recipe import Recipe
 from twofold.spectra import Spectra
+from twofold.stages import apply_plan, decompose_targets, put_back
 from twofold.targets import dense_weight
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from twofold.comparison.record import Row
 from twofold.errors import TwofoldError
 from twofold.evaluate import Reference, measure_quality
 from twofold.evidence import gather
-from twofold.factorize import dense_again, put_back
 from twofold.objectives import get_objective
 from twofold.pipeline import Prepared, carry_out
 from twofold.planning import make_plan
@@ -30,6 +29,7 @@ from twofold.recalibration import recalibrate
 from twofold.recipe import Recipe
 from twofold.refine import refine
 from twofold.run import Stopwatch
+from twofold.stages import dense_again, put_back
 
 
 class Rows:

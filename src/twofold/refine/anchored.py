@@ -18,7 +18,6 @@ from torch import Tensor
 
 from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.errors import TwofoldError
-from twofold.factorize import factor_layer
 from twofold.files import make_folder
 from twofold.linalg import damp, decompose, working_dtype
 from twofold.nn import FactoredLinear
@@ -27,6 +26,7 @@ from twofold.plan import PlanEntry
 from twofold.progress import progress
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.streams import Streams
+from twofold.stages import factor_layer
 from twofold.targets import dense_weight, replace_module
 
 

@@ -14,11 +14,11 @@ from twofold.calibrate import Moments
 from twofold.calibrate.collect import no_cache
 from twofold.errors import TwofoldError
 from twofold.evaluate import measure_quality
-from twofold.factorize import dense_again
 from twofold.models import LoadedModel
 from twofold.objectives import Objective
 from twofold.plan import Plan
 from twofold.recipe import Recipe
+from twofold.stages import dense_again
 
 
 class Refined(pydantic.BaseModel, extra="forbid"):

@@ -13,8 +13,8 @@ from twofold.blocks import Stretch, input_before, run_stretch
 from twofold.calibrate.activations import Activations
 from twofold.calibrate.collect import no_cache
 from twofold.errors import TwofoldError
-from twofold.factorize import dense_again
 from twofold.models import LoadedModel, survey
+from twofold.stages import dense_again
 
 Stream = Literal["dense", "factored"]
 ADDED = 0.05  # relative error, that of bfloat16 among it, below which something counts as added

@@ -35,22 +35,34 @@ class BoundedUpdate:
         """Look at each step of an optimizer after it is made."""
         optimizer.register_step_post_hook(self._after)
 
+    def norm(self, state: dict[str, Any], what: str, matrix: Tensor) -> float:
+        """‖·‖₂ of a weight or of its step; ``state`` is what the optimizer keeps for that weight."""
+        return spectral_norm(matrix)
+
+    def product_norm(self, state: dict[str, Any], layer: FactoredLinear) -> float:
+        """‖W′‖₂; ``state`` is what the optimizer keeps for the layer's ``reduce``."""
+        return product_norm(layer)
+
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         for layer in self.layers.values():
             reduce, expand = layer.reduce.weight, layer.expand.weight
             steps = [last_step(optimizer, groups.get(id(weight)), weight) for weight in (reduce, expand)]
-            down, up = (spectral_norm(step) if step is not None else 0.0 for step in steps)
+            state = optimizer.state
+            down, up = (
+                self.norm(state[weight], "step", step) if step is not None else 0.0
+                for weight, step in zip((reduce, expand), steps, strict=True)
+            )
             if down == up == 0.0:
                 continue
-            b, a = spectral_norm(reduce), spectral_norm(expand)
+            b, a = (self.norm(state[weight], "weight", weight) for weight in (reduce, expand))
             if layer.form == "rows":
                 a = math.hypot(1.0, a)
             elif layer.form == "columns":
                 b = math.hypot(1.0, b)
             change = up * b + a * down + up * down
-            most = self.bound * product_norm(layer)
+            most = self.bound * self.product_norm(state[reduce], layer)
             if change > most > 0:
                 share = most / change
                 for weight, step in zip((reduce, expand), steps, strict=True):
@@ -105,11 +117,7 @@ def _norm(size: int, forward: Any, backward: Any, like: Tensor) -> float:
     """The largest singular value of a map, by subspace iteration."""
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(size, min(size, WIDTH), generator=generator).to(like.detach())
-    value = 0.0
     for _ in range(ROUNDS):
         image = forward(torch.linalg.qr(block)[0])
-        value = float(torch.linalg.matrix_norm(image.detach(), 2))
-        if value == 0.0:
-            break
         block = backward(image)
-    return value
+    return float(torch.linalg.matrix_norm(image.detach(), 2))

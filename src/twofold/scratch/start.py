@@ -1,0 +1,148 @@
+"""A model that is factorized before it is trained: no texts, no moments, the same share of every weight, plain factors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from twofold.checkpoint import attach
+from twofold.errors import TwofoldError
+from twofold.linalg import working_dtype
+from twofold.models import check_finite, first_line, model_class_of, model_from_config, quiet_bars
+from twofold.nn import CompactLinear, FactoredLinear, IntMatrix
+from twofold.plan import Plan
+from twofold.planning import make_plan
+from twofold.recipe import Recipe, make_recipe
+from twofold.targets import dense_weight, find_targets, replace_module
+
+KEEP = 0.5  # where none is given
+SETTINGS = ("keep", "include", "exclude", "overrides", "rank_multiple", "min_rank", "seed")
+Factors = tuple[Tensor, Tensor]  # (m, r), (r, n)
+
+
+def spectral(
+    weight: Tensor,  # (m, n)
+    rank: int,
+    generator: torch.Generator,
+) -> Factors:
+    """U √Σ and √Σ Vᵀ of the truncated SVD of a dense start, the nearest product of rank r (Khodak et al., arXiv 2105.01029)."""
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vh[:rank]
+
+
+def random(
+    weight: Tensor,  # (m, n)
+    rank: int,
+    generator: torch.Generator,
+) -> Factors:
+    """Normal factors whose product has, in the mean, the mean square of a dense start: each of variance (mean(W²) / r)^½."""
+    m, n = weight.shape
+    deviation = float(weight.square().mean() / rank) ** 0.25
+    left, right = (torch.randn(shape, generator=generator, dtype=weight.dtype) for shape in ((m, rank), (rank, n)))
+    return (left * deviation).to(weight.device), (right * deviation).to(weight.device)
+
+
+STARTS: dict[str, Callable[[Tensor, int, torch.Generator], Factors]] = {"spectral": spectral, "random": random}
+
+
+def factorize_start(start: Any, init: str = "spectral", **settings: Any) -> Any:
+    """A model of factored layers that is to be trained; from a configuration it is built with random weights first.
+
+    Args:
+        start: a configuration, or a model, which is changed in place.
+        init: one of ``STARTS``.
+        settings: those of ``SETTINGS``, as in a ``Recipe``.
+
+    Raises:
+        TwofoldError: for whatever the caller can put right.
+    """
+    if init not in STARTS:
+        raise TwofoldError(f"init must be one of {', '.join(STARTS)}, got {init!r}")
+    others = [name for name in settings if name not in SETTINGS]
+    if others:
+        raise TwofoldError(
+            f"{others[0]} does not go with init or a configuration: nothing is calibrated before a training from scratch; "
+            f"the settings are {', '.join(SETTINGS)}"
+        )
+    recipe = make_recipe(
+        {
+            "keep": KEEP, **{name: value for name, value in settings.items() if value is not None},
+            "model": type(start).__name__, "objective": "svd", "allocate": "uniform", "form": "plain",
+        }
+    )  # fmt: skip
+    model = _built(start, recipe.seed)
+    _check_dense(model)
+    check_finite(model, recipe.model)
+    stored = next(model.parameters()).dtype
+    targets = find_targets(model, recipe.include, recipe.exclude)
+    plan = make_plan(recipe.model, targets, None, recipe, stored.itemsize)
+    if not any(entry.replaced for entry in plan.entries):
+        raise TwofoldError(
+            f"at keep={recipe.keep:g} every weight stays dense, and a dense model is trained as it is; take a smaller keep"
+        )
+    model.twofold_plan = _carry_out(model, plan, init, recipe)
+    attach(model)
+    return model
+
+
+def _built(start: Any, seed: int) -> Any:
+    """The model itself, or the one of a configuration, with the weights of a seed."""
+    if isinstance(start, nn.Module) and hasattr(start, "config"):
+        return start
+    if not isinstance(start, PretrainedConfig):
+        raise TwofoldError(
+            "factorize with init takes a transformers configuration or a loaded model, got "
+            f"{type(start).__name__}; read one with AutoConfig.from_pretrained or AutoModelForCausalLM.from_pretrained"
+        )
+    if getattr(start, "quantization_config", None) is not None:
+        raise TwofoldError(
+            "the configuration is of a factorized or quantized checkpoint, which is no start for a training from scratch; "
+            "take that of the dense model"
+        )
+    with torch.random.fork_rng(), quiet_bars():
+        torch.manual_seed(seed)
+        try:
+            return model_from_config(model_class_of(start, False), copy.deepcopy(start), None)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise TwofoldError(f"no model can be built from this configuration: {first_line(error)}") from error
+
+
+def _check_dense(model: nn.Module) -> None:
+    """Refuse a model that is factorized or quantized already, and one without weights."""
+    modules = list(model.modules())
+    if any(isinstance(module, IntMatrix) for module in modules) or (
+        getattr(model, "is_quantized", False) and not any(isinstance(module, CompactLinear) for module in modules)
+    ):
+        raise TwofoldError(
+            "the model is quantized, and integers are not factorized; start from the model it was made of"
+        )
+    if any(isinstance(module, CompactLinear) for module in modules):
+        raise TwofoldError("the model is factorized already; put its dense weights back first: model.dequantize()")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise TwofoldError("the model has no weights yet (it is on the meta device); give its configuration instead")
+
+
+@torch.no_grad()
+def _carry_out(model: nn.Module, plan: Plan, init: str, recipe: Recipe) -> Plan:
+    """Put factored layers in the place of dense ones; gives the plan, whose reasons say how."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    entries = []
+    for entry in plan.entries:
+        if entry.rank is not None:
+            module = model.get_submodule(entry.name)
+            weight = dense_weight(module).detach()
+            wide = weight.to(working_dtype(weight.device))
+            left, right = STARTS[init](wide, entry.rank, generator)
+            layer = FactoredLinear.from_factors(
+                left, right, getattr(module, "bias", None), "plain", entry.transposed, dtype=weight.dtype
+            )
+            replace_module(model, entry.name, layer)
+            entry = entry.model_copy(update={"reason": f"{init} start, the same share of every weight"})
+        entries.append(entry)
+    return plan.model_copy(update={"entries": entries})
