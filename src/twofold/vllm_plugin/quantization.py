@@ -65,7 +65,7 @@ class TwofoldConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             if prefix in self.modules:
                 raise TwofoldError(
-                    f"the checkpoint factorizes {prefix}, which is a {type(layer).__name__} in vLLM and no linear layer; "
+                    f"the checkpoint factorizes {prefix}, where vLLM has {type(layer).__name__} and no linear layer; "
                     f"{INSTEAD}"
                 )
             return None
