@@ -1,7 +1,7 @@
 """A stand-in for the parts of vLLM 0.32 that the plug-in meets: the same names, and the same way to load weights.
 
-vLLM itself is not installed where these tests run. What is here was written anew. What the plug-in calls, and what vLLM calls of it,
-has the signatures of vLLM's sources; the layers are made in a shorter way than there.
+vLLM itself is not installed where these tests run. What is here was written anew. What the plug-in calls, and what vLLM calls of
+it, has the signatures of vLLM's sources; the layers are made in a shorter way than there.
 """
 
 from __future__ import annotations
