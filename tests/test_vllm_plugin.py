@@ -280,6 +280,17 @@ def test_tensors_that_do_not_fit_or_do_not_come_are_refused():
         shards_of("a.qkv_proj", ["a.q", "a.k", "a.v"], {}, 8, [8, 8])
 
 
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_when_vllm_has_loaded_it(vllm):
+    torch.manual_seed(0)
+    part = factored(8, 6, "rows", 3)
+    config = vllm.CLASSES["twofold"]({"a.o_proj": part.settings()})
+    tensors = {f"a.o_proj.{name}": tensor for name, tensor in part.state_dict().items()}
+    vllm.load({"a.o_proj": vllm.RowLinear(8, [6], False, config, "a.o_proj")}, tensors.items())
+    del tensors["a.o_proj.order"]
+    with pytest.raises(TwofoldError, match=r"not whole: it lacks 1 tensors of one layer, first a\.o_proj\.order"):
+        vllm.load({"a.o_proj": vllm.RowLinear(8, [6], False, config, "a.o_proj")}, tensors.items())
+
+
 # The entry point
 
 
