@@ -59,6 +59,17 @@ class Corpus:
         self.train, self.choose, self.report = windows(text[:end]), windows(text[end:middle]), windows(text[middle:])
 
 
+RULES: dict[str, dict[str, Any]] = {
+    "dense": {"scale": "none"},
+    "none": {"scale": "none", "decay": "factors"},
+    "product": {"scale": "product", "decay": "product"},
+    "product-decay-factors": {"scale": "product", "decay": "factors"},
+    "bound": {"scale": "bound", "decay": "factors"},
+    "bound-decay-product": {"scale": "bound", "decay": "product"},
+    "dense-bound": {"scale": "bound"},
+}
+
+
 @dataclass
 class Budget:
     """How long a run trains: seconds, or steps."""
@@ -257,18 +268,9 @@ def at_step(run: Run, step: int) -> float:
 def rules(corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
     """The held-out loss of each way to scale the factors' steps and to decay them, at each rate."""
     dense, narrow, _ = shapes(corpus.vocabulary, options)
-    ways: dict[str, dict[str, Any]] = {
-        "dense": {"scale": "none"},
-        "none": {"scale": "none", "decay": "factors"},
-        "product": {"scale": "product", "decay": "product"},
-        "product-decay-factors": {"scale": "product", "decay": "factors"},
-        "bound": {"scale": "bound", "decay": "factors"},
-        "bound-decay-product": {"scale": "bound", "decay": "product"},
-        "dense-bound": {"scale": "bound"},
-    }
     rows = []
-    for name in options.rules or ways:
-        rule = ways[name]
+    for name in options.rules or RULES:
+        rule = RULES[name]
         for rate in options.rates:
             model = build("dense" if name.startswith("dense") else "factorized", dense, narrow, options)
             run = train(name, model, corpus, Budget(steps=options.steps), rate, options, **rule)
@@ -317,11 +319,16 @@ def main() -> None:
         ("heads", 8), ("hidden", 384), ("inner", 1024),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--scale", default="bound", help="of the optimizer, the same in every arm")
-    parser.add_argument("--init", default="spectral")
+    parser.add_argument(
+        "--scale", default="bound", choices=("bound", "product", "none"), help="of the optimizer, the same in every arm"
+    )
+    parser.add_argument("--init", default="spectral", choices=("spectral", "random"))
     options = parser.parse_args()
     if options.small:
         options.hidden, options.inner, options.layers, options.vocabulary, options.context = 128, 352, 3, 512, 64
+    unknown = [name for name in options.rules or () if name not in RULES]
+    if unknown:
+        parser.error(f"there is no rule {unknown[0]}; the rules are {', '.join(RULES)}")
     if options.rules is not None and options.steps is None:
         parser.error("--rules needs --steps")
     options.out.mkdir(parents=True, exist_ok=True)

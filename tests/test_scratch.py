@@ -324,11 +324,43 @@ def test_optimizers_that_can_not_be_made() -> None:
         ({"lr": math.nan}, "lr must be above 0"),
         ({"embedding_lr": -1.0}, "embedding_lr must be above 0"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"bound": 0.0}, "bound must be above 0"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
     ):
         with pytest.raises(twofold.TwofoldError, match=words):
             twofold.training_optimizer(model, **settings)  # type: ignore[arg-type]
     gauge = twofold.factorize(make_model(), make_tokenizer(), keep=0.7, texts=[TEXT], tokens=64, window=32, quiet=True)
     with pytest.raises(twofold.TwofoldError, match="takes plain ones"):
         twofold.training_optimizer(gauge)
+    assert twofold.training_optimizer(gauge, scale="none").param_groups  # AdamW as it is
     with pytest.raises(twofold.TwofoldError, match="no parameter that is trained"):
         twofold.training_optimizer(model.requires_grad_(False))
+
+
+@pytest.mark.parametrize("scale", ["bound", "product"])
+def test_weights_that_a_step_leaves_out_stay_as_they_are(scale: Any) -> None:
+    torch.manual_seed(0)
+    model = twofold.factorize(CONFIGS["llama"](), keep=0.5)
+    optimizer = twofold.training_optimizer(model, lr=0.5, scale=scale)
+    block, ids = model.model.layers[0], tokens()[:2]
+    for frozen in (False, True):
+        block.requires_grad_(not frozen)
+        before = [parameter.detach().clone() for parameter in block.parameters()]
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(before, block.parameters(), strict=True)) == frozen
+
+
+def test_a_factor_without_gradient_is_no_error() -> None:
+    model = twofold.factorize(CONFIGS["llama"](), keep=0.5)
+    optimizer = twofold.training_optimizer(model, lr=0.5)
+    layer = next(iter(factored(model).values()))
+    layer.expand.weight.requires_grad_(False)
+    before, ids = layer.expand.weight.clone(), tokens()[:2]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert torch.equal(layer.expand.weight, before)

@@ -119,6 +119,8 @@ def test_faults_are_told_in_a_sentence(tasks: Path, model: Path, monkeypatch: py
         ([], "give --text FILE to measure perplexity, or --tasks NAMES"),
         (["--tasks", "parity", "--text", "a.txt"], "give --text FILE to measure perplexity, or --tasks NAMES"),
         (["--tasks", " , "], "names no task"),
+        (["--tasks", "parity", "--window", 64], "--window goes with --text and not with --tasks"),
+        (["--text", "a.txt", "--limit", 5], "--limit goes with --tasks and not with --text"),
         (["--tasks", "no_such_task", "--task-folder", tasks], "lm-eval has no task no_such_task"),
         (["--tasks", "parity", "--task-folder", tasks / "absent"], "there is no folder"),
         (["--tasks", "parity", "--task-folder", tasks, "--adapter", tasks], "there is no adapter in"),
@@ -131,6 +133,24 @@ def test_faults_are_told_in_a_sentence(tasks: Path, model: Path, monkeypatch: py
         TwofoldError, match=r"needs lm-eval, which is not installed; install it with: pip install 'twofold\[lm-eval\]'"
     ):
         evaluate_tasks(str(model), ["parity"], quiet=True)
+
+
+def test_a_group_counts_as_one_task_and_a_perplexity_has_no_mean(tasks: Path, model: Path, tmp_path: Path) -> None:
+    about = yaml.safe_load((tasks / "parity.yaml").read_text())
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(about | {"task": "again", "doc_to_target": 0}))
+    (tmp_path / "parity.yaml").write_text(yaml.safe_dump(about))
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["parity", "again"]}))
+    words = {"task": "words", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{query}}"}
+    words["metric_list"] = [{"metric": "word_perplexity"}]
+    kept = {key: about[key] for key in ("dataset_path", "dataset_kwargs", "test_split", "metadata")}
+    (tmp_path / "words.yaml").write_text(yaml.safe_dump(kept | words))
+    found = evaluate_tasks(str(model), ["both", "parity"], task_folder=str(tmp_path), quiet=True).models[0]
+    group, one = found.tasks
+    always_first = accuracy(make_model(), [row | {"gold": 0} for row in ROWS])
+    assert group.rows == 24 and group.value == pytest.approx((one.value + always_first) / 2)
+    assert found.mean == pytest.approx((group.value + one.value) / 2)
+    mixed = evaluate_tasks(str(model), ["words", "parity"], task_folder=str(tmp_path), quiet=True).models[0]
+    assert mixed.mean is None and not mixed.tasks[0].higher_is_better and mixed.tasks[0].value > 1
 
 
 def test_data_that_can_not_be_fetched_is_told(tasks: Path, model: Path, tmp_path: Path) -> None:

@@ -604,8 +604,10 @@ def test_the_state_of_an_optimizer_is_estimated(place: Path) -> None:
     layers = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     rest = sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in layers)
     assert memory() == 8 * (rest + sum(w.numel() for w in layers))
-    assert memory(optimizer="apollo") == memory(optimizer="galore")
-    assert memory(optimizer="galore") == 4 * (2 * rest + sum(4 * (2 * max(w.shape) + min(w.shape)) for w in layers))
+    assert memory(optimizer="apollo", optimizer_rank=4) == memory(optimizer="galore", optimizer_rank=4)
+    assert memory(optimizer="galore", optimizer_rank=4) == 4 * (
+        2 * rest + sum(4 * (2 * max(w.shape) + min(w.shape)) for w in layers)
+    )
     assert memory(optimizer="adafactor") == 4 * sum(
         sum(p.shape) if p.dim() > 1 else p.numel() for p in model.parameters()
     )
@@ -618,13 +620,38 @@ def test_an_optimizer_that_does_not_fit_is_refused(
         ({"optimizer": "galore", "method": "lora"}, "goes with --method full alone"),
         ({"optimizer": "adafactor", "method": "factors"}, "bounds the steps of AdamW"),
         ({"optimizer": "apollo", "method": "full", "patience": 2}, "--optimizer apollo keeps none"),
+        ({"optimizer": "galore", "method": "full", "save_every": 2}, "--optimizer galore keeps no checkpoints"),
+        ({"optimizer_rank": 8}, "--optimizer-rank is for galore and apollo"),
         ({"optimizer": "apollo", "method": "full", "optimizer_rank": 500}, "no layer is larger than the rank 500"),
     ):
         with pytest.raises(TwofoldError, match=words):
-            run(place, tmp_path / "out", **given)
+            run(place, tmp_path / "out", **{"save_every": None, **given})
+    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(TwofoldError, match="GPT-2's Conv1D; take adamw or adafactor"):
+        run(
+            place,
+            tmp_path / "out",
+            str(tmp_path / "gpt2"),
+            method="full",
+            optimizer="galore",
+            optimizer_rank=4,
+            save_every=None,
+        )
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "galore_torch" else find(name, *rest)
     )
     with pytest.raises(TwofoldError, match=r"needs the package galore-torch.*twofold\[low-rank-optimizers\]"):
-        run(place, tmp_path / "out", method="full", optimizer="galore")
+        run(place, tmp_path / "out", method="full", optimizer="galore", save_every=None)
+
+
+def test_what_fits_in_little_memory_is_trained_by_adamw(place: Path) -> None:
+    given = {"model": str(place / "dense"), "data": ["x"], "method": "full", "optimizer": "galore", "optimizer_rank": 4}
+    settings, shape = make_settings(given), {"longest": 16, "mean": 16.0, "steps": 1}
+    whole = estimate(settings.model_copy(update={"gradient_checkpointing": True}), **shape, speed=1e9)
+    adapter = make_settings({**given, "method": "lora", "optimizer": "adamw"} | {"optimizer_rank": 128})
+    small = estimate(adapter.model_copy(update={"gradient_checkpointing": True}), **shape, speed=1e9)
+    assert small.memory < whole.memory
+    chosen, found = choose(settings, (small.memory + whole.memory) // 2, **shape)
+    assert (chosen.method, chosen.optimizer) == ("lora", "adamw") and found.optimizer > 0

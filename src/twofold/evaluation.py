@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.evaluate import evaluation_windows, measure_quality, model_size
+from twofold.evaluate.size import disk_bytes
 from twofold.evaluate.tasks import put_adapter
 from twofold.models import LoadedModel, check_ids, first_line, load_model, need_tokenizer, positions
 from twofold.recipe import Recipe
@@ -68,6 +69,7 @@ def evaluate_models(
     loaded = [load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for name in names]
     if adapter is not None:
         put_adapter(loaded[-1], adapter)
+    added = disk_bytes(Path(adapter).expanduser()) if adapter is not None else None
     longest = min((p for p in (positions(one.model) for one in loaded) if p is not None), default=window)
     if window > longest:
         raise TwofoldError(f"--window {window} is longer than this model's {longest} positions; use --window {longest}")
@@ -105,6 +107,7 @@ def evaluate_models(
     rows = []
     for one, quality in zip(loaded, qualities, strict=True):
         size = model_size(one.model, one.source)
+        disk = size.disk + added if added is not None and size.disk is not None and one is loaded[-1] else size.disk
         rows.append(
             EvaluatedModel(
                 name=one.name,
@@ -114,7 +117,7 @@ def evaluate_models(
                 agreement=quality.agreement,
                 parameters=size.parameters,
                 memory=size.memory,
-                disk=size.disk,
+                disk=disk,
             )
         )
     sources = [text] if isinstance(text, str) else list(text)

@@ -6,8 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
+TASK_FLAGS = ("task_folder", "limit", "fewshot", "batch_size", "seed")
+TEXT_FLAGS = ("dataset_config", "dataset_split", "text_column", "windows", "window")
+
 
 def command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or smollm2.")],
     text: Annotated[list[str] | None, typer.Option(help="Text files or a data set name to measure on.")] = None,
     against: Annotated[str | None, typer.Option(help="The original model to compare with.")] = None,
@@ -40,6 +44,12 @@ def command(
 
     if (text is None) == (tasks is None):
         raise TwofoldError("give --text FILE to measure perplexity, or --tasks NAMES to measure accuracy")
+    of_the_other = TASK_FLAGS if tasks is None else TEXT_FLAGS
+    sources = {name: context.get_parameter_source(name) for name in of_the_other}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        there, here = ("--tasks", "--text") if tasks is None else ("--text", "--tasks")
+        raise TwofoldError(f"--{given[0].replace('_', '-')} goes with {there} and not with {here}; leave it out")
     loading: dict[str, Any] = {
         "against": against,
         "adapter": adapter,

@@ -13,10 +13,13 @@ def print_tasks(result: TaskEvaluation) -> None:
         [score.task, score.metric, str(score.rows), *(_score(model.tasks[place]) for model in result.models)]
         for place, score in enumerate(first.tasks)
     ]
-    means = [f"{model.mean:.4f}" for model in result.models]
-    rows.append(["mean", "", "", *means])
-    if len(result.models) > 1 and first.mean:
-        rows.append(["of the original", "", "", *(f"{model.mean / first.mean:.4f}" for model in result.models)])
+    means = [model.mean for model in result.models if model.mean is not None]
+    if len(means) == len(result.models):
+        rows.append(["mean", "", "", *(f"{mean:.4f}" for mean in means)])
+        if len(means) > 1 and means[0] > 0:
+            rows.append(["of the original", "", "", *(f"{mean / means[0]:.4f}" for mean in means)])
+    else:
+        rows.append(["mean", "none: not all are better if higher", "", *("–" for _ in result.models)])
     title = f"lm-eval {result.lm_eval}" + (f", {result.limit} rows of each task" if result.limit else "")
     table(title, ["task", "metric", "rows", *(model.name for model in result.models)], rows)
 

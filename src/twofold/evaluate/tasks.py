@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ class TaskScores(pydantic.BaseModel, extra="forbid"):
     metric: str  # the one that stands for the task
     value: float
     standard_error: float | None
+    higher_is_better: bool
     metrics: dict[str, float]  # all that lm-eval gives
 
 
@@ -37,7 +39,7 @@ class ScoredModel(pydantic.BaseModel, extra="forbid"):
 
     name: str
     tasks: list[TaskScores]
-    mean: float  # of the tasks' values
+    mean: float | None  # of the tasks' values, where all of them are better if higher
 
 
 class TaskEvaluation(pydantic.BaseModel, extra="forbid"):
@@ -95,6 +97,8 @@ def evaluate_tasks(
         if adapter is not None and len(rows) == (against is not None):
             put_adapter(loaded, adapter)
         rows.append(_score(loaded, list(tasks), manager, limit, fewshot, batch_size, seed))
+        del loaded  # before the next one is read
+        gc.collect()
     return TaskEvaluation(lm_eval=lm_eval.__version__, limit=limit, fewshot=fewshot, seed=seed, models=rows)
 
 
@@ -164,32 +168,56 @@ def _score(
             f"lm-eval could not measure {loaded.name} on {', '.join(tasks)} ({type(error).__name__}: {first_line(error)}); most "
             "tasks fetch a data set from the hub: see that it can be reached, or give tasks on local files with --task-folder"
         ) from error
-    rows = found.get("n-samples", {})
-    scores = [_task(name, values, rows.get(name, {})) for name, values in found["results"].items()]
-    return ScoredModel(name=loaded.name, tasks=scores, mean=sum(s.value for s in scores) / len(scores))
+    scores = [_task(name, found) for name in dict.fromkeys(tasks)]
+    comparable = all(score.higher_is_better for score in scores)
+    mean = sum(score.value for score in scores) / len(scores) if comparable else None
+    return ScoredModel(name=loaded.name, tasks=scores, mean=mean)
 
 
-def _task(name: str, values: dict[str, Any], rows: dict[str, int]) -> TaskScores:
-    """lm-eval keys its numbers by metric and filter, with a comma between."""
-    metrics = {
-        key: float(value)
-        for key, value in values.items()
-        if "," in key and "_stderr" not in key and isinstance(value, int | float)
-    }
+def _task(name: str, found: dict[str, Any]) -> TaskScores:
+    """What stands for a task that was asked for; for a group its own aggregate, or else the mean over its tasks.
+
+    lm-eval keys its numbers by metric and filter, with a comma between; beside a group it gives the tasks of it.
+    """
+    leaves = _leaves(name, found.get("group_subtasks", {}))
+    values = found["results"].get(name, {})
+    metrics = _numbers(values)
     if not metrics:
-        raise TwofoldError(f"the task {name} gives no number")
+        each = [_numbers(found["results"].get(leaf, {})) for leaf in leaves]
+        shared = [key for key in each[0] if all(key in one for one in each)]
+        metrics = {key: sum(one[key] for one in each) / len(each) for key in shared}
+    if not metrics:
+        raise TwofoldError(f"the task {name} gives no number that its parts share; name its parts instead")
     ranks = {metric: place for place, metric in enumerate(FIRST)}
     first = min(metrics, key=lambda key: ranks.get(key.split(",")[0], len(FIRST)))
     metric, _, chosen = first.partition(",")
     error = values.get(f"{metric}_stderr,{chosen}")
+    better = [found.get("higher_is_better", {}).get(leaf, {}).get(metric) for leaf in leaves]
+    counts = found.get("n-samples", {})
     return TaskScores(
         task=name,
-        rows=int(rows.get("effective", 0)),
+        rows=sum(int(counts.get(leaf, {}).get("effective", 0)) for leaf in leaves),
         metric=metric,
         value=metrics[first],
         standard_error=float(error) if isinstance(error, int | float) else None,
+        higher_is_better=all(better),
         metrics=metrics,
     )
+
+
+def _leaves(name: str, groups: dict[str, list[str]]) -> list[str]:
+    """The tasks of a group, of its groups too; of a task itself."""
+    if not groups.get(name):
+        return [name]
+    return [leaf for part in groups[name] for leaf in _leaves(part, groups)]
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {
+        key: float(value)
+        for key, value in values.items()
+        if "," in key and "_stderr" not in key and isinstance(value, int | float)
+    }
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """AdamW for models with factored layers, whose steps are bounded or scaled by what they do to the product of two factors.
 
-The bound (the default) is that of ``tune/bound.py``, for dense weights too: no step changes a weight or a product by more than a
-share of its own spectral norm. The other way scales the rates:
+The bound (the default) is that of ``tune/bound.py``, for dense matrices too: no step changes a matrix or a product by more than a
+share of its own spectral norm. Weights that are no matrices (experts in one parameter, convolutions) are not bounded.
+The other way scales the rates:
 
 AdamW moves every number by about its rate η, so a step of a dense weight (m, n) has a spectral norm up to η√(mn). With W′ = AB
 a step ΔB of the factor B (r, n), of norm up to η√(rn), changes the product by A ΔB, of norm up to ‖A‖₂ η√(rn): the more, the
@@ -48,7 +49,7 @@ def training_optimizer(
         model: with or without factored layers; dense weights are trained as AdamW does, vectors without weight decay.
         lr: the highest rate, of dense weights and products alike; schedulers change it as always.
         embedding_lr: that of embeddings and the output layer, the same if it is None.
-        scale: "bound" shortens a step that would change a product, or a dense weight that is no embedding, by more than a
+        scale: "bound" shortens a step that would change a product, or a dense matrix that is no embedding, by more than a
             share ``bound`` of its own spectral norm; "product" scales the rates of the factors (see the top of this file);
             "none" is AdamW as it is.
         decay: whether the weight decay of factored layers is that of the product or of each factor.
@@ -65,11 +66,16 @@ def training_optimizer(
     for name, rate in (("lr", lr), ("embedding_lr", lr if embedding_lr is None else embedding_lr)):
         if not 0 < rate < math.inf:
             raise TwofoldError(f"{name} must be above 0 and finite, got {rate!r}")
+    if not 0 < bound < math.inf:
+        raise TwofoldError(f"bound must be above 0 and finite, got {bound!r}; scale='none' bounds nothing")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise TwofoldError(f"betas must be two numbers from 0 to below 1, got {betas!r}")
     if not 0 <= weight_decay < math.inf:
         raise TwofoldError(f"weight_decay must be at least 0 and finite, got {weight_decay!r}")
     if any(isinstance(module, IntMatrix) for module in model.modules()):
         raise TwofoldError("integers can't be trained; take the model that was factorized without bits")
-    layers = dict(factored_layers(model)) if scale != "none" or decay == "product" else {}
+    product_decay = decay == "product" and weight_decay > 0
+    layers = dict(factored_layers(model)) if scale != "none" or product_decay else {}
     factors = {id(w) for layer in layers.values() for w in (layer.reduce.weight, layer.expand.weight)}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
     if not rest and not layers:
@@ -80,7 +86,7 @@ def training_optimizer(
         {"params": [p for p in rest if id(p) in tables], "lr": lr if embedding_lr is None else embedding_lr},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    own = 0.0 if decay == "product" else weight_decay
+    own = 0.0 if product_decay else weight_decay
     for layer in layers.values():
         groups += [{"params": [w], "weight_decay": own} for w in (layer.reduce.weight, layer.expand.weight)]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, weight_decay=weight_decay)
@@ -88,7 +94,7 @@ def training_optimizer(
         ScaledSteps(list(layers.values())).attach(optimizer)
     elif scale == "bound":
         BoundedSteps(layers, [p for p in rest if p.dim() == 2 and id(p) not in tables], bound).attach(optimizer)
-    if decay == "product" and weight_decay > 0:
+    if product_decay:
         ProductDecay(list(layers.values()), weight_decay).attach(optimizer)
     return optimizer
 

@@ -95,11 +95,15 @@ class BoundedSteps(BoundedUpdate):
     def norm(self, state: dict[str, Any], what: str, matrix: Tensor) -> float:
         if what == "step":  # it may be another one than the last, so nothing is followed
             return spectral_norm(matrix)
-        value, state[f"{DIRECTION}weight"] = self._norms[id(matrix), "weight"]
+        value, direction = self._norms[id(matrix), "weight"]
+        if state:  # AdamW begins a state of its own in an empty one
+            state[f"{DIRECTION}weight"] = direction
         return value
 
     def product_norm(self, state: dict[str, Any], layer: FactoredLinear) -> float:
-        value, state[f"{DIRECTION}product"] = self._norms[id(layer.reduce.weight), "product"]
+        value, direction = self._norms[id(layer.reduce.weight), "product"]
+        if state:
+            state[f"{DIRECTION}product"] = direction
         return value
 
     @torch.no_grad()

@@ -33,7 +33,9 @@ def export_all(models: dict[str, Path], to: str, trust_remote_code: bool, quiet:
     )
     if done.returncode != 0:
         said = [line for text in (done.stdout, done.stderr) for line in (text or "").strip().splitlines()[-1:]]
-        raise TwofoldError(said[0] if said else f"the export to {to} was killed, as for lack of memory")
+        killed = done.returncode < 0 or done.returncode == 137
+        how = "was killed, as for lack of memory" if killed else f"failed (exit code {done.returncode})"
+        raise TwofoldError(said[0] if said else f"the export to {to} {how}; leave {to} out of --runtime")
 
 
 def main() -> None:

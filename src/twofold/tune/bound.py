@@ -74,7 +74,7 @@ class BoundedUpdate:
 def last_step(optimizer: torch.optim.Optimizer, group: dict[str, Any] | None, weight: Tensor) -> Tensor | None:
     """What AdamW added to a weight in the step that it made last, without weight decay; None if it made none."""
     state = optimizer.state.get(weight)
-    if group is None or not state:
+    if group is None or not state or "exp_avg" not in state or weight.grad is None:
         return None
     first, second = group["betas"]
     count = float(state["step"])

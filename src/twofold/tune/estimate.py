@@ -144,9 +144,10 @@ def choose(
             micro = settings.micro_batch
             while micro >= 1:
                 if settings.batch % micro == 0:
-                    tried = settings.model_copy(
-                        update={"method": method, "gradient_checkpointing": again, "micro_batch": micro}
-                    )
+                    changed: dict[str, Any] = {"gradient_checkpointing": again, "micro_batch": micro}
+                    if method != settings.method:
+                        changed |= {"method": method, "optimizer": "adamw"}
+                    tried = settings.model_copy(update=changed)
                     found = estimate(tried, longest=longest, mean=mean, steps=steps, speed=speed)
                     if found.memory <= memory:
                         return tried, found

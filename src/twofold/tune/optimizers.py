@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
 from twofold.tune.settings import PROJECTED, TuneSettings
@@ -39,25 +40,37 @@ def projected_layers(model: nn.Module, settings: TuneSettings) -> dict[str, nn.L
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
+        and module.weight.requires_grad
         and id(module.weight) not in table
         and min(module.weight.shape) > settings.optimizer_rank
     }
 
 
-def optimizer_arguments(model: nn.Module, settings: TuneSettings) -> dict[str, Any]:
-    """What the Trainer is given for it.
+def check_layers(model: nn.Module, settings: TuneSettings) -> None:
+    """Make sure that a model, with its weights or without, has layers that the optimizer projects.
 
     Raises:
-        TwofoldError: if no layer is larger than the rank.
+        TwofoldError: if it has none, or layers of GPT-2's kind.
     """
+    if settings.optimizer not in PROJECTED:
+        return
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        raise TwofoldError(
+            f"--optimizer {settings.optimizer} projects the gradients of nn.Linear, and this model's layers are GPT-2's Conv1D; "
+            "take adamw or adafactor"
+        )
+    if not projected_layers(model, settings):
+        raise TwofoldError(
+            f"no layer is larger than the rank {settings.optimizer_rank} that --optimizer {settings.optimizer} projects to; "
+            "take a smaller --optimizer-rank, or adamw"
+        )
+
+
+def optimizer_arguments(model: nn.Module, settings: TuneSettings) -> dict[str, Any]:
+    """What the Trainer is given for it."""
     given: dict[str, Any] = {"optim": TRAINER[settings.optimizer]}
     if settings.optimizer in PROJECTED:
         names = list(projected_layers(model, settings))
-        if not names:
-            raise TwofoldError(
-                f"no layer is larger than the rank {settings.optimizer_rank} that --optimizer {settings.optimizer} projects to; "
-                "take a smaller --optimizer-rank, or adamw"
-            )
         # With the scale 1 the rate means what it means for AdamW.
         given["optim_args"] = f"rank={settings.optimizer_rank},update_proj_gap={REFRESH},scale=1.0"
         given["optim_target_modules"] = names

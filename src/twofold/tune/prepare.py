@@ -11,7 +11,7 @@ from twofold.errors import TwofoldError
 from twofold.models import load_skeleton, load_tokenizer, positions
 from twofold.tune.estimate import TuneEstimate, choose, estimate
 from twofold.tune.methods import check_method
-from twofold.tune.optimizers import check_optimizer
+from twofold.tune.optimizers import check_layers, check_optimizer
 from twofold.tune.rows import Rows, read_rows
 from twofold.tune.settings import TuneSettings
 from twofold.tune.tokens import Examples, encode_rows
@@ -49,6 +49,7 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
     )
     model = load_skeleton(settings.model, trust_remote_code=settings.trust_remote_code).model
     check_method(model, settings)
+    check_layers(model, settings)
     longest = positions(model)
     if longest is not None and settings.length > longest:
         settings = settings.model_copy(update={"length": longest})
@@ -80,6 +81,7 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
     if chosen.method != settings.method:
         notes.append(
             f"{settings.method} does not fit in {settings.memory}, so {chosen.method} was trained in its place"
+            + (f", by adamw and not by {settings.optimizer}" if chosen.optimizer != settings.optimizer else "")
         )
     return Prepared(chosen, rows, examples, windows, steps, found, notes)
 

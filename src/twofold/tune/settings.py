@@ -110,6 +110,10 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
             )
         if self.optimizer == "adafactor" and self.method == "factors":
             raise ValueError("--method factors bounds the steps of AdamW; leave --optimizer out, or take factors-top")
+        if self.save_every is not None and not self.keeps_checkpoints:
+            raise ValueError(f"{self._without} keeps no checkpoints, so there is nothing to --save-every; leave it out")
+        if "optimizer_rank" in self.model_fields_set and self.optimizer not in PROJECTED:
+            raise ValueError(f"--optimizer-rank is for {' and '.join(PROJECTED)}; leave it out for {self.optimizer}")
         if self.steps is not None:
             self.intervals(self.steps)
         return self
@@ -128,8 +132,7 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
                 "--patience needs held-out rows, and a --save-every that is a multiple of --evaluate-every"
             )
         if self.patience and not self.keeps_checkpoints:
-            what = f"--optimizer {self.optimizer}" if self.optimizer in PROJECTED else f"--method {self.method}"
-            raise TwofoldError(f"--patience takes the best checkpoint, and {what} keeps none; leave it out")
+            raise TwofoldError(f"--patience takes the best checkpoint, and {self._without} keeps none; leave it out")
         return look, save
 
     @property
@@ -137,6 +140,11 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
         """Whether a run can be taken up again: PEFT keeps no state of adalora's ranks, and that of some optimizers is objects,
         which only a pickle could hold."""
         return self.method != "adalora" and self.optimizer not in PROJECTED
+
+    @property
+    def _without(self) -> str:
+        """The setting for whose sake there are no checkpoints, in words."""
+        return f"--optimizer {self.optimizer}" if self.optimizer in PROJECTED else f"--method {self.method}"
 
     @property
     def rate(self) -> float:
