@@ -146,7 +146,7 @@ def choose(
                 if settings.batch % micro == 0:
                     changed: dict[str, Any] = {"gradient_checkpointing": again, "micro_batch": micro}
                     if method != settings.method:
-                        changed |= {"method": method, "optimizer": "adamw"}
+                        changed |= {"method": method, "optimizer": "adamw", "optimizer_rank": None}
                     tried = settings.model_copy(update=changed)
                     found = estimate(tried, longest=longest, mean=mean, steps=steps, speed=speed)
                     if found.memory <= memory:

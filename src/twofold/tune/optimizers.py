@@ -42,7 +42,7 @@ def projected_layers(model: nn.Module, settings: TuneSettings) -> dict[str, nn.L
         if isinstance(module, nn.Linear)
         and module.weight.requires_grad
         and id(module.weight) not in table
-        and min(module.weight.shape) > settings.optimizer_rank
+        and min(module.weight.shape) > settings.projected_rank
     }
 
 
@@ -61,7 +61,7 @@ def check_layers(model: nn.Module, settings: TuneSettings) -> None:
         )
     if not projected_layers(model, settings):
         raise TwofoldError(
-            f"no layer is larger than the rank {settings.optimizer_rank} that --optimizer {settings.optimizer} projects to; "
+            f"no layer is larger than the rank {settings.projected_rank} that --optimizer {settings.optimizer} projects to; "
             "take a smaller --optimizer-rank, or adamw"
         )
 
@@ -72,7 +72,7 @@ def optimizer_arguments(model: nn.Module, settings: TuneSettings) -> dict[str, A
     if settings.optimizer in PROJECTED:
         names = list(projected_layers(model, settings))
         # With the scale 1 the rate means what it means for AdamW.
-        given["optim_args"] = f"rank={settings.optimizer_rank},update_proj_gap={REFRESH},scale=1.0"
+        given["optim_args"] = f"rank={settings.projected_rank},update_proj_gap={REFRESH},scale=1.0"
         given["optim_target_modules"] = names
     return given
 
@@ -84,6 +84,6 @@ def state_numbers(model: nn.Module, settings: TuneSettings, trainable: int) -> i
         return sum(sum(p.shape) if p.dim() > 1 else p.numel() for p in parameters)
     projected = [module.weight for module in projected_layers(model, settings).values()]
     whole = 2 * (trainable - sum(weight.numel() for weight in projected))
-    rank = settings.optimizer_rank
+    rank = settings.projected_rank
     # Two moments of the projected gradient (rank, longer side), and the projection (rank, shorter side).
     return whole + sum(rank * (2 * max(weight.shape) + min(weight.shape)) for weight in projected)

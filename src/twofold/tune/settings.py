@@ -71,7 +71,9 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
         Literal["adamw", "adafactor", "galore", "apollo"],
         Field(description="adamw; with a smaller state: adafactor, and for --method full galore, apollo"),
     ] = "adamw"
-    optimizer_rank: Annotated[int, Field(ge=1, description="galore, apollo: rank of the projected gradients")] = 128
+    optimizer_rank: Annotated[
+        int | None, Field(ge=1, description="galore, apollo: rank of the projected gradients [default: 128]")
+    ] = None
     bound: Annotated[
         float,
         Field(gt=0, description="factors: the most that one step changes a product, as a share of its spectral norm"),
@@ -112,7 +114,7 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
             raise ValueError("--method factors bounds the steps of AdamW; leave --optimizer out, or take factors-top")
         if self.save_every is not None and not self.keeps_checkpoints:
             raise ValueError(f"{self._without} keeps no checkpoints, so there is nothing to --save-every; leave it out")
-        if "optimizer_rank" in self.model_fields_set and self.optimizer not in PROJECTED:
+        if self.optimizer_rank is not None and self.optimizer not in PROJECTED:
             raise ValueError(f"--optimizer-rank is for {' and '.join(PROJECTED)}; leave it out for {self.optimizer}")
         if self.steps is not None:
             self.intervals(self.steps)
@@ -145,6 +147,11 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
     def _without(self) -> str:
         """The setting for whose sake there are no checkpoints, in words."""
         return f"--optimizer {self.optimizer}" if self.optimizer in PROJECTED else f"--method {self.method}"
+
+    @property
+    def projected_rank(self) -> int:
+        """Of the gradients, with galore and apollo."""
+        return self.optimizer_rank or 128
 
     @property
     def rate(self) -> float:
