@@ -93,6 +93,18 @@ def test_values_between_commas_and_chains(settings):
     assert grid.recipe(Cell("svd", "global", 0.8, ())).objective == "svd"
 
 
+def test_a_published_method_is_an_objective_and_a_closed_form(settings):
+    grid = make_grid({**settings, "objectives": ["svd-llm,two-sided,anchored,aa-svd"], "keep": ["0.8"],
+                      "refine": ["none,distill,anchored"]})  # fmt: skip
+    refined = [(), ("distill",), ("anchored",)]
+    assert [(cell.objective, cell.refine) for cell in grid.cells()] == [
+        *(("svd-llm", chain) for chain in [*refined, ("anchored", "distill")]), *(("two-sided", chain) for chain in refined),
+    ]  # fmt: skip
+    alone = make_grid({**settings, "objectives": ["aa-svd"], "keep": ["0.8"]})
+    assert [cell.words for cell in alone.cells()] == ["svd-llm, global, keep 0.8, anchored"]
+    assert alone.chains == [("anchored",)] and alone.kernels == ["svd-llm"]
+
+
 @pytest.mark.parametrize(
     ("objective", "allocate", "chain"),
     [("svd", "uniform", []), ("asvd", "global", []), ("fwsvd", "global", []), ("svd-llm", "uniform", ["anchored"]),

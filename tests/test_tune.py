@@ -83,7 +83,8 @@ METHODS = [
 
 @pytest.mark.parametrize(("model", "method"), METHODS)
 def test_what_is_written_is_what_was_trained(model: str, method: str, place: Path, tmp_path: Path) -> None:
-    record = run(place, tmp_path / "out", model, method=method)
+    kept = {"save_every": None} if method == "adalora" else {}
+    record = run(place, tmp_path / "out", model, method=method, **kept)
     assert record.held_out_before == pytest.approx(held_out_loss(load(place, place / model, model), place), abs=1e-5)
     tuned = load(place, tmp_path / "out", model)
     assert record.held_out_after == pytest.approx(held_out_loss(tuned, place), abs=1e-5)

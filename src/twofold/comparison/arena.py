@@ -64,11 +64,11 @@ def check_names(grid: Grid) -> dict[Cell, str]:
     Raises:
         TwofoldError: if a name is unknown, or a refinement goes with none of the objectives.
     """
-    for name in grid.objectives:
+    for name in grid.kernels:
         get_objective(name)
     for name in grid.allocate:
         get_allocation(name)
-    for chain in grid.refine:
+    for chain in grid.chains:
         for name in chain:
             get_refinement(name)
     reasons: dict[Cell, str] = {}

@@ -25,6 +25,8 @@ OWN = (
 )  # of the recipe, that a grid has in its own way
 HELD_OUT_MEASURED = 4  # of the held-out windows of the calibration, at the most; refinement stops on the others
 QUANTIZED = ("int8", "int4")
+# Published methods that are an objective and a closed form after it, by name.
+COMPOSED = {"anchored": ("svd-llm", ("anchored",)), "aa-svd": ("svd-llm", ("anchored",))}
 
 
 def _several(value: object) -> object:
@@ -81,7 +83,7 @@ class Grid(pydantic.BaseModel, extra="forbid"):
         Field(
             min_length=1,
             description="objectives, with commas between: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns, "
-            "basis-sharing, or two metrics as in whitened+rows",
+            "basis-sharing, anchored (or aa-svd: svd-llm, then --refine anchored), or two metrics as in whitened+rows",
         ),
     ] = ["two-sided"]
     allocate: Annotated[
@@ -151,12 +153,30 @@ class Grid(pydantic.BaseModel, extra="forbid"):
         return self
 
     def cells(self) -> Iterator[Cell]:
-        """Every combination; those of one objective follow one another."""
-        for objective in self.objectives:
-            for allocate in self.allocate:
-                for keep in self.keep:
-                    for chain in self.refine:
-                        yield Cell(objective, allocate, keep, tuple(chain))
+        """Every combination, once; those of one objective follow one another."""
+        yield from dict.fromkeys(
+            Cell(objective, allocate, keep, (*first, *(step for step in chain if step not in first)))
+            for objective in self.kernels
+            for first in self._firsts(objective)
+            for allocate in self.allocate
+            for keep in self.keep
+            for chain in self.refine
+        )
+
+    @property
+    def kernels(self) -> list[str]:
+        """The objectives, with those of composed methods in their place."""
+        return list(dict.fromkeys(COMPOSED.get(name, (name,))[0] for name in self.objectives))
+
+    @property
+    def chains(self) -> list[tuple[str, ...]]:
+        """The refinements of all cells, each once."""
+        return list(dict.fromkeys(cell.refine for cell in self.cells()))
+
+    def _firsts(self, objective: str) -> list[tuple[str, ...]]:
+        """What the methods of one objective begin their refinement with."""
+        methods = [COMPOSED.get(name, (name, ())) for name in self.objectives]
+        return [first for kernel, first in methods if kernel == objective]
 
     def recipe(self, cell: Cell) -> Recipe:
         """The recipe of one cell.

@@ -154,12 +154,12 @@ class Ground:
 
 def union_of_needs(grid: Grid) -> frozenset[Statistic]:
     """What the objectives of a grid ask for, together."""
-    return frozenset().union(*(get_objective(name).needs for name in grid.objectives))
+    return frozenset().union(*(get_objective(name).needs for name in grid.kernels))
 
 
 def _heaviest(grid: Grid, recipe: Recipe) -> Recipe:
     """The recipe that takes the most memory: refined, if any cell that goes with its objective is."""
-    for chain in sorted(grid.refine, key=len, reverse=True):
+    for chain in sorted(grid.chains, key=len, reverse=True):
         refined = recipe.model_copy(update={"refine": list(chain)})
         with suppress(TwofoldError):
             check_refinements(refined)
@@ -203,7 +203,7 @@ def lay(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False) -
     measuring = any(get_allocation(name).needs for name in grid.allocate)
     # Texts that need no sampling are read all the same, so that a cell that is added later finds the same ones.
     named = recipe.calibration != ["self"]
-    calibrated = bool(union_of_needs(grid)) or any(grid.refine) or measuring
+    calibrated = bool(union_of_needs(grid)) or any(grid.chains) or measuring
     if named or calibrated or recipe.eval_text is None:
         with watch.stage("texts"):
             refined = recipe.model_copy(

@@ -89,8 +89,9 @@ def estimate(
         ) from error
     parameters = sum(p.numel() for p in skeleton.model.parameters())
     trainable = _trainable(settings, ready)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in _own(ready))
-    rounded = [m.numbers * dtype.itemsize for m in ready.modules() if isinstance(m, IntMatrix)]
+    integers = [m for m in ready.modules() if isinstance(m, IntMatrix)]
+    weights = sum(p.numel() * p.element_size() for p in ready.parameters()) + sum(m.bytes for m in integers)
+    rounded = [m.numbers * dtype.itemsize for m in integers]
     item = 4 if settings.method not in ("full", "factors") else dtype.itemsize
     config = skeleton.model.config.get_text_config()
     width, depth = getattr(config, "hidden_size", 1024), getattr(config, "num_hidden_layers", 1)
