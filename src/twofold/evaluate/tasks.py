@@ -90,12 +90,12 @@ def evaluate_tasks(
 
         manager = _manager(tasks, task_folder)
     rows: list[ScoredModel] = []
-    for name in [*([against] if against else []), model]:
+    for name, put in [*([(against, None)] if against else []), (model, adapter)]:
         if not quiet:
             say(f"{name}: {', '.join(tasks)}")
         loaded = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        if adapter is not None and len(rows) == (against is not None):
-            put_adapter(loaded, adapter)
+        if put is not None:
+            put_adapter(loaded, put)
         rows.append(_score(loaded, list(tasks), manager, limit, fewshot, batch_size, seed))
         del loaded  # before the next one is read
         gc.collect()
