@@ -661,3 +661,30 @@ def test_what_fits_in_little_memory_is_trained_by_adamw(place: Path, monkeypatch
     assert small.memory < whole.memory
     chosen, found = choose(settings, (small.memory + whole.memory) // 2, **shape)
     assert (chosen.method, chosen.optimizer) == ("lora", "adamw") and found.optimizer > 0
+
+
+@pytest.mark.parametrize(("model", "method"), [("dense", "lora"), ("dense", "full"), ("factored", "factors")])
+def test_the_loss_over_the_learnt_positions_is_that_of_all_logits(
+    model: str, method: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's own loss, and with it the training, is the same: the output layer is only run on fewer positions, in parts."""
+    seen: list[bool] = []
+    own = RowTrainer.compute_loss
+
+    def both(self: RowTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        assert self.head is not None
+        found = own(self, model, inputs, *args, **kwargs)
+        gradients = torch.autograd.grad(found, [p for p in model.parameters() if p.requires_grad], retain_graph=True)
+        head, self.head = self.head, None
+        expected = own(self, model, inputs, *args, **kwargs)
+        self.head = head
+        wanted = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients, wanted, rtol=1e-3, atol=1e-6)
+        seen.append(True)
+        return found
+
+    monkeypatch.setattr(RowTrainer, "compute_loss", both)
+    monkeypatch.setattr("twofold.tune.head.POSITIONS", 3)
+    run(place, tmp_path / "out", model, method=method, batch=4, micro_batch=2, steps=2)
+    assert len(seen) == 4

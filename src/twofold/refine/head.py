@@ -26,12 +26,20 @@ def find_head(
     model: Any,
     ids: Tensor,  # (1, length)
     logits: Tensor,  # (1, length, vocabulary), of these tokens
+    *,
+    trained: bool = False,
 ) -> nn.Linear | None:
-    """The linear layer whose outputs are the logits as they are; None if something comes after it, or it is to be trained."""
+    """The linear layer whose outputs are the logits as they are; None if something comes after it.
+
+    Args:
+        trained: a layer that is to be trained will do, too.
+    """
     head = None
     with suppress(NotImplementedError, AttributeError):  # a model of several inputs
         head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
+    if type(head) is not nn.Linear:
+        return None
+    if not trained and any(parameter.requires_grad for parameter in head.parameters()):
         return None
     states = before_head(model, head, ids)
     if states is None or states.shape[:-1] != logits.shape[:-1] or states.shape[-1] != head.in_features:

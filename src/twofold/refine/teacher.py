@@ -105,8 +105,9 @@ class _Divergence(torch.autograd.Function):
         for start in range(0, len(states), ROWS):
             rows = slice(start, start + ROWS)
             some = states[rows] if head is None else head(states[rows].to(head.weight.dtype))
-            # A copy, since it is worked on in place.
-            logits = some.to(torch.promote_types(some.dtype, torch.float32), copy=True)
+            # A copy of what is given, since it is worked on in place.
+            logits = some.to(torch.promote_types(some.dtype, torch.float32), copy=head is None)
+            del some
             known, which, label = (
                 values[rows].to(logits),
                 tokens[rows].to(logits.device),

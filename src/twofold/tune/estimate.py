@@ -19,13 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from twofold.errors import TwofoldError
 from twofold.models import choose_device, compute_dtype, first_line, load_skeleton, quiet_bars
 from twofold.nn import CompactLinear, IntMatrix
+from twofold.refine.teacher import ROWS
 from twofold.run import peak_memory
+from twofold.tune.head import POSITIONS
 from twofold.tune.methods import adapter_config, check_method
 from twofold.tune.optimizers import state_numbers
 from twofold.tune.settings import TuneSettings
 
-VOCABULARY_TILE = 32_768  # logits are made for so many tokens of the vocabulary at a time
-TILES = 4.0  # such tiles that are in memory at once, in the backward pass
+VOCABULARY_TILE = 32_768  # of TRL's head: logits are made for so many tokens of the vocabulary at a time
+TILES = 8  # such tiles that are in memory at once, in the backward pass
 SPARE = 0.5  # of the activations: 0.3 to 0.8 measured on SmolLM2-135M at 256 and 512 tokens, lora and full
 PROBE_SECONDS = 0.1
 EFFICIENCY = 0.6  # of a training step, against the bare product of matrices
@@ -98,7 +100,7 @@ def estimate(
     if settings.gradient_checkpointing:
         activations = tokens * width * dtype.itemsize * depth + activations // max(depth, 1)
     vocabulary = getattr(config, "vocab_size", 32_000)
-    head = int(TILES * tokens * min(vocabulary, VOCABULARY_TILE) * 4)
+    head = _head_bytes(ready, tokens, vocabulary, device)
     accumulation = settings.batch // settings.micro_batch
     passes = (4.0 if settings.gradient_checkpointing else 3.0) if settings.method == "full" else 2.0
     passes += 1.0 if settings.gradient_checkpointing and settings.method != "full" else 0.0
@@ -195,6 +197,18 @@ def _ready(model: Any, settings: TuneSettings, names: list[str]) -> Any:
     method = settings.method if settings.method == "dora" else "lora"
     plain = settings.model_copy(update={"method": method, "rank": settings.size})
     return get_peft_model(model, adapter_config(plain, names, 1))
+
+
+def _head_bytes(model: Any, tokens: int, vocabulary: int, device: torch.device) -> int:
+    """What the logits take: those of a few positions at a time (see ``tune.head``), or TRL's tiles; and gradients of the layer."""
+    head = model.get_output_embeddings()
+    trained = any(parameter.requires_grad for parameter in head.parameters()) if head is not None else False
+    if device.type != "cpu" or type(head) is not nn.Linear:
+        return TILES * tokens * min(vocabulary, VOCABULARY_TILE) * 4
+    if not trained:  # the logits, whose gradient takes their place
+        return min(tokens, ROWS) * vocabulary * 4
+    # The logits, their exponentials and their gradient; the weight's gradient of one part, beside the sum of those before.
+    return 3 * min(tokens, POSITIONS) * vocabulary * 4 + 2 * head.weight.numel() * head.weight.element_size()
 
 
 def _trainable(settings: TuneSettings, model: Any) -> int:

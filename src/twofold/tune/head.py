@@ -1,4 +1,8 @@
-"""The output layer as TRL's fused head wants it: TRL multiplies by ``lm_head.weight`` itself, which ours do not have."""
+"""The output layer in a training: run on the learnt positions alone, a few at a time, or as TRL's fused head wants it.
+
+TRL's head scores all positions where it has no kernel of its own, in tiles of a size that is fixed: on SmolLM2-135M that takes
+more memory than the activations of all layers. TRL multiplies by ``lm_head.weight``, too, which layers of ours do not have.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from twofold.blocks import input_before
+from twofold.calibrate.collect import no_cache
 from twofold.nn import CompactLinear
+from twofold.refine.head import find_head
+from twofold.refine.teacher import divergence
+
+POSITIONS = 128  # whose logits are made at once
 
 
 @dataclass(frozen=True)
@@ -48,3 +60,50 @@ def fuse_compact_head(model: Any) -> None:
             del base.get_output_embeddings
 
     base.forward = with_dense_head
+
+
+@torch.no_grad()
+def row_head(
+    model: Any,
+    ids: Tensor,  # (1, length)
+) -> nn.Linear | None:
+    """The output layer, if its outputs are the logits as they are and TRL has no kernel for the device; else None."""
+    if ids.device.type != "cpu":
+        return None
+    training = model.training
+    model.eval()
+    try:
+        return find_head(model, ids, model(input_ids=ids, **no_cache(model)).logits, trained=True)
+    finally:
+        model.train(training)
+
+
+def learnt_loss(
+    model: Any,
+    head: nn.Linear,
+    inputs: dict[str, Any],  # of the model, and "labels" (rows, length), -100 where nothing is learnt
+) -> tuple[Tensor, int] | None:
+    """The summed cross-entropy of the learnt tokens in nats, and how many they are; None if there are none."""
+    labels = inputs["labels"][:, 1:].flatten()
+    learnt = (labels >= 0).nonzero().flatten()
+    if not len(learnt):
+        return None
+    given = {name: value for name, value in inputs.items() if name != "labels"}
+    states = input_before(head, lambda: model(**given, **no_cache(model)))
+    assert states is not None
+    states, labels = states[:, :-1].flatten(0, 1).index_select(0, learnt), labels[learnt]
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        parts = zip(states.split(POSITIONS), labels.split(POSITIONS), strict=True)
+        summed = torch.stack([checkpoint(_cross_entropy, head, *part, use_reentrant=False) for part in parts]).sum()
+    else:  # with its gradient in one pass; of no divergence, since no token of a teacher is given
+        none = states.new_empty(len(states), 0)
+        summed = divergence(states, none, none.long(), labels=labels, share=1.0, head=head) * len(states)
+    return summed, len(learnt)
+
+
+def _cross_entropy(
+    head: nn.Linear,
+    states: Tensor,  # (positions, width)
+    labels: Tensor,  # (positions,)
+) -> Tensor:  # ()
+    return F.cross_entropy(head(states).float(), labels, reduction="sum")

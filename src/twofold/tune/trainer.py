@@ -24,7 +24,7 @@ from twofold.errors import TwofoldError
 from twofold.files import write_text
 from twofold.residence import return_memory
 from twofold.tune.bar import LossBar
-from twofold.tune.head import fuse_compact_head
+from twofold.tune.head import fuse_compact_head, learnt_loss, row_head
 from twofold.tune.tokens import Example
 
 WHOLE = "whole.json"  # stands in a checkpoint that was written to its end
@@ -44,6 +44,9 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, held_out: list[Example], watch: Watch, hooks: list[Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         fuse_compact_head(self.model)
+        ids = torch.tensor([self.train_dataset[0]["input_ids"]], device=self.args.device)
+        alone = self.accelerator.num_processes == 1 and not self.aux_loss_enabled
+        self.head = row_head(self.model, ids) if alone else None
         self.held_out, self.watch, self.hooks = held_out, watch, hooks
         self.control: Any
         self.add_callback(watch)  # the last one, so that its mark says that all others are done
@@ -63,6 +66,16 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
         return_memory()  # rows of many lengths would leave it in pieces that the next row does not fit in
         return loss
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean over the learnt tokens of all micro-batches of a step."""
+        own = None if self.head is None or return_outputs else learnt_loss(model, self.head, inputs)
+        if own is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        summed, count = own
+        return summed / (count if num_items_in_batch is None else num_items_in_batch)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The loss on the held-out rows: the mean over all tokens that are learnt, not over rows or batches."""
         metrics = {"eval_loss": self.held_out_loss()}
@@ -78,9 +91,12 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
         total, count = 0.0, 0
         for one in self.held_out:
             ids, labels = (torch.tensor([x], device=self.args.device) for x in (one.input_ids, one.labels))
-            scored = self.model(input_ids=ids, labels=labels, fused_lm_head=True)
-            total -= float(scored.log_probs.double().sum())
-            count += int(scored.label_mask.sum())
+            own = None if self.head is None else learnt_loss(self.model, self.head, {"input_ids": ids, "labels": labels})
+            if own is None:
+                scored = self.model(input_ids=ids, labels=labels, fused_lm_head=True)
+                own = -scored.log_probs.double().sum(), int(scored.label_mask.sum())
+            total += float(own[0])
+            count += own[1]
             return_memory()
         self.model.train(training)
         return total / max(count, 1)
