@@ -25,6 +25,7 @@ from transformers import (
 
 import twofold
 from conftest import ARCHITECTURES, TEXT, VOCABULARY, make_model, make_tokenizer
+from twofold.adapters.extract import extract
 from twofold.calibrate import Moments
 from twofold.checkpoint.quantizer import FORMAT_VERSION
 from twofold.inspection import inspect_model
@@ -44,6 +45,8 @@ from twofold.structures.options import structure_candidate
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.sharing import UNSHARED, alone_notes, share_bases, sharing
 from twofold.targets import Target, Targets, find_targets
+from twofold.tune import make_settings
+from twofold.tune.estimate import estimate
 
 IDS = torch.arange(20)[None]
 DAMPING = 1e-2
@@ -448,6 +451,20 @@ def test_gradients_reach_the_basis_from_all_its_layers():
             basis.reduce.weight.zero_()
     assert not torch.equal(logits(other), logits(model))
     assert all(layer.basis.reduce.weight.any() for layer in layers)
+
+
+def test_a_basis_is_of_the_layers_that_are_tuned_and_extracted(tmp_path):
+    model = cut()
+    for name in ("base", "tuned"):
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+        for part in trainable(model).values():
+            part.data += 0.05 * part.data.std() * torch.randn(part.shape)
+    settings = make_settings({"model": str(tmp_path / "base"), "data": ["rows.jsonl"], "method": "factors"})
+    factors = sum(p.numel() for name, p in trainable(model).items() if not name.endswith(".bias"))
+    assert estimate(settings, longest=16, mean=16.0, steps=1, speed=1e9).trainable == factors
+    found = extract(str(tmp_path / "tuned"), str(tmp_path / "base"), tmp_path / "adapter", energy=0.9, quiet=True)
+    assert found.ranks and not found.notes  # the bases are in the layers' change
 
 
 def test_many_blocks_and_one_left_over(tmp_path):

@@ -16,6 +16,7 @@ from twofold.checkpoint.write import check_apart, check_output, staged_folder
 from twofold.errors import TwofoldError
 from twofold.linalg import working_dtype
 from twofold.models import LoadedModel, load_model
+from twofold.nn import SharedBasis
 from twofold.progress import progress
 from twofold.targets import dense_weight
 
@@ -151,7 +152,8 @@ def matching_layers(base: LoadedModel, tuned: LoadedModel) -> list[str]:
 
 def _others(base: LoadedModel, tuned: LoadedModel, names: list[str]) -> list[str]:
     """What else differs, which no adapter of linear layers holds."""
-    inside = tuple(f"{name}." for name in names)
+    bases = [name for name, module in tuned.model.named_modules() if isinstance(module, SharedBasis)]
+    inside = tuple(f"{name}." for name in [*names, *bases])
     old = dict(base.model.named_parameters())
     differs = [
         name

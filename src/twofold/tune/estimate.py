@@ -22,7 +22,7 @@ from twofold.nn import CompactLinear, IntMatrix
 from twofold.refine.teacher import ROWS
 from twofold.run import peak_memory
 from twofold.tune.head import POSITIONS
-from twofold.tune.methods import adapter_config, check_method
+from twofold.tune.methods import adapter_config, check_method, free_factors
 from twofold.tune.optimizers import state_numbers
 from twofold.tune.settings import TuneSettings
 
@@ -188,11 +188,7 @@ def _ready(model: Any, settings: TuneSettings, names: list[str]) -> Any:
     if settings.method == "full":
         return model
     if settings.method == "factors":
-        model.requires_grad_(False)
-        for name in names:
-            layer = model.get_submodule(name)
-            for child in layer.CHILDREN:
-                getattr(layer, child).weight.requires_grad_(True)
+        free_factors(model, names)
         return model
     method = settings.method if settings.method == "dora" else "lora"
     plain = settings.model_copy(update={"method": method, "rank": settings.size})
@@ -200,7 +196,7 @@ def _ready(model: Any, settings: TuneSettings, names: list[str]) -> Any:
 
 
 def _head_bytes(model: Any, tokens: int, vocabulary: int, device: torch.device) -> int:
-    """What the logits take: those of a few positions at a time (see ``tune.head``), or TRL's tiles; and gradients of the layer."""
+    """What the logits take, of a few positions at a time (see ``tune.head``) or in TRL's tiles, and its gradients."""
     head = model.get_output_embeddings()
     trained = any(parameter.requires_grad for parameter in head.parameters()) if head is not None else False
     if device.type != "cpu" or type(head) is not nn.Linear:

@@ -170,6 +170,13 @@ def adapter_config(settings: TuneSettings, names: list[str], steps: int) -> Peft
 
 def _factors(model: Any, names: list[str], settings: TuneSettings) -> Method:
     """Only the factors of the layers are trained, and the update of each product is bounded."""
+    free_factors(model, names)
+    bound = BoundedUpdate({name: model.get_submodule(name) for name in names}, settings.bound)
+    return Method(model, adapter=False, optimizer_hooks=[bound])
+
+
+def free_factors(model: Any, names: list[str]) -> None:
+    """Let the factors of these layers be trained, bases that they share among them, and nothing else."""
     model.requires_grad_(False)
     for name in names:
         layer = model.get_submodule(name)
@@ -177,8 +184,6 @@ def _factors(model: Any, names: list[str], settings: TuneSettings) -> Method:
             getattr(layer, child).weight.requires_grad_(True)
         if isinstance(layer, SharedLinear):
             layer.basis.reduce.weight.requires_grad_(True)
-    bound = BoundedUpdate({name: model.get_submodule(name) for name in names}, settings.bound)
-    return Method(model, adapter=False, optimizer_hooks=[bound])
 
 
 def _save_initial(adapted: PeftModel, folder: Path) -> None:

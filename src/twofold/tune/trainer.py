@@ -91,7 +91,9 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
         total, count = 0.0, 0
         for one in self.held_out:
             ids, labels = (torch.tensor([x], device=self.args.device) for x in (one.input_ids, one.labels))
-            own = None if self.head is None else learnt_loss(self.model, self.head, {"input_ids": ids, "labels": labels})
+            own = (
+                None if self.head is None else learnt_loss(self.model, self.head, {"input_ids": ids, "labels": labels})
+            )
             if own is None:
                 scored = self.model(input_ids=ids, labels=labels, fused_lm_head=True)
                 own = -scored.log_probs.double().sum(), int(scored.label_mask.sum())
