@@ -28,6 +28,7 @@ from twofold.tune import make_settings
 from twofold.tune.bound import BoundedUpdate, product_norm, spectral_norm
 from twofold.tune.directions import split_directions
 from twofold.tune.estimate import choose, estimate
+from twofold.tune.fused import fuse_lora
 from twofold.tune.prepare import prepare, read_bytes
 from twofold.tune.record import TuneRun
 from twofold.tune.rows import read_rows
@@ -688,3 +689,34 @@ def test_the_loss_over_the_learnt_positions_is_that_of_all_logits(
     monkeypatch.setattr("twofold.tune.head.POSITIONS", 3)
     run(place, tmp_path / "out", model, method=method, batch=4, micro_batch=2, steps=2)
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("model", ["dense", "factored"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_lora_with_fewer_passes_gives_what_peft_gives(model: str, bias: bool, place: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(place / model)
+    if bias:
+        for module in base.modules():
+            if type(module) is torch.nn.Linear and module is not base.lm_head:
+                module.bias = torch.nn.Parameter(torch.randn(module.out_features))
+    adapted = with_lora(base, rank=3)
+    ids = torch.arange(24).view(2, 12)
+
+    def run_once() -> list[torch.Tensor]:
+        adapted.zero_grad()
+        logits = adapted(input_ids=ids).logits
+        logits.square().mean().backward()
+        return [logits.detach(), *(p.grad.clone() for p in adapted.parameters() if p.grad is not None)]
+
+    adapted.train()
+    expected = run_once()
+    assert fuse_lora(adapted) == 14
+    found = run_once()
+    assert len(found) > 14
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    with adapted.disable_adapter(), torch.no_grad():  # what is not the plain case goes PEFT's own way
+        plain = adapted(input_ids=ids).logits
+    fresh = AutoModelForCausalLM.from_pretrained(place / model)
+    if not bias:
+        torch.testing.assert_close(plain, fresh(input_ids=ids).logits)
+    assert not torch.allclose(plain, expected[0], atol=1e-4)

@@ -32,6 +32,7 @@ from twofold.targets import matches
 from twofold.tune.allocation import AdaLoraSteps
 from twofold.tune.bound import BoundedUpdate
 from twofold.tune.directions import split_directions
+from twofold.tune.fused import fuse_lora
 from twofold.tune.settings import TuneSettings
 from twofold.tune.tokens import Example
 
@@ -139,6 +140,7 @@ def apply_method(model: Any, settings: TuneSettings, *, examples: list[Example],
         if settings.method in CONVERTED:
             method.initial = folder / "initial"
             _save_initial(adapted, method.initial)
+    fuse_lora(adapted)
     if settings.method == "adalora":
         method.callbacks.append(AdaLoraSteps(adapted))
     return method
