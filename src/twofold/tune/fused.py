@@ -1,8 +1,8 @@
 """LoRA with fewer passes over what comes and goes: the same products as PEFT's, added up where they are made.
 
-PEFT multiplies by A and B, scales, and adds, each into a tensor as large as the layer's output, and its backward pass does as much
-again. With a rank of 16 that is a fifth of a training step on a processor. Here the product with B is added to the layer's output as it
-is made, and the same with its gradient (as Unsloth and others do it on a GPU).
+PEFT multiplies by A and B, scales, and adds, each into a tensor as large as the layer's output, and its backward pass does as
+much again. Here the product with B is added to the layer's output as it is made, and the same with its gradient, as Unsloth and
+others do it on a GPU. On SmolLM2-135M at rank 16 a step is 3 to 6 % shorter.
 """
 
 from __future__ import annotations

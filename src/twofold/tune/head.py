@@ -93,7 +93,7 @@ def learnt_loss(
     assert states is not None
     states, labels = states[:, :-1].flatten(0, 1).index_select(0, learnt), labels[learnt]
     if any(parameter.requires_grad for parameter in head.parameters()):
-        parts = zip(states.split(POSITIONS), labels.split(POSITIONS), strict=True)
+        parts = zip(torch.split(states, POSITIONS), torch.split(labels, POSITIONS), strict=True)
         summed = torch.stack([checkpoint(_cross_entropy, head, *part, use_reentrant=False) for part in parts]).sum()
     else:  # with its gradient in one pass; of no divergence, since no token of a teacher is given
         none = states.new_empty(len(states), 0)
