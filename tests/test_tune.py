@@ -29,6 +29,7 @@ from twofold.tune.bound import BoundedUpdate, product_norm, spectral_norm
 from twofold.tune.directions import split_directions
 from twofold.tune.estimate import choose, estimate
 from twofold.tune.fused import fuse_lora
+from twofold.tune.head import row_head
 from twofold.tune.prepare import prepare, read_bytes
 from twofold.tune.record import TuneRun
 from twofold.tune.rows import read_rows
@@ -720,3 +721,54 @@ def test_lora_with_fewer_passes_gives_what_peft_gives(model: str, bias: bool, pl
     if not bias:
         torch.testing.assert_close(plain, fresh(input_ids=ids).logits)
     assert not torch.allclose(plain, expected[0], atol=1e-4)
+
+
+def test_a_fused_layer_may_be_worked_on_in_place_and_takes_no_rows() -> None:
+    """OLMo clamps its queries in place; an expert may get no token."""
+    from transformers import OlmoConfig, OlmoForCausalLM
+
+    small = OlmoConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, clip_qkv=0.05
+    )  # fmt: skip
+    adapted = with_lora(OlmoForCausalLM(small))
+    assert fuse_lora(adapted) == 14
+    adapted(input_ids=torch.arange(8)[None]).logits.sum().backward()
+    grown = with_lora(factored_model(rank=4))
+    fuse_lora(grown)
+    for model in (adapted, grown):
+        layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
+        width = layer.in_features
+        result = layer(torch.zeros(2, 3, width, requires_grad=True))
+        result.clamp_(-1, 1).sum().backward()
+        assert layer(torch.zeros(0, width)).shape == (0, layer.out_features)
+
+
+def test_weights_of_other_classes_go_through_their_own_layer() -> None:
+    """torchao's weights look like floating point, and can't be multiplied the other way round."""
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is an extra")
+    model = make_model()
+    torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
+    adapted = with_lora(model, rank=2)
+    ids = torch.arange(8)[None]
+    expected = adapted(input_ids=ids).logits
+    assert fuse_lora(adapted) == 14
+    found = adapted(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+
+
+def test_logits_that_are_scaled_or_bounded_keep_their_loss() -> None:
+    """A small cap is not seen in small logits, so it is asked for by name."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    small = Gemma2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8,
+    )  # fmt: skip
+    ids = torch.arange(8)[None]
+    assert row_head(Gemma2ForCausalLM(small), ids) is None
+    small.final_logit_softcapping = None
+    model = Gemma2ForCausalLM(small)
+    assert row_head(model, ids) is model.lm_head
+    assert row_head(model.bfloat16(), ids) is None  # trained in a narrow dtype
+    assert row_head(model.requires_grad_(False), ids) is model.lm_head

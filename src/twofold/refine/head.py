@@ -45,4 +45,8 @@ def find_head(
     if states is None or states.shape[:-1] != logits.shape[:-1] or states.shape[-1] != head.in_features:
         return None
     own = head(states)
-    return head if own.shape == logits.shape and torch.allclose(own, logits, rtol=1e-3, atol=1e-3) else None
+    return (
+        head
+        if own.shape == logits.shape and torch.allclose(own.float(), logits.float(), rtol=1e-3, atol=1e-3)
+        else None
+    )

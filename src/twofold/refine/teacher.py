@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from twofold.calibrate.moments import read_names, write_part
 from twofold.errors import TwofoldError
@@ -99,7 +100,8 @@ class _Divergence(torch.autograd.Function):
         share: float,
         head: nn.Linear | None,
     ) -> Tensor:
-        gradient = torch.empty_like(states)
+        learns = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(states) if learns else states.new_empty(0)
         total = torch.zeros((), dtype=torch.float64, device="cpu" if states.device.type == "mps" else states.device)
         labelled = max(int((labels >= 0).sum()), 1)
         for start in range(0, len(states), ROWS):
@@ -129,16 +131,21 @@ class _Divergence(torch.autograd.Function):
                 each += (1 - share) * rest * (rest.log() - own_rest.log())
                 others = rest / own_rest
             total += each.sum().to(total)
+            if not learns:
+                del logits
+                continue
             # By a logit z of the probability p: p - q among the best tokens, p (1 - rest/own rest) among the others,
             # and p - 1 or p of the label's share.
             logits.mul_(((1 - share) * (1 - others) + hard)[:, None] / summed)
             logits.scatter_(-1, which, (1 - share) * (own.exp() - likely) + hard[:, None] * own.exp())
             logits.scatter_add_(-1, label, -hard[:, None])
             gradient[rows] = logits if head is None else logits.to(head.weight.dtype) @ head.weight
+            del logits  # before the next are made
         ctx.save_for_backward(gradient)
         return (total / len(states)).to(torch.promote_types(states.dtype, torch.float32)).to(states.device)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (own,) = ctx.saved_tensors
         return own * (gradient / len(own)).to(own), None, None, None, None, None

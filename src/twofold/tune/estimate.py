@@ -21,7 +21,7 @@ from twofold.models import choose_device, compute_dtype, first_line, load_skelet
 from twofold.nn import CompactLinear, IntMatrix
 from twofold.refine.teacher import ROWS
 from twofold.run import peak_memory
-from twofold.tune.head import POSITIONS
+from twofold.tune.head import POSITIONS, plain_head
 from twofold.tune.methods import adapter_config, check_method, free_factors
 from twofold.tune.optimizers import state_numbers
 from twofold.tune.settings import TuneSettings
@@ -197,10 +197,10 @@ def _ready(model: Any, settings: TuneSettings, names: list[str]) -> Any:
 
 def _head_bytes(model: Any, tokens: int, vocabulary: int, device: torch.device) -> int:
     """What the logits take, of a few positions at a time (see ``tune.head``) or in TRL's tiles, and its gradients."""
-    head = model.get_output_embeddings()
-    trained = any(parameter.requires_grad for parameter in head.parameters()) if head is not None else False
-    if device.type != "cpu" or type(head) is not nn.Linear:
+    head = plain_head(model, device)
+    if head is None:
         return TILES * tokens * min(vocabulary, VOCABULARY_TILE) * 4
+    trained = any(parameter.requires_grad for parameter in head.parameters())
     if not trained:  # the logits, whose gradient takes their place
         return min(tokens, ROWS) * vocabulary * 4
     # The logits, their exponentials and their gradient; the weight's gradient of one part, beside the sum of those before.

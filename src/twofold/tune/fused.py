@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -35,13 +36,28 @@ def _forward(layer: Any, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tens
         return own(x, *args, **kwargs)  # type: ignore[no-any-return]
     down, up, scaling = adapter
     base = layer.base_layer
-    frozen = type(base) is nn.Linear and not any(parameter.requires_grad for parameter in base.parameters())
-    if frozen and base.weight.dtype == x.dtype:
-        return _AdaptedLinear.apply(x, base.weight, base.bias, down, up, scaling)  # type: ignore[no-any-return, no-untyped-call]
+    rows = x.reshape(-1, x.shape[-1])
+    if _is_frozen(base) and base.weight.dtype == x.dtype:
+        fused: Tensor = _AdaptedLinear.apply(rows, base.weight, base.bias, down, up, scaling)  # type: ignore[no-untyped-call]
+        return fused.view(*x.shape[:-1], base.out_features)
     result = base(x)
     if result.dtype != x.dtype:
         return own(x)  # type: ignore[no-any-return]
-    return _Adapted.apply(result, x, down, up, scaling)  # type: ignore[no-any-return, no-untyped-call]
+    wide = result.shape[-1]
+    # Flat, and viewed outside: what a function gives may be worked on in place (OLMo clamps its queries so), a view of it not.
+    summed: Tensor = _Adapted.apply(result.reshape(-1, wide), rows, down, up, scaling)  # type: ignore[no-untyped-call]
+    return summed.view(*x.shape[:-1], wide)
+
+
+def _is_frozen(base: nn.Module) -> bool:
+    """Whether a layer is a plain product with a plain tensor, which no one trains or looks at on the way."""
+    return (
+        type(base) is nn.Linear
+        and type(base.weight) is nn.Parameter  # torchao's are of other classes
+        and type(base.weight.data) is Tensor
+        and not any(parameter.requires_grad for parameter in base.parameters())
+        and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+    )
 
 
 def _plain(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
@@ -66,43 +82,40 @@ def _plain(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
 
 
 class _Adapted(torch.autograd.Function):
-    """y + s B A x, of an output y (…, m) that the layer has made already."""
+    """y + s B A x, of an output y (rows, m) that the layer has made already."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        inner = rows @ down.T
-        ctx.save_for_backward(rows, inner, down, up)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        return torch.addmm(result.reshape(-1, result.shape[-1]), inner, up.T, alpha=scaling).view_as(result)
+        inner = x @ down.T
+        ctx.save_for_backward(x, inner, down, up)
+        ctx.scaling = scaling
+        return torch.addmm(result, inner, up.T, alpha=scaling)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, down, up = ctx.saved_tensors
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        back = (flat @ up).mul_(ctx.scaling)
-        by_x = (back @ down).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        return gradient, by_x, back.T @ rows, (flat.T @ inner).mul_(ctx.scaling), None
+        x, inner, down, up = ctx.saved_tensors
+        back = (gradient @ up).mul_(ctx.scaling)
+        by_x = back @ down if ctx.needs_input_grad[1] else None
+        return gradient, by_x, back.T @ x, (gradient.T @ inner).mul_(ctx.scaling), None
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """W x + b + s B A x with W (m, n) and b frozen."""
+    """W x + b + s B A x of x (rows, n), with W (m, n) and b frozen."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        inner = rows @ down.T
-        ctx.save_for_backward(rows, inner, weight, down, up)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        result = F.linear(rows, weight, bias).addmm_(inner, up.T, alpha=scaling)
-        return result.view(*x.shape[:-1], -1)
+        inner = x @ down.T
+        ctx.save_for_backward(x, inner, weight, down, up)
+        ctx.scaling = scaling
+        return F.linear(x, weight, bias).addmm_(inner, up.T, alpha=scaling)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, weight, down, up = ctx.saved_tensors
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        back = (flat @ up).mul_(ctx.scaling)
-        by_x = (flat @ weight).addmm_(back, down).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return by_x, None, None, back.T @ rows, (flat.T @ inner).mul_(ctx.scaling), None
+        x, inner, weight, down, up = ctx.saved_tensors
+        back = (gradient @ up).mul_(ctx.scaling)
+        by_x = (gradient @ weight).addmm_(back, down) if ctx.needs_input_grad[0] else None
+        return by_x, None, None, back.T @ x, (gradient.T @ inner).mul_(ctx.scaling), None

@@ -7,6 +7,7 @@ more memory than the activations of all layers. TRL multiplies by ``lm_head.weig
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ from twofold.refine.head import find_head
 from twofold.refine.teacher import divergence
 
 POSITIONS = 128  # whose logits are made at once
+PROBED = 16  # tokens, by which the layer that makes the logits is known
+# Settings by which a model scales or bounds its logits; TRL knows them, too.
+SCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 @dataclass(frozen=True)
@@ -62,15 +66,32 @@ def fuse_compact_head(model: Any) -> None:
     base.forward = with_dense_head
 
 
+def plain_head(model: Any, device: torch.device) -> nn.Linear | None:
+    """The output layer, if by all that the model says its outputs are the logits, and TRL has no kernel for the device."""
+    config = model.config.get_text_config()
+    if device.type != "cpu" or any(getattr(config, name, None) not in (None, 1, 1.0) for name in SCALED):
+        return None
+    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0):
+        return None  # TRL adds the loss of the router
+    head = None
+    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
+        head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return None
+    trained = any(parameter.requires_grad for parameter in head.parameters())
+    # In a narrow dtype the gradient of its weight would be summed up in that dtype.
+    return None if trained and head.weight.dtype != torch.float32 else head
+
+
 @torch.no_grad()
 def row_head(
     model: Any,
     ids: Tensor,  # (1, length)
 ) -> nn.Linear | None:
-    """The output layer, if its outputs are the logits as they are and TRL has no kernel for the device; else None."""
-    if ids.device.type != "cpu":
+    """``plain_head``, if the outputs on a row's first tokens are the logits, too."""
+    if plain_head(model, ids.device) is None:
         return None
-    training = model.training
+    ids, training = ids[:, :PROBED], model.training
     model.eval()
     try:
         return find_head(model, ids, model(input_ids=ids, **no_cache(model)).logits, trained=True)
