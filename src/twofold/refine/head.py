@@ -21,6 +21,14 @@ def before_head(
     return input_before(head, lambda: model(input_ids=ids.to(model.device), **no_cache(model)))
 
 
+def output_linear(model: Any) -> nn.Linear | None:
+    """The output layer, where it is a plain linear one."""
+    head = None
+    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
+        head = model.get_output_embeddings()
+    return head if type(head) is nn.Linear else None
+
+
 @torch.no_grad()
 def find_head(
     model: Any,
@@ -34,10 +42,8 @@ def find_head(
     Args:
         trained: a layer that is to be trained will do, too.
     """
-    head = None
-    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
-        head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    head = output_linear(model)
+    if head is None:
         return None
     if not trained and any(parameter.requires_grad for parameter in head.parameters()):
         return None

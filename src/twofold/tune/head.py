@@ -7,7 +7,6 @@ more memory than the activations of all layers. TRL multiplies by ``lm_head.weig
 from __future__ import annotations
 
 import functools
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from twofold.blocks import input_before
 from twofold.calibrate.collect import no_cache
 from twofold.nn import CompactLinear
-from twofold.refine.head import find_head
+from twofold.refine.head import find_head, output_linear
 from twofold.refine.teacher import divergence
 
 POSITIONS = 128  # whose logits are made at once
@@ -73,10 +72,8 @@ def plain_head(model: Any, device: torch.device) -> nn.Linear | None:
         return None
     if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0):
         return None  # TRL adds the loss of the router
-    head = None
-    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
-        head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    head = output_linear(model)
+    if head is None:
         return None
     trained = any(parameter.requires_grad for parameter in head.parameters())
     # In a narrow dtype the gradient of its weight would be summed up in that dtype.
