@@ -16,23 +16,14 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bars import Bar, table
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "wikitext-2-raw"
 DENSE = 22.88  # perplexity of the original by the protocol, 16 windows
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One figure and what it is held against."""
-
-    name: str
-    bar: str
-    figure: str
-    met: bool
 
 
 def command(*arguments: object, cache: Path) -> tuple[dict[str, Any], float]:
@@ -181,8 +172,7 @@ def markdown(bars: list[Bar], windows: int) -> str:
 
     import twofold
 
-    lines = ["| figure | bar | measured | met |", "|---|---|---|---|"]
-    lines += [f"| {b.name} | {b.bar} | {b.figure} | {'yes' if b.met else '**no**'} |" for b in bars]
+    lines = table(bars)
     text = "the whole test split" if windows == 0 else f"{windows} windows of 1,024 tokens of the test split"
     lines += [
         "",
@@ -203,9 +193,9 @@ def main() -> None:
     if not (given.data / "wiki.test.raw").is_file():
         sys.exit(f"WikiText-2 raw is not in {given.data}; name its folder with --data")
     bars = main_job(given.out.resolve(), given.data, given.windows)
-    table = markdown(bars, given.windows)
-    (given.out / "main_job.md").write_text(table)
-    print(table)
+    text = markdown(bars, given.windows)
+    (given.out / "main_job.md").write_text(text)
+    print(text)
     sys.exit(0 if all(bar.met for bar in bars) else 1)
 
 

@@ -14,26 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from bars import Bar, table
 
 if TYPE_CHECKING:
     from twofold.speed.record import Bench
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One figure and what it is held against."""
-
-    name: str
-    bar: str
-    figure: str
-    met: bool
 
 
 def build_large(folder: Path, shape: argparse.Namespace) -> tuple[Path, Path]:
@@ -152,8 +142,7 @@ def main() -> None:
                         ratio.measured >= 0.98)
                 )  # fmt: skip
         bars += load_bars(result, "SmolLM2")
-    lines = ["| figure | bar | measured | met |", "|---|---|---|---|"]
-    lines += [f"| {b.name} | {b.bar} | {b.figure} | {'yes' if b.met else '**no**'} |" for b in bars]
+    lines = table(bars)
     machine = results[0].machine if results else None
     if machine is not None:
         lines += ["", f"{results[0].processor}, {machine.threads} threads, {machine.dtype}, torch {machine.torch}, "

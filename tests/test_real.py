@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 
 import pytest
@@ -57,13 +56,9 @@ def test_a_real_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_all_bars_of_the_main_job(tmp_path):
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "main_job.py"
-    spec = importlib.util.spec_from_file_location("main_job", path)
-    assert spec is not None and spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    sys.modules["main_job"] = bench
-    spec.loader.exec_module(bench)
+def test_all_bars_of_the_main_job(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    bench = importlib.import_module("main_job")
     bars = bench.main_job(tmp_path / "bench", WIKITEXT, windows=16)
     print(bench.markdown(bars, 16))
     run = Run.model_validate_json((tmp_path / "bench" / "run-0.8.json").read_text())
