@@ -1,9 +1,10 @@
 """The bars of fine-tuning, each measured against its value; needs ``pip install '.[tune]'``.
 
-    python benchmarks/tune.py --data rows.jsonl --calibration wiki.train.raw --out tune-bench/
+    python benchmarks/tune.py --data rows.jsonl --out tune-bench/
 
-Every training is a process of its own, so that its peak memory is its own. What is in the output folder is not made again, so
-that a benchmark that was stopped goes on. --steps 3 on a tiny model shows that it runs; its figures say nothing.
+The factorized model is calibrated and distilled on the rows that are trained on, and never on those that are held out. Every
+training is a process of its own, so that its peak memory is its own. What is in the output folder is not made again, so that a
+benchmark that was stopped goes on. --steps 3 on a tiny model shows that it runs; its figures say nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 import twofold
+from twofold.models import load_tokenizer
 from twofold.nn import FactoredLinear
 from twofold.tune import make_settings
 from twofold.tune.prepare import prepare
-from twofold.tune.tokens import Example
+from twofold.tune.tokens import Example, Examples
 
 
 class Bench:
@@ -70,21 +72,33 @@ class Bench:
             {"bar": what, "measured": measured, "limit": limit, "kind": "at least" if least else "at most", "met": met}
         )
 
-    def held_out(self) -> list[Example]:
+    def examples(self) -> Examples:
         settings = {
             "model": self.options.model, "data": [str(self.options.data)], "held_out": float(self.options.held_out),
             "length": self.options.length, "long": "cut", "steps": 1,
         }  # fmt: skip
-        return prepare(make_settings(settings)).examples.held_out
+        return prepare(make_settings(settings)).examples
+
+    def training_rows(self) -> Path:
+        """The rows that are trained on, as texts to calibrate on."""
+        path = self.folder / "rows.jsonl"
+        tokenizer = load_tokenizer(self.options.model)
+        texts = [tokenizer.decode(one.input_ids) for one in self.examples().train]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        return path
 
     def run(self) -> None:
         options = self.options
         factored = str(options.factored or self.folder / "factored")
         moments = self.folder / "moments"
         if options.factored is None and not (self.folder / "factored" / "run.json").is_file():
+            refined = (
+                ["--refine", "distill", "--refine-steps", str(options.refine_steps)] if options.refine_steps else []
+            )
             self.command(
-                "compress", options.model, "--keep", str(options.keep), "--calibration", str(options.calibration),
-                "--tokens", str(options.tokens), "--seed", "0", "--moments", str(moments), "--out", factored,
+                "compress", options.model, "--keep", str(options.keep), "--eval-windows", "0",
+                "--calibration", str(options.calibration or self.training_rows()),
+                "--tokens", str(options.tokens), "--seed", "0", "--moments", str(moments), *refined, "--out", factored,
             )  # fmt: skip
         full = self.tune("dense-full", options.model, "full")
         lora = self.tune("dense-lora", options.model, "lora")
@@ -104,7 +118,7 @@ class Bench:
             name = f"{Path(record['settings']['model']).name} {record['settings']['method']}"
             off = abs(record["estimated_memory"] / record["peak_memory"] - 1)
             self.bar(f"estimate of the peak memory off by, {name}", off, 0.15)
-        examples = self.held_out()
+        examples = self.examples().held_out
         self.merged(factored, moments if (moments / "moments.json").is_file() else None, examples)
         self.extracted(full, examples)
         self.killed()
@@ -194,10 +208,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", type=Path, required=True, help="rows to train on, .jsonl")
-    parser.add_argument("--calibration", type=Path, help="text to calibrate the factorization on")
+    parser.add_argument(
+        "--calibration", type=Path, help="text to calibrate the factorization on, in the place of the rows"
+    )
     parser.add_argument("--factored", type=Path, help="a factorized model, in the place of making one")
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--refine-steps", type=int, default=50, help="of distillation; 0: none")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=1)
@@ -206,8 +223,6 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    if options.factored is None and options.calibration is None:
-        parser.error("name --calibration TEXT, or a model that is --factored")
     bench = Bench(options)
     bench.run()
     for bar in bench.bars:
