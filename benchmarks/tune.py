@@ -92,9 +92,9 @@ class Bench:
         factored = str(options.factored or self.folder / "factored")
         moments = self.folder / "moments"
         if options.factored is None and not (self.folder / "factored" / "run.json").is_file():
-            refined = (
-                ["--refine", "distill", "--refine-steps", str(options.refine_steps)] if options.refine_steps else []
-            )
+            refined = [
+                "--refine", "distill", "--refine-steps", str(options.refine_steps), "--refine-labels", str(options.refine_labels),
+            ] if options.refine_steps else []  # fmt: skip
             self.command(
                 "compress", options.model, "--keep", str(options.keep), "--eval-windows", "0",
                 "--calibration", str(options.calibration or self.training_rows()),
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--refine-steps", type=int, default=50, help="of distillation; 0: none")
+    parser.add_argument("--refine-labels", type=float, default=0.4, help="share of the rows' own tokens in its loss")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=1)

@@ -15,7 +15,7 @@ Method = Literal[
     "factors", "factors-top", "factors-tail", "full",
 ]  # fmt: skip
 PROJECTED = ("galore", "apollo")  # optimizers of gradients of low rank
-RATES: dict[str, float] = {"full": 2e-5, "factors": 5e-5, "factors-top": 1e-4, "factors-tail": 1e-4, "vera": 2e-3}
+RATES: dict[str, float] = {"full": 2e-5, "factors": 2e-5, "factors-top": 1e-4, "factors-tail": 1e-4, "vera": 2e-3}
 RATE = 2e-4  # of the methods that train adapters
 
 
