@@ -10,6 +10,7 @@ benchmark that was stopped goes on. --steps 3 on a tiny model shows that it runs
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -72,7 +73,9 @@ class Bench:
             {"bar": what, "measured": measured, "limit": limit, "kind": "at least" if least else "at most", "met": met}
         )
 
+    @functools.cached_property
     def examples(self) -> Examples:
+        """The rows as they are tokenized and split in every training."""
         settings = {
             "model": self.options.model, "data": [str(self.options.data)], "held_out": float(self.options.held_out),
             "length": self.options.length, "long": "cut", "steps": 1,
@@ -83,7 +86,7 @@ class Bench:
         """The rows that are trained on, as texts to calibrate on."""
         path = self.folder / "rows.jsonl"
         tokenizer = load_tokenizer(self.options.model)
-        texts = [tokenizer.decode(one.input_ids) for one in self.examples().train]
+        texts = [tokenizer.decode(one.input_ids) for one in self.examples.train]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         return path
 
@@ -118,7 +121,7 @@ class Bench:
             name = f"{Path(record['settings']['model']).name} {record['settings']['method']}"
             off = abs(record["estimated_memory"] / record["peak_memory"] - 1)
             self.bar(f"estimate of the peak memory off by, {name}", off, 0.15)
-        examples = self.examples().held_out
+        examples = self.examples.held_out
         self.merged(factored, moments if (moments / "moments.json").is_file() else None, examples)
         self.extracted(full, examples)
         self.killed()
