@@ -72,7 +72,8 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
 
     from twofold.evaluate import evaluation_windows, measure_quality
     from twofold.models import need_tokenizer
-    from twofold.pipeline import open_for, prepare
+    from twofold.opening import open_for
+    from twofold.pipeline import prepare
     from twofold.planning import make_plan
     from twofold.recipe import make_recipe
     from twofold.run import Stopwatch

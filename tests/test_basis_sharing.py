@@ -28,12 +28,12 @@ from conftest import ARCHITECTURES, TEXT, VOCABULARY, make_model, make_tokenizer
 from twofold.adapters.extract import extract
 from twofold.calibrate import Moments
 from twofold.checkpoint.quantizer import FORMAT_VERSION
+from twofold.factorization import plan_model
 from twofold.inspection import inspect_model
 from twofold.models import load_model
 from twofold.nn import FactoredLinear, SharedBasis, SharedLinear
 from twofold.nn.shared_linear import BASES, hold_bases
 from twofold.objectives import get_objective
-from twofold.pipeline import plan_model
 from twofold.plan import Plan
 from twofold.planning import make_plan
 from twofold.recipe import Override, make_recipe

@@ -17,9 +17,11 @@ from twofold.calibrate.curvature import loss_gradient
 from twofold.comparison import compare, make_grid
 from twofold.compression import compress
 from twofold.errors import TwofoldError
+from twofold.factorization import plan_model
 from twofold.first_order import component_scores
 from twofold.linalg import gauge_rank, truncate
-from twofold.pipeline import carry_out, open_for, plan_model, prepare
+from twofold.opening import open_for
+from twofold.pipeline import carry_out, prepare
 from twofold.plan import Plan
 from twofold.recipe import make_recipe
 from twofold.run import Stopwatch

@@ -18,8 +18,8 @@ from conftest import TEXT, make_model, make_tokenizer
 from twofold import Recipe
 from twofold.compression import compress
 from twofold.evaluate import Reference, measure_quality
+from twofold.factorization import plan_model
 from twofold.goal import parse_perplexity
-from twofold.pipeline import plan_model
 from twofold.plan import Plan
 from twofold.recipe import make_recipe
 from twofold.run import Run

@@ -15,7 +15,7 @@ import twofold
 from conftest import make_model
 from twofold import Recipe, TwofoldError
 from twofold.cli import app
-from twofold.pipeline import plan_model
+from twofold.factorization import plan_model
 from twofold.recipe import make_recipe
 from twofold.speed import latency
 from twofold.speed.latency import DECODE, PREFILL, Latencies, Table, Times, measured_ranks, time_shape, times_of

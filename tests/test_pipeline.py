@@ -13,8 +13,8 @@ import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold import Plan, Recipe
 from twofold.compression import compress
+from twofold.factorization import plan_model
 from twofold.objectives import OBJECTIVES
-from twofold.pipeline import plan_model
 from twofold.recipe import make_recipe
 from twofold.run import Run
 

@@ -461,7 +461,7 @@ def test_a_streamed_model_is_refused(checkpoint, text_file, tmp_path):
 
 
 def test_a_plan_without_a_calibration(checkpoint):
-    from twofold.pipeline import plan_model
+    from twofold.factorization import plan_model
 
     with pytest.raises(TwofoldError, match="--bits auto measures what rounding loses: name --calibration"):
         plan_model(make_recipe({"model": str(checkpoint), "budget": "60KB", "bits": "auto"}))

@@ -16,10 +16,10 @@ from twofold.cache import cache_folder
 from twofold.calibrate.windows import HELD_OUT, held_out_windows
 from twofold.compression import compress
 from twofold.errors import TwofoldError
+from twofold.factorization import factorize
 from twofold.linalg import decompose, truncate, weighted_low_rank
 from twofold.models import LoadedModel
 from twofold.objectives import LayerMoments, get_objective
-from twofold.pipeline import factorize
 from twofold.plan import Plan
 from twofold.recipe import make_recipe
 from twofold.refine.anchored import anchored_problem

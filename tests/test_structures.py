@@ -400,7 +400,7 @@ def test_a_wrong_size_in_a_checkpoint_is_refused(tmp_path):
 
 
 def test_a_plan_without_calibration(checkpoint):
-    plan = twofold.pipeline.plan_model(
+    plan = twofold.factorization.plan_model(
         twofold.Recipe(model=str(checkpoint), keep=0.5, objective="modegpt"), estimate=False
     )
     assert plan.keep <= 0.5 and {e.form for e in plan.entries} == {"kept-rows", "kept-columns"}

@@ -7,10 +7,10 @@ from twofold.checkpoint import TwofoldConfig
 from twofold.comparison import compare
 from twofold.compression import compress
 from twofold.errors import TwofoldError
+from twofold.factorization import factorize
 from twofold.inference import optimize
 from twofold.models import load_model
 from twofold.nn import DenseColumnsLinear, FactoredLinear, SharedLinear, SlicedLinear
-from twofold.pipeline import factorize
 from twofold.plan import Plan
 from twofold.recipe import Recipe
 from twofold.scratch import training_optimizer

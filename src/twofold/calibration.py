@@ -23,21 +23,19 @@ from twofold.calibrate.fingerprint import fingerprint, moments_path
 from twofold.calibrate.moments import DESCRIPTION, FORMAT, Request
 from twofold.checkpoint.write import check_space
 from twofold.errors import TwofoldError
-from twofold.models import (
-    first_line,
-    survey,
-)
 from twofold.objectives import get_objective
 from twofold.objectives.base import Statistic
 from twofold.progress import say
 from twofold.recipe import Recipe
 from twofold.run import Stopwatch
+from twofold.skeletons import survey
+from twofold.sources import first_line
 from twofold.targets import Targets, find_groups
 from twofold.version import __version__
 from twofold.work import Work
 
 if TYPE_CHECKING:
-    from twofold.pipeline import Opened
+    from twofold.opening import Opened
 
 
 def calibrate(

@@ -22,10 +22,11 @@ from twofold.evaluate import measure_quality
 from twofold.evaluate.quality import Logits
 from twofold.evaluate.streamed import LastStates
 from twofold.evaluation import evaluation_text, gives_logits
-from twofold.models import LoadedModel, cast_weights, load_streamed, quiet_bars
+from twofold.models import LoadedModel, cast_weights, load_streamed
 from twofold.nn import CompactLinear
 from twofold.nn.shared_linear import BASES
-from twofold.pipeline import Prepared, carry_out, open_for, prepare
+from twofold.opening import open_for
+from twofold.pipeline import Prepared, carry_out, prepare
 from twofold.plan import Plan, PlanEntry
 from twofold.progress import progress
 from twofold.quantize.verify import verify_bytes
@@ -34,6 +35,7 @@ from twofold.refine import Refined, refine
 from twofold.residence import Streamed
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.sizing import Sizing
+from twofold.sources import quiet_bars
 from twofold.stages import dense_again, factor_entries
 from twofold.work import Work, working
 

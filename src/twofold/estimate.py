@@ -22,12 +22,14 @@ from twofold.budget import parse_budget
 from twofold.calibrate.moments import request_statistics
 from twofold.calibrate.windows import held_out_windows
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel, choose_device, compute_dtype, load_skeleton, survey
+from twofold.models import LoadedModel, load_skeleton
 from twofold.objectives import get_objective
 from twofold.plan import Estimate
 from twofold.probe import Speeds, probe
 from twofold.recipe import Recipe
 from twofold.residence import LARGE, PART
+from twofold.skeletons import survey
+from twofold.sources import choose_device, compute_dtype
 from twofold.stages import BATCH, BATCH_NUMBERS
 from twofold.targets import Target, list_weights
 

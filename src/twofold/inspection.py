@@ -8,8 +8,9 @@ import pydantic
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel, load_skeleton, survey
+from twofold.models import LoadedModel, load_skeleton
 from twofold.nn import CompactLinear, QuantizedEmbedding, SharedBasis
+from twofold.skeletons import survey
 from twofold.targets import Targets, find_groups, list_weights
 
 

@@ -17,11 +17,12 @@ from twofold.calibrate.collect import BACKWARD, FORWARD, Accumulator, no_cache
 from twofold.calibrate.curvature import loss_gradient
 from twofold.calibrate.moments import request_statistics
 from twofold.linalg import decompose, gauge_rank, gram, smaller_side, truncate, truncation_loss
-from twofold.models import LoadedModel, empty_model
+from twofold.models import LoadedModel
 from twofold.nn import FactoredLinear
 from twofold.objectives import get_objective
 from twofold.recipe import Recipe
 from twofold.residence import Resident
+from twofold.skeletons import empty_model
 from twofold.stages import BATCH, BATCH_NUMBERS
 from twofold.targets import Target
 

@@ -249,7 +249,7 @@ class Streamed(Resident):
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        from twofold.models import quiet_bars
+        from twofold.sources import quiet_bars
 
         tensors = dict(self.shards.read(keys))
         for key, tensor in tensors.items():

@@ -17,8 +17,9 @@ from twofold.adapters.ranks import by_budget
 from twofold.checkpoint.write import check_apart, check_output, staged_folder
 from twofold.errors import TwofoldError
 from twofold.linalg import working_dtype
-from twofold.models import LoadedModel, cast_weights, load_model, quiet_bars
+from twofold.models import LoadedModel, cast_weights, load_model
 from twofold.nn import DenseColumnsLinear, FactoredLinear
+from twofold.sources import quiet_bars
 from twofold.targets import dense_weight, replace_module
 
 

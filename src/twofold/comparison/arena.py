@@ -17,7 +17,8 @@ from twofold.comparison.record import Comparison, Row
 from twofold.comparison.rows import Rows
 from twofold.errors import TwofoldError
 from twofold.objectives import get_objective
-from twofold.pipeline import check_methods, plan_of_shapes
+from twofold.opening import check_methods
+from twofold.pipeline import plan_of_shapes
 from twofold.progress import say
 from twofold.refine import get_refinement
 from twofold.run import machine

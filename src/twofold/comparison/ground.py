@@ -23,20 +23,16 @@ from twofold.comparison.grid import Cell, Grid
 from twofold.comparison.record import Text
 from twofold.errors import TwofoldError
 from twofold.evaluate import evaluation_windows
-from twofold.models import LoadedModel, check_ids, first_line, need_tokenizer, positions
+from twofold.models import LoadedModel, check_ids, need_tokenizer, positions
 from twofold.objectives import Objective, get_objective
 from twofold.objectives.base import Statistic
-from twofold.pipeline import (
-    RESIDENT_BLOCKS,
-    Opened,
-    decompose,
-    open_for,
-    with_structures,
-)
+from twofold.opening import Opened, open_for
+from twofold.pipeline import RESIDENT_BLOCKS, decompose, with_structures
 from twofold.progress import say
 from twofold.recipe import Recipe
 from twofold.refine import check_refinements
 from twofold.run import Stopwatch
+from twofold.sources import first_line
 from twofold.spectra import Spectra
 from twofold.targets import Targets, find_targets
 from twofold.version import __version__

@@ -13,9 +13,10 @@ from typing import Any
 import pydantic
 
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel, first_line, load_model, need_tokenizer, quiet_bars
+from twofold.models import LoadedModel, load_model, need_tokenizer
 from twofold.progress import say
 from twofold.silence import silence
+from twofold.sources import first_line, quiet_bars
 
 MISSING = "--tasks needs lm-eval, which is not installed; install it with: pip install 'twofold[lm-eval]'"
 BOOTSTRAP = 1000  # draws for the standard error of metrics that have no formula for it

@@ -18,8 +18,9 @@ from twofold.export.base import FORMATS, Format, Source, check_plain, compact_la
 from twofold.export.compare import Comparison, check, compare, refer, words
 from twofold.export.formats import register
 from twofold.export.runtimes import GRAPHS
-from twofold.models import LoadedModel, load_model, quiet_bars
+from twofold.models import LoadedModel, load_model
 from twofold.progress import progress
+from twofold.sources import quiet_bars
 from twofold.speed.work import Work, work_of
 from twofold.version import __version__
 

@@ -14,12 +14,13 @@ from torch import nn
 
 from twofold.errors import TwofoldError
 from twofold.evaluation import gives_logits
-from twofold.models import LoadedModel, survey
+from twofold.models import LoadedModel
 from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import get_objective
 from twofold.progress import say
 from twofold.recipe import Recipe
 from twofold.refine.base import Refined, Task, get_refinement
+from twofold.skeletons import survey
 from twofold.targets import replace_module
 
 if TYPE_CHECKING:

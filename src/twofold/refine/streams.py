@@ -13,7 +13,8 @@ from twofold.blocks import Stretch, input_before, run_stretch
 from twofold.calibrate.activations import Activations
 from twofold.calibrate.collect import no_cache
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel, survey
+from twofold.models import LoadedModel
+from twofold.skeletons import survey
 from twofold.stages import dense_again
 
 Stream = Literal["dense", "factored"]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel, first_line, load_model, need_tokenizer, positions
+from twofold.models import LoadedModel, load_model, need_tokenizer, positions
+from twofold.sources import first_line
 
 HELP = "Write a line. /clear forgets what was said, /exit or Ctrl-D ends."
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.models import choose_device, load_skeleton
+from twofold.models import load_skeleton
 from twofold.nn import FactoredLinear
 from twofold.progress import progress
 from twofold.run import machine
+from twofold.sources import choose_device
 from twofold.speed.latency import DECODE, PREFILL, processor, time_shape
 from twofold.speed.memory import peak_of, random_ids
 from twofold.speed.record import Bench, Layer, Ratio, Row, Timing

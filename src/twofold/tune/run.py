@@ -14,14 +14,10 @@ from trl import SFTConfig
 from twofold.checkpoint.write import check_apart, check_output, check_space, staged_folder
 from twofold.errors import TwofoldError
 from twofold.files import write_text
-from twofold.models import (
-    LoadedModel,
-    cast_weights,
-    load_model,
-    quiet_bars,
-)
+from twofold.models import LoadedModel, cast_weights, load_model
 from twofold.progress import say
 from twofold.run import Sample, Stopwatch, machine, peak_memory
+from twofold.sources import quiet_bars
 from twofold.tune.bar import LossBar
 from twofold.tune.methods import Method, apply_method
 from twofold.tune.optimizers import optimizer_arguments

@@ -171,7 +171,7 @@ def quiet_libraries() -> Iterator[None]:
     """Keep the notes and bars of transformers, TRL, PEFT and datasets out of our output."""
     import datasets
 
-    from twofold.models import quiet_bars
+    from twofold.sources import quiet_bars
 
     loggers = [logging.getLogger(name) for name in ("trl", "peft", "accelerate", "datasets")]
     levels = [logger.level for logger in loggers]

@@ -17,8 +17,9 @@ from twofold.export.base import check_plain, get_format
 from twofold.export.formats import register as register_formats
 from twofold.export.graph import need_exporters
 from twofold.export.runtimes import DECODERS, GRAPHS
-from twofold.models import choose_device, first_line, load_skeleton, positions
+from twofold.models import load_skeleton, positions
 from twofold.progress import say
+from twofold.sources import choose_device, first_line
 from twofold.speed.exports import export_all
 from twofold.speed.runtimes.base import Runtime, Settings, State, greedy
 from twofold.speed.work import Work

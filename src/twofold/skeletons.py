@@ -1,0 +1,103 @@
+"""Models without their weights: what the configuration alone tells, and what a run without numbers shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from twofold.blocks import Chain, watch_chain
+from twofold.checkpoint.quantizer import METHOD, TwofoldConfig, TwofoldQuantizer
+from twofold.errors import TwofoldError
+from twofold.sources import first_line, quiet_bars
+from twofold.targets import Target, find_groups
+
+if TYPE_CHECKING:
+    from twofold.models import LoadedModel
+
+
+def empty_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model with parameters on the meta device, and with its buffers (rotary frequencies and the like) computed."""
+    with quiet_bars(), init_empty_weights(include_buffers=False):
+        model = model_from_config(model_class, config, dtype)
+    model.tie_weights()
+    _replace_factored(model, config)
+    return model.eval().requires_grad_(False)
+
+
+def model_on_meta(config: Any, model_class: Any, trust_remote_code: bool) -> Any:
+    """A model of this configuration on the meta device, with its factored layers if it has some."""
+    with quiet_bars(), torch.device("meta"):
+        model = model_from_config(model_class, config, None, trust_remote_code)
+    model.tie_weights()
+    _replace_factored(model, config)
+    return model
+
+
+def model_from_config(model_class: Any, config: Any, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
+    """A model made from its configuration; an Auto class finds the architecture."""
+    settings = {} if dtype is None else {"dtype": dtype}
+    if hasattr(model_class, "_from_config"):
+        return model_class._from_config(config, **settings)
+    return model_class.from_config(config, trust_remote_code=trust_remote_code, **settings)
+
+
+def _replace_factored(model: Any, config: Any) -> None:
+    """Give a skeleton the factored layers that its configuration names."""
+    settings = getattr(config, "quantization_config", None)
+    settings = settings if isinstance(settings, dict) else getattr(settings, "to_dict", dict)()
+    if settings.get("quant_method") == METHOD:
+        TwofoldQuantizer(TwofoldConfig(**settings)).replace_modules(model)
+
+
+def is_plain(config: Any, trust_remote_code: bool) -> bool:
+    """Whether the weights are stored as the configuration alone says: not packed by a quantizer, no code of their own.
+
+    Raises:
+        TwofoldError: if transformers does not know how they are packed; it would go on with a warning.
+    """
+    settings = getattr(config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if isinstance(settings, dict) and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise TwofoldError(
+            f"the model's config.json names the quantization {method!r}, which transformers does not know"
+        )
+    return (settings is None or method == METHOD) and not (trust_remote_code and getattr(config, "auto_map", None))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a run without weights tells of a model."""
+
+    chain: Chain | None
+    before: frozenset[str]  # modules that run before the first block
+    groups: dict[str, str]  # target → the first target with the same input
+
+
+def survey(loaded: LoadedModel, targets: list[Target], length: int = 8) -> Survey:
+    """Run a model of the same configuration whose tensors have shapes but no numbers.
+
+    Raises:
+        TwofoldError: if it does not run on token ids alone.
+    """
+    try:
+        with quiet_bars(), FakeTensorMode():
+            # In bfloat16, the one dtype that every kernel of an expert layer takes.
+            model = type(loaded.model)._from_config(loaded.model.config, dtype=torch.bfloat16).eval()
+            ids = torch.zeros(1, length, dtype=torch.int64)
+            groups = find_groups(model, targets, lambda: model(input_ids=ids))
+            model.requires_grad_(False)
+            mark = model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))
+            with watch_chain(model) as watch, torch.enable_grad():
+                model(input_ids=ids)
+            mark.remove()
+    except Exception as error:  # an architecture that needs other inputs, or looks at its numbers, fails in its own way
+        raise TwofoldError(
+            f"{type(loaded.model).__name__} can't be run block by block ({first_line(error)}); "
+            "give it the memory to be loaded whole, with --memory"
+        ) from error
+    return Survey(watch.chain(), watch.before(), groups)
