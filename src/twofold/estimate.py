@@ -44,6 +44,7 @@ SAMPLING = 3.5  # time of a sampled token over that of one that is read
 TRAINED = (
     24  # bytes of a trained number beside itself: gradient, two moments, the best, what stood before, one more at work
 )
+STEP = 12  # time of a natural gradient's step and of the search for its size, over that of a decomposition
 GRADIENTS = 1.25  # time of a pass that gives weights gradients too, over that of a calibration pass
 SAVED = 1.4  # bytes of a forward pass that are kept for the backward pass, over those of the linear layers' inputs and outputs
 
@@ -175,7 +176,7 @@ def memory_of(f: Figures, recipe: Recipe, blocks: int | None) -> dict[str, float
     states = 0.0
     if blocks is not None and recipe.activations == "memory" and get_objective(recipe.objective).needs:
         kept = -(-f.blocks // at_once) if f.backward else 2
-        states = kept * recipe.tokens * (f.table // max(f.vocabulary, 1)) * f.element
+        states = kept * recipe.all_tokens * (f.table // max(f.vocabulary, 1)) * f.element
     mapped = 0 if blocks is None else f.block * at_once * f.stored
     acting = batch * through * f.element * (SAVED * at_once if f.backward else 0.7)
     logits = batch * f.vocabulary * 4
@@ -206,8 +207,16 @@ def memory_of(f: Figures, recipe: Recipe, blocks: int | None) -> dict[str, float
     if recipe.refine and blocks is None:
         trained = (recipe.keep or 1.0) * sum(t.size for t in f.targets)
         window_acting = recipe.window * through * f.element * SAVED * at_once
+        held = 0.0
+        if any(name != "natural-gradient" for name in recipe.refine):
+            held = trained * TRAINED
+        if (
+            "natural-gradient" in recipe.refine
+        ):  # gradients by two halves, moments of both sides of both, the factors before
+            sides = sum(t.out_features**2 + t.in_features**2 for t in f.targets)
+            held = max(held, 4 * (2 * sum(t.size for t in f.targets) + 2 * sides + trained))
         stages["refine"] = (
-            LIBRARIES + weights + trained * (f.element + TRAINED) + window_acting + 3 * recipe.window * f.vocabulary * 4
+            LIBRARIES + weights + trained * f.element + held + window_acting + 3 * recipe.window * f.vocabulary * 4
         )
     if recipe.eval_windows:
         stages["measure"] = (
@@ -299,7 +308,7 @@ def estimate_run(loaded: LoadedModel, recipe: Recipe, output_bytes: int) -> Esti
     if way.blocks is not None and recipe.activations == "disk":
         stretch_count = -(-f.blocks // way.blocks)
         kept = stretch_count if f.backward else 2
-        states = kept * recipe.tokens * (f.table // max(f.vocabulary, 1)) * f.element
+        states = kept * recipe.all_tokens * (f.table // max(f.vocabulary, 1)) * f.element
     bases = 4 * sum(min(t.out_features, t.in_features) ** 2 for t in f.targets)
     return Estimate(
         blocks_at_once=way.blocks,
@@ -318,7 +327,7 @@ def estimate_run(loaded: LoadedModel, recipe: Recipe, output_bytes: int) -> Esti
 def seconds_of(f: Figures, s: Speeds, recipe: Recipe, blocks: int | None, bytes_a_second: float) -> dict[str, float]:
     """The time of each stage."""
     count = max(f.blocks, 1)
-    batches = -(-recipe.tokens // s.batch)
+    batches = -(-recipe.all_tokens // s.batch)
     stored = f.numbers * f.stored
     sweeps = 1.0
     again = 0 if blocks is None else count - min(blocks, count)  # blocks that are computed once more
@@ -341,10 +350,11 @@ def seconds_of(f: Figures, s: Speeds, recipe: Recipe, blocks: int | None, bytes_
     found |= _for_allocation(f, s, recipe, count * window + s.head_forward, batches * (count * s.both + s.head))
     if recipe.refine and blocks is None:
         found["refine"] = _refining(s, recipe, count, batches)
-    if recipe.calibration == ["self"] and get_objective(recipe.objective).needs:
-        found["texts"] = (
-            (recipe.tokens + held_out_windows(recipe) * recipe.window) / s.batch * count * s.forward * SAMPLING
-        )
+    written = recipe.continuations
+    if recipe.calibration == ["self"]:
+        written = recipe.tokens + held_out_windows(recipe) * recipe.window
+    if written and get_objective(recipe.objective).needs:
+        found["texts"] = written / s.batch * count * s.forward * SAMPLING
     if blocks is None:
         found["samples"] = SAMPLE_STEPS * f.numbers * f.element / MOVED
     else:
@@ -381,6 +391,8 @@ def _refining(s: Speeds, recipe: Recipe, count: int, batches: int) -> float:
         "anchored": count * (batches * 5 * s.forward + 2 * s.decompose),
         "blockwise": count * batches * (2 * s.forward + recipe.refine_passes * (s.forward + learn)),
         "distill": batches * ((count * s.forward + s.head_forward) + recipe.refine_passes * (count * learn + s.head)),
+        "natural-gradient": batches * (count * s.forward + s.head_forward)
+        + recipe.refine_rounds * (batches * (count * learn + s.head) + count * STEP * s.decompose),
     }
     total = sum(each.get(name, 0.0) for name in recipe.refine)
     return min(total, 60 * recipe.minutes) if recipe.minutes is not None else total

@@ -121,10 +121,11 @@ def _check_streamed(recipe: Recipe, way: Way) -> None:
             f"--objective {recipe.objective} works on a model that is whole in memory, and this one is worked through "
             f"block by block; use another objective, or give it {way.resident / 1e9:.1f} GB with --memory"
         )
-    if objective.needs and recipe.calibration == ["self"]:
+    if objective.needs and (recipe.calibration == ["self"] or recipe.continuations):
+        put_right = "leave --continuations out" if recipe.continuations else "name some with --calibration FILE"
         raise TwofoldError(
             "texts to calibrate on can't be sampled from a model that is worked through block by block (each token would read "
-            f"all of its weights); name some with --calibration FILE, or give it {way.resident / 1e9:.1f} GB with --memory"
+            f"all of its weights); {put_right}, or give it {way.resident / 1e9:.1f} GB with --memory"
         )
     if recipe.bits is not None or recipe.kept_bits is not None:
         raise TwofoldError(

@@ -82,6 +82,10 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     dataset_split: Annotated[str, Field(description="the split of the data set")] = "train"
     text_column: Annotated[str, Field(description="the field of a data set or .jsonl row that holds the text")] = "text"
     tokens: Annotated[int, Field(ge=1, description="tokens to calibrate on")] = 65536
+    continuations: Annotated[
+        int,
+        Field(ge=0, description="tokens that the model writes on from the calibration texts, to be calibrated on too"),
+    ] = 0
     window: Annotated[int, Field(ge=2, description="tokens in a calibration window")] = 512
     batch_size: Annotated[int, Field(ge=1, description="windows in a calibration batch; more takes more memory")] = 1
     objective: Annotated[
@@ -135,7 +139,9 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
     refine: Annotated[
         list[str],
         pydantic.BeforeValidator(lambda value: _split([value] if isinstance(value, str) else value)),
-        Field(description="better the factors after the closed form, one after another: anchored, blockwise, distill"),
+        Field(
+            description="better the factors after the closed form, in turn: anchored, blockwise, distill, natural-gradient"
+        ),
     ] = []
     anchor_mix: Annotated[
         float,
@@ -166,6 +172,7 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
             description="steps in the place of passes and minutes; those that a run.json says are planned repeat that run",
         ),
     ] = None
+    refine_rounds: Annotated[int, Field(ge=1, description="natural-gradient: gradients and steps")] = 1
     damping: Annotated[
         float, Field(ge=0, le=1, description="added to the diagonal of each moment, relative to its mean")
     ] = 1e-2
@@ -242,6 +249,11 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
                 "anchored solves for layers of floating point, and --dense-bits rounds some to integers; leave one of the two out"
             )
         return self
+
+    @property
+    def all_tokens(self) -> int:
+        """The tokens to calibrate on, those of the texts and those that the model writes on."""
+        return self.tokens + self.continuations
 
     @property
     def aligned(self) -> int:

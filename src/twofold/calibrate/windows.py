@@ -1,9 +1,10 @@
-"""The token windows that a recipe asks for: from texts, files or data sets, or sampled from the model itself."""
+"""The token windows that a recipe asks for: from texts, files or data sets, continued by the model, or sampled from it alone."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from twofold.progress import say
 from twofold.recipe import Recipe
 
 HELD_OUT = 8  # windows set aside to measure on, or to stop a refinement on
+PROMPT = 4  # a continuation goes on from so many-th part of a window of text
 
 
 def fit_window(recipe: Recipe, loaded: LoadedModel, *, quiet: bool = False) -> Recipe:
@@ -44,7 +46,11 @@ def fit_window(recipe: Recipe, loaded: LoadedModel, *, quiet: bool = False) -> R
 def calibration_windows(
     loaded: LoadedModel, recipe: Recipe, hashed: str, texts: Iterable[str] | None = None, *, quiet: bool = False
 ) -> TokenWindows:
-    """The token windows to calibrate on: from texts, files or data sets, or sampled from the model itself."""
+    """The token windows to calibrate on: from texts, files or data sets, or sampled from the model itself.
+
+    Raises:
+        TwofoldError: if the texts are not to be had or too short, or the model can't write any.
+    """
     tokenizer = need_tokenizer(loaded)
     held_out = held_out_windows(recipe)
     if texts is not None or recipe.calibration != ["self"]:
@@ -68,26 +74,73 @@ def calibration_windows(
             read, tokenizer, tokens=recipe.tokens, window=recipe.window, held_out=held_out, source=source
         )
         check_ids(torch.cat([windows.ids, windows.held_out]), loaded)
-        return windows
+        return continue_windows(loaded, windows, recipe, hashed, quiet=quiet) if recipe.continuations else windows
+    if recipe.continuations:
+        raise TwofoldError(
+            "--continuations goes on from calibration texts, and 'self' has none; name some with --calibration, or give more "
+            "--tokens"
+        )
     count = max(recipe.tokens // recipe.window, 1)
     begin = beginnings(tokenizer)
-    key = hashlib.sha256(f"{hashed} {begin} {recipe.seed} {count} {held_out} {recipe.window}".encode()).hexdigest()[:24]
-    path = cache_folder() / "samples" / f"{key}.safetensors"
-    ids = _sampled_before(path)
-    if ids is None:
+
+    def sample() -> Tensor:
         ids = sample_texts(
             loaded.model, begin, sequences=count + held_out, length=recipe.window, seed=recipe.seed, quiet=quiet
         )
         # An even spread of both kinds of beginning over what is calibrated on and what is held out.
-        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(recipe.seed))]
-        _keep_samples(ids, path)
+        return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(recipe.seed))]
+
+    ids = _sampled(f"{hashed} {begin} {recipe.seed} {count} {held_out} {recipe.window}", sample)
     return TokenWindows(ids[:count], ids[count:], "texts sampled from the model itself", recipe.tokens)
+
+
+def continue_windows(
+    loaded: LoadedModel, windows: TokenWindows, recipe: Recipe, hashed: str, *, quiet: bool = False
+) -> TokenWindows:
+    """The windows, and behind them as many as the recipe asks for that the model has written on from pieces of theirs.
+
+    Each begins with a quarter of a window of the text, at a place drawn at random. The windows take their turns, in an order that
+    is drawn too, so that all are continued equally often.
+
+    Raises:
+        TwofoldError: if the model can't generate.
+    """
+    count = max(recipe.continuations // recipe.window, 1)
+    size = max(recipe.window // PROMPT, 1)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    orders = [torch.randperm(len(windows.ids), generator=generator) for _ in range(-(-count // len(windows.ids)))]
+    places = torch.randint(0, recipe.window - size + 1, (count,), generator=generator).tolist()
+    begin = [
+        windows.ids[row, place : place + size].tolist()
+        for row, place in zip(torch.cat(orders).tolist(), places, strict=False)
+    ]
+
+    def sample() -> Tensor:
+        return sample_texts(loaded.model, begin, sequences=count, length=recipe.window, seed=recipe.seed, quiet=quiet)
+
+    ids = _sampled(f"{hashed} {windows.sha256} {recipe.seed} {count} {size} {recipe.window}", sample)
+    return replace(
+        windows,
+        ids=torch.cat([windows.ids, ids]),
+        source=f"{windows.source}, and {ids.numel():,} tokens of its continuations by the model",
+        asked=windows.asked + ids.numel(),
+    )
 
 
 def held_out_windows(recipe: Recipe) -> int:
     """How many windows are set aside: a refinement stops on others than those that the quality is measured on."""
     measured = recipe.eval_windows if recipe.refine and recipe.eval_text is None else 0
     return HELD_OUT + measured
+
+
+def _sampled(mark: str, sample: Callable[[], Tensor]) -> Tensor:
+    """The samples that a mark stands for: those of an earlier run, or new ones, which are kept for another."""
+    path = cache_folder() / "samples" / f"{hashlib.sha256(mark.encode()).hexdigest()[:24]}.safetensors"
+    ids = _sampled_before(path)
+    if ids is None:
+        ids = sample()
+        _keep_samples(ids, path)
+    return ids
 
 
 def _sampled_before(path: Path) -> Tensor | None:

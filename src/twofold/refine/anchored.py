@@ -10,21 +10,18 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import replace
-from pathlib import Path
 
-import pydantic
 import torch
 from torch import Tensor
 
-from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.errors import TwofoldError
 from twofold.files import make_folder
 from twofold.linalg import damp, decompose, working_dtype
-from twofold.nn import FactoredLinear
 from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.plan import PlanEntry
 from twofold.progress import progress
 from twofold.refine.base import Refined, Task, refinement
+from twofold.refine.kept import Solved, keep_layers, take_layers
 from twofold.refine.streams import Streams
 from twofold.stages import factor_layer
 from twofold.targets import dense_weight, replace_module
@@ -82,11 +79,11 @@ def anchored(task: Task) -> Refined:
         for b in range(len(chain)):
             entries = [task.plan.entries[places[name]] for name in places if name in streams.replaced[b]]
             path = None if task.folder is None else task.folder / f"block-{b:04d}.safetensors"
-            known = _take(path, mark, task)
+            known = take_layers(path, mark, task)
             if known is None:
                 known = _solve(task, streams, entries)
                 if path is not None:
-                    _keep(path, mark, known, task)
+                    keep_layers(path, mark, known, task)
             for entry in known.entries:
                 task.plan.entries[places[entry.name]] = entry
             task.plan.notes.extend(known.notes)
@@ -109,15 +106,8 @@ def anchored(task: Task) -> Refined:
     )
 
 
-class _Solved(pydantic.BaseModel, extra="forbid"):
-    """The layers of a block as they were carried out, and what the plan has to say of them."""
-
-    entries: list[PlanEntry]
-    notes: list[str]
-
-
 @torch.no_grad()
-def _solve(task: Task, streams: Streams, entries: list[PlanEntry]) -> _Solved:
+def _solve(task: Task, streams: Streams, entries: list[PlanEntry]) -> Solved:
     """Solve the layers of a block, those that share an input together."""
     groups: dict[str, list[PlanEntry]] = {}
     for entry in entries:
@@ -166,38 +156,4 @@ def _solve(task: Task, streams: Streams, entries: list[PlanEntry]) -> _Solved:
             solved.append(
                 done.model_copy(update={"predicted_loss": entry.predicted_loss, "measured_loss": entry.measured_loss})
             )
-    return _Solved(entries=solved, notes=notes)
-
-
-def _keep(path: Path, mark: str, known: _Solved, task: Task) -> None:
-    """Write the layers of a block down, so that a killed run need not solve them again."""
-    tensors = {
-        f"{entry.name}.{key}": tensor
-        for entry in known.entries
-        for key, tensor in task.model.get_submodule(entry.name).state_dict().items()
-    }
-    write_part(path, tensors, mark, {"solved": known.model_dump_json()})
-
-
-def _take(path: Path | None, mark: str, task: Task) -> _Solved | None:
-    """Put the layers that an earlier run has solved in their places; None if there are none that belong here."""
-    if path is None or not path.is_file():
-        return None
-    try:
-        names, about = read_names(path, mark)
-    except TwofoldError:
-        return None
-    parts = Parts(dict.fromkeys(names, path))
-    known = _Solved.model_validate_json(about["solved"])
-    for entry in known.entries:
-        old = task.model.get_submodule(entry.name)
-        assert entry.rank is not None and entry.form in ("plain", "rows", "columns")
-        layer = FactoredLinear(
-            entry.in_features, entry.out_features, entry.rank, entry.form, entry.bias, entry.transposed,
-            dtype=next(old.parameters()).dtype,
-        )  # fmt: skip
-        layer.load_state_dict({key: parts[f"{entry.name}.{key}"] for key in layer.state_dict()})
-        like = next(old.parameters())
-        replace_module(task.model, entry.name, layer.to(like.device, like.dtype))
-        layer.requires_grad_(like.requires_grad)
-    return known
+    return Solved(entries=solved, notes=notes)

@@ -8,14 +8,9 @@ model then learns the text too, which is a gain on texts of its kind and no long
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
 
 from twofold.refine.base import Refined, Task, refinement
-from twofold.refine.head import before_head, find_head
-from twofold.refine.teacher import Teacher, at_once, divergence
+from twofold.refine.likeness import Likeness
 from twofold.refine.training import round_to, train, trainable, training
 
 
@@ -29,43 +24,20 @@ def distill(task: Task) -> Refined:
         TwofoldError: if the model gives no token logits.
     """
     began = time.monotonic()
-    model, recipe, held = task.model, task.recipe, task.tested
+    model, recipe = task.model, task.recipe
     parameters = trainable(model)
-    count = len(task.windows)
-    windows = torch.cat([task.windows, held])
-    teacher = Teacher(task.folder, task.mark)
-    teacher.ask(task.dense_logits, windows, "windows", quiet=task.quiet)
-
-    def loss_of(indices: Sequence[int]) -> Tensor:
-        ids = windows[list(indices)]
-        states = task.logits(ids) if head is None else before_head(model, head, ids)
-        assert states is not None
-        values, tokens = zip(*(teacher.answer("windows", i) for i in indices), strict=True)
-        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], 1)
-        return divergence(
-            states.flatten(0, 1), torch.cat(values), torch.cat(tokens),
-            labels=labels.flatten(), share=recipe.refine_labels, head=head,
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def held_out() -> float:
-        parts = torch.split(torch.arange(count, len(windows)), together)
-        return sum(float(loss_of(part.tolist())) * len(part) for part in parts) / len(held)
-
-    together = at_once(windows)
+    loss = Likeness(task)
     with training(model, parameters):
-        with torch.no_grad():
-            head = find_head(model, windows[:1], task.logits(windows[:1]))
-            start = time.monotonic()
-            before = held_out()
-            judging = time.monotonic() - start  # which the end takes once more
+        start = time.monotonic()
+        before = loss.held_out()
+        judging = time.monotonic() - start  # which the end takes once more
         trained = train(
             parameters,
-            loss_of,
-            held_out,
-            windows=count,
+            loss,
+            loss.held_out,
+            windows=len(task.windows),
             batch=recipe.refine_batch,
-            together=together,
+            together=loss.together,
             before=before,
             passes=recipe.refine_passes,
             rate=recipe.refine_rate,
@@ -82,11 +54,11 @@ def distill(task: Task) -> Refined:
         method="distill",
         steps=trained.steps,
         planned=trained.planned,
-        tokens=trained.windows * windows.shape[1],
+        tokens=trained.windows * task.windows.shape[1],
         parameters=sum(p.numel() for p in parameters.values()),
         seconds=time.monotonic() - began,
         unit="nats",
         loss_before=before,
-        loss_after=held_out(),
+        loss_after=loss.held_out(),
         ended=trained.ended,
     )

@@ -141,7 +141,7 @@ def _warnings(prepared: Prepared, recipe: Recipe, held_out: int, quiet: bool) ->
     numbers = sum(entry.numbers_after for entry in prepared.plan.entries if entry.rank is not None)
     windows = prepared.windows
     assert windows is not None
-    trained = [name for name in recipe.refine if name != "anchored"]
+    trained = [name for name in recipe.refine if name not in ("anchored", "natural-gradient")]
     if trained and numbers > MANY * windows.tokens:
         found.append(
             f"{numbers:,} numbers are trained on {windows.tokens:,} calibration tokens, {numbers / windows.tokens:,.0f} each; "
