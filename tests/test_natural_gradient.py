@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import OlmoConfig, OlmoForCausalLM
 
 from conftest import TEXT, make_model, make_tokenizer
 from test_refine import recipe_of
@@ -67,6 +69,26 @@ def test_a_step_is_that_of_the_formula(shape):
         best = power(damped(g), -0.5) @ (u[:, :r] * s[:r]) @ v[:r] @ power(damped(c), -0.5)
         torch.testing.assert_close(left @ right, best, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(torch.linalg.multi_dot(ng.stepped(step, 0.0, r)), weight, rtol=1e-7, atol=1e-7)
+
+
+def test_the_filter_takes_the_scatter_out_of_the_direction_and_of_what_is_hoped_for():
+    torch.manual_seed(0)
+    m, n, r = 24, 32, 6
+    weight = torch.randn(m, r, dtype=torch.float64) @ torch.randn(r, n, dtype=torch.float64)
+    halves = torch.randn(2, m, n, dtype=torch.float64)
+    g, c = ng.Basis.of(spd(m), ng.DAMPING), ng.Basis.of(spd(n), ng.DAMPING)
+    step = ng.natural_step(weight, (halves[0], halves[1]), g, c, r)
+    first, second = (g.vectors.T @ half @ c.vectors / g.roots[:, None] / c.roots for half in halves)
+    own = g.roots[:, None] * (g.vectors.T @ weight @ c.vectors) * c.roots
+    u, _, v = torch.linalg.svd(own)
+    u, v = u[:, :r], v[:r].T
+    share = ng.agreement(first, second)
+    assert share.min() == 0 and 0 < share.mean() < 0.5
+    mean = ng.on_tangent(share * (first + second) / 2, u, v)
+    torch.testing.assert_close(step.direction, mean, rtol=1e-8, atol=1e-8)
+    # By a half the direction, by the other the gradient: what is not the same in both cancels.
+    falls = [(ng.on_tangent(share * a, u, v) * b).sum() for a, b in ((first, second), (second, first))]
+    assert step.agreed == pytest.approx(float(sum(falls) / 2))
 
 
 def test_the_tangent_space_is_what_keeps_the_rank():
@@ -206,7 +228,7 @@ def test_other_layouts_and_biases(architecture, text_file, tmp_path):
 def test_killed_it_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path):
     flags = ["--refine", "natural-gradient", "--refine-rounds", "2"]
     rest = [*command(checkpoint, text_file, tmp_path / "out")[3:], *flags]
-    for point in ("*/gradient-0-0*", "*/round-0*", "*/gradient-1-1*"):
+    for point in ("*/gradient-0-0*", "*/refine/0-*/round-0*", "*/gradient-1-1*"):
         killed = subprocess.run(
             [sys.executable, "-c", DYING, point, *rest],
             env=environment(tmp_path / "cache"), capture_output=True, text=True,
@@ -220,6 +242,101 @@ def test_killed_it_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path):
         assert done.returncode == 0, done.stderr
         assert ("Gradient, half 1 of 2" in done.stderr) == (arguments is not rest)
     same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_what_it_begins_from_is_part_of_its_state(checkpoint, text_file, tmp_path):
+    """Killed after a round, and run again with another training before it: the round is not taken up."""
+
+    def flags(out: str, passes: str) -> list[str]:
+        chain = ["--refine", "distill,natural-gradient", "--refine-passes", passes]
+        return [*command(checkpoint, text_file, tmp_path / out)[3:], *chain]
+
+    killed = subprocess.run(
+        [sys.executable, "-c", DYING, "*/1-natural-gradient/round-0*", *flags("out", "1")],
+        env=environment(tmp_path / "cache"), capture_output=True, text=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    for out in ("out", "whole"):
+        done = subprocess.run(
+            [sys.executable, "-m", "twofold", *flags(out, "2")],
+            env=environment(tmp_path / "cache"), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_layers_that_are_called_on_some_tokens_or_twice():
+    """C over the rows that a layer was given, G over the tokens: a layer that is called twice is not counted four times."""
+    task = small_task(torch.float64)
+    loss, names = Likeness(task), list(task.replaced)
+    twice = next(name for name in names if name.endswith("down_proj"))
+    mlp = task.model.get_submodule(twice.rpartition(".")[0])
+
+    def apart(x: Tensor) -> Tensor:  # the same outputs, by a call for each half of the hidden units
+        hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        even = torch.arange(hidden.shape[-1]) % 2 == 0
+        return mlp.down_proj(hidden * even) + mlp.down_proj(hidden * ~even)
+
+    mlp.forward = apart
+    with training(task.model, {}):
+        sums = [ng._half(task, loss, names, 0, half, "")[0] for half in (0, 1)]
+    leader = next(e.group for e in task.plan.entries if e.name == twice)
+    tokens = task.windows.numel()
+    assert int(sums[0].rows[leader] + sums[1].rows[leader]) == 2 * tokens
+    inputs = (sums[0].inputs[leader] + sums[1].inputs[leader]) / (2 * tokens)
+    step = ng._steps(task, names, sums, [tokens // 2, tokens // 2])[twice]
+    basis = ng.Basis.of(inputs.double(), ng.DAMPING)
+    torch.testing.assert_close(step.right.T, basis.vectors / basis.roots)
+
+
+def test_layers_without_a_gradient_stay_and_are_named():
+    task = small_task()
+    mlp = task.model.model.layers[1].mlp
+    mlp.forward = lambda x: torch.zeros_like(x)  # its layers are never called
+    refined = ng.natural_gradient(task)
+    assert refined.steps == 1 and refined.loss_after < refined.loss_before
+    moved = sum(
+        p.numel() for n in task.replaced if "layers.1.mlp" not in n for p in task.model.get_submodule(n).parameters()
+    )
+    assert refined.parameters == moved
+    assert any("3 layers get no gradient" in note and "layers.1.mlp" in note for note in task.plan.notes)
+
+
+def test_models_that_work_in_place_on_a_projection(text_file, tmp_path):
+    torch.manual_seed(0)
+    config = OlmoConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, clip_qkv=0.5, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+    )  # fmt: skip
+    model = OlmoForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(4)
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = recipe_of(tmp_path / "model", text_file, refine="natural-gradient,distill", refine_steps=3)
+    first, second = compress(recipe, tmp_path / "out", quiet=True).refinement
+    assert first.loss_after < first.loss_before and second.steps == 3
+
+
+def test_it_keeps_the_minutes_after_its_first_round(checkpoint, text_file, tmp_path):
+    recipe = recipe_of(checkpoint, text_file, refine="natural-gradient", refine_rounds=5, minutes=1e-4)
+    (refined,) = compress(recipe, tmp_path / "out", quiet=True).refinement
+    assert refined.steps == 1 and refined.planned == 5 and "longer than there is time" in refined.ended
+
+
+def test_one_window_alone_is_said():
+    task = replace(small_task(), windows=torch.arange(24)[None])
+    ng.natural_gradient(task)
+    assert any("one window alone has no halves" in note for note in task.plan.notes)
+
+
+def test_halves_that_agree_on_nothing_move_nothing(monkeypatch):
+    task = small_task()
+    true = ng.natural_step
+    monkeypatch.setattr(ng, "natural_step", lambda *a: ng.Step(**{**vars(true(*a)), "agreed": -1.0}))
+    refined = ng.natural_gradient(task)
+    assert refined.steps == 0 and refined.ended == "the two halves of the tokens agree on no step of round 1"
+    assert refined.parameters == 0
 
 
 def test_a_step_that_does_not_help_is_not_taken(monkeypatch):

@@ -213,8 +213,7 @@ def memory_of(f: Figures, recipe: Recipe, blocks: int | None) -> dict[str, float
         if (
             "natural-gradient" in recipe.refine
         ):  # gradients by two halves, moments of both sides of both, the factors before
-            sides = sum(t.out_features**2 + t.in_features**2 for t in f.targets)
-            held = max(held, 4 * (2 * sum(t.size for t in f.targets) + 2 * sides + trained))
+            held = max(held, 8 * _gradient_numbers(f) + 4 * trained)
         stages["refine"] = (
             LIBRARIES + weights + trained * f.element + held + window_acting + 3 * recipe.window * f.vocabulary * 4
         )
@@ -310,6 +309,8 @@ def estimate_run(loaded: LoadedModel, recipe: Recipe, output_bytes: int) -> Esti
         kept = stretch_count if f.backward else 2
         states = kept * recipe.all_tokens * (f.table // max(f.vocabulary, 1)) * f.element
     bases = 4 * sum(min(t.out_features, t.in_features) ** 2 for t in f.targets)
+    if "natural-gradient" in recipe.refine and way.blocks is None:
+        states += 8 * _gradient_numbers(f)
     return Estimate(
         blocks_at_once=way.blocks,
         peak_memory=int(max(memory.values())),
@@ -396,6 +397,11 @@ def _refining(s: Speeds, recipe: Recipe, count: int, batches: int) -> float:
     }
     total = sum(each.get(name, 0.0) for name in recipe.refine)
     return min(total, 60 * recipe.minutes) if recipe.minutes is not None else total
+
+
+def _gradient_numbers(f: Figures) -> int:
+    """The numbers of one half of a natural gradient: gradients, and moments of both sides as if none were shared."""
+    return sum(t.size + t.out_features**2 + t.in_features**2 for t in f.targets)
 
 
 def read_speed(loaded: LoadedModel) -> float:

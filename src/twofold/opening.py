@@ -122,7 +122,9 @@ def _check_streamed(recipe: Recipe, way: Way) -> None:
             f"block by block; use another objective, or give it {way.resident / 1e9:.1f} GB with --memory"
         )
     if objective.needs and (recipe.calibration == ["self"] or recipe.continuations):
-        put_right = "leave --continuations out" if recipe.continuations else "name some with --calibration FILE"
+        put_right = (
+            "name some with --calibration FILE" if recipe.calibration == ["self"] else "leave --continuations out"
+        )
         raise TwofoldError(
             "texts to calibrate on can't be sampled from a model that is worked through block by block (each token would read "
             f"all of its weights); {put_right}, or give it {way.resident / 1e9:.1f} GB with --memory"

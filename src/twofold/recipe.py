@@ -161,7 +161,7 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
         Field(
             ge=0,
             le=1,
-            description="distill: share of the text's own next tokens in the loss, the dense model's have the rest",
+            description="share of the text's own next tokens in the loss of distill and natural-gradient",
         ),
     ] = 0.0
     refine_batch: Annotated[int, Field(ge=1, description="windows in a step of refinement")] = 2

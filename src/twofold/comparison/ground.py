@@ -198,7 +198,7 @@ def lay(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False) -
     windows: TokenWindows | None = None
     measuring = any(get_allocation(name).needs for name in grid.allocate)
     # Texts that need no sampling are read all the same, so that a cell that is added later finds the same ones.
-    named = recipe.calibration != ["self"]
+    named = recipe.calibration != ["self"] and not recipe.continuations
     calibrated = bool(union_of_needs(grid)) or any(grid.chains) or measuring
     if named or calibrated or recipe.eval_text is None:
         with watch.stage("texts"):

@@ -200,7 +200,9 @@ class _Order(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, order: Tensor) -> Tensor:
-        return _taken(x, order)
+        # No view: some models clamp what a projection gives in place, which autograd forbids on a view that is made here.
+        taken: Tensor = torch.ops.aten._unsafe_view(x.reshape(-1, x.shape[-1]).index_select(1, order), x.shape)
+        return taken
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -14,7 +14,7 @@ from twofold.refine.base import Task
 from twofold.targets import replace_module
 
 
-class Solved(pydantic.BaseModel, extra="forbid"):
+class Solved(pydantic.BaseModel, extra="forbid", ser_json_inf_nan="constants"):
     """Some layers as they were carried out, what the plan has to say of them, and figures that took long."""
 
     entries: list[PlanEntry]
@@ -23,7 +23,7 @@ class Solved(pydantic.BaseModel, extra="forbid"):
 
 
 def keep_layers(path: Path, mark: str, known: Solved, task: Task) -> None:
-    """Write the layers of a block down, so that a killed run need not solve them again."""
+    """Write layers down, so that a killed run need not solve them again."""
     tensors = {
         f"{entry.name}.{key}": tensor
         for entry in known.entries

@@ -3,7 +3,8 @@
 The closed form treats each layer alone, and by moments of some ten thousand tokens. Here the factored model is run over the
 tokens once more, with the gradient D = E[g x̂ᵀ] of KL(dense ‖ factored) by every whole weight W' of its own, with C = E[x̂ x̂ᵀ]
 and G = E[g gᵀ]. In K-FAC's coordinates W̃ = G^½ W' C^½ the natural gradient is the plain one, D̃ = G^-½ D C^-½ (Martens & Grosse
-2015). Of it is taken:
+2015); G is that of the very gradients that are followed, not of sampled labels: it measured as well, and needs no pass of its
+own. Of it is taken:
 
 1. What two halves of the tokens agree on. The rest is scatter of the text. In the eigenbases of G and C, cut into eight parts by
    rank, each of the 64 blocks is multiplied by Σ D̃₁D̃₂ / Σ ((D̃₁ + D̃₂)/2)², between 0 and 1: Wiener's filter, with the spectra
@@ -21,7 +22,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from twofold.calibrate.frozen import start_graph
 from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.checkpoint.write import check_space
 from twofold.errors import TwofoldError
@@ -45,7 +47,7 @@ from twofold.targets import replace_module
 
 DAMPING = 0.03  # added to the eigenvalues of both moments, relative to their mean
 PARTS = 8  # of the eigenvalues of each moment, for the filter
-FIRST = 0.15  # share of the loss that the first step of the search would take off if the loss were linear
+FIRST = 0.2  # share of the loss that the first step of the search would take off if the loss were linear
 GROWTH = 1.4  # of the step, as long as it helps
 TRIALS = 5  # about so many does the search take
 HALVINGS = 4  # of a first step that does harm, before the search is given up
@@ -58,10 +60,11 @@ class Sums:
     gradients: dict[str, Tensor] = field(default_factory=dict)  # Σ g xᵀ (m, n)
     outputs: dict[str, Tensor] = field(default_factory=dict)  # Σ g gᵀ (m, m)
     inputs: dict[str, Tensor] = field(default_factory=dict)  # leader → Σ x xᵀ (n, n)
+    rows: dict[str, Tensor] = field(default_factory=dict)  # leader → how many inputs it was given
 
     def tensors(self) -> dict[str, Tensor]:
         """All by the names that they have on disk."""
-        kinds = {"gradient": self.gradients, "output": self.outputs, "input": self.inputs}
+        kinds = {"gradient": self.gradients, "output": self.outputs, "input": self.inputs, "rows": self.rows}
         return {f"{kind}/{name}": tensor for kind, some in kinds.items() for name, tensor in some.items()}
 
     @classmethod
@@ -69,7 +72,8 @@ class Sums:
         sums = cls()
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
-            {"gradient": sums.gradients, "output": sums.outputs, "input": sums.inputs}[kind][name] = tensor
+            owner = {"gradient": sums.gradients, "output": sums.outputs, "input": sums.inputs, "rows": sums.rows}[kind]
+            owner[name] = tensor
         return sums
 
 
@@ -95,7 +99,9 @@ class Step:
     direction: Tensor  # (m, n), in the tangent space
     left: Tensor  # (m, m), takes the outputs' coordinates back
     right: Tensor  # (n, n), takes the inputs' coordinates back, from the right; one for all layers of an input
-    agreed: float  # ⟨direction by one half, by the other⟩: what the loss falls by for a small step, without the scatter's share
+    agreed: (
+        float  # ⟨direction by one half, gradient by the other⟩: how fast the loss falls, without the scatter's share
+    )
 
 
 def natural_step(
@@ -115,13 +121,13 @@ def natural_step(
     first, second = (turn(half) / row / column for half in halves)
     share = agreement(first, second)
     left, right = _spaces(own, rank)
-    first, second = (on_tangent(half * share, left, right) for half in (first, second))
+    filtered = [on_tangent(half * share, left, right) for half in (first, second)]
     return Step(
         own,
-        (first + second) / 2,
+        (filtered[0] + filtered[1]) / 2,
         outputs.vectors / outputs.roots,
         (inputs.vectors / inputs.roots).T,
-        float((first * second).sum()),
+        float((filtered[0] * second).sum() + (filtered[1] * first).sum()) / 2,
     )
 
 
@@ -191,6 +197,8 @@ def natural_gradient(task: Task) -> Refined:
     rounds, done = task.recipe.refine_rounds, 0
     before = after = math.nan
     ended = "closed form"
+    spent = time.monotonic() - began
+    moved: set[str] = set()
     for number in range(rounds):
         mark = hashlib.sha256(f"{task.mark} {task.recipe.refine_labels} round {number}".encode()).hexdigest()
         path = None if task.folder is None else task.folder / f"round-{number}.safetensors"
@@ -198,6 +206,7 @@ def natural_gradient(task: Task) -> Refined:
         start = time.monotonic()
         if known is None:
             known = _round(task, loss, list(layers), number, mark)
+            known.figures["seconds"] = time.monotonic() - start
             if path is not None:
                 keep_layers(path, mark, known, task)
                 for half in (0, 1):
@@ -209,19 +218,25 @@ def natural_gradient(task: Task) -> Refined:
         before = known.figures["before"] if number == 0 else before
         after = known.figures["after"]
         if not known.figures["step"]:
-            ended = f"no step of round {number + 1} helps on held-out text"
+            agreed = known.figures["agreed"] > 0
+            ended = (
+                f"no step of round {number + 1} helps on held-out text"
+                if agreed
+                else f"the two halves of the tokens agree on no step of round {number + 1}"
+            )
             break
         done += 1
-        spent = time.monotonic() - began
-        if task.seconds is not None and number + 1 < rounds and spent + (time.monotonic() - start) > task.seconds:
-            ended = f"the time is over after round {number + 1}"
+        moved |= {entry.name for entry in known.entries}
+        spent += known.figures["seconds"]
+        if task.seconds is not None and number + 1 < rounds and spent + known.figures["seconds"] > task.seconds:
+            ended = f"another round would take longer than there is time, so it ended after round {number + 1}"
             break
     return Refined(
         method="natural-gradient",
         steps=done,
         planned=rounds,
         tokens=done * task.windows.numel(),
-        parameters=sum(p.numel() for name in layers for p in task.model.get_submodule(name).parameters()),
+        parameters=sum(p.numel() for name in moved for p in task.model.get_submodule(name).parameters()),
         seconds=time.monotonic() - began,
         unit="nats",
         loss_before=before,
@@ -246,13 +261,15 @@ def _round(task: Task, loss: Likeness, names: list[str], number: int, mark: str)
 
         def put(size: float) -> None:
             held.clear()
+            made.clear()
             for name, step in steps.items():
                 layer = _layer(step, size, old[name], task.loaded.stored_dtype)
                 if layer is None:
                     held.add(name)
                     layer = old[name]
+                else:
+                    made[name] = entries[name].model_copy(update={"form": layer.form})
                 replace_module(task.model, name, layer)
-                made[name] = entries[name].model_copy(update={"form": layer.form})
 
         def trial(size: float) -> float:
             put(size)
@@ -269,39 +286,56 @@ def _round(task: Task, loss: Likeness, names: list[str], number: int, mark: str)
                 replace_module(task.model, name, module)
             made = {}
     notes = []
+    if len(_half_of(task, loss, 0)) == len(task.windows) == 1:
+        notes.append(
+            "natural-gradient: one window alone has no halves to compare, so nothing of the gradient is filtered out"
+        )
+    without = sorted(set(names) - steps.keys())
+    if without:
+        notes.append(
+            f"natural-gradient: {len(without)} layers get no gradient from the calibration text, and stay as they are, "
+            f"first {without[0]}"
+        )
     if size and held:
         notes.append(
             f"natural-gradient: {len(held)} layers had no bounded gauge form after the step, and stay as they were, "
             f"first {min(held)}"
         )
-    return Solved(entries=list(made.values()), notes=notes, figures={"before": before, "after": after, "step": size})
+    return Solved(
+        entries=list(made.values()),
+        notes=notes,
+        figures={"before": before, "after": after, "step": size, "agreed": agreed},
+    )
 
 
 def search(
     trial: Callable[[float], float], before: float, first: float, tick: Callable[[], None] = lambda: None
 ) -> tuple[float, float]:
-    """The step that lowers a loss most, and that loss; 0 and the loss before, if none lowers it.
+    """A step that lowers a loss more than its neighbours do, and that loss; 0 and the loss before, if none lowers it.
 
-    It grows as long as that helps; a first step that does harm is halved.
+    It grows as long as that helps, and if it does not, it shrinks as long as that does; a first step that does harm is halved.
     """
-    size, best, low = first, 0.0, before
-    for _ in range(HALVINGS + 1):
-        now = trial(size)
+
+    def tried(size: float) -> float:
+        loss = trial(size)
         tick()
+        return loss
+
+    best, low = 0.0, before
+    for halved in range(HALVINGS + 1):
+        now = tried(first / 2**halved)
         if now < low:
-            best, low = size, now
+            best, low = first / 2**halved, now
             break
-        size /= 2
-    else:
-        return 0.0, before
-    factor = GROWTH if best == first else 1 / GROWTH
-    while True:
-        size = best * factor
-        now = trial(size)
-        tick()
-        if not now < low:
-            return best, low
-        best, low = size, now
+    if not best:
+        return best, low
+    began = best
+    for factor in (GROWTH, 1 / GROWTH):
+        while (now := tried(best * factor)) < low:
+            best, low = best * factor, now
+        if best != began:
+            break
+    return best, low
 
 
 def _half(task: Task, loss: Likeness, names: list[str], number: int, half: int, mark: str) -> tuple[Sums, float]:
@@ -311,7 +345,7 @@ def _half(task: Task, loss: Likeness, names: list[str], number: int, half: int, 
         try:
             kept, about = read_names(path, mark)
             parts = Parts(dict.fromkeys(kept, path))
-            return Sums.of({name: parts[name] for name in kept}), float(about["loss"])
+            return Sums.of({name: parts[name].to(task.model.device) for name in kept}), float(about["loss"])
         except (TwofoldError, KeyError, ValueError):
             path.unlink()
     sums, total = Sums(), 0.0
@@ -353,7 +387,7 @@ def _half_path(task: Task, number: int, half: int) -> Path:
 @contextmanager
 def _adding(model: nn.Module, names: list[str], leaders: dict[str, str], sums: Sums) -> Iterator[None]:
     """Within the block each backward pass adds what the layers were given and what came back to the sums."""
-    first = {leaders[name]: name for name in reversed(names)}
+    taken: dict[str, str] = {}  # leader → the first layer of that input that is called
 
     def add(into: dict[str, Tensor], key: str, left: Tensor, right: Tensor) -> None:
         if key not in into:
@@ -365,11 +399,12 @@ def _adding(model: nn.Module, names: list[str], leaders: dict[str, str], sums: S
             if not torch.is_grad_enabled():
                 return
             if not output.requires_grad:
-                output.requires_grad_(True)  # the first layers: no weight asks for gradients
+                output.requires_grad_(True)  # no weight asks for gradients, and this model's embeddings can't
             x = _rows(inputs[0])
             leader = leaders[name]
-            if first[leader] == name:
+            if taken.setdefault(leader, name) == name:
                 add(sums.inputs, leader, x, x)
+                sums.rows[leader] = sums.rows.get(leader, torch.zeros((), dtype=torch.int64)) + len(x)
 
             def came_back(gradient: Tensor) -> None:
                 g = _rows(gradient)
@@ -381,6 +416,8 @@ def _adding(model: nn.Module, names: list[str], leaders: dict[str, str], sums: S
         return watched
 
     handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
+        handles.append(start_graph(model))
     try:
         yield
     finally:
@@ -405,7 +442,8 @@ def _steps(task: Task, names: list[str], halves: list[Sums], tokens: list[int]) 
     with torch.no_grad(), progress("Finding the step", len(names), unit="weights", quiet=task.quiet) as tick:
         for leader, members in groups.items():
             wide = working_dtype(task.model.get_submodule(members[0]).weight.device)
-            inputs = Basis.of(_total(halves, "inputs", leader).to(wide) / both, DAMPING)
+            seen = float(_total(halves, "rows", leader))  # so that the product of both moments counts each call once
+            inputs = Basis.of(_total(halves, "inputs", leader).to(wide) / seen, DAMPING)
             right: Tensor | None = None
             for name in members:
                 layer = task.model.get_submodule(name)
@@ -426,7 +464,7 @@ def _steps(task: Task, names: list[str], halves: list[Sums], tokens: list[int]) 
     return steps
 
 
-def _total(halves: list[Sums], kind: Literal["inputs", "outputs"], name: str) -> Tensor:
+def _total(halves: list[Sums], kind: Literal["inputs", "outputs", "rows"], name: str) -> Tensor:
     """One moment of both halves, taken out of them."""
     first, second = (getattr(half, kind).pop(name) for half in halves)
     total: Tensor = first + second

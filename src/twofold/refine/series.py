@@ -99,6 +99,10 @@ def refine(
     held_out = windows.held_out[recipe.eval_windows :] if recipe.eval_text is None else windows.held_out
     stopped_on = hashlib.sha256(held_out.contiguous().numpy().tobytes()).hexdigest()
     belongs = f"{prepared.spectra.mark} {made} {windows.sha256} {stopped_on} {recipe.minutes} {recipe.anchor_mix}"
+    # What a refinement begins from depends on how those before it were asked to work.
+    before_it = recipe.model_dump_json(
+        include={name for name in type(recipe).model_fields if name.startswith("refine_")}
+    )
     prepared.plan.notes += _warnings(prepared, recipe, len(held_out), quiet)
     done: list[Refined] = []
     for i, name in enumerate(recipe.refine):
@@ -116,7 +120,7 @@ def refine(
             recipe,
             seconds,
             folder / f"{i}-{name}" if folder is not None else None,
-            f"{belongs} {recipe.refine[: i + 1]}",
+            f"{belongs} {recipe.refine[: i + 1]} {before_it if i else ''}",
             quiet,
         )
         # In one call, so that layers that share a basis share its copy.
