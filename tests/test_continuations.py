@@ -13,7 +13,9 @@ from conftest import TEXT, make_tokenizer
 from twofold import Recipe, TwofoldError, compress
 from twofold.calibrate import windows as places
 from twofold.calibrate.windows import calibration_windows
-from twofold.models import LoadedModel, load_model
+from twofold.estimate import estimate_run
+from twofold.models import LoadedModel, load_model, load_skeleton
+from twofold.probe import probe
 
 
 def asked(checkpoint: Any, text_file: Any, **settings: Any) -> Recipe:
@@ -87,3 +89,17 @@ def test_what_does_not_go_with_it_is_refused(checkpoint, text_file, tmp_path):
     with pytest.raises(TwofoldError, match="can't generate"):
         calibration_windows(silent, asked(checkpoint, text_file), "mark", quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_they_are_estimated(checkpoint, text_file, monkeypatch):
+    speeds: list[Any] = []
+    monkeypatch.setattr(
+        "twofold.estimate.probe", lambda *a: speeds[0] if speeds else speeds.append(probe(*a)) or speeds[0]
+    )
+    skeleton = load_skeleton(str(checkpoint))
+    found = [
+        estimate_run(skeleton, asked(checkpoint, text_file, tokens=4000, continuations=count), 0).seconds
+        for count in (0, 4000)
+    ]
+    assert found[0].get("texts", 0) < found[1]["texts"]
+    assert found[1]["calibrate"] == pytest.approx(2 * found[0]["calibrate"], rel=0.01)

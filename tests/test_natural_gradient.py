@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
@@ -17,15 +18,19 @@ from conftest import TEXT, make_model, make_tokenizer
 from test_refine import recipe_of
 from test_streaming import DYING, command, environment, same
 from twofold import TwofoldError, compress, factorize
-from twofold.models import LoadedModel, load_model
+from twofold.factorization import plan_model
+from twofold.linalg import natural_step as nl
+from twofold.models import LoadedModel, load_model, load_skeleton
 from twofold.nn import FactoredLinear
 from twofold.objectives import get_objective
+from twofold.probe import probe
 from twofold.recipe import make_recipe
 from twofold.refine import natural_gradient as ng
 from twofold.refine.base import Task
+from twofold.refine.gradient import sum_half
 from twofold.refine.likeness import Likeness
 from twofold.refine.training import training
-from twofold.targets import replace_module
+from twofold.targets import find_targets, replace_module
 
 
 def spd(k: int) -> Tensor:
@@ -48,8 +53,8 @@ def test_a_step_is_that_of_the_formula(shape):
     (m, n), r = shape, 7
     weight = torch.randn(m, r, dtype=torch.float64) @ torch.randn(r, n, dtype=torch.float64)
     gradient, g, c = torch.randn(m, n, dtype=torch.float64), spd(m), spd(n)
-    step = ng.natural_step(
-        weight, (gradient, gradient), ng.Basis.of(g, ng.DAMPING), ng.Basis.of(c, ng.DAMPING), r
+    step = nl.natural_step(
+        weight, (gradient, gradient), nl.Basis.of(g, ng.DAMPING), nl.Basis.of(c, ng.DAMPING), r
     )  # halves that agree: the filter takes nothing
     # Directly: roots of the damped moments, the singular vectors of the weight in their coordinates, the projection.
     own = power(damped(g), 0.5) @ weight @ power(damped(c), 0.5)
@@ -63,12 +68,12 @@ def test_a_step_is_that_of_the_formula(shape):
     # What the loss, were it linear, falls by for a small step is the step's inner product with the gradient.
     assert step.agreed == pytest.approx(float((gradient * back).sum()))
     for size in (0.0, 0.05):
-        left, right = ng.stepped(step, size, r)
+        left, right = nl.stepped(step, size, r)
         assert left.shape == (m, r) and right.shape == (r, n)
         u, s, v = torch.linalg.svd(own - size * tangent)
         best = power(damped(g), -0.5) @ (u[:, :r] * s[:r]) @ v[:r] @ power(damped(c), -0.5)
         torch.testing.assert_close(left @ right, best, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(torch.linalg.multi_dot(ng.stepped(step, 0.0, r)), weight, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(torch.linalg.multi_dot(nl.stepped(step, 0.0, r)), weight, rtol=1e-7, atol=1e-7)
 
 
 def test_the_filter_takes_the_scatter_out_of_the_direction_and_of_what_is_hoped_for():
@@ -76,18 +81,18 @@ def test_the_filter_takes_the_scatter_out_of_the_direction_and_of_what_is_hoped_
     m, n, r = 24, 32, 6
     weight = torch.randn(m, r, dtype=torch.float64) @ torch.randn(r, n, dtype=torch.float64)
     halves = torch.randn(2, m, n, dtype=torch.float64)
-    g, c = ng.Basis.of(spd(m), ng.DAMPING), ng.Basis.of(spd(n), ng.DAMPING)
-    step = ng.natural_step(weight, (halves[0], halves[1]), g, c, r)
+    g, c = nl.Basis.of(spd(m), ng.DAMPING), nl.Basis.of(spd(n), ng.DAMPING)
+    step = nl.natural_step(weight, (halves[0], halves[1]), g, c, r)
     first, second = (g.vectors.T @ half @ c.vectors / g.roots[:, None] / c.roots for half in halves)
     own = g.roots[:, None] * (g.vectors.T @ weight @ c.vectors) * c.roots
     u, _, v = torch.linalg.svd(own)
     u, v = u[:, :r], v[:r].T
-    share = ng.agreement(first, second)
+    share = nl.agreement(first, second)
     assert share.min() == 0 and 0 < share.mean() < 0.5
-    mean = ng.on_tangent(share * (first + second) / 2, u, v)
+    mean = nl.on_tangent(share * (first + second) / 2, u, v)
     torch.testing.assert_close(step.direction, mean, rtol=1e-8, atol=1e-8)
     # By a half the direction, by the other the gradient: what is not the same in both cancels.
-    falls = [(ng.on_tangent(share * a, u, v) * b).sum() for a, b in ((first, second), (second, first))]
+    falls = [(nl.on_tangent(share * a, u, v) * b).sum() for a, b in ((first, second), (second, first))]
     assert step.agreed == pytest.approx(float(sum(falls) / 2))
 
 
@@ -95,8 +100,8 @@ def test_the_tangent_space_is_what_keeps_the_rank():
     torch.manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(k, 3, dtype=torch.float64))[0] for k in (9, 12))
     matrix = torch.randn(9, 12, dtype=torch.float64)
-    found = ng.on_tangent(matrix, left, right)
-    torch.testing.assert_close(ng.on_tangent(found, left, right), found)
+    found = nl.on_tangent(matrix, left, right)
+    torch.testing.assert_close(nl.on_tangent(found, left, right), found)
     assert torch.linalg.matrix_rank(found) == 6  # twice the rank: the sum of both spaces
     # The nearest: what is left out stands at right angles to every matrix U A + B V with the two spaces.
     outside = matrix - found
@@ -107,19 +112,19 @@ def test_the_tangent_space_is_what_keeps_the_rank():
 def test_the_filter_keeps_what_both_halves_say(shape):
     torch.manual_seed(0)
     first, second = torch.randn(2, *shape, dtype=torch.float64)
-    share = ng.agreement(first, second)
+    share = nl.agreement(first, second)
     rows, columns = ([i * 8 // k for i in range(k)] for k in shape)
     for a in set(rows):
         for b in set(columns):
             at = torch.tensor([[x == a and y == b for y in columns] for x in rows])
             own = float((first[at] * second[at]).sum() / (((first + second) / 2)[at] ** 2).sum())
             assert share[at].tolist() == pytest.approx([min(max(own, 0.0), 1.0)] * int(at.sum()))
-    assert torch.equal(ng.agreement(first, first), torch.ones(shape, dtype=torch.float64))
-    assert ng.agreement(first, -first).abs().max() == 0
+    assert torch.equal(nl.agreement(first, first), torch.ones(shape, dtype=torch.float64))
+    assert nl.agreement(first, -first).abs().max() == 0
     # A signal in one corner under noise: there nearly all is kept, elsewhere little.
     noisy = torch.zeros(80, 80, dtype=torch.float64)
     noisy[:10, :10] = 5
-    share = ng.agreement(noisy + torch.randn(80, 80), noisy + torch.randn(80, 80))
+    share = nl.agreement(noisy + torch.randn(80, 80), noisy + torch.randn(80, 80))
     assert share[0, 0] > 0.95 and share.mean() < 0.15
 
 
@@ -163,7 +168,7 @@ def test_the_gradient_is_that_of_the_whole_weights(share):
     names = list(task.replaced)
     loss = Likeness(task)
     with training(task.model, {}):
-        found = [ng._half(task, loss, names, 0, half, "") for half in (0, 1)]
+        found = [sum_half(task, loss, names, 0, half, "") for half in (0, 1)]
     with torch.no_grad():
         mean = sum(float(loss([i])) for i in range(6)) / 6
     assert sum(one[1] for one in found) / 6 == pytest.approx(mean, rel=1e-6)
@@ -225,25 +230,6 @@ def test_other_layouts_and_biases(architecture, text_file, tmp_path):
     assert refined.loss_after < refined.loss_before
 
 
-def test_killed_it_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path):
-    flags = ["--refine", "natural-gradient", "--refine-rounds", "2"]
-    rest = [*command(checkpoint, text_file, tmp_path / "out")[3:], *flags]
-    for point in ("*/gradient-0-0*", "*/refine/0-*/round-0*", "*/gradient-1-1*"):
-        killed = subprocess.run(
-            [sys.executable, "-c", DYING, point, *rest],
-            env=environment(tmp_path / "cache"), capture_output=True, text=True,
-        )  # fmt: skip
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-    for arguments in (rest, [*command(checkpoint, text_file, tmp_path / "whole")[3:], *flags]):
-        done = subprocess.run(
-            [sys.executable, "-m", "twofold", *arguments],
-            env=environment(tmp_path / "cache"), capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert ("Gradient, half 1 of 2" in done.stderr) == (arguments is not rest)
-    same(tmp_path / "out", tmp_path / "whole")
-
-
 def test_what_it_begins_from_is_part_of_its_state(checkpoint, text_file, tmp_path):
     """Killed after a round, and run again with another training before it: the round is not taken up."""
 
@@ -279,13 +265,13 @@ def test_layers_that_are_called_on_some_tokens_or_twice():
 
     mlp.forward = apart
     with training(task.model, {}):
-        sums = [ng._half(task, loss, names, 0, half, "")[0] for half in (0, 1)]
+        sums = [sum_half(task, loss, names, 0, half, "")[0] for half in (0, 1)]
     leader = next(e.group for e in task.plan.entries if e.name == twice)
     tokens = task.windows.numel()
     assert int(sums[0].rows[leader] + sums[1].rows[leader]) == 2 * tokens
     inputs = (sums[0].inputs[leader] + sums[1].inputs[leader]) / (2 * tokens)
     step = ng._steps(task, names, sums, [tokens // 2, tokens // 2])[twice]
-    basis = ng.Basis.of(inputs.double(), ng.DAMPING)
+    basis = nl.Basis.of(inputs.double(), ng.DAMPING)
     torch.testing.assert_close(step.right.T, basis.vectors / basis.roots)
 
 
@@ -379,3 +365,22 @@ def test_weights_that_are_cut_together_are_refused(checkpoint, text_file, tmp_pa
         )
     with pytest.raises(TwofoldError, match="--refine-rounds"):
         recipe_of(checkpoint, text_file, refine="natural-gradient", refine_rounds=0)
+
+
+def test_the_estimate_counts_it(checkpoint, monkeypatch):
+    speeds = functools.cache(lambda: probe(*seen[0]))
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        "twofold.estimate.probe", lambda *a: seen.append(a) or speeds()
+    )  # once, so that they are the same
+    found = {}
+    for rounds in (0, 1, 3):
+        more = {"refine": "natural-gradient", "refine_rounds": rounds} if rounds else {}
+        found[rounds] = plan_model(make_recipe({"model": str(checkpoint), "keep": 0.7, **more})).estimate
+    one, three = (found[rounds].seconds["refine"] for rounds in (1, 3))
+    assert one > 0 and 1.5 * one < three < 3 * one and "refine" not in found[0].seconds
+    # Two gradients and two pairs of moments of every weight, on the disk and in memory.
+    targets = find_targets(load_skeleton(str(checkpoint)).model).targets
+    numbers = sum(t.size + t.out_features**2 + t.in_features**2 for t in targets)
+    assert found[1].work_bytes - found[0].work_bytes == 8 * numbers
+    assert found[1].memory["refine"] > 8 * numbers

@@ -379,23 +379,29 @@ def test_anchoring_lowers_the_divergence(checkpoint, text_file, tmp_path, object
 
 
 @pytest.mark.parametrize(
-    ("refine", "point"),
-    [("anchored,distill", "*/0-anchored/block-0000*"), ("blockwise", "*/0-blockwise/block-0000*")],
+    ("refine", "points", "not_again"),
+    [
+        ("anchored,distill", ["*/0-anchored/block-0000*"], None),
+        ("blockwise", ["*/0-blockwise/block-0000*"], None),
+        ("natural-gradient", ["*/gradient-0-0*", "*/refine/0-*/round-0*", "*/gradient-1-1*"], "Gradient, half 1 of 2"),
+    ],
 )
-def test_killed_between_blocks_it_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path, refine, point):
-    flags = ["--refine", refine, "--refine-passes", "1"]
+def test_killed_in_its_middle_it_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path, refine, points, not_again):
+    flags = ["--refine", refine, "--refine-passes", "1", "--refine-rounds", "2"]
     rest = [*command(checkpoint, text_file, tmp_path / "out")[3:], *flags]
-    killed = subprocess.run(
-        [sys.executable, "-c", DYING, point, *rest],
-        env=environment(tmp_path / "cache"), capture_output=True, text=True,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    for point in points:
+        killed = subprocess.run(
+            [sys.executable, "-c", DYING, point, *rest],
+            env=environment(tmp_path / "cache"), capture_output=True, text=True,
+        )  # fmt: skip
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
     for arguments in (rest, [*command(checkpoint, text_file, tmp_path / "whole")[3:], *flags]):
         done = subprocess.run(
             [sys.executable, "-m", "twofold", *arguments],
             env=environment(tmp_path / "cache"), capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        assert not_again is None or (not_again in done.stderr) == (arguments is not rest)
     same(tmp_path / "out", tmp_path / "whole")
 
 

@@ -6,7 +6,7 @@ from pkgutil import iter_modules
 from twofold.refine.base import REFINEMENTS, Refined, Refinement, Task, get_refinement, refinement
 
 for _module in iter_modules(__path__):
-    if _module.name not in ("base", "kept", "likeness", "series", "streams", "teacher", "training"):
+    if _module.name not in ("base", "gradient", "kept", "likeness", "series", "streams", "teacher", "training"):
         import_module(f"{__name__}.{_module.name}")
 
 from twofold.refine.series import check_refinable, check_refinements, refine  # noqa: E402, the methods come first

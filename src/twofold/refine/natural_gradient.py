@@ -21,159 +21,30 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from twofold.calibrate.frozen import start_graph
-from twofold.calibrate.moments import Parts, read_names, write_part
-from twofold.checkpoint.write import check_space
-from twofold.errors import TwofoldError
 from twofold.files import make_folder
-from twofold.linalg.metric import eigen, working_dtype
+from twofold.linalg.metric import working_dtype
+from twofold.linalg.natural_step import Basis, Step, natural_step, stepped
 from twofold.nn import FactoredLinear
 from twofold.plan import PlanEntry
 from twofold.progress import progress, say
 from twofold.refine.base import Refined, Task, refinement
+from twofold.refine.gradient import Sums, half_path, sum_half, windows_of_half
 from twofold.refine.kept import Solved, keep_layers, take_layers
 from twofold.refine.likeness import Likeness
 from twofold.refine.training import training
 from twofold.targets import replace_module
 
 DAMPING = 0.03  # added to the eigenvalues of both moments, relative to their mean
-PARTS = 8  # of the eigenvalues of each moment, for the filter
 FIRST = 0.2  # share of the loss that the first step of the search would take off if the loss were linear
 GROWTH = 1.4  # of the step, as long as it helps
 TRIALS = 5  # about so many does the search take
 HALVINGS = 4  # of a first step that does harm, before the search is given up
-
-
-@dataclass
-class Sums:
-    """What one run over half of the windows adds up, by layer; those with one input have one moment of it."""
-
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # Σ g xᵀ (m, n)
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # Σ g gᵀ (m, m)
-    inputs: dict[str, Tensor] = field(default_factory=dict)  # leader → Σ x xᵀ (n, n)
-    rows: dict[str, Tensor] = field(default_factory=dict)  # leader → how many inputs it was given
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All by the names that they have on disk."""
-        kinds = {"gradient": self.gradients, "output": self.outputs, "input": self.inputs, "rows": self.rows}
-        return {f"{kind}/{name}": tensor for kind, some in kinds.items() for name, tensor in some.items()}
-
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> Sums:
-        sums = cls()
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            owner = {"gradient": sums.gradients, "output": sums.outputs, "input": sums.inputs, "rows": sums.rows}[kind]
-            owner[name] = tensor
-        return sums
-
-
-@dataclass(frozen=True)
-class Basis:
-    """The eigenvectors of a moment and the square roots of its damped eigenvalues, ascending."""
-
-    vectors: Tensor  # (k, k)
-    roots: Tensor  # (k,)
-
-    @classmethod
-    def of(cls, moment: Tensor, damping: float) -> Basis:
-        values, vectors = eigen(moment)
-        values = values.clamp_min(0)
-        return cls(vectors, (values + damping * values.mean()).clamp_min(torch.finfo(values.dtype).tiny).sqrt())
-
-
-@dataclass(frozen=True)
-class Step:
-    """A layer in K-FAC's coordinates, and where to go from it."""
-
-    weight: Tensor  # W̃ (m, n)
-    direction: Tensor  # (m, n), in the tangent space
-    left: Tensor  # (m, m), takes the outputs' coordinates back
-    right: Tensor  # (n, n), takes the inputs' coordinates back, from the right; one for all layers of an input
-    agreed: (
-        float  # ⟨direction by one half, gradient by the other⟩: how fast the loss falls, without the scatter's share
-    )
-
-
-def natural_step(
-    weight: Tensor,  # W' (m, n), of rank r
-    halves: tuple[Tensor, Tensor],  # the gradient by each half of the tokens (m, n)
-    outputs: Basis,  # of G (m, m)
-    inputs: Basis,  # of C (n, n)
-    rank: int,
-) -> Step:
-    """Where to move a weight, in the coordinates of the eigenbases."""
-
-    def turn(matrix: Tensor) -> Tensor:
-        return outputs.vectors.T @ matrix @ inputs.vectors
-
-    row, column = outputs.roots[:, None], inputs.roots[None, :]
-    own = row * turn(weight) * column
-    first, second = (turn(half) / row / column for half in halves)
-    share = agreement(first, second)
-    left, right = _spaces(own, rank)
-    filtered = [on_tangent(half * share, left, right) for half in (first, second)]
-    return Step(
-        own,
-        (filtered[0] + filtered[1]) / 2,
-        outputs.vectors / outputs.roots,
-        (inputs.vectors / inputs.roots).T,
-        float((filtered[0] * second).sum() + (filtered[1] * first).sum()) / 2,
-    )
-
-
-def agreement(first: Tensor, second: Tensor, parts: int = PARTS) -> Tensor:  # (m, n)
-    """How much of each block of their mean two noisy matrices agree on, between 0 and 1."""
-    rows, columns = (torch.arange(k, device=first.device) * parts // k for k in first.shape)
-    block = (rows[:, None] * parts + columns[None, :]).flatten()
-
-    def summed(values: Tensor) -> Tensor:
-        return values.new_zeros(parts * parts).index_add_(0, block, values.flatten())
-
-    whole = summed(((first + second) / 2).square())
-    share = (summed(first * second) / whole.clamp_min(torch.finfo(whole.dtype).tiny)).clamp(0, 1)
-    return share[block].view(first.shape)
-
-
-def _spaces(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # (m, r) and (n, r)
-    """Orthonormal bases of the columns and the rows of a matrix of rank r, by the eigenvectors of its smaller Gram matrix."""
-    if matrix.shape[0] <= matrix.shape[1]:
-        left = eigen(matrix @ matrix.T)[1][:, -rank:]
-        return left, torch.linalg.qr(matrix.T @ left)[0]
-    right = eigen(matrix.T @ matrix)[1][:, -rank:]
-    return torch.linalg.qr(matrix @ right)[0], right
-
-
-def on_tangent(
-    matrix: Tensor,  # (m, n)
-    left: Tensor,  # (m, r), orthonormal
-    right: Tensor,  # (n, r), orthonormal
-) -> Tensor:
-    """The nearest matrix in the tangent space of the matrices of rank r at one with these column and row spaces."""
-    inside = left @ (left.T @ matrix)
-    return inside + (matrix - inside) @ right @ right.T
-
-
-def stepped(step: Step, size: float, rank: int) -> tuple[Tensor, Tensor]:  # (m, r) and (r, n)
-    """The factors of the weight after a step, cut to its rank in the same coordinates; in the weight's own ones."""
-    wide = working_dtype(step.weight.device)
-    moved = step.weight.to(wide) - size * step.direction.to(wide)
-    if moved.shape[0] <= moved.shape[1]:
-        left = eigen(moved @ moved.T)[1][:, -rank:]
-        right = left.T @ moved
-    else:
-        right = eigen(moved.T @ moved)[1][:, -rank:].T
-        left = moved @ right.T
-    return step.left.to(wide) @ left, right @ step.right.to(wide)
 
 
 @refinement("natural-gradient")
@@ -210,7 +81,7 @@ def natural_gradient(task: Task) -> Refined:
             if path is not None:
                 keep_layers(path, mark, known, task)
                 for half in (0, 1):
-                    _half_path(task, number, half).unlink(missing_ok=True)
+                    half_path(task, number, half).unlink(missing_ok=True)
         places = {entry.name: i for i, entry in enumerate(task.plan.entries)}
         for entry in known.entries:
             task.plan.entries[places[entry.name]] = entry
@@ -249,8 +120,8 @@ def _round(task: Task, loss: Likeness, names: list[str], number: int, mark: str)
     """One gradient and one step."""
     with training(task.model, {}):
         before = loss.held_out()
-        halves = [_half(task, loss, names, number, half, mark) for half in (0, 1)]
-        windows = [sum(len(part) for part in _half_of(task, loss, half)) for half in (0, 1)]
+        halves = [sum_half(task, loss, names, number, half, mark) for half in (0, 1)]
+        windows = [sum(len(part) for part in windows_of_half(task, loss, half)) for half in (0, 1)]
         mean = sum(total for _, total in halves) / sum(windows)
         steps = _steps(task, names, [sums for sums, _ in halves], [count * task.windows.shape[1] for count in windows])
         agreed = sum(step.agreed for step in steps.values())
@@ -286,7 +157,7 @@ def _round(task: Task, loss: Likeness, names: list[str], number: int, mark: str)
                 replace_module(task.model, name, module)
             made = {}
     notes = []
-    if len(_half_of(task, loss, 0)) == len(task.windows) == 1:
+    if len(windows_of_half(task, loss, 0)) == len(task.windows) == 1:
         notes.append(
             "natural-gradient: one window alone has no halves to compare, so nothing of the gradient is filtered out"
         )
@@ -336,98 +207,6 @@ def search(
         if best != began:
             break
     return best, low
-
-
-def _half(task: Task, loss: Likeness, names: list[str], number: int, half: int, mark: str) -> tuple[Sums, float]:
-    """What every other step over the windows adds up, and the sum of their losses; those of an earlier run if there are any."""
-    path = None if task.folder is None else _half_path(task, number, half)
-    if path is not None and path.is_file():
-        try:
-            kept, about = read_names(path, mark)
-            parts = Parts(dict.fromkeys(kept, path))
-            return Sums.of({name: parts[name].to(task.model.device) for name in kept}), float(about["loss"])
-        except (TwofoldError, KeyError, ValueError):
-            path.unlink()
-    sums, total = Sums(), 0.0
-    steps = _half_of(task, loss, half)
-    windows = sum(len(part) for part in steps)
-    leaders = {entry.name: entry.group for entry in task.plan.entries}
-    with (
-        progress(f"Gradient, half {half + 1} of 2", windows, unit="windows", quiet=task.quiet) as tick,
-        _adding(task.model, names, leaders, sums),
-    ):
-        for part in steps:
-            one = loss(part.tolist())
-            (one * len(part) * task.windows.shape[1]).backward()  # type: ignore[no-untyped-call]
-            total += float(one.detach()) * len(part)
-            tick(len(part))
-    for name, tensor in sums.tensors().items():
-        if not torch.isfinite(tensor).all():
-            raise TwofoldError(
-                f"the {name.partition('/')[0]} moment of {name.partition('/')[2]} in the factored model is NaN or infinite; "
-                "keep more of it, or leave natural-gradient out"
-            )
-    if path is not None:
-        check_space(path.parent, sum(t.numel() * t.element_size() for t in sums.tensors().values()))
-        write_part(path, sums.tensors(), mark, {"loss": repr(total)})
-    return sums, total
-
-
-def _half_of(task: Task, loss: Likeness, half: int) -> tuple[Tensor, ...]:
-    """Every other step over the windows; one window alone is both halves."""
-    steps = torch.split(torch.arange(len(task.windows)), loss.together if len(task.windows) > loss.together else 1)
-    return steps[half::2] or steps
-
-
-def _half_path(task: Task, number: int, half: int) -> Path:
-    assert task.folder is not None
-    return task.folder / f"gradient-{number}-{half}.safetensors"
-
-
-@contextmanager
-def _adding(model: nn.Module, names: list[str], leaders: dict[str, str], sums: Sums) -> Iterator[None]:
-    """Within the block each backward pass adds what the layers were given and what came back to the sums."""
-    taken: dict[str, str] = {}  # leader → the first layer of that input that is called
-
-    def add(into: dict[str, Tensor], key: str, left: Tensor, right: Tensor) -> None:
-        if key not in into:
-            into[key] = left.new_zeros(left.shape[1], right.shape[1])
-        into[key].addmm_(left.T, right)
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def watched(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not torch.is_grad_enabled():
-                return
-            if not output.requires_grad:
-                output.requires_grad_(True)  # no weight asks for gradients, and this model's embeddings can't
-            x = _rows(inputs[0])
-            leader = leaders[name]
-            if taken.setdefault(leader, name) == name:
-                add(sums.inputs, leader, x, x)
-                sums.rows[leader] = sums.rows.get(leader, torch.zeros((), dtype=torch.int64)) + len(x)
-
-            def came_back(gradient: Tensor) -> None:
-                g = _rows(gradient)
-                add(sums.gradients, name, g, x)
-                add(sums.outputs, name, g, g)
-
-            output.register_hook(came_back)  # type: ignore[no-untyped-call]
-
-        return watched
-
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
-        handles.append(start_graph(model))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _rows(values: Tensor) -> Tensor:  # (rows, width)
-    flat = values.detach().flatten(0, -2)
-    return flat if flat.dtype == torch.float64 else flat.float()
 
 
 def _steps(task: Task, names: list[str], halves: list[Sums], tokens: list[int]) -> dict[str, Step]:
