@@ -98,8 +98,8 @@ def test_they_are_estimated(checkpoint, text_file, monkeypatch):
     )
     skeleton = load_skeleton(str(checkpoint))
     found = [
-        estimate_run(skeleton, asked(checkpoint, text_file, tokens=4000, continuations=count), 0).seconds
-        for count in (0, 4000)
+        estimate_run(skeleton, asked(checkpoint, text_file, tokens=200_000, continuations=count), 0).seconds
+        for count in (0, 200_000)
     ]
     assert found[0].get("texts", 0) < found[1]["texts"]
     assert found[1]["calibrate"] == pytest.approx(2 * found[0]["calibrate"], rel=0.01)

@@ -378,7 +378,7 @@ def test_the_estimate_counts_it(checkpoint, monkeypatch):
         more = {"refine": "natural-gradient", "refine_rounds": rounds} if rounds else {}
         found[rounds] = plan_model(make_recipe({"model": str(checkpoint), "keep": 0.7, **more})).estimate
     one, three = (found[rounds].seconds["refine"] for rounds in (1, 3))
-    assert one > 0 and 1.5 * one < three < 3 * one and "refine" not in found[0].seconds
+    assert one > 0.3 and 1.5 * one < three < 3 * one and "refine" not in found[0].seconds
     # Two gradients and two pairs of moments of every weight, on the disk and in memory.
     targets = find_targets(load_skeleton(str(checkpoint)).model).targets
     numbers = sum(t.size + t.out_features**2 + t.in_features**2 for t in targets)
