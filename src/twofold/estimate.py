@@ -210,9 +210,7 @@ def memory_of(f: Figures, recipe: Recipe, blocks: int | None) -> dict[str, float
         held = 0.0
         if any(name != "natural-gradient" for name in recipe.refine):
             held = trained * TRAINED
-        if (
-            "natural-gradient" in recipe.refine
-        ):  # gradients by two halves, moments of both sides of both, the factors before
+        if "natural-gradient" in recipe.refine:  # two halves of its gradient, and the factors before
             held = max(held, 8 * _gradient_numbers(f) + 4 * trained)
         stages["refine"] = (
             LIBRARIES + weights + trained * f.element + held + window_acting + 3 * recipe.window * f.vocabulary * 4

@@ -34,9 +34,7 @@ class Step:
     direction: Tensor  # (m, n), in the tangent space
     left: Tensor  # (m, m), takes the outputs' coordinates back
     right: Tensor  # (n, n), takes the inputs' coordinates back, from the right; one for all layers of an input
-    agreed: (
-        float  # ⟨direction by one half, gradient by the other⟩: how fast the loss falls, without the scatter's share
-    )
+    agreed: float  # ⟨direction by one half, gradient by the other⟩: how fast the loss falls, scatter left out
 
 
 def natural_step(
@@ -55,7 +53,8 @@ def natural_step(
     own = row * turn(weight) * column
     first, second = (turn(half) / row / column for half in halves)
     share = agreement(first, second)
-    left, right = _spaces(own, rank)
+    factors = _cut(own, rank)
+    left, right = (torch.linalg.qr(side)[0] for side in (factors[0], factors[1].T))
     filtered = [on_tangent(half * share, left, right) for half in (first, second)]
     return Step(
         own,
@@ -79,13 +78,13 @@ def agreement(first: Tensor, second: Tensor, parts: int = PARTS) -> Tensor:  # (
     return share[block].view(first.shape)
 
 
-def _spaces(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # (m, r) and (n, r)
-    """Orthonormal bases of the columns and the rows of a matrix of rank r, by the eigenvectors of its smaller Gram matrix."""
+def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # (m, r) and (r, n)
+    """Factors of the nearest matrix of rank r, by the eigenvectors of the smaller Gram matrix."""
     if matrix.shape[0] <= matrix.shape[1]:
         left = eigen(matrix @ matrix.T)[1][:, -rank:]
-        return left, torch.linalg.qr(matrix.T @ left)[0]
-    right = eigen(matrix.T @ matrix)[1][:, -rank:]
-    return torch.linalg.qr(matrix @ right)[0], right
+        return left, left.T @ matrix
+    right = eigen(matrix.T @ matrix)[1][:, -rank:].T
+    return matrix @ right.T, right
 
 
 def on_tangent(
@@ -102,10 +101,5 @@ def stepped(step: Step, size: float, rank: int) -> tuple[Tensor, Tensor]:  # (m,
     """The factors of the weight after a step, cut to its rank in the same coordinates; in the weight's own ones."""
     wide = working_dtype(step.weight.device)
     moved = step.weight.to(wide) - size * step.direction.to(wide)
-    if moved.shape[0] <= moved.shape[1]:
-        left = eigen(moved @ moved.T)[1][:, -rank:]
-        right = left.T @ moved
-    else:
-        right = eigen(moved.T @ moved)[1][:, -rank:].T
-        left = moved @ right.T
+    left, right = _cut(moved, rank)
     return step.left.to(wide) @ left, right @ step.right.to(wide)

@@ -57,7 +57,7 @@ def anchored_problem(
     return aim, objective.build(aim, new, damping)
 
 
-@refinement("anchored", needs={"chain", "inputs"})
+@refinement("anchored", needs={"chain", "inputs"}, trains=False)
 def anchored(task: Task) -> Refined:
     """Solve each layer anew on the factored model's own inputs.
 

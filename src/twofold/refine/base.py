@@ -105,22 +105,23 @@ class Refinement:
     """A refinement by its name.
 
     ``needs``: "chain", a model whose blocks follow one another; "inputs", an objective that looks at whole inputs. All need token
-    logits, by which they are judged.
+    logits, by which they are judged. ``trains``: it learns the windows by steps, and so may learn them by heart.
     """
 
     name: str
     needs: frozenset[Need]
     run: Refine
+    trains: bool = True
 
 
 REFINEMENTS: dict[str, Refinement] = {}
 
 
-def refinement(name: str, *, needs: Iterable[Need] = ()) -> Callable[[Refine], Refine]:
+def refinement(name: str, *, needs: Iterable[Need] = (), trains: bool = True) -> Callable[[Refine], Refine]:
     """Register a function that refines a model in place."""
 
     def register(function: Refine) -> Refine:
-        REFINEMENTS[name] = Refinement(name, frozenset(needs), function)
+        REFINEMENTS[name] = Refinement(name, frozenset(needs), function, trains)
         return function
 
     return register

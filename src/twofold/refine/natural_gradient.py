@@ -47,7 +47,7 @@ TRIALS = 5  # about so many does the search take
 HALVINGS = 4  # of a first step that does harm, before the search is given up
 
 
-@refinement("natural-gradient")
+@refinement("natural-gradient", trains=False)
 def natural_gradient(task: Task) -> Refined:
     """Take a step for each round, as large as held-out text says.
 

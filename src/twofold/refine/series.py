@@ -145,8 +145,7 @@ def _warnings(prepared: Prepared, recipe: Recipe, held_out: int, quiet: bool) ->
     numbers = sum(entry.numbers_after for entry in prepared.plan.entries if entry.rank is not None)
     windows = prepared.windows
     assert windows is not None
-    trained = [name for name in recipe.refine if name not in ("anchored", "natural-gradient")]
-    if trained and numbers > MANY * windows.tokens:
+    if any(get_refinement(name).trains for name in recipe.refine) and numbers > MANY * windows.tokens:
         found.append(
             f"{numbers:,} numbers are trained on {windows.tokens:,} calibration tokens, {numbers / windows.tokens:,.0f} each; "
             "a training may learn so few by heart: give more with --tokens"
