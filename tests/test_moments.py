@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,11 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
+from twofold import Recipe
 from twofold.calibrate import Moments, collect_moments, request_statistics, sample_texts, token_windows, wikitext_rows
 from twofold.calibrate.curvature import loss_gradient
 from twofold.calibrate.sample import beginnings, draw, user_turn_prefix
 from twofold.calibrate.texts import spread
+from twofold.calibrate.windows import calibration_windows
 from twofold.errors import TwofoldError
+from twofold.models import LoadedModel
 from twofold.residence import Resident
 from twofold.targets import dense_weight, find_groups, find_targets
 
@@ -266,6 +271,36 @@ def test_texts_sampled_from_the_model_repeat():
     chat = sample_texts(model, beginnings(tokenizer), sequences=4, length=20, seed=1, quiet=True)
     assert [tokenizer.decode(row[:6]) for row in chat[1::2]] == ["<eos>user:"] * 2
     assert (chat[::2, 0] == tokenizer.bos_token_id).all()
+
+
+def test_sampled_texts_of_one_kind():
+    tokenizer = make_tokenizer()
+    with pytest.raises(TwofoldError, match="no chat template"):
+        beginnings(tokenizer, "chat")
+    assert beginnings(tokenizer, "both") == beginnings(tokenizer, "plain") == [[tokenizer.bos_token_id]]
+    tokenizer.chat_template = "{% for m in messages %}<eos>{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
+    assert [tokenizer.decode(one) for one in beginnings(tokenizer, "chat")] == ["<eos>user:"]
+    assert beginnings(tokenizer, "plain") == [[tokenizer.bos_token_id]]
+    assert beginnings(tokenizer, "both") == [*beginnings(tokenizer, "plain"), *beginnings(tokenizer, "chat")]
+
+
+def test_a_recipe_says_of_which_kind(text_file):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<eos>{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
+    loaded = LoadedModel(make_model(), tokenizer, "tiny", None, torch.float32)
+
+    def begin(**settings: Any) -> set[str]:
+        recipe = Recipe(model="tiny", keep=0.6, tokens=160, window=20, **settings)
+        made = calibration_windows(loaded, recipe, "mark", quiet=True)
+        assert made.ids.shape == (8, 20)
+        ids = torch.cat([made.ids, made.held_out])
+        return {"chat" if tokenizer.decode(row[:6]) == "<eos>user:" else "plain" for row in ids}
+
+    assert (
+        begin() == {"plain", "chat"} and begin(self_texts="plain") == {"plain"} and begin(self_texts="chat") == {"chat"}
+    )
+    with pytest.raises(TwofoldError, match="there are calibration texts"):
+        begin(self_texts="plain", calibration=[str(text_file)])
 
 
 def test_conv1d_is_seen_in_the_right_layout():

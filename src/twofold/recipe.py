@@ -78,6 +78,12 @@ class Recipe(pydantic.BaseModel, extra="forbid"):
         pydantic.BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
         Field(description="text files, or data set names; 'self' samples texts from the model"),
     ] = ["self"]
+    self_texts: Annotated[
+        Literal["both", "plain", "chat"],
+        Field(
+            description="how texts sampled from the model begin: plain, chat (with a user's turn of the chat template), or both"
+        ),
+    ] = "both"
     dataset_config: Annotated[str | None, Field(description="the configuration of the data set")] = None
     dataset_split: Annotated[str, Field(description="the split of the data set")] = "train"
     text_column: Annotated[str, Field(description="the field of a data set or .jsonl row that holds the text")] = "text"

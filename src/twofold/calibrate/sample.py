@@ -1,7 +1,7 @@
 """Texts sampled from the model itself, so that no data is needed.
 
 Half of the sequences of a chat model begin with its template's user turn, so that it writes both a request and the answer;
-the others, and all those of a plain language model, begin with the beginning-of-text token.
+the others, and all those of a plain language model, begin with the beginning-of-text token. All can be asked for of one kind.
 """
 
 from __future__ import annotations
@@ -31,14 +31,30 @@ def user_turn_prefix(tokenizer: Any) -> str | None:
     return before if found else None
 
 
-def beginnings(tokenizer: Any) -> list[list[int]]:
-    """The token ids that sampled texts begin with: a text's own beginning, and a user's turn if there is a chat template."""
+def beginnings(tokenizer: Any, kind: str = "both") -> list[list[int]]:
+    """The token ids that sampled texts begin with, in turn.
+
+    Args:
+        kind: ``plain``, a text's own beginning; ``chat``, a user's turn of the chat template; ``both``, the first, and the
+            second if there is a chat template.
+
+    Raises:
+        TwofoldError: if only turns of chat are asked for and there is no template.
+    """
     candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    found = [[next((token for token in candidates if token is not None), 0)]]
+    plain = [next((token for token in candidates if token is not None), 0)]
+    if kind == "plain":
+        return [plain]
     chat = user_turn_prefix(tokenizer)
-    if chat:
-        found.append(list(tokenizer(chat, add_special_tokens=False)["input_ids"]))
-    return found
+    turn = [list(tokenizer(chat, add_special_tokens=False)["input_ids"])] if chat else []
+    if kind == "chat":
+        if not turn:
+            raise TwofoldError(
+                "--self-texts chat begins texts with a user's turn, and this tokenizer has no chat template with one; leave "
+                "it out"
+            )
+        return turn
+    return [plain, *turn]
 
 
 @torch.no_grad()

@@ -56,6 +56,11 @@ def calibration_windows(
     if texts is not None or recipe.calibration != ["self"]:
         if "self" in recipe.calibration and texts is None:
             raise TwofoldError("'self' can't be mixed with calibration texts; name either")
+        if recipe.self_texts != "both":
+            raise TwofoldError(
+                f"--self-texts {recipe.self_texts} says how the model's own texts begin, and there are calibration texts; leave "
+                "one of the two out"
+            )
         source = "given texts" if texts is not None else ", ".join(Path(one).name for one in recipe.calibration)
         needed = tokens_needed(recipe.tokens, held_out * recipe.window) * CHARACTERS_PER_TOKEN
         read = (
@@ -81,7 +86,7 @@ def calibration_windows(
             "--tokens"
         )
     count = max(recipe.tokens // recipe.window, 1)
-    begin = beginnings(tokenizer)
+    begin = beginnings(tokenizer, recipe.self_texts)
 
     def sample() -> Tensor:
         ids = sample_texts(
