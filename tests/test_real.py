@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,15 @@ def test_all_bars_of_the_main_job(tmp_path, monkeypatch):
     bench = importlib.import_module("main_job")
     bars = bench.main_job(tmp_path / "bench", WIKITEXT, windows=16)
     print(bench.markdown(bars, 16))
-    run = Run.model_validate_json((tmp_path / "bench" / "run-0.8.json").read_text())
-    assert run.quality is not None and run.predicted_divergence is not None
-    measured = run.quality.factored["divergence"]
-    assert measured is not None and run.predicted_divergence / 2 < measured < run.predicted_divergence * 2
+    check_prediction(tmp_path / "bench")
     assert all(bar.met for bar in bars), [bar for bar in bars if not bar.met]
+
+
+def check_prediction(bench: Path) -> None:
+    """A plan's divergence is of the size of what the test split measures, though too low.
+
+    Not of the run's own four held-out windows: so few and short ones scatter, and are harder (docs/design.md, section 1).
+    """
+    predicted = Run.model_validate_json((bench / "run-0.8.json").read_text()).predicted_divergence
+    measured = json.loads((bench / "eval-0.8.json").read_text())["models"][1]["divergence"]
+    assert predicted is not None and predicted < measured < predicted * 2
