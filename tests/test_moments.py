@@ -296,9 +296,9 @@ def test_a_recipe_says_of_which_kind(text_file):
         ids = torch.cat([made.ids, made.held_out])
         return {"chat" if tokenizer.decode(row[:6]) == "<eos>user:" else "plain" for row in ids}
 
-    assert (
-        begin() == {"plain", "chat"} and begin(self_texts="plain") == {"plain"} and begin(self_texts="chat") == {"chat"}
-    )
+    assert begin() == {"plain", "chat"}
+    assert begin(self_texts="plain") == {"plain"}
+    assert begin(self_texts="chat") == {"chat"}
     with pytest.raises(TwofoldError, match="there are calibration texts"):
         begin(self_texts="plain", calibration=[str(text_file)])
 

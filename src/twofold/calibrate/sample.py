@@ -46,15 +46,14 @@ def beginnings(tokenizer: Any, kind: str = "both") -> list[list[int]]:
     if kind == "plain":
         return [plain]
     chat = user_turn_prefix(tokenizer)
-    turn = [list(tokenizer(chat, add_special_tokens=False)["input_ids"])] if chat else []
+    if chat:
+        turn = list(tokenizer(chat, add_special_tokens=False)["input_ids"])
+        return [turn] if kind == "chat" else [plain, turn]
     if kind == "chat":
-        if not turn:
-            raise TwofoldError(
-                "--self-texts chat begins texts with a user's turn, and this tokenizer has no chat template with one; leave "
-                "it out"
-            )
-        return turn
-    return [plain, *turn]
+        raise TwofoldError(
+            "--self-texts chat begins texts with a user's turn, and this tokenizer has no chat template with one; leave it out"
+        )
+    return [plain]
 
 
 @torch.no_grad()
