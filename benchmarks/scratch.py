@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 import twofold
-from twofold.files import write_text
+from twofold.host.files import write_text
 from twofold.nn import FactoredLinear
 from twofold.report.printed import COLOURS, on_paper, save_printed
 from twofold.run import machine

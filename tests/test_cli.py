@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
-from twofold.cache import cache_folder
-from twofold.checkpoint import staged_folder
+from twofold.host.cache import cache_folder
+from twofold.host.folders import staged_folder
 from twofold.plan import Plan
 
 

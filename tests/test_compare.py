@@ -17,7 +17,6 @@ import torch
 import twofold.cli
 from conftest import TEXT, make_model
 from twofold import TwofoldError
-from twofold.cache import cache_folder
 from twofold.calibrate.texts import read_texts
 from twofold.comparison import Comparison, compare, make_grid
 from twofold.comparison.cells import only_run
@@ -27,6 +26,7 @@ from twofold.comparison.quantized import choose_baselines, quantized, torchao_ve
 from twofold.comparison.rows import Rows
 from twofold.compression import compress
 from twofold.evaluation import evaluate_models
+from twofold.host.cache import cache_folder
 from twofold.stages import put_back
 from twofold.targets import find_targets
 

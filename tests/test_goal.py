@@ -20,12 +20,12 @@ from twofold.compression import compress
 from twofold.evaluate import Reference, measure_quality
 from twofold.factorization import plan_model
 from twofold.goal import parse_perplexity
+from twofold.host.unfinished import work_folder
 from twofold.plan import Plan
 from twofold.recipe import make_recipe
 from twofold.run import Run
 from twofold.search import TOLERANCE, Probe, smallest
 from twofold.status import status_of
-from twofold.work import work_folder
 
 SMALL = {"tokens": 256, "window": 32, "eval_windows": 4}
 

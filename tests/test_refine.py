@@ -12,11 +12,11 @@ import torch
 
 from conftest import TEXT, make_model
 from test_streaming import DYING, command, environment, same
-from twofold.cache import cache_folder
 from twofold.calibrate.windows import HELD_OUT, held_out_windows
 from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.factorization import factorize
+from twofold.host.cache import cache_folder
 from twofold.linalg import decompose, truncate, weighted_low_rank
 from twofold.models import LoadedModel
 from twofold.objectives import LayerMoments, get_objective

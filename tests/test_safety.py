@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 import twofold.cli
 from conftest import TEXT
 from test_report import front_matter, make_plan, make_run, page
-from twofold.cache import cache_folder
 from twofold.cli import tables
+from twofold.host.cache import cache_folder
 from twofold.report import write_card
 from twofold.run import Sample
 

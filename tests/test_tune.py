@@ -21,8 +21,8 @@ import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
 from test_adapters import factored_model, with_lora
 from twofold import factorize
-from twofold.checkpoint.write import check_output
 from twofold.errors import TwofoldError
+from twofold.host.folders import check_output
 from twofold.nn import FactoredLinear, IntLinear, QuantizedLinear, TiedLinear
 from twofold.tune import make_settings
 from twofold.tune.bound import BoundedUpdate, product_norm, spectral_norm

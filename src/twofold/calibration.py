@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from twofold import distributed
 from twofold.blocks import stretches
 from twofold.calibrate import Moments, TokenWindows, collect_moments, request_statistics
 from twofold.calibrate.fingerprint import fingerprint, moments_path
 from twofold.calibrate.moments import DESCRIPTION, FORMAT, Request
-from twofold.checkpoint.write import check_space
 from twofold.errors import TwofoldError
+from twofold.host import processes
+from twofold.host.folders import check_space
+from twofold.host.progress import say
+from twofold.host.unfinished import Work
 from twofold.objectives import get_objective
 from twofold.objectives.base import Statistic
-from twofold.progress import say
 from twofold.recipe import Recipe
 from twofold.run import Stopwatch
 from twofold.skeletons import survey
 from twofold.sources import first_line
 from twofold.targets import Targets, find_groups
 from twofold.version import __version__
-from twofold.work import Work
 
 if TYPE_CHECKING:
     from twofold.opening import Opened
@@ -112,7 +112,7 @@ def _moments(
 ) -> tuple[Moments, bool]:
     """The moments of an earlier run, or new ones; and which of the two."""
     found = reuse(path, mark, request, named=named)
-    if distributed.agree(found is not None) and found is not None:
+    if processes.agree(found is not None) and found is not None:
         return found, True
     check_space(path, 4 * request.numbers + _states_bytes(opened, recipe, windows))
     about = {"model": opened.loaded.name, "source": windows.source, "seed": str(recipe.seed)}
@@ -139,14 +139,14 @@ def _only_one(folder: Path, quiet: bool) -> Iterator[None]:
     """Within the block no other run on this machine collects the same moments; the lock ends with the process."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
     lock = FileLock(Path(tempfile.gettempdir()) / f"twofold-{getpass.getuser()}-{name}.lock")
-    if distributed.is_main():
+    if processes.is_main():
         try:
             lock.acquire(timeout=0.5)
         except Timeout:
             if not quiet:
                 say(f"another run collects the same moments ({folder}); waiting for it")
             lock.acquire()
-    distributed.wait()
+    processes.wait()
     try:
         yield
     finally:

@@ -13,22 +13,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from twofold import distributed
 from twofold.calibrate.windows import fit_window
-from twofold.checkpoint import attach, staged_folder
+from twofold.checkpoint import attach
 from twofold.checkpoint.stream import finish, write_units
-from twofold.checkpoint.write import check_apart, check_output, check_space
 from twofold.evaluate import measure_quality
 from twofold.evaluate.quality import Logits
 from twofold.evaluate.streamed import LastStates
 from twofold.evaluation import evaluation_text, gives_logits
+from twofold.host import processes
+from twofold.host.folders import check_apart, check_output, check_space, staged_folder
+from twofold.host.progress import progress
+from twofold.host.unfinished import Work, working
 from twofold.models import LoadedModel, cast_weights, load_streamed
 from twofold.nn import CompactLinear
 from twofold.nn.shared_linear import BASES
 from twofold.opening import open_for
 from twofold.pipeline import Prepared, carry_out, prepare
 from twofold.plan import Plan, PlanEntry
-from twofold.progress import progress
 from twofold.quantize.verify import verify_bytes
 from twofold.recipe import Recipe
 from twofold.refine import Refined, refine
@@ -37,7 +38,6 @@ from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.sizing import Sizing
 from twofold.sources import quiet_bars
 from twofold.stages import dense_again, factor_entries
-from twofold.work import Work, working
 
 SAMPLE_TOKENS = 32
 QUESTION = "What is the capital of France, and why is it famous?"
@@ -62,11 +62,11 @@ def compress(
     Raises:
         TwofoldError: for whatever the user can put right.
     """
-    distributed.join()
-    quiet = quiet or not distributed.is_main()
+    processes.join()
+    quiet = quiet or not processes.is_main()
     out = Path(out).expanduser().resolve()
     watch = Stopwatch()
-    if distributed.is_main():
+    if processes.is_main():
         check_output(out, overwrite)
     with watch.stage("load"):
         opened = open_for(recipe, quiet=quiet)
@@ -79,19 +79,19 @@ def compress(
         prepared = prepare(recipe, opened, watch, moments_folder=moments_file, work=work, sizing=sizing, quiet=quiet)
         if sizing is not None:
             with watch.stage("search"):
-                distributed.same(partial(sizing.find, prepared))
+                processes.same(partial(sizing.find, prepared))
         check_space(out, int(prepared.plan.bytes_after * 1.05) + 20_000_000)
         work.update(stage="factorizing")
         factored = _Streaming(prepared, recipe, work) if loaded.residence.streamed else _Resident(prepared, recipe)
         with watch.stage("factorize"):
             factored.factorize(quiet=quiet)
-        if not distributed.is_main():
-            distributed.wait()
+        if not processes.is_main():
+            processes.wait()
             return None
         run = _finish(
             out, prepared, factored, recipe, measured_on, sizing, watch, work, overwrite=overwrite, quiet=quiet
         )
-    distributed.wait()
+    processes.wait()
     return run
 
 
@@ -181,7 +181,7 @@ class _Resident:
         self.replaced: dict[str, nn.Module] = {}
 
     def factorize(self, *, quiet: bool) -> None:
-        if distributed.is_main():
+        if processes.is_main():
             self.replaced = carry_out(self.prepared, self.recipe, quiet=quiet)
 
     def refine(self, folder: Path, *, quiet: bool) -> list[Refined]:

@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from twofold import distributed
 from twofold.allocate import get_allocation
 from twofold.allocate.sensitivity import GRID
 from twofold.blocks import Chain
@@ -22,6 +21,7 @@ from twofold.budget import parse_budget
 from twofold.calibrate.moments import request_statistics
 from twofold.calibrate.windows import held_out_windows
 from twofold.errors import TwofoldError
+from twofold.host import processes
 from twofold.models import LoadedModel, load_skeleton
 from twofold.objectives import get_objective
 from twofold.plan import Estimate
@@ -231,7 +231,7 @@ def choose_way(recipe: Recipe) -> Way | None:
     Raises:
         TwofoldError: if not even one block fits, or the model can't be worked through by blocks.
     """
-    limit = distributed.least(memory_limit(recipe))  # all processes must choose the same
+    limit = processes.least(memory_limit(recipe))  # all processes must choose the same
     if recipe.model.endswith(".gguf") or recipe.stream == "never":
         return None
     loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from twofold.allocate import Evidence, get_allocation
 from twofold.allocate.sensitivity import GRID
-from twofold.cache import cache_folder
 from twofold.calibrate import Moments, TokenWindows
 from twofold.errors import TwofoldError
-from twofold.files import write_text
 from twofold.first_order import component_scores
+from twofold.host.cache import cache_folder
+from twofold.host.files import write_text
+from twofold.host.progress import say
 from twofold.models import LoadedModel
 from twofold.objectives import Objective
-from twofold.progress import say
 from twofold.quantize.measure import measure_rounding
 from twofold.recipe import Recipe
 from twofold.second_order import rank_losses

@@ -12,9 +12,9 @@ from twofold.allocate import get_allocation
 from twofold.blocks import Chain
 from twofold.errors import TwofoldError
 from twofold.estimate import Way, choose_way
+from twofold.host.progress import say
 from twofold.models import LoadedModel, cast_weights, check_finite, load_model, load_streamed
 from twofold.objectives import get_objective
-from twofold.progress import say
 from twofold.quantize.check import check_bits
 from twofold.recalibration import check_recalibrated
 from twofold.recipe import Recipe

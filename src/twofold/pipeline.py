@@ -10,22 +10,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from twofold import distributed
 from twofold.allocate import Evidence, get_allocation
 from twofold.blocks import Chain, plain_chain
 from twofold.calibrate import Moments, TokenWindows
 from twofold.calibrate.fingerprint import model_hash
 from twofold.calibrate.windows import calibration_windows
 from twofold.calibration import calibrate, on_text_alone, spectra_mark, used_targets
-from twofold.checkpoint.write import check_space
 from twofold.errors import TwofoldError
 from twofold.evidence import gather
+from twofold.host import processes
+from twofold.host.folders import check_space
+from twofold.host.progress import say
+from twofold.host.unfinished import Work
 from twofold.models import LoadedModel
 from twofold.objectives import Objective, get_objective
 from twofold.opening import Opened
 from twofold.plan import Plan
 from twofold.planning import make_plan
-from twofold.progress import say
 from twofold.quantize.check import stand_in
 from twofold.quantize.loss import rounding_needs
 from twofold.recalibration import recalibrate
@@ -40,7 +41,6 @@ from twofold.stages import apply_plan, decompose_targets
 from twofold.structures import few_tokens, find_structures
 from twofold.structures.carry_out import measure_structures
 from twofold.targets import Targets, find_targets
-from twofold.work import Work
 
 RESIDENT_BLOCKS = 4  # blocks of a model in memory that are decomposed, and kept, together
 
@@ -103,10 +103,10 @@ def prepare(
     reused = False
     if objective.needs or recipe.refine or measured or (recipe.goal is not None and recipe.eval_text is None):
         with watch.stage("texts"):
-            windows = distributed.same(lambda: calibration_windows(loaded, recipe, hashed, texts, quiet=quiet))
+            windows = processes.same(lambda: calibration_windows(loaded, recipe, hashed, texts, quiet=quiet))
     if sizing is not None:
         with watch.stage("measure"):
-            distributed.same(partial(sizing.begin, windows, hashed))
+            processes.same(partial(sizing.begin, windows, hashed))
     if objective.needs:
         assert windows is not None
         with watch.stage("texts"):
@@ -144,7 +144,7 @@ def prepare(
     if measured and work is not None:
         work.update(stage=f"measuring for the allocation {recipe.allocate}")
     with watch.stage("sensitivities" if measured else "plan"):
-        evidence = distributed.same(
+        evidence = processes.same(
             lambda: gather(loaded, recipe, targets.targets, windows, spectra, moments, objective, quiet=quiet)
         )
     evidence = replace(evidence, times=times.times, times_of=times.times_of)
@@ -221,7 +221,7 @@ def layer_times(loaded: LoadedModel, targets: Targets, recipe: Recipe, *, quiet:
     if device.type == "meta":  # no weights are here yet
         device = choose_device(recipe.device)
     dtype = compute_dtype(recipe.dtype, loaded.stored_dtype, device)
-    return distributed.same(lambda: times_of(targets.targets, recipe.form, dtype, device, quiet=quiet))
+    return processes.same(lambda: times_of(targets.targets, recipe.form, dtype, device, quiet=quiet))
 
 
 def carry_out(prepared: Prepared, recipe: Recipe, *, quiet: bool = False) -> dict[str, nn.Module]:

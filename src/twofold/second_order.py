@@ -20,9 +20,9 @@ from twofold.calibrate import Moments
 from twofold.calibrate.collect import no_cache
 from twofold.calibrate.curvature import Curvature, loss_gradient, stream
 from twofold.calibrate.frozen import frozen, start_graph
+from twofold.host.progress import progress
 from twofold.linalg.metric import metric_product
 from twofold.objectives import Objective
-from twofold.progress import progress
 from twofold.spectra import Spectra
 from twofold.stages import layer_problem
 from twofold.targets import Target, dense_weight

@@ -18,15 +18,15 @@ from twofold.calibrate import TokenWindows
 from twofold.errors import TwofoldError
 from twofold.evaluate import Quality, Reference
 from twofold.evaluation import gives_logits
+from twofold.host.progress import say
+from twofold.host.unfinished import Work
 from twofold.models import LoadedModel
 from twofold.plan import Plan
 from twofold.planning import least_keep, make_plan
-from twofold.progress import say
 from twofold.quantize.carry_out import rest_names
 from twofold.recipe import Recipe
 from twofold.search import TOLERANCE, Probe, smallest
 from twofold.stages import apply_plan, dense_again, put_back
-from twofold.work import Work
 
 if TYPE_CHECKING:
     from twofold.pipeline import Prepared

@@ -10,16 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from twofold import distributed
 from twofold.blocks import Chain, stretches
 from twofold.calibrate import Moments
 from twofold.errors import TwofoldError
+from twofold.host import processes
+from twofold.host.progress import Tick, progress
 from twofold.linalg import KnownRoots, Spectrum, decompose, truncate, truncation_loss, working_dtype
 from twofold.nn import CompactLinear, FactoredLinear, QuantizedLinear
 from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.plan import Plan, PlanEntry
-from twofold.progress import Tick, progress
 from twofold.quantize.carry_out import integer_dense, integer_layer, round_rest
 from twofold.quantize.correction import corrected_layer
 from twofold.quantize.loss import far_diagonal
@@ -87,7 +87,7 @@ def decompose_targets(
     summed_low = moments is not None and residence.dtype != torch.float64
     eps = torch.finfo(torch.float32).eps if summed_low else None
     units = work_units(targets, chain, blocks)
-    mine = units[distributed.rank() :: distributed.world()] if spectra.folder is not None else units
+    mine = units[processes.rank() :: processes.world()] if spectra.folder is not None else units
     missing = [(name, held, spectra.lacks(inside)) for name, held, inside in mine]
     total = sum(len(inside) for _, _, inside in mine)
     done = total - sum(len(inside) for _, _, inside in missing)
@@ -96,8 +96,8 @@ def decompose_targets(
             if inside:
                 with residence.hold(held):
                     spectra.add(name, _decompose(residence.model, inside, moments, objective, damping, eps, tick))
-    distributed.wait()
-    if distributed.world() > 1:
+    processes.wait()
+    if processes.world() > 1:
         spectra.refresh()
     return spectra
 

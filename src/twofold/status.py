@@ -14,10 +14,10 @@ import pydantic
 from safetensors import SafetensorError, safe_open
 
 from twofold.calibrate.moments import DESCRIPTION
-from twofold.checkpoint.write import TUNED
 from twofold.errors import TwofoldError
+from twofold.host.folders import TUNED
+from twofold.host.unfinished import is_running, read_state, work_folder
 from twofold.run import Run
-from twofold.work import is_running, read_state, work_folder
 
 
 class Status(pydantic.BaseModel, extra="forbid"):

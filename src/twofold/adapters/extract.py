@@ -12,12 +12,12 @@ from twofold.adapters.folder import check_base, write_adapter
 from twofold.adapters.lora import whole_layers
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import by_budget, by_energy
-from twofold.checkpoint.write import check_apart, check_output, staged_folder
 from twofold.errors import TwofoldError
+from twofold.host.folders import check_apart, check_output, staged_folder
+from twofold.host.progress import progress
 from twofold.linalg import working_dtype
 from twofold.models import LoadedModel, load_model
 from twofold.nn import SharedBasis
-from twofold.progress import progress
 from twofold.targets import dense_weight
 
 FAR = 0.5  # a tuned weight differs from its base by much less than this share of its norm

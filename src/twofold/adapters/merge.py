@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from twofold.adapters.folder import load_adapter, write_adapter
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import by_budget
-from twofold.checkpoint.write import check_apart, check_output, staged_folder
 from twofold.errors import TwofoldError
+from twofold.host.folders import check_apart, check_output, staged_folder
 from twofold.linalg import working_dtype
 from twofold.models import LoadedModel, cast_weights, load_model
 from twofold.nn import DenseColumnsLinear, FactoredLinear

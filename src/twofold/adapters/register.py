@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from twofold.errors import TwofoldError
-from twofold.silence import silence
+from twofold.host.quiet import silence
 
 EXTRA = "it needs the package {}, which is not installed; install it with: pip install 'twofold[tune]'"
 

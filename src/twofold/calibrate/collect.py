@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twofold import distributed
 from twofold.blocks import Stretch, run_stretch
 from twofold.calibrate.activations import Activations
 from twofold.calibrate.curvature import Curvature, loss_gradient, stream
 from twofold.calibrate.frozen import frozen, start_graph
 from twofold.calibrate.moments import SQUARE, Moments, Parts, Request, read_names, write_part
 from twofold.errors import TwofoldError
-from twofold.files import make_folder
-from twofold.progress import Tick, progress
+from twofold.host import processes
+from twofold.host.files import make_folder
+from twofold.host.progress import Tick, progress
 from twofold.residence import Resident, units_of
 from twofold.targets import Target
 
@@ -241,10 +241,10 @@ def collect_moments(
     moments = replace(empty, sums=found, tokens=windows.numel())
     if folder is None:
         return moments
-    if distributed.is_main():
+    if processes.is_main():
         sweep.clean()
         moments.finish(folder, [f"{step.name}.safetensors" for step in steps])
-    distributed.wait()
+    processes.wait()
     return Moments.load(folder, empty.fingerprint)
 
 
@@ -270,8 +270,8 @@ class _Sweep:
         self.seed, self.curvature, self.batch_size, self.folder = seed, curvature, batch_size, folder
         self.weights = weights
         self.fingerprint = fingerprint
-        self.way = f"{distributed.world()} processes" + (", hidden states on disk" if on_disk else "")
-        first, last = distributed.share(-(-len(windows) // batch_size))
+        self.way = f"{processes.world()} processes" + (", hidden states on disk" if on_disk else "")
+        first, last = processes.share(-(-len(windows) // batch_size))
         self.first, self.last = first * batch_size, min(last * batch_size, len(windows))
         self.done = 0  # windows of the first step that are summed already
         self.on_disk = on_disk and folder is not None
@@ -296,12 +296,12 @@ class _Sweep:
         if name not in self.states:
             path = None
             if self.on_disk and self.folder is not None:
-                path = self.folder / f"{name}.{distributed.rank()}.state"
+                path = self.folder / f"{name}.{processes.rank()}.state"
             self.states[name] = Activations(self.count, path)
         return self.states[name]
 
     def _progress_file(self) -> Path | None:
-        return None if self.folder is None else self.folder / f".progress.{distributed.rank()}.safetensors"
+        return None if self.folder is None else self.folder / f".progress.{processes.rank()}.safetensors"
 
     def _part(self, step: _Step) -> Path:
         assert self.folder is not None
@@ -320,18 +320,18 @@ class _Sweep:
                 break
             self._shaped(step, about)
             begin += 1
-        begin = distributed.least(begin)
+        begin = processes.least(begin)
         needed = [a for step in self.steps[begin:] for a in self._needed(step, self.steps[:begin])]
-        if not distributed.agree(all(self._state(*one).whole(self.count) for one in needed)):
+        if not processes.agree(all(self._state(*one).whole(self.count) for one in needed)):
             begin = 0
         progress_file = self._progress_file()
         about = self._described(progress_file) if progress_file is not None else None
         mine = about is not None and begin < len(self.steps) and about["step"] == self.steps[begin].name
-        if not distributed.agree(mine) or about is None or progress_file is None:
+        if not processes.agree(mine) or about is None or progress_file is None:
             return begin
         self._shaped(self.steps[begin], about)
         done = int(about["windows"])
-        if not distributed.agree(all(self._state(*one).whole(done) for one in self._written(self.steps[begin]))):
+        if not processes.agree(all(self._state(*one).whole(done) for one in self._written(self.steps[begin]))):
             return begin
         self.done = done
         self.resumed = {
@@ -403,15 +403,15 @@ class _Sweep:
             if graph is not None:
                 graph.remove()
         sums = {name: accumulator.sums[name] for name in sorted(accumulator.sums)}
-        distributed.add_up(sums.values())
+        processes.add_up(sums.values())
         broken = next((name for name, tensor in sums.items() if not torch.isfinite(tensor).all()), None)
         if broken is not None:
             raise TwofoldError(
                 f"the calibration gave NaN or infinity in {broken.partition('/')[2]}; try --dtype float32, or check its weights"
             )
-        if self.folder is not None and distributed.is_main():
+        if self.folder is not None and processes.is_main():
             write_part(self._part(step), sums, self.fingerprint, about)
-        distributed.wait()
+        processes.wait()
         self._drop(step)
         return sums
 

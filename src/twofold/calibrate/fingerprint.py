@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from twofold.cache import cache_folder
 from twofold.calibrate.moments import FORMAT, Request
 from twofold.calibrate.texts import TokenWindows
 from twofold.checkpoint.shards import Shards
+from twofold.host.cache import cache_folder
 from twofold.recipe import Recipe
 
 

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.files import write_text, write_whole
+from twofold.host.files import write_text, write_whole
 from twofold.objectives.base import LayerMoments, Statistic
 from twofold.targets import Target
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
-from twofold.progress import Tick, progress
+from twofold.host.progress import Tick, progress
 
 MOST_ROWS = 64  # sequences that are sampled together
 CACHE_BYTES = 1_500_000_000  # their keys and values take at most this much

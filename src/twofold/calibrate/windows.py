@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twofold.cache import cache_folder
 from twofold.calibrate.sample import beginnings, sample_texts
 from twofold.calibrate.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts, token_windows, tokens_needed
 from twofold.errors import TwofoldError
-from twofold.files import write_whole
+from twofold.host.cache import cache_folder
+from twofold.host.files import write_whole
+from twofold.host.progress import say
 from twofold.models import LoadedModel, check_ids, need_tokenizer, positions
-from twofold.progress import say
 from twofold.recipe import Recipe
 
 HELD_OUT = 8  # windows set aside to measure on, or to stop a refinement on

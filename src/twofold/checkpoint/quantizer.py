@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from twofold.adapters.register import register
 from twofold.checkpoint.integers import check_loaded, integer_layer, integers_of, mind_ties
 from twofold.errors import TwofoldError
+from twofold.host.quiet import silence
 from twofold.nn import (
     CompactLinear,
     DenseColumnsLinear,
@@ -30,7 +31,6 @@ from twofold.nn import (
     TiedLinear,
 )
 from twofold.nn.shared_linear import hold_bases
-from twofold.silence import silence
 from twofold.targets import replace_module
 
 with silence():

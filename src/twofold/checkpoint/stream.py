@@ -15,15 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twofold import distributed
 from twofold.checkpoint.headers import read_headers
 from twofold.checkpoint.quantizer import TwofoldConfig
 from twofold.checkpoint.shards import check_finite
 from twofold.errors import TwofoldError
-from twofold.files import write_text, write_whole
+from twofold.host import processes
+from twofold.host.files import write_text, write_whole
+from twofold.host.progress import Tick
 from twofold.nn import CompactLinear
 from twofold.plan import Plan, PlanEntry
-from twofold.progress import Tick
 from twofold.residence import EMBEDDING, HEAD, Streamed
 from twofold.version import __version__
 
@@ -58,12 +58,12 @@ def write_units(
         seen |= set(keys)
         inside = [e for e in plan.entries if residence.unit_of(e.name) in unit]
         path = folder / f"model-{number + 1:05d}-of-{len(units):05d}.safetensors"
-        if number % distributed.world() == distributed.rank() and _made(path, mark) is None:
+        if number % processes.world() == processes.rank() and _made(path, mark) is None:
             with residence.hold([part for part in unit if part in chain.blocks]):
                 _write_unit(path, residence, keys, factor(inside), mark)
-        elif number % distributed.world() == distributed.rank():
+        elif number % processes.world() == processes.rank():
             tick(len(inside))
-    distributed.wait()
+    processes.wait()
     for number in range(len(units)):
         path = folder / f"model-{number + 1:05d}-of-{len(units):05d}.safetensors"
         made = _made(path, mark)

@@ -32,8 +32,8 @@ def command(
     """Time models: tokens a second, prompts, memory, loading, and how near the speed-up comes to the ideal one."""
     import torch
 
-    from twofold.checkpoint.write import check_output
     from twofold.cli.speed_tables import print_bench
+    from twofold.host.folders import check_output
     from twofold.speed.bench import Lengths, bench
     from twofold.speed.output import write_bench
     from twofold.speed.runtimes import Settings

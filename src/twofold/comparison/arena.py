@@ -16,10 +16,10 @@ from twofold.comparison.quantized import choose_baselines
 from twofold.comparison.record import Comparison, Row
 from twofold.comparison.rows import Rows
 from twofold.errors import TwofoldError
+from twofold.host.progress import say
 from twofold.objectives import get_objective
 from twofold.opening import check_methods
 from twofold.pipeline import plan_of_shapes
-from twofold.progress import say
 from twofold.refine import get_refinement
 from twofold.run import machine
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from twofold.comparison.record import Row
 from twofold.errors import TwofoldError
-from twofold.files import make_folder, write_text
+from twofold.host.files import make_folder, write_text
 
 STATE = "arena.json"
 

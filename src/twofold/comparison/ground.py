@@ -23,12 +23,12 @@ from twofold.comparison.grid import Cell, Grid
 from twofold.comparison.record import Text
 from twofold.errors import TwofoldError
 from twofold.evaluate import evaluation_windows
+from twofold.host.progress import say
 from twofold.models import LoadedModel, check_ids, need_tokenizer, positions
 from twofold.objectives import Objective, get_objective
 from twofold.objectives.base import Statistic
 from twofold.opening import Opened, open_for
 from twofold.pipeline import RESIDENT_BLOCKS, decompose, with_structures
-from twofold.progress import say
 from twofold.recipe import Recipe
 from twofold.refine import check_refinements
 from twofold.run import Stopwatch

@@ -20,10 +20,10 @@ from twofold.comparison.record import Row
 from twofold.errors import TwofoldError
 from twofold.evaluate import Reference, measure_quality
 from twofold.evidence import gather
+from twofold.host.progress import say
 from twofold.objectives import get_objective
 from twofold.pipeline import Prepared, carry_out
 from twofold.planning import make_plan
-from twofold.progress import say
 from twofold.quantize.rounding import torchao_version
 from twofold.recalibration import recalibrate
 from twofold.recipe import Recipe

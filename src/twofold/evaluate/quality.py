@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from twofold.progress import progress
+from twofold.host.progress import progress
 
 ROWS = 256  # positions whose log-probabilities are held at once
 

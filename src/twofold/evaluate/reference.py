@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from twofold.calibrate.moments import read_names, write_part
-from twofold.checkpoint.write import free_space
 from twofold.errors import TwofoldError
 from twofold.evaluate.quality import Logits, Quality, divergence, quality, score
-from twofold.progress import progress, say
+from twofold.host.folders import free_space
+from twofold.host.progress import progress, say
 
 LIMIT = 16e9  # bytes that may be kept; beyond, the original is run again for every model
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from twofold.blocks import Stretch, run_stretch, stretches
 from twofold.calibrate.activations import Activations
 from twofold.calibrate.collect import no_cache
-from twofold.progress import progress
+from twofold.host.progress import progress
 from twofold.residence import EMBEDDING, HEAD, Streamed
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pydantic
 
 from twofold.errors import TwofoldError
+from twofold.host.progress import say
+from twofold.host.quiet import silence
 from twofold.models import LoadedModel, load_model, need_tokenizer
-from twofold.progress import say
-from twofold.silence import silence
 from twofold.sources import first_line, quiet_bars
 
 MISSING = "--tasks needs lm-eval, which is not installed; install it with: pip install 'twofold[lm-eval]'"

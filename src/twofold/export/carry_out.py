@@ -11,15 +11,15 @@ from typing import Any
 import pydantic
 import torch
 
-from twofold.checkpoint.write import EXPORTED, check_apart, check_output, check_space, staged_folder
 from twofold.errors import TwofoldError
 from twofold.evaluate.size import memory_bytes
 from twofold.export.base import FORMATS, Format, Source, check_plain, compact_layers, get_format, recorded_original
 from twofold.export.compare import Comparison, check, compare, refer, words
 from twofold.export.formats import register
 from twofold.export.runtimes import GRAPHS
+from twofold.host.folders import EXPORTED, check_apart, check_output, check_space, staged_folder
+from twofold.host.progress import progress
 from twofold.models import LoadedModel, load_model
-from twofold.progress import progress
 from twofold.sources import quiet_bars
 from twofold.speed.work import Work, work_of
 from twofold.version import __version__

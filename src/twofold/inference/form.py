@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from twofold.checkpoint.quantizer import METHOD, TwofoldQuantizer, dense_module
 from twofold.errors import TwofoldError
+from twofold.host.progress import say
 from twofold.inference.draft import Draft, why_not
 from twofold.inference.neighbours import called_in_turn, find_pairs, fold
 from twofold.nn import CompactLinear, FactoredLinear
 from twofold.nn.grouped_linear import ColumnsLinear, GroupedLinear, InputGroup, Part
-from twofold.progress import say
 from twofold.speed.latency import Latencies
 from twofold.structures import few_tokens
 from twofold.targets import Target, find_groups, replace_module

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from twofold.calibrate import Moments
+from twofold.host.progress import progress
 from twofold.linalg import Spectrum
 from twofold.nn import IntLinear
 from twofold.objectives import LayerMoments, Objective, Problem
-from twofold.progress import progress
 from twofold.quantize.factors import integer_factors, integer_form
 from twofold.quantize.loss import error_loss, factors_loss, far_diagonal
 from twofold.quantize.options import AUTO_BITS, Rounding

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twofold.errors import TwofoldError
+from twofold.host.quiet import silence
 from twofold.nn.int_matrix import IntMatrix
-from twofold.silence import silence
 
 INSTALL = "pip install 'twofold[quantize]'"
 SMALLEST = 1e-30  # of a scale: a group of zeros has one, too

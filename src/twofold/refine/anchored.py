@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.files import make_folder
+from twofold.host.files import make_folder
+from twofold.host.progress import progress
 from twofold.linalg import damp, decompose, working_dtype
 from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.plan import PlanEntry
-from twofold.progress import progress
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.kept import Solved, keep_layers, take_layers
 from twofold.refine.streams import Streams

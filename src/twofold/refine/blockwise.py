@@ -16,9 +16,9 @@ from torch import Tensor
 
 from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.errors import TwofoldError
-from twofold.files import make_folder
+from twofold.host.files import make_folder
+from twofold.host.progress import progress
 from twofold.linalg import damp
-from twofold.progress import progress
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.streams import Streams
 from twofold.refine.training import Trained, round_to, train, trainable, training

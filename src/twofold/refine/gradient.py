@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from twofold.calibrate.frozen import start_graph
 from twofold.calibrate.moments import Parts, read_names, write_part
-from twofold.checkpoint.write import check_space
 from twofold.errors import TwofoldError
-from twofold.progress import progress
+from twofold.host.folders import check_space
+from twofold.host.progress import progress
 from twofold.refine.base import Task
 from twofold.refine.likeness import Likeness
 

@@ -27,12 +27,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from twofold.files import make_folder
+from twofold.host.files import make_folder
+from twofold.host.progress import progress, say
 from twofold.linalg.metric import working_dtype
 from twofold.linalg.natural_step import Basis, Step, natural_step, stepped
 from twofold.nn import FactoredLinear
 from twofold.plan import PlanEntry
-from twofold.progress import progress, say
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.gradient import Sums, half_path, sum_half, windows_of_half
 from twofold.refine.kept import Solved, keep_layers, take_layers

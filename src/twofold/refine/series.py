@@ -14,10 +14,10 @@ from torch import nn
 
 from twofold.errors import TwofoldError
 from twofold.evaluation import gives_logits
+from twofold.host.progress import say
 from twofold.models import LoadedModel
 from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import get_objective
-from twofold.progress import say
 from twofold.recipe import Recipe
 from twofold.refine.base import Refined, Task, get_refinement
 from twofold.skeletons import survey

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from twofold.calibrate.moments import read_names, write_part
 from twofold.errors import TwofoldError
-from twofold.progress import progress
+from twofold.host.progress import progress
 
 TOP = 128  # tokens that are kept at a position
 PART = 16  # windows in a file

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from twofold.errors import TwofoldError
+from twofold.host.progress import progress
 from twofold.models import load_skeleton
 from twofold.nn import FactoredLinear
-from twofold.progress import progress
 from twofold.run import machine
 from twofold.sources import choose_device
 from twofold.speed.latency import DECODE, PREFILL, processor, time_shape

@@ -24,12 +24,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from twofold.allocate import Evidence, LayerTimes
-from twofold.cache import cache_folder
 from twofold.errors import TwofoldError
-from twofold.files import write_text
+from twofold.host.cache import cache_folder
+from twofold.host.files import write_text
+from twofold.host.progress import progress
 from twofold.linalg import gauge_rank
 from twofold.nn.grouped_linear import InputGroup, Part, laid_out
-from twofold.progress import progress
 from twofold.speed.timing import in_turn, medians
 from twofold.targets import Target
 

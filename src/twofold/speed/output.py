@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from twofold.checkpoint.write import staged_folder
+from twofold.host.folders import staged_folder
 from twofold.speed.figure import draw_roofline
 from twofold.speed.record import Bench
 

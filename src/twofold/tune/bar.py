@@ -8,7 +8,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from twofold.progress import LINE_SECONDS
+from twofold.host.progress import LINE_SECONDS
 
 
 class LossBar:

@@ -11,11 +11,12 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback
 from trl import SFTConfig
 
-from twofold.checkpoint.write import check_apart, check_output, check_space, staged_folder
 from twofold.errors import TwofoldError
-from twofold.files import write_text
+from twofold.host.files import write_text
+from twofold.host.folders import check_apart, check_output, check_space, staged_folder
+from twofold.host.progress import say
+from twofold.host.unfinished import BEFORE, Work, working
 from twofold.models import LoadedModel, cast_weights, load_model
-from twofold.progress import say
 from twofold.run import Sample, Stopwatch, machine, peak_memory
 from twofold.sources import quiet_bars
 from twofold.tune.bar import LossBar
@@ -36,7 +37,6 @@ from twofold.tune.trainer import (
     quiet_libraries,
 )
 from twofold.version import __version__
-from twofold.work import BEFORE, Work, working
 
 CHECKPOINTS = "tune"  # the part of the unfinished state that is kept after a kill
 KEPT = 2  # checkpoints at a time

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from twofold.errors import TwofoldError
-from twofold.files import write_text
+from twofold.host.files import write_text
 from twofold.residence import return_memory
 from twofold.tune.bar import LossBar
 from twofold.tune.head import fuse_compact_head, learnt_loss, row_head

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from twofold.checkpoint.write import EXPORTED
 from twofold.errors import TwofoldError
 from twofold.export import Exported
 from twofold.export.base import check_plain, get_format
 from twofold.export.formats import register as register_formats
 from twofold.export.graph import need_exporters
 from twofold.export.runtimes import DECODERS, GRAPHS
+from twofold.host.folders import EXPORTED
+from twofold.host.progress import say
 from twofold.models import load_skeleton, positions
-from twofold.progress import say
 from twofold.sources import choose_device, first_line
 from twofold.speed.exports import export_all
 from twofold.speed.runtimes.base import Runtime, Settings, State, greedy

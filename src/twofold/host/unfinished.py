@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pydantic
 
-from twofold import distributed
 from twofold.errors import TwofoldError
-from twofold.files import write_text
+from twofold.host import processes
+from twofold.host.files import write_text
 from twofold.version import __version__
 
 STATE = "state.json"
@@ -95,7 +95,7 @@ class Work:
 
     def update(self, **changes: object) -> None:
         """Write down how far the run has come."""
-        if not distributed.is_main():
+        if not processes.is_main():
             return
         self.state = self.state.model_copy(update={**changes, "updated": time.time()})
         text = json.dumps(self.state.model_dump(), indent=1) + "\n"
@@ -126,17 +126,17 @@ def working(out: Path, model: str) -> Iterator[Work]:
     """
     work = Work(work_folder(out))
     state = read_state(work.folder)
-    if state is not None and is_running(state) and distributed.is_main():
+    if state is not None and is_running(state) and processes.is_main():
         raise TwofoldError(
             f"the process {state.process} works on {out}; wait for it, stop it, or name another output folder"
         )
     work.state = state or State(started=time.time())
     work.update(model=model, process=os.getpid(), host=platform.node())
-    distributed.wait()
+    processes.wait()
     try:
         yield work
     except BaseException:
-        if distributed.is_main():
+        if processes.is_main():
             folders = [found for pattern in LONG for found in work.folder.glob(pattern)]
             kept = any(path.is_file() for found in folders for path in found.rglob("*"))
             if not kept and not set(work.state.measured) - {BEFORE}:
@@ -144,5 +144,5 @@ def working(out: Path, model: str) -> Iterator[Work]:
             else:
                 work.update(process=0)
         raise
-    if distributed.is_main():
+    if processes.is_main():
         shutil.rmtree(work.folder, ignore_errors=True)
