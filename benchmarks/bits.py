@@ -75,8 +75,8 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
     from twofold.opening import open_for
     from twofold.pipeline import prepare
     from twofold.planning import make_plan
-    from twofold.recipe import make_recipe
     from twofold.run import Stopwatch
+    from twofold.settings.recipe import make_recipe
     from twofold.stages import apply_plan, dense_again
 
     settings: dict[str, Any] = {

@@ -36,9 +36,9 @@ from twofold.nn.shared_linear import BASES, hold_bases
 from twofold.objectives import get_objective
 from twofold.plan import Plan
 from twofold.planning import make_plan
-from twofold.recipe import Override, make_recipe
 from twofold.refine.base import REFINEMENTS, Refined, Refinement
 from twofold.refine.training import trainable
+from twofold.settings.recipe import Override, make_recipe
 from twofold.spectra import Spectra
 from twofold.stages import apply_plan, put_back
 from twofold.structures.options import structure_candidate

@@ -10,12 +10,13 @@ import torch
 from transformers import AlbertConfig, AlbertForMaskedLM
 
 from conftest import TEXT, make_tokenizer
-from twofold import Recipe, TwofoldError, compress
+from twofold import TwofoldError, compress
 from twofold.calibrate import windows as places
 from twofold.calibrate.windows import calibration_windows
 from twofold.estimate import estimate_run
 from twofold.models import LoadedModel, load_model, load_skeleton
 from twofold.probe import probe
+from twofold.settings.recipe import Recipe
 
 
 def asked(checkpoint: Any, text_file: Any, **settings: Any) -> Recipe:

@@ -23,8 +23,8 @@ from twofold.linalg import gauge_rank, truncate
 from twofold.opening import open_for
 from twofold.pipeline import carry_out, prepare
 from twofold.plan import Plan
-from twofold.recipe import make_recipe
 from twofold.run import Stopwatch
+from twofold.settings.recipe import make_recipe
 from twofold.stages import layer_problem
 from twofold.targets import dense_weight
 

@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold import Recipe
 from twofold.compression import compress
 from twofold.evaluate import Reference, measure_quality
 from twofold.factorization import plan_model
-from twofold.goal import parse_perplexity
 from twofold.host.unfinished import work_folder
 from twofold.plan import Plan
-from twofold.recipe import make_recipe
 from twofold.run import Run
 from twofold.search import TOLERANCE, Probe, smallest
+from twofold.settings.goal import parse_perplexity
+from twofold.settings.recipe import Recipe, make_recipe
 from twofold.status import status_of
 
 SMALL = {"tokens": 256, "window": 32, "eval_windows": 4}

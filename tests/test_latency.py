@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import twofold
 from conftest import make_model
-from twofold import Recipe, TwofoldError
+from twofold import TwofoldError
 from twofold.cli import app
 from twofold.factorization import plan_model
-from twofold.recipe import make_recipe
+from twofold.settings.recipe import Recipe, make_recipe
 from twofold.speed import latency
 from twofold.speed.latency import DECODE, PREFILL, Latencies, Table, Times, measured_ranks, time_shape, times_of
 from twofold.targets import list_weights

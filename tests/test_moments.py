@@ -12,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold import Recipe
 from twofold.calibrate import Moments, collect_moments, request_statistics, sample_texts, token_windows, wikitext_rows
 from twofold.calibrate.curvature import loss_gradient
 from twofold.calibrate.sample import beginnings, draw, user_turn_prefix
@@ -21,6 +20,7 @@ from twofold.calibrate.windows import calibration_windows
 from twofold.errors import TwofoldError
 from twofold.models import LoadedModel
 from twofold.residence import Resident
+from twofold.settings.recipe import Recipe
 from twofold.targets import dense_weight, find_groups, find_targets
 
 NEEDS = {"input", "gradient", "input_abs", "input_square", "gradient_square", "fisher_rows"}

@@ -24,12 +24,12 @@ from twofold.models import LoadedModel, load_model, load_skeleton
 from twofold.nn import FactoredLinear
 from twofold.objectives import get_objective
 from twofold.probe import probe
-from twofold.recipe import make_recipe
 from twofold.refine import natural_gradient as ng
 from twofold.refine.base import Task
 from twofold.refine.gradient import sum_half
 from twofold.refine.likeness import Likeness
 from twofold.refine.training import training
+from twofold.settings.recipe import make_recipe
 from twofold.targets import find_targets, replace_module
 
 

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold import Plan, Recipe
+from twofold import Plan
 from twofold.compression import compress
 from twofold.factorization import plan_model
 from twofold.objectives import OBJECTIVES
-from twofold.recipe import make_recipe
 from twofold.run import Run
+from twofold.settings.recipe import Recipe, make_recipe
 
 SMALL = {"tokens": 64, "window": 32, "quiet": True}
 

@@ -27,7 +27,7 @@ from twofold.quantize.loss import error_loss, factors_loss, far_diagonal, roundi
 from twofold.quantize.options import AUTO_BITS, Option, Rounding, bit_options, pareto
 from twofold.quantize.rounding import round_matrix
 from twofold.quantize.verify import stored_bytes
-from twofold.recipe import make_recipe
+from twofold.settings.recipe import make_recipe
 from twofold.targets import Target
 
 IDS = torch.arange(20)[None]

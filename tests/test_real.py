@@ -15,8 +15,8 @@ from conftest import DATA
 from twofold.compression import compress
 from twofold.evaluate import evaluation_windows, measure_quality
 from twofold.plan import Plan
-from twofold.recipe import make_recipe
 from twofold.run import Run
+from twofold.settings.recipe import make_recipe
 
 WIKITEXT = DATA / "wikitext-2-raw"
 needs_data = pytest.mark.skipif(not WIKITEXT.is_dir(), reason="WikiText-2 is not at ../shared/data/wikitext-2-raw")

@@ -21,7 +21,6 @@ from twofold.linalg import decompose, truncate, weighted_low_rank
 from twofold.models import LoadedModel
 from twofold.objectives import LayerMoments, get_objective
 from twofold.plan import Plan
-from twofold.recipe import make_recipe
 from twofold.refine.anchored import anchored_problem
 from twofold.refine.base import REFINEMENTS, Refined, Refinement, Task
 from twofold.refine.distill import distill
@@ -29,6 +28,7 @@ from twofold.refine.head import before_head, find_head
 from twofold.refine.streams import Streams
 from twofold.refine.teacher import Teacher, divergence
 from twofold.refine.training import train, trainable, training
+from twofold.settings.recipe import make_recipe
 from twofold.stages import dense_again
 
 

@@ -28,8 +28,8 @@ from twofold.estimate import choose_way, estimate_run, memory_limit
 from twofold.factorization import plan_model
 from twofold.models import load_model, load_skeleton, load_streamed
 from twofold.plan import Plan
-from twofold.recipe import make_recipe
 from twofold.residence import EMBEDDING, HEAD, Streamed
+from twofold.settings.recipe import make_recipe
 from twofold.skeletons import survey
 from twofold.status import remove_work, status_of
 from twofold.targets import find_targets

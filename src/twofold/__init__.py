@@ -12,8 +12,8 @@ from twofold.inference import optimize
 from twofold.models import load_model
 from twofold.nn import DenseColumnsLinear, FactoredLinear, SharedLinear, SlicedLinear
 from twofold.plan import Plan
-from twofold.recipe import Recipe
 from twofold.scratch import training_optimizer
+from twofold.settings.recipe import Recipe
 from twofold.targets import find_targets
 from twofold.version import __version__
 

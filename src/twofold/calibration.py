@@ -27,8 +27,8 @@ from twofold.host.progress import say
 from twofold.host.unfinished import Work
 from twofold.objectives import get_objective
 from twofold.objectives.base import Statistic
-from twofold.recipe import Recipe
 from twofold.run import Stopwatch
+from twofold.settings.recipe import Recipe
 from twofold.skeletons import survey
 from twofold.sources import first_line
 from twofold.targets import Targets, find_groups

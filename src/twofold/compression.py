@@ -31,10 +31,10 @@ from twofold.opening import open_for
 from twofold.pipeline import Prepared, carry_out, prepare
 from twofold.plan import Plan, PlanEntry
 from twofold.quantize.verify import verify_bytes
-from twofold.recipe import Recipe
 from twofold.refine import Refined, refine
 from twofold.residence import Streamed
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
+from twofold.settings.recipe import Recipe
 from twofold.sizing import Sizing
 from twofold.sources import quiet_bars
 from twofold.stages import dense_again, factor_entries

@@ -26,8 +26,8 @@ from twofold.models import LoadedModel, load_skeleton
 from twofold.objectives import get_objective
 from twofold.plan import Estimate
 from twofold.probe import Speeds, probe
-from twofold.recipe import Recipe
 from twofold.residence import LARGE, PART
+from twofold.settings.recipe import Recipe
 from twofold.skeletons import survey
 from twofold.sources import choose_device, compute_dtype
 from twofold.stages import BATCH, BATCH_NUMBERS

@@ -21,8 +21,8 @@ from twofold.host.progress import say
 from twofold.models import LoadedModel
 from twofold.objectives import Objective
 from twofold.quantize.measure import measure_rounding
-from twofold.recipe import Recipe
 from twofold.second_order import rank_losses
+from twofold.settings.recipe import Recipe
 from twofold.spectra import Spectra
 from twofold.targets import Target
 from twofold.truncated import sensitivities

@@ -19,10 +19,10 @@ from twofold.objectives import get_objective
 from twofold.opening import check_methods, given_model, open_for
 from twofold.pipeline import carry_out, layer_times, plan_of_shapes, prepare, with_structures
 from twofold.plan import Plan
-from twofold.recipe import Recipe, make_recipe
 from twofold.refine import refine
 from twofold.run import Stopwatch
 from twofold.scratch.start import factorize_start
+from twofold.settings.recipe import Recipe, make_recipe
 from twofold.sizing import Sizing
 from twofold.targets import find_targets
 

@@ -17,9 +17,9 @@ from twofold.models import LoadedModel, cast_weights, check_finite, load_model, 
 from twofold.objectives import get_objective
 from twofold.quantize.check import check_bits
 from twofold.recalibration import check_recalibrated
-from twofold.recipe import Recipe
 from twofold.refine import check_refinable, check_refinements
 from twofold.residence import Streamed
+from twofold.settings.recipe import Recipe
 from twofold.structures.options import check_structural
 
 

@@ -30,9 +30,9 @@ from twofold.planning import make_plan
 from twofold.quantize.check import stand_in
 from twofold.quantize.loss import rounding_needs
 from twofold.recalibration import recalibrate
-from twofold.recipe import Recipe
 from twofold.residence import Resident, Streamed
 from twofold.run import Stopwatch
+from twofold.settings.recipe import Recipe
 from twofold.sizing import Sizing
 from twofold.sources import choose_device, compute_dtype
 from twofold.spectra import Spectra

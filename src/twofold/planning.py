@@ -18,7 +18,7 @@ from twofold.objectives import get_objective
 from twofold.plan import DenseEntry, Plan, PlanEntry
 from twofold.quantize.options import Option, bit_candidates
 from twofold.quantize.storage import Storage, dense_integers
-from twofold.recipe import Override, Recipe
+from twofold.settings.recipe import Override, Recipe
 from twofold.structures.options import check_structural, forced_size, sizes_at, structure_candidate
 from twofold.structures.sharing import alone_notes
 from twofold.targets import DenseWeight, Target, Targets, last_match, matches

@@ -20,8 +20,8 @@ from twofold.linalg import decompose, gauge_rank, gram, smaller_side, truncate, 
 from twofold.models import LoadedModel
 from twofold.nn import FactoredLinear
 from twofold.objectives import get_objective
-from twofold.recipe import Recipe
 from twofold.residence import Resident
+from twofold.settings.recipe import Recipe
 from twofold.skeletons import empty_model
 from twofold.stages import BATCH, BATCH_NUMBERS
 from twofold.targets import Target

@@ -16,7 +16,7 @@ from twofold.errors import TwofoldError
 from twofold.objectives import get_objective
 from twofold.planning import make_plan
 from twofold.quantize.carry_out import rest_names
-from twofold.recipe import Recipe
+from twofold.settings.recipe import Recipe
 from twofold.spectra import Spectra
 from twofold.stages import apply_plan, decompose_targets, put_back
 from twofold.targets import dense_weight

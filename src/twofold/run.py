@@ -12,9 +12,9 @@ import pydantic
 import torch
 
 from twofold.evaluate import Quality
-from twofold.recipe import Recipe
 from twofold.refine import Refined
 from twofold.search import Probe
+from twofold.settings.recipe import Recipe
 from twofold.version import __version__
 
 

@@ -24,8 +24,8 @@ from twofold.models import LoadedModel
 from twofold.plan import Plan
 from twofold.planning import least_keep, make_plan
 from twofold.quantize.carry_out import rest_names
-from twofold.recipe import Recipe
 from twofold.search import TOLERANCE, Probe, smallest
+from twofold.settings.recipe import Recipe
 from twofold.stages import apply_plan, dense_again, put_back
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twofold.calibrate.moments import Moments
 from twofold.linalg import Metric, Spectrum, damp, decompose, gram, smaller_side, truncate
-from twofold.recipe import Recipe
+from twofold.settings.recipe import Recipe
 
 DAMPING: float = Recipe.model_fields["damping"].default
 

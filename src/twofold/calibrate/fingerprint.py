@@ -13,7 +13,7 @@ from twofold.calibrate.moments import FORMAT, Request
 from twofold.calibrate.texts import TokenWindows
 from twofold.checkpoint.shards import Shards
 from twofold.host.cache import cache_folder
-from twofold.recipe import Recipe
+from twofold.settings.recipe import Recipe
 
 
 def model_hash(model: nn.Module, shards: Shards | None = None) -> str:

@@ -19,7 +19,7 @@ from twofold.host.cache import cache_folder
 from twofold.host.files import write_whole
 from twofold.host.progress import say
 from twofold.models import LoadedModel, check_ids, need_tokenizer, positions
-from twofold.recipe import Recipe
+from twofold.settings.recipe import Recipe
 
 HELD_OUT = 8  # windows set aside to measure on, or to stop a refinement on
 PROMPT = 4  # a continuation goes on from so many-th part of a window of text

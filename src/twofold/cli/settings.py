@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from twofold.comparison.grid import grid_fields, make_grid
 from twofold.errors import TwofoldError
-from twofold.recipe import SIZES, Recipe, make_recipe, parse_override, read_recipe
+from twofold.settings.recipe import SIZES, Recipe, make_recipe, parse_override, read_recipe
 from twofold.tune.settings import TuneSettings, make_settings
 
 

@@ -11,7 +11,7 @@ import pydantic
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
-from twofold.recipe import SIZES, Recipe, checked, make_recipe
+from twofold.settings.recipe import SIZES, Recipe, checked, make_recipe
 
 OWN = (
     *SIZES,

@@ -29,9 +29,9 @@ from twofold.objectives import Objective, get_objective
 from twofold.objectives.base import Statistic
 from twofold.opening import Opened, open_for
 from twofold.pipeline import RESIDENT_BLOCKS, decompose, with_structures
-from twofold.recipe import Recipe
 from twofold.refine import check_refinements
 from twofold.run import Stopwatch
+from twofold.settings.recipe import Recipe
 from twofold.sources import first_line
 from twofold.spectra import Spectra
 from twofold.targets import Targets, find_targets

@@ -26,9 +26,9 @@ from twofold.pipeline import Prepared, carry_out
 from twofold.planning import make_plan
 from twofold.quantize.rounding import torchao_version
 from twofold.recalibration import recalibrate
-from twofold.recipe import Recipe
 from twofold.refine import refine
 from twofold.run import Stopwatch
+from twofold.settings.recipe import Recipe
 from twofold.stages import dense_again, put_back
 
 

@@ -7,7 +7,7 @@ from twofold.objectives import Objective
 from twofold.quantize.loss import MEASURED
 from twofold.quantize.options import AUTO_BITS
 from twofold.quantize.rounding import need_torchao
-from twofold.recipe import Recipe
+from twofold.settings.recipe import Recipe
 
 
 def check_bits(recipe: Recipe, objective: Objective) -> None:

@@ -15,7 +15,7 @@ from twofold.quantize.factors import integer_factors, integer_form
 from twofold.quantize.loss import error_loss, factors_loss, far_diagonal
 from twofold.quantize.options import AUTO_BITS, Rounding
 from twofold.quantize.rounding import round_matrix
-from twofold.recipe import Recipe
+from twofold.settings.recipe import Recipe
 from twofold.spectra import Spectra
 from twofold.targets import Target, dense_weight
 

@@ -16,7 +16,7 @@ from twofold.allocate import Candidate, Evidence
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_rank
 from twofold.quantize.storage import Storage, dense_integers
-from twofold.recipe import Override, Recipe
+from twofold.settings.recipe import Override, Recipe
 from twofold.targets import Target, Targets, last_match
 
 AUTO_BITS = (2, 3, 4, 5, 6, 8)

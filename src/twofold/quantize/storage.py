@@ -8,7 +8,7 @@ from typing import Protocol
 from twofold.linalg import gauge_storage, plain_storage
 from twofold.nn import int_bytes
 from twofold.quantize.factors import factor_bytes, integer_form
-from twofold.recipe import Recipe
+from twofold.settings.recipe import Recipe
 
 ORDER_BYTES = 4  # of each integer of an order
 

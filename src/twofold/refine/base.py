@@ -17,7 +17,7 @@ from twofold.evaluate import measure_quality
 from twofold.models import LoadedModel
 from twofold.objectives import Objective
 from twofold.plan import Plan
-from twofold.recipe import Recipe
+from twofold.settings.recipe import Recipe
 from twofold.stages import dense_again
 
 

@@ -18,8 +18,8 @@ from twofold.host.progress import say
 from twofold.models import LoadedModel
 from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import get_objective
-from twofold.recipe import Recipe
 from twofold.refine.base import Refined, Task, get_refinement
+from twofold.settings.recipe import Recipe
 from twofold.skeletons import survey
 from twofold.targets import replace_module
 

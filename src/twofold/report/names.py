@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from twofold.builtin import ALIAS
-from twofold.recipe import Recipe
+from twofold.settings.recipe import Recipe
 
 ALIAS_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ALIAS_LICENSE = "apache-2.0"

@@ -17,7 +17,7 @@ from twofold.models import check_finite
 from twofold.nn import CompactLinear, FactoredLinear, IntMatrix
 from twofold.plan import Plan
 from twofold.planning import make_plan
-from twofold.recipe import Recipe, make_recipe
+from twofold.settings.recipe import Recipe, make_recipe
 from twofold.skeletons import model_from_config
 from twofold.sources import first_line, model_class_of, quiet_bars
 from twofold.targets import dense_weight, find_targets, replace_module

@@ -12,7 +12,7 @@ from torch import nn
 
 from twofold.errors import TwofoldError
 from twofold.objectives.base import StructureKind
-from twofold.recipe import Override
+from twofold.settings.recipe import Override
 from twofold.structures.base import Structure
 from twofold.structures.check import confirm
 from twofold.structures.roles import alone, candidates

@@ -12,7 +12,7 @@ from twofold.allocate import Candidate, Choice
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_storage, plain_storage
 from twofold.nn import SharedBasis
-from twofold.recipe import Override, Recipe
+from twofold.settings.recipe import Override, Recipe
 from twofold.structures.base import Member, Structure
 from twofold.targets import Target, Targets, matches
 

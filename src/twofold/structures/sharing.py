@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from twofold.nn.shared_linear import SharedForm, basis_storage
-from twofold.recipe import Override
+from twofold.settings.recipe import Override
 from twofold.structures.base import Member, Structure
 from twofold.structures.roles import ATTENTION, MLP
 from twofold.targets import BLOCK, Target, Targets, block_of, last_match

@@ -8,7 +8,7 @@ import pydantic
 from pydantic import Field
 
 from twofold.errors import TwofoldError
-from twofold.recipe import checked
+from twofold.settings.recipe import checked
 
 Method = Literal[
     "lora", "rslora", "dora", "pissa", "olora", "corda", "eva", "vera", "adalora",

@@ -1,0 +1,1 @@
+"""How settings are read and checked: the recipe, sizes, goals."""
