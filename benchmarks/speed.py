@@ -30,7 +30,7 @@ def build_large(folder: Path, shape: argparse.Namespace) -> tuple[Path, Path]:
     """A Llama-shaped model with random weights, dense and factored, in two folders; those that are there already are taken."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from twofold.checkpoint import attach
+    from twofold.checkpoint.plugin import attach
     from twofold.linalg import gauge_rank
     from twofold.nn import FactoredLinear
     from twofold.targets import list_weights, replace_module

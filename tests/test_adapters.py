@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 from conftest import ARCHITECTURES, make_model, make_tokenizer
 from twofold.adapters.extract import extract
 from twofold.adapters.folder import write_adapter
-from twofold.adapters.grow import grow, plain_factors
-from twofold.adapters.lora import CompactLora, whole_layers
 from twofold.adapters.merge import merge, recompress_to
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import by_budget, by_energy
-from twofold.adapters.register import need, register
-from twofold.checkpoint import attach
+from twofold.checkpoint.peft.grow import grow, plain_factors
+from twofold.checkpoint.peft.lora import CompactLora, whole_layers
+from twofold.checkpoint.peft.register import need, register
+from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.linalg import weighted_low_rank
 from twofold.nn import DenseColumnsLinear, FactoredLinear, IntLinear, SlicedLinear

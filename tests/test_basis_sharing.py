@@ -27,7 +27,7 @@ import twofold
 from conftest import ARCHITECTURES, TEXT, VOCABULARY, make_model, make_tokenizer
 from twofold.adapters.extract import extract
 from twofold.calibrate import Moments
-from twofold.checkpoint.quantizer import FORMAT_VERSION
+from twofold.checkpoint.plugin import FORMAT_VERSION
 from twofold.factorization import plan_model
 from twofold.inspection import inspect_model
 from twofold.models import load_model

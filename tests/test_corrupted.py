@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import twofold
 import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
-from twofold.checkpoint.quantizer import FORMAT_VERSION
+from twofold.checkpoint.plugin import FORMAT_VERSION
 from twofold.inspection import inspect_model
 from twofold.models import load_model
 from twofold.plan import Plan

@@ -16,7 +16,7 @@ import twofold
 import twofold.cli
 from conftest import ARCHITECTURES, CONFIGS, TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
-from twofold.checkpoint import attach
+from twofold.checkpoint.plugin import attach
 from twofold.export import export_model, portable_layers
 from twofold.export.base import FORMATS, Source, Written, export_format
 from twofold.export.decoding import ModelDecoder, greedy

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import twofold
 from conftest import make_model
 from twofold import TwofoldError
-from twofold.checkpoint import attach
+from twofold.checkpoint.plugin import attach
 from twofold.inference.draft import Draft
 from twofold.nn import FactoredLinear
 from twofold.nn.grouped_linear import ColumnsLinear, GroupedLinear, InputGroup, Part, laid_out

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import vllm_double
 from conftest import make_model
 from twofold import FactoredLinear, TwofoldError
-from twofold.checkpoint import attach
+from twofold.checkpoint.plugin import attach
 from twofold.targets import replace_module
 from twofold.vllm_plugin.product import merged_product
 from twofold.vllm_plugin.shards import factored_names, original_names, shard_index, shards_of

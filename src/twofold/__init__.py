@@ -3,7 +3,7 @@
 Importing this package lets plain ``transformers`` load factored checkpoints.
 """
 
-from twofold.checkpoint import TwofoldConfig
+from twofold.checkpoint.plugin import TwofoldConfig
 from twofold.comparison import compare
 from twofold.compression import compress
 from twofold.errors import TwofoldError

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from twofold.calibrate.windows import fit_window
-from twofold.checkpoint import attach
+from twofold.checkpoint.plugin import attach
 from twofold.checkpoint.stream import finish, write_units
 from twofold.evaluate import measure_quality
 from twofold.evaluate.quality import Logits

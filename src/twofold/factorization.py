@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from twofold.allocate import get_allocation
 from twofold.calibrate.windows import fit_window
-from twofold.checkpoint import attach
+from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.estimate import estimate_run
 from twofold.evaluation import evaluation_text

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from twofold.blocks import Chain, watch_chain
-from twofold.checkpoint.quantizer import METHOD, TwofoldConfig, TwofoldQuantizer
+from twofold.checkpoint.plugin import METHOD, TwofoldConfig, TwofoldQuantizer
 from twofold.errors import TwofoldError
 from twofold.sources import first_line, quiet_bars
 from twofold.targets import Target, find_groups

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from twofold.adapters.folder import check_base, write_adapter
-from twofold.adapters.lora import whole_layers
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import by_budget, by_energy
+from twofold.checkpoint.peft.lora import whole_layers
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_apart, check_output, staged_folder
 from twofold.host.progress import progress

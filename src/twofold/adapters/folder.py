@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twofold.adapters.register import register
+from twofold.checkpoint.peft.register import register
 from twofold.errors import TwofoldError
 from twofold.models import LoadedModel
 from twofold.nn.factored_linear import balanced

@@ -163,7 +163,7 @@ def recompress_to(model: nn.Module, ranks: dict[str, int], metrics: Metrics) -> 
         again = FactoredLinear.from_factors(left, right, bias, transposed=bool(transposed), dtype=dtype)
         again.requires_grad_(any(p.requires_grad for p in layer.parameters()))
         replace_module(model, name, again)
-    from twofold.checkpoint import attach
+    from twofold.checkpoint.plugin import attach
 
     attach(model)
     return notes

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twofold.checkpoint.headers import read_headers
-from twofold.checkpoint.quantizer import TwofoldConfig
+from twofold.checkpoint.plugin import TwofoldConfig
 from twofold.checkpoint.shards import check_finite
 from twofold.errors import TwofoldError
 from twofold.host import processes

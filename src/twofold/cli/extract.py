@@ -24,7 +24,7 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Write a LoRA adapter that turns one model into another as far as its ranks go; each layer has a rank of its own."""
-    from twofold.adapters.register import need
+    from twofold.checkpoint.peft.register import need
 
     need("peft")
     from twofold.adapters.extract import extract

@@ -28,7 +28,7 @@ def command(
     json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
     """Merge LoRA adapters into a model: exactly, the rank of a factored layer grows by theirs; or back to the old size."""
-    from twofold.adapters.register import need
+    from twofold.checkpoint.peft.register import need
 
     need("peft")
     from twofold.adapters.merge import merge

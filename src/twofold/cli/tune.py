@@ -24,7 +24,7 @@ def command(
 
     Started again with the same settings, a run that was stopped goes on from its last checkpoint.
     """
-    from twofold.adapters.register import need
+    from twofold.checkpoint.peft.register import need
 
     need("peft", "trl", "datasets")
     from twofold.cli.tune_tables import print_estimated, print_tuned

@@ -109,7 +109,7 @@ def put_adapter(loaded: LoadedModel, adapter: str) -> None:
     Raises:
         TwofoldError: if PEFT is not installed, there is no such adapter, or it does not belong to the model.
     """
-    from twofold.adapters.register import need
+    from twofold.checkpoint.peft.register import need
 
     need("peft")
     from twofold.adapters.folder import load_adapter

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from twofold.checkpoint.quantizer import METHOD, TwofoldQuantizer, dense_module
+from twofold.checkpoint.plugin import METHOD, TwofoldQuantizer, dense_module
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.inference.draft import Draft, why_not

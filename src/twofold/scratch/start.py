@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from twofold.checkpoint import attach
+from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.linalg import working_dtype
 from twofold.models import check_finite

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from twofold.adapters.grow import plain_factors
+from twofold.checkpoint.peft.grow import plain_factors
 from twofold.errors import TwofoldError
 from twofold.nn import DenseColumnsLinear, FactoredLinear
 from twofold.targets import replace_module

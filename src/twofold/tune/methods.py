@@ -25,7 +25,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
 from transformers import TrainerCallback
 
-from twofold.adapters.lora import has_compact, whole_layers
+from twofold.checkpoint.peft.lora import has_compact, whole_layers
 from twofold.errors import TwofoldError
 from twofold.nn import CompactLinear, IntMatrix, SharedLinear
 from twofold.targets import matches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from twofold.checkpoint.quantizer import METHOD
+from twofold.checkpoint.plugin import METHOD
 
 WRITTEN_FOR = "0.32"  # the vLLM whose sources the plug-in was written from
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from twofold.checkpoint.quantizer import METHOD
-from twofold.checkpoint.quantizer import TwofoldConfig as StoredConfig
+from twofold.checkpoint.plugin import METHOD
+from twofold.checkpoint.plugin import TwofoldConfig as StoredConfig
 from twofold.errors import TwofoldError
 from twofold.vllm_plugin.product import merged_product
 from twofold.vllm_plugin.shards import factored_names, shards_of

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from twofold.adapters.grow import grow
+from twofold.checkpoint.peft.grow import grow
 from twofold.errors import TwofoldError
 from twofold.nn import CompactLinear, SharedBasis
 
@@ -116,7 +116,7 @@ class CompactLoraModel(LoraModel):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         if has_compact(model):  # what config.json says of the ranks
-            from twofold.checkpoint import attach
+            from twofold.checkpoint.plugin import attach
 
             attach(model)
         return model  # type: ignore[no-any-return]

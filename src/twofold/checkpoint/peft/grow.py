@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twofold.checkpoint.quantizer import dense_module
+from twofold.checkpoint.plugin import dense_module
 from twofold.errors import TwofoldError
 from twofold.linalg import plain_storage, working_dtype
 from twofold.nn import DenseColumnsLinear, FactoredLinear, IntMatrix

@@ -15,8 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from twofold.adapters.register import register
 from twofold.checkpoint.integers import check_loaded, integer_layer, integers_of, mind_ties
+from twofold.checkpoint.peft.register import register
 from twofold.errors import TwofoldError
 from twofold.host.quiet import silence
 from twofold.nn import (

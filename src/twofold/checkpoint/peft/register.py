@@ -25,7 +25,7 @@ def register() -> bool:
         with silence():  # PEFT loads torchao
             from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
-            from twofold.adapters.lora import CompactLoraModel
+            from twofold.checkpoint.peft.lora import CompactLoraModel
     except ImportError:  # installed, but broken: models load without it
         return False
 

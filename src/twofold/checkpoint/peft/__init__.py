@@ -1,0 +1,1 @@
+"""The half of the checkpoint plug-in that PEFT needs."""
