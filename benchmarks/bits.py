@@ -44,8 +44,8 @@ def perturbed(name: str, noise: float, folder: Path) -> None:
     """Write a model in bfloat16 with noise on its targeted weights, the same for the same seed."""
     import torch
 
-    from twofold.models import cast_weights, load_model
-    from twofold.targets import find_targets
+    from twofold.model.load import cast_weights, load_model
+    from twofold.model.weights import find_targets
 
     loaded = load_model(name)
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def perturbed(name: str, noise: float, folder: Path) -> None:
 
 def _logits_of(name: str) -> Any:
     """A model that is loaded for as long as this is kept."""
-    from twofold.models import load_model
+    from twofold.model.load import load_model
 
     model = load_model(name).model
     return lambda ids: model(input_ids=ids).logits
@@ -71,7 +71,7 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
     import torch
 
     from twofold.evaluate import evaluation_windows, measure_quality
-    from twofold.models import need_tokenizer
+    from twofold.model.load import need_tokenizer
     from twofold.opening import open_for
     from twofold.pipeline import prepare
     from twofold.planning import make_plan
@@ -171,7 +171,7 @@ def main() -> None:
     for path in (given.train, given.test):
         if not path.is_file():
             sys.exit(f"there is no text {path}; name it with --train and --test")
-    from twofold.builtin import smollm2_folder
+    from twofold.model.builtin import smollm2_folder
 
     given.out.mkdir(parents=True, exist_ok=True)
     if given.model == "smollm2":

@@ -63,7 +63,7 @@ def relative_logits(keep: float, cache: Path, train: Path, **settings: Any) -> t
     from transformers import AutoModelForCausalLM
 
     import twofold
-    from twofold.builtin import smollm2_folder
+    from twofold.model.builtin import smollm2_folder
 
     ids = torch.arange(300, 428)[None]
     with torch.no_grad():
@@ -79,7 +79,7 @@ def relative_logits(keep: float, cache: Path, train: Path, **settings: Any) -> t
 
 def main_job(out: Path, data: Path, windows: int, tokens: int = 65536) -> list[Bar]:
     """Run the main job at keep 0.8 and 0.6 and hold each figure against its bar."""
-    from twofold.builtin import FOLDER, smollm2_folder
+    from twofold.model.builtin import FOLDER, smollm2_folder
 
     train, test = data / "wiki.train.part.raw", data / "wiki.test.raw"
     cache = out / "cache"

@@ -26,9 +26,9 @@ def collected(given: argparse.Namespace) -> list[tuple[Any, Any, Any]]:
     from twofold.calibrate import collect_moments, request_statistics
     from twofold.calibrate.moments import Moments
     from twofold.linalg import damp
-    from twofold.models import load_model
-    from twofold.residence import Resident
-    from twofold.targets import find_targets
+    from twofold.model.load import load_model
+    from twofold.model.streamed import Resident
+    from twofold.model.weights import find_targets
 
     loaded = load_model(given.model)
     targets = [t for t in find_targets(loaded.model).targets if t.layer in given.blocks]

@@ -116,7 +116,7 @@ def made(bench: Bench, name: str, *flags: str) -> str:
 
 def smollm2() -> str:
     """The folder of the built-in model, fetched once and not by every run."""
-    from twofold.builtin import smollm2_folder
+    from twofold.model.builtin import smollm2_folder
 
     return str(smollm2_folder())
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import torch
 
-from twofold.models import LoadedModel, load_model
+from twofold.model.load import LoadedModel, load_model
 
 BEGINNINGS = (
     "The castle of", "In the morning,", "A matrix of low rank", "The river", "Once upon a time", "Bread is made of",

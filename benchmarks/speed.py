@@ -32,8 +32,8 @@ def build_large(folder: Path, shape: argparse.Namespace) -> tuple[Path, Path]:
 
     from twofold.checkpoint.plugin import attach
     from twofold.linalg import gauge_rank
+    from twofold.model.weights import list_weights, replace_module
     from twofold.nn import FactoredLinear
-    from twofold.targets import list_weights, replace_module
 
     config = LlamaConfig(
         hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,

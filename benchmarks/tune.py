@@ -24,7 +24,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 import twofold
-from twofold.models import load_tokenizer
+from twofold.model.load import load_tokenizer
 from twofold.nn import FactoredLinear
 from twofold.tune import make_settings
 from twofold.tune.prepare import prepare

@@ -28,9 +28,9 @@ from twofold.checkpoint.peft.register import need, register
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.linalg import weighted_low_rank
+from twofold.model.weights import dense_weight, find_targets, replace_module
 from twofold.nn import DenseColumnsLinear, FactoredLinear, IntLinear, SlicedLinear
 from twofold.quantize.rounding import round_matrix
-from twofold.targets import dense_weight, find_targets, replace_module
 
 IDS = torch.arange(24)[None]
 

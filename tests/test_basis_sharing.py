@@ -30,7 +30,8 @@ from twofold.calibrate import Moments
 from twofold.checkpoint.plugin import FORMAT_VERSION
 from twofold.factorization import plan_model
 from twofold.inspection import inspect_model
-from twofold.models import load_model
+from twofold.model.load import load_model
+from twofold.model.weights import Target, Targets, find_targets
 from twofold.nn import FactoredLinear, SharedBasis, SharedLinear
 from twofold.nn.shared_linear import BASES, hold_bases
 from twofold.objectives import get_objective
@@ -44,7 +45,6 @@ from twofold.stages import apply_plan, put_back
 from twofold.structures.options import structure_candidate
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.sharing import UNSHARED, alone_notes, share_bases, sharing
-from twofold.targets import Target, Targets, find_targets
 from twofold.tune import make_settings
 from twofold.tune.estimate import estimate
 

@@ -15,6 +15,7 @@ from conftest import TEXT, make_model, make_tokenizer
 from test_inference import factored_model
 from twofold import TwofoldError
 from twofold.cli import app
+from twofold.model.work import work_of
 from twofold.speed import bench as bench_module
 from twofold.speed import latency
 from twofold.speed.bench import Lengths, bench
@@ -24,7 +25,6 @@ from twofold.speed.memory import peak_of
 from twofold.speed.record import Bench, Roofs
 from twofold.speed.runtimes import RUNTIMES, Runtime, Settings, get_runtime
 from twofold.speed.runtimes.compile import Compile
-from twofold.speed.work import work_of
 
 SHORT = Lengths(prompt=4, new=3, prefill=40, batches=(1, 2), repeats=2)
 QUIET = Settings(quiet=True)

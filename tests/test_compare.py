@@ -27,8 +27,8 @@ from twofold.comparison.rows import Rows
 from twofold.compression import compress
 from twofold.evaluation import evaluate_models
 from twofold.host.cache import cache_folder
+from twofold.model.weights import find_targets
 from twofold.stages import put_back
-from twofold.targets import find_targets
 
 NO_TORCHAO = "torchao is not installed: pip install 'twofold[quantize]'"
 FILES = ("compare.csv", "compare.json", "compare.md", "compare.png", "compare.svg")

@@ -14,7 +14,7 @@ from twofold import TwofoldError, compress
 from twofold.calibrate import windows as places
 from twofold.calibrate.windows import calibration_windows
 from twofold.estimate import estimate_run
-from twofold.models import LoadedModel, load_model, load_skeleton
+from twofold.model.load import LoadedModel, load_model, load_skeleton
 from twofold.probe import probe
 from twofold.settings.recipe import Recipe
 

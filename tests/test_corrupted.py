@@ -21,7 +21,7 @@ import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.checkpoint.plugin import FORMAT_VERSION
 from twofold.inspection import inspect_model
-from twofold.models import load_model
+from twofold.model.load import load_model
 from twofold.plan import Plan
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"

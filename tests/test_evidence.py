@@ -20,13 +20,13 @@ from twofold.errors import TwofoldError
 from twofold.factorization import plan_model
 from twofold.first_order import component_scores
 from twofold.linalg import gauge_rank, truncate
+from twofold.model.weights import dense_weight
 from twofold.opening import open_for
 from twofold.pipeline import carry_out, prepare
 from twofold.plan import Plan
 from twofold.run import Stopwatch
 from twofold.settings.recipe import make_recipe
 from twofold.stages import layer_problem
-from twofold.targets import dense_weight
 
 SMALL = {"tokens": 128, "window": 32, "quiet": True}
 

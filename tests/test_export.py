@@ -25,9 +25,9 @@ from twofold.export.formats.dense import save_dense
 from twofold.export.formats.lora import split
 from twofold.export.graph import trace
 from twofold.export.runtimes import open_export
-from twofold.models import LoadedModel, load_model, load_skeleton
+from twofold.model.load import LoadedModel, load_model, load_skeleton
+from twofold.model.skeleton import survey
 from twofold.nn import DenseColumnsLinear, FactoredLinear, IntMatrix, SharedBasis, SharedLinear, SlicedLinear
-from twofold.skeletons import survey
 
 IDS = torch.tensor([[84, 104, 101, 32, 99, 97, 115, 116, 108, 101]])
 register()

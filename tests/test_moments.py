@@ -18,10 +18,10 @@ from twofold.calibrate.sample import beginnings, draw, user_turn_prefix
 from twofold.calibrate.texts import spread
 from twofold.calibrate.windows import calibration_windows
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel
-from twofold.residence import Resident
+from twofold.model.load import LoadedModel
+from twofold.model.streamed import Resident
+from twofold.model.weights import dense_weight, find_groups, find_targets
 from twofold.settings.recipe import Recipe
-from twofold.targets import dense_weight, find_groups, find_targets
 
 NEEDS = {"input", "gradient", "input_abs", "input_square", "gradient_square", "fisher_rows"}
 

@@ -20,7 +20,8 @@ from test_streaming import DYING, command, environment, same
 from twofold import TwofoldError, compress, factorize
 from twofold.factorization import plan_model
 from twofold.linalg import natural_step as nl
-from twofold.models import LoadedModel, load_model, load_skeleton
+from twofold.model.load import LoadedModel, load_model, load_skeleton
+from twofold.model.weights import find_targets, replace_module
 from twofold.nn import FactoredLinear
 from twofold.objectives import get_objective
 from twofold.probe import probe
@@ -30,7 +31,6 @@ from twofold.refine.gradient import sum_half
 from twofold.refine.likeness import Likeness
 from twofold.refine.training import training
 from twofold.settings.recipe import make_recipe
-from twofold.targets import find_targets, replace_module
 
 
 def spd(k: int) -> Tensor:

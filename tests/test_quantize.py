@@ -20,6 +20,7 @@ from twofold.evaluate import model_size
 from twofold.evaluation import evaluate_models
 from twofold.inspection import inspect_model
 from twofold.linalg import damp, decompose, gram, smaller_side, truncate, weighted_low_rank
+from twofold.model.weights import Target
 from twofold.nn import CorrectedLinear, FactoredLinear, IntLinear, IntMatrix, QuantizedEmbedding, QuantizedLinear
 from twofold.objectives import LayerMoments, get_objective
 from twofold.quantize.factors import factor_bytes, integer_factors, integer_form
@@ -28,7 +29,6 @@ from twofold.quantize.options import AUTO_BITS, Option, Rounding, bit_options, p
 from twofold.quantize.rounding import round_matrix
 from twofold.quantize.verify import stored_bytes
 from twofold.settings.recipe import make_recipe
-from twofold.targets import Target
 
 IDS = torch.arange(20)[None]
 SHAPES = [(48, 80), (80, 48), (56, 56)]
@@ -126,8 +126,8 @@ def test_the_diagonal_of_the_far_metric_comes_from_calibration_and_is_damped():
 def test_calibration_sums_the_diagonals_of_the_moments_themselves():
     from twofold.calibrate import collect_moments, request_statistics
     from twofold.calibrate.moments import Moments
-    from twofold.residence import Resident
-    from twofold.targets import find_targets
+    from twofold.model.streamed import Resident
+    from twofold.model.weights import find_targets
 
     model = make_model()
     targets = find_targets(model).targets

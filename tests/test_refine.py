@@ -18,13 +18,13 @@ from twofold.errors import TwofoldError
 from twofold.factorization import factorize
 from twofold.host.cache import cache_folder
 from twofold.linalg import decompose, truncate, weighted_low_rank
-from twofold.models import LoadedModel
+from twofold.model.head import before_head, find_head
+from twofold.model.load import LoadedModel
 from twofold.objectives import LayerMoments, get_objective
 from twofold.plan import Plan
 from twofold.refine.anchored import anchored_problem
 from twofold.refine.base import REFINEMENTS, Refined, Refinement, Task
 from twofold.refine.distill import distill
-from twofold.refine.head import before_head, find_head
 from twofold.refine.streams import Streams
 from twofold.refine.teacher import Teacher, divergence
 from twofold.refine.training import train, trainable, training
@@ -486,7 +486,7 @@ def test_a_model_that_gives_no_logits_is_refused_before_any_work(tmp_path, token
 
 
 def test_blocks_that_cross_one_another_are_refused_before_any_work(checkpoint, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("twofold.blocks.ChainWatch.chain", lambda watch: None)
+    monkeypatch.setattr("twofold.model.blocks.ChainWatch.chain", lambda watch: None)
     for name in ("anchored", "blockwise"):
         with pytest.raises(TwofoldError, match=f"not one block after another, so it can't be refined by {name}"):
             compress(recipe_of(checkpoint, text_file, refine=f"distill,{name}"), tmp_path / "o", quiet=True)

@@ -23,7 +23,7 @@ import twofold
 import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
-from twofold.models import LoadedModel
+from twofold.model.load import LoadedModel
 from twofold.serving.chat import Conversation
 from twofold.serving.server import build_app, listen, serve
 

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import twofold
 from conftest import ARCHITECTURES, CONFIGS, make_model, make_tokenizer
-from twofold.blocks import Chain, Stretch, run_stretch, stretches, watch_chain
 from twofold.calibrate import Moments, collect
 from twofold.calibrate.activations import Activations
 from twofold.checkpoint.shards import Shards
@@ -26,13 +25,14 @@ from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.estimate import choose_way, estimate_run, memory_limit
 from twofold.factorization import plan_model
-from twofold.models import load_model, load_skeleton, load_streamed
+from twofold.model.blocks import Chain, Stretch, run_stretch, stretches, watch_chain
+from twofold.model.load import load_model, load_skeleton, load_streamed
+from twofold.model.skeleton import survey
+from twofold.model.streamed import EMBEDDING, HEAD, Streamed
+from twofold.model.weights import find_targets
 from twofold.plan import Plan
-from twofold.residence import EMBEDDING, HEAD, Streamed
 from twofold.settings.recipe import make_recipe
-from twofold.skeletons import survey
 from twofold.status import remove_work, status_of
-from twofold.targets import find_targets
 
 
 def save(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
@@ -92,8 +92,8 @@ def test_the_same_bits_with_every_setting(settings, text_file, tmp_path, monkeyp
 def test_half_precision_and_large_tables(text_file, tmp_path, monkeypatch):
     """The head is multiplied in parts from its stored dtype, which may round otherwise."""
     source = save(tmp_path / "model", dtype=torch.bfloat16)
-    monkeypatch.setattr("twofold.residence.LARGE", 1000)
-    monkeypatch.setattr("twofold.residence.PART", 100)
+    monkeypatch.setattr("twofold.model.streamed.LARGE", 1000)
+    monkeypatch.setattr("twofold.model.streamed.PART", 100)
     for stream in ("never", "always"):
         monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / f"cache-{stream}"))
         compress(small(source, text_file, stream=stream), tmp_path / stream, quiet=True)

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, GPTJConfig, PhiConfig, Qwen3Confi
 import twofold
 from conftest import CONFIGS, TEXT, VOCABULARY, make_model, make_tokenizer
 from twofold.calibrate import Moments
+from twofold.model.weights import find_targets
 from twofold.nn import SlicedLinear
 from twofold.structures import Member, Structure, few_tokens, find_structures
 from twofold.structures.mlp import CutMLP
 from twofold.structures.query_key import CutQueries
 from twofold.structures.units import unit_rows
 from twofold.structures.value_output import CutValues
-from twofold.targets import find_targets
 
 IDS = torch.arange(20)[None]
 KINDS = ("mlp", "value-output", "query-key")
@@ -291,9 +291,9 @@ def test_all_units_are_the_original(architecture):
     assert torch.equal(logits(kept), original)
     # And so is the closed form itself, with all units in it.
     from twofold.calibrate import collect_moments, request_statistics
-    from twofold.residence import Resident
+    from twofold.model.streamed import Resident
+    from twofold.model.weights import find_groups, replace_module
     from twofold.structures.carry_out import prepare
-    from twofold.targets import find_groups, replace_module
 
     found = structures_of(model)
     groups = find_groups(model, found.targets, lambda: model(input_ids=IDS))

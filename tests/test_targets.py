@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import ARCHITECTURES, make_model
 from twofold.errors import TwofoldError
-from twofold.targets import dense_weight, find_groups, find_targets, list_weights, matches
+from twofold.model.weights import dense_weight, find_groups, find_targets, list_weights, matches
 
 SHARED = {
     "gpt2": {},

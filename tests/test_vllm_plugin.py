@@ -16,7 +16,7 @@ import vllm_double
 from conftest import make_model
 from twofold import FactoredLinear, TwofoldError
 from twofold.checkpoint.plugin import attach
-from twofold.targets import replace_module
+from twofold.model.weights import replace_module
 from twofold.vllm_plugin.product import merged_product
 from twofold.vllm_plugin.shards import factored_names, original_names, shard_index, shards_of
 from twofold.vllm_plugin.stores import Stores

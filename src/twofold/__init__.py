@@ -9,12 +9,12 @@ from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.factorization import factorize
 from twofold.inference import optimize
-from twofold.models import load_model
+from twofold.model.load import load_model
+from twofold.model.weights import find_targets
 from twofold.nn import DenseColumnsLinear, FactoredLinear, SharedLinear, SlicedLinear
 from twofold.plan import Plan
 from twofold.scratch import training_optimizer
 from twofold.settings.recipe import Recipe
-from twofold.targets import find_targets
 from twofold.version import __version__
 
 __all__ = [

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from twofold.blocks import stretches
 from twofold.calibrate import Moments, TokenWindows, collect_moments, request_statistics
 from twofold.calibrate.fingerprint import fingerprint, moments_path
 from twofold.calibrate.moments import DESCRIPTION, FORMAT, Request
@@ -25,13 +24,14 @@ from twofold.host import processes
 from twofold.host.folders import check_space
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
+from twofold.model.blocks import stretches
+from twofold.model.skeleton import survey
+from twofold.model.source import first_line
+from twofold.model.weights import Targets, find_groups
 from twofold.objectives import get_objective
 from twofold.objectives.base import Statistic
 from twofold.run import Stopwatch
 from twofold.settings.recipe import Recipe
-from twofold.skeletons import survey
-from twofold.sources import first_line
-from twofold.targets import Targets, find_groups
 from twofold.version import __version__
 
 if TYPE_CHECKING:

@@ -24,7 +24,9 @@ from twofold.host import processes
 from twofold.host.folders import check_apart, check_output, check_space, staged_folder
 from twofold.host.progress import progress
 from twofold.host.unfinished import Work, working
-from twofold.models import LoadedModel, cast_weights, load_streamed
+from twofold.model.load import LoadedModel, cast_weights, load_streamed
+from twofold.model.source import quiet_bars
+from twofold.model.streamed import Streamed
 from twofold.nn import CompactLinear
 from twofold.nn.shared_linear import BASES
 from twofold.opening import open_for
@@ -32,11 +34,9 @@ from twofold.pipeline import Prepared, carry_out, prepare
 from twofold.plan import Plan, PlanEntry
 from twofold.quantize.verify import verify_bytes
 from twofold.refine import Refined, refine
-from twofold.residence import Streamed
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.settings.recipe import Recipe
 from twofold.sizing import Sizing
-from twofold.sources import quiet_bars
 from twofold.stages import dense_again, factor_entries
 
 SAMPLE_TOKENS = 32

@@ -16,22 +16,22 @@ import torch
 
 from twofold.allocate import get_allocation
 from twofold.allocate.sensitivity import GRID
-from twofold.blocks import Chain
 from twofold.budget import parse_budget
 from twofold.calibrate.moments import request_statistics
 from twofold.calibrate.windows import held_out_windows
 from twofold.errors import TwofoldError
 from twofold.host import processes
-from twofold.models import LoadedModel, load_skeleton
+from twofold.model.blocks import Chain
+from twofold.model.load import LoadedModel, load_skeleton
+from twofold.model.skeleton import survey
+from twofold.model.source import choose_device, compute_dtype
+from twofold.model.streamed import LARGE, PART
+from twofold.model.weights import Target, list_weights
 from twofold.objectives import get_objective
 from twofold.plan import Estimate
 from twofold.probe import Speeds, probe
-from twofold.residence import LARGE, PART
 from twofold.settings.recipe import Recipe
-from twofold.skeletons import survey
-from twofold.sources import choose_device, compute_dtype
 from twofold.stages import BATCH, BATCH_NUMBERS
-from twofold.targets import Target, list_weights
 
 PART_OF_FREE = 0.85  # of the memory that is free, what is used unless --memory says otherwise
 LIBRARIES = 420_000_000  # bytes of a process that has loaded torch and transformers and nothing else

@@ -14,9 +14,9 @@ from twofold.errors import TwofoldError
 from twofold.evaluate import evaluation_windows, measure_quality, model_size
 from twofold.evaluate.size import disk_bytes
 from twofold.evaluate.tasks import put_adapter
-from twofold.models import LoadedModel, check_ids, load_model, need_tokenizer, positions
+from twofold.model.load import LoadedModel, check_ids, load_model, need_tokenizer, positions
+from twofold.model.source import first_line
 from twofold.settings.recipe import Recipe
-from twofold.sources import first_line
 
 
 class EvaluatedModel(pydantic.BaseModel, extra="forbid"):

@@ -18,13 +18,13 @@ from twofold.first_order import component_scores
 from twofold.host.cache import cache_folder
 from twofold.host.files import write_text
 from twofold.host.progress import say
-from twofold.models import LoadedModel
+from twofold.model.load import LoadedModel
+from twofold.model.weights import Target
 from twofold.objectives import Objective
 from twofold.quantize.measure import measure_rounding
 from twofold.second_order import rank_losses
 from twofold.settings.recipe import Recipe
 from twofold.spectra import Spectra
-from twofold.targets import Target
 from twofold.truncated import sensitivities
 
 

@@ -14,7 +14,8 @@ from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.estimate import estimate_run
 from twofold.evaluation import evaluation_text
-from twofold.models import LoadedModel, cast_weights, load_skeleton
+from twofold.model.load import LoadedModel, cast_weights, load_skeleton
+from twofold.model.weights import find_targets
 from twofold.objectives import get_objective
 from twofold.opening import check_methods, given_model, open_for
 from twofold.pipeline import carry_out, layer_times, plan_of_shapes, prepare, with_structures
@@ -24,7 +25,6 @@ from twofold.run import Stopwatch
 from twofold.scratch.start import factorize_start
 from twofold.settings.recipe import Recipe, make_recipe
 from twofold.sizing import Sizing
-from twofold.targets import find_targets
 
 
 def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bool = True, quiet: bool = False) -> Plan:

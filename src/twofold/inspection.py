@@ -8,10 +8,10 @@ import pydantic
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel, load_skeleton
+from twofold.model.load import LoadedModel, load_skeleton
+from twofold.model.skeleton import survey
+from twofold.model.weights import Targets, find_groups, list_weights
 from twofold.nn import CompactLinear, QuantizedEmbedding, SharedBasis
-from twofold.skeletons import survey
-from twofold.targets import Targets, find_groups, list_weights
 
 
 class Weight(pydantic.BaseModel, extra="forbid"):

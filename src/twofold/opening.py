@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from twofold.allocate import get_allocation
-from twofold.blocks import Chain
 from twofold.errors import TwofoldError
 from twofold.estimate import Way, choose_way
 from twofold.host.progress import say
-from twofold.models import LoadedModel, cast_weights, check_finite, load_model, load_streamed
+from twofold.model.blocks import Chain
+from twofold.model.load import LoadedModel, cast_weights, check_finite, load_model, load_streamed
+from twofold.model.streamed import Streamed
 from twofold.objectives import get_objective
 from twofold.quantize.check import check_bits
 from twofold.recalibration import check_recalibrated
 from twofold.refine import check_refinable, check_refinements
-from twofold.residence import Streamed
 from twofold.settings.recipe import Recipe
 from twofold.structures.options import check_structural
 

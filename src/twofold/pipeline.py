@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from twofold.allocate import Evidence, get_allocation
-from twofold.blocks import Chain, plain_chain
 from twofold.calibrate import Moments, TokenWindows
 from twofold.calibrate.fingerprint import model_hash
 from twofold.calibrate.windows import calibration_windows
@@ -22,7 +21,11 @@ from twofold.host import processes
 from twofold.host.folders import check_space
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
-from twofold.models import LoadedModel
+from twofold.model.blocks import Chain, plain_chain
+from twofold.model.load import LoadedModel
+from twofold.model.source import choose_device, compute_dtype
+from twofold.model.streamed import Resident, Streamed
+from twofold.model.weights import Targets, find_targets
 from twofold.objectives import Objective, get_objective
 from twofold.opening import Opened
 from twofold.plan import Plan
@@ -30,17 +33,14 @@ from twofold.planning import make_plan
 from twofold.quantize.check import stand_in
 from twofold.quantize.loss import rounding_needs
 from twofold.recalibration import recalibrate
-from twofold.residence import Resident, Streamed
 from twofold.run import Stopwatch
 from twofold.settings.recipe import Recipe
 from twofold.sizing import Sizing
-from twofold.sources import choose_device, compute_dtype
 from twofold.spectra import Spectra
 from twofold.speed.latency import times_of
 from twofold.stages import apply_plan, decompose_targets
 from twofold.structures import few_tokens, find_structures
 from twofold.structures.carry_out import measure_structures
-from twofold.targets import Targets, find_targets
 
 RESIDENT_BLOCKS = 4  # blocks of a model in memory that are decomposed, and kept, together
 

@@ -13,6 +13,7 @@ from twofold.allocate.base import cheapest
 from twofold.budget import Budget, ModelSize, parse_budget, target_budget
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_rank, plain_storage
+from twofold.model.weights import DenseWeight, Target, Targets, last_match, matches
 from twofold.nn import int_bytes
 from twofold.objectives import get_objective
 from twofold.plan import DenseEntry, Plan, PlanEntry
@@ -21,7 +22,6 @@ from twofold.quantize.storage import Storage, dense_integers
 from twofold.settings.recipe import Override, Recipe
 from twofold.structures.options import check_structural, forced_size, sizes_at, structure_candidate
 from twofold.structures.sharing import alone_notes
-from twofold.targets import DenseWeight, Target, Targets, last_match, matches
 from twofold.time_budget import in_time, time_budget, time_note, timed
 
 CORRECTION_RANK = 32  # where none is given

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twofold.blocks import Chain, Stretch, run_stretch
 from twofold.calibrate.collect import BACKWARD, FORWARD, Accumulator, no_cache
 from twofold.calibrate.curvature import loss_gradient
 from twofold.calibrate.moments import request_statistics
 from twofold.linalg import decompose, gauge_rank, gram, smaller_side, truncate, truncation_loss
-from twofold.models import LoadedModel
+from twofold.model.blocks import Chain, Stretch, run_stretch
+from twofold.model.load import LoadedModel
+from twofold.model.skeleton import empty_model
+from twofold.model.streamed import Resident
+from twofold.model.weights import Target
 from twofold.nn import FactoredLinear
 from twofold.objectives import get_objective
-from twofold.residence import Resident
 from twofold.settings.recipe import Recipe
-from twofold.skeletons import empty_model
 from twofold.stages import BATCH, BATCH_NUMBERS
-from twofold.targets import Target
 
 LARGEST_BLOCK = 300_000_000  # numbers of a block that is tried as it is
 LARGEST_SIDE = 768  # of a weight that is decomposed as it is; larger ones are told from one of this side

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twofold.allocate import get_allocation
-from twofold.blocks import plain_chain
 from twofold.calibrate import collect_moments, request_statistics
 from twofold.calibration import reuse
 from twofold.errors import TwofoldError
+from twofold.model.blocks import plain_chain
+from twofold.model.weights import dense_weight
 from twofold.objectives import get_objective
 from twofold.planning import make_plan
 from twofold.quantize.carry_out import rest_names
 from twofold.settings.recipe import Recipe
 from twofold.spectra import Spectra
 from twofold.stages import apply_plan, decompose_targets, put_back
-from twofold.targets import dense_weight
 
 if TYPE_CHECKING:
     from twofold.pipeline import Prepared

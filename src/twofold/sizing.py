@@ -20,7 +20,7 @@ from twofold.evaluate import Quality, Reference
 from twofold.evaluation import gives_logits
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
-from twofold.models import LoadedModel
+from twofold.model.load import LoadedModel
 from twofold.plan import Plan
 from twofold.planning import least_keep, make_plan
 from twofold.quantize.carry_out import rest_names

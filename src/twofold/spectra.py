@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from twofold.calibrate.moments import read_names, write_part
 from twofold.errors import TwofoldError
 from twofold.linalg import Spectrum, smaller_side
-from twofold.targets import Target
+from twofold.model.weights import Target
 
 
 class Spectra:

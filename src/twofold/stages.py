@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from twofold.blocks import Chain, stretches
 from twofold.calibrate import Moments
 from twofold.errors import TwofoldError
 from twofold.host import processes
 from twofold.host.progress import Tick, progress
 from twofold.linalg import KnownRoots, Spectrum, decompose, truncate, truncation_loss, working_dtype
+from twofold.model.blocks import Chain, stretches
+from twofold.model.streamed import Resident
+from twofold.model.weights import Target, dense_weight, replace_module
 from twofold.nn import CompactLinear, FactoredLinear, QuantizedLinear
 from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import LayerMoments, Objective, Problem
@@ -24,11 +26,9 @@ from twofold.quantize.carry_out import integer_dense, integer_layer, round_rest
 from twofold.quantize.correction import corrected_layer
 from twofold.quantize.loss import far_diagonal
 from twofold.quantize.storage import rank_numbers
-from twofold.residence import Resident
 from twofold.spectra import Spectra
 from twofold.structures import Structure
 from twofold.structures.carry_out import cut_entries
-from twofold.targets import Target, dense_weight, replace_module
 
 BATCH = 4  # weights of one shape that are decomposed together, as long as they are small
 BATCH_NUMBERS = 4 * 1024**2  # k² of all together

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from twofold.checkpoint.peft.register import register
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel
+from twofold.model.load import LoadedModel
+from twofold.model.source import first_line
 from twofold.nn.factored_linear import balanced
-from twofold.sources import first_line
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

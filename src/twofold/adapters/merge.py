@@ -17,10 +17,10 @@ from twofold.adapters.ranks import by_budget
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_apart, check_output, staged_folder
 from twofold.linalg import working_dtype
-from twofold.models import LoadedModel, cast_weights, load_model
+from twofold.model.load import LoadedModel, cast_weights, load_model
+from twofold.model.source import quiet_bars
+from twofold.model.weights import dense_weight, replace_module
 from twofold.nn import DenseColumnsLinear, FactoredLinear
-from twofold.sources import quiet_bars
-from twofold.targets import dense_weight, replace_module
 
 
 class Merge(pydantic.BaseModel, extra="forbid"):

@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twofold.blocks import Stretch, run_stretch
 from twofold.calibrate.activations import Activations
 from twofold.calibrate.curvature import Curvature, loss_gradient, stream
-from twofold.calibrate.frozen import frozen, start_graph
 from twofold.calibrate.moments import SQUARE, Moments, Parts, Request, read_names, write_part
 from twofold.errors import TwofoldError
 from twofold.host import processes
 from twofold.host.files import make_folder
 from twofold.host.progress import Tick, progress
-from twofold.residence import Resident, units_of
-from twofold.targets import Target
+from twofold.model.blocks import Stretch, run_stretch
+from twofold.model.frozen import frozen, start_graph
+from twofold.model.streamed import Resident, units_of
+from twofold.model.weights import Target
 
 SAVE_SECONDS = 120.0  # how often an unfinished pass is saved
 FORWARD = (

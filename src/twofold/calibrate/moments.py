@@ -30,8 +30,8 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.host.files import write_text, write_whole
+from twofold.model.weights import Target
 from twofold.objectives.base import LayerMoments, Statistic
-from twofold.targets import Target
 
 FORMAT = "twofold-moments-3"
 DESCRIPTION = "moments.json"

@@ -18,7 +18,7 @@ from twofold.errors import TwofoldError
 from twofold.host.cache import cache_folder
 from twofold.host.files import write_whole
 from twofold.host.progress import say
-from twofold.models import LoadedModel, check_ids, need_tokenizer, positions
+from twofold.model.load import LoadedModel, check_ids, need_tokenizer, positions
 from twofold.settings.recipe import Recipe
 
 HELD_OUT = 8  # windows set aside to measure on, or to stop a refinement on

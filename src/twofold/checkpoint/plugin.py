@@ -19,6 +19,7 @@ from twofold.checkpoint.integers import check_loaded, integer_layer, integers_of
 from twofold.checkpoint.peft.register import register
 from twofold.errors import TwofoldError
 from twofold.host.quiet import silence
+from twofold.model.weights import replace_module
 from twofold.nn import (
     CompactLinear,
     DenseColumnsLinear,
@@ -31,7 +32,6 @@ from twofold.nn import (
     TiedLinear,
 )
 from twofold.nn.shared_linear import hold_bases
-from twofold.targets import replace_module
 
 with silence():
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer

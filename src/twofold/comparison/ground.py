@@ -14,7 +14,6 @@ import transformers
 from torch import Tensor, nn
 
 from twofold.allocate import get_allocation
-from twofold.blocks import plain_chain
 from twofold.calibrate import Moments, TokenWindows, request_statistics
 from twofold.calibrate.fingerprint import model_hash
 from twofold.calibrate.windows import calibration_windows, fit_window
@@ -24,7 +23,10 @@ from twofold.comparison.record import Text
 from twofold.errors import TwofoldError
 from twofold.evaluate import evaluation_windows
 from twofold.host.progress import say
-from twofold.models import LoadedModel, check_ids, need_tokenizer, positions
+from twofold.model.blocks import plain_chain
+from twofold.model.load import LoadedModel, check_ids, need_tokenizer, positions
+from twofold.model.source import first_line
+from twofold.model.weights import Targets, find_targets
 from twofold.objectives import Objective, get_objective
 from twofold.objectives.base import Statistic
 from twofold.opening import Opened, open_for
@@ -32,9 +34,7 @@ from twofold.pipeline import RESIDENT_BLOCKS, decompose, with_structures
 from twofold.refine import check_refinements
 from twofold.run import Stopwatch
 from twofold.settings.recipe import Recipe
-from twofold.sources import first_line
 from twofold.spectra import Spectra
-from twofold.targets import Targets, find_targets
 from twofold.version import __version__
 
 APART = {  # settings that a row does not depend on, or whose tokens and weights are hashed in their place

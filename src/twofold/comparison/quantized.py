@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from twofold.errors import TwofoldError
+from twofold.model.weights import Target, dense_weight, replace_module
 from twofold.quantize.rounding import INSTALL, torchao_version
-from twofold.targets import Target, dense_weight, replace_module
 
 BITS = {"int8": 8, "int4": 4}
 GROUPS = (128, 32)

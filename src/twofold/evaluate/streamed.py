@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twofold.blocks import Stretch, run_stretch, stretches
 from twofold.calibrate.activations import Activations
 from twofold.calibrate.collect import no_cache
 from twofold.host.progress import progress
-from twofold.residence import EMBEDDING, HEAD, Streamed
+from twofold.model.blocks import Stretch, run_stretch, stretches
+from twofold.model.streamed import EMBEDDING, HEAD, Streamed
 
 
 class LastStates:

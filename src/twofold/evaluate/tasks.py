@@ -15,8 +15,8 @@ import pydantic
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.host.quiet import silence
-from twofold.models import LoadedModel, load_model, need_tokenizer
-from twofold.sources import first_line, quiet_bars
+from twofold.model.load import LoadedModel, load_model, need_tokenizer
+from twofold.model.source import first_line, quiet_bars
 
 MISSING = "--tasks needs lm-eval, which is not installed; install it with: pip install 'twofold[lm-eval]'"
 BOOTSTRAP = 1000  # draws for the standard error of metrics that have no formula for it

@@ -13,7 +13,7 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.export.decoding import Decoder
-from twofold.models import LoadedModel
+from twofold.model.load import LoadedModel
 from twofold.nn import CompactLinear, IntMatrix, SharedBasis
 
 EXTRA = "pip install 'twofold[export]'"

@@ -19,9 +19,9 @@ from twofold.export.formats import register
 from twofold.export.runtimes import GRAPHS
 from twofold.host.folders import EXPORTED, check_apart, check_output, check_space, staged_folder
 from twofold.host.progress import progress
-from twofold.models import LoadedModel, load_model
-from twofold.sources import quiet_bars
-from twofold.speed.work import Work, work_of
+from twofold.model.load import LoadedModel, load_model
+from twofold.model.source import quiet_bars
+from twofold.model.work import Work, work_of
 from twofold.version import __version__
 
 WEIGHTS = (".safetensors", ".onnx", ".onnx.data", ".bin", ".xml", ".gguf")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.export.decoding import Decoder, ModelDecoder, greedy
-from twofold.models import LoadedModel, positions
+from twofold.model.load import LoadedModel, positions
 
 TEXTS = (
     "The castle stands above the river, and its people tell of the year when the water rose to",

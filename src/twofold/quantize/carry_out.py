@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.linalg import Spectrum
+from twofold.model.weights import replace_module
 from twofold.nn import FactoredLinear, IntLinear, IntMatrix, QuantizedEmbedding, QuantizedLinear, TiedLinear
 from twofold.objectives import Problem
 from twofold.plan import Plan, PlanEntry
@@ -16,7 +17,6 @@ from twofold.quantize.factors import factor_bytes, integer_factors
 from twofold.quantize.loss import error_loss, factors_loss
 from twofold.quantize.rounding import round_matrix
 from twofold.quantize.storage import rank_numbers
-from twofold.targets import replace_module
 
 
 def integer_layer(

@@ -9,6 +9,7 @@ from torch import nn
 from twofold.calibrate import Moments
 from twofold.host.progress import progress
 from twofold.linalg import Spectrum
+from twofold.model.weights import Target, dense_weight
 from twofold.nn import IntLinear
 from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.quantize.factors import integer_factors, integer_form
@@ -17,7 +18,6 @@ from twofold.quantize.options import AUTO_BITS, Rounding
 from twofold.quantize.rounding import round_matrix
 from twofold.settings.recipe import Recipe
 from twofold.spectra import Spectra
-from twofold.targets import Target, dense_weight
 
 SHARES = (0.08, 0.25, 0.7)  # of the full rank, at which factors are rounded
 

@@ -18,13 +18,13 @@ from twofold.errors import TwofoldError
 from twofold.host.files import make_folder
 from twofold.host.progress import progress
 from twofold.linalg import damp, decompose, working_dtype
+from twofold.model.weights import dense_weight, replace_module
 from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.plan import PlanEntry
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.kept import Solved, keep_layers, take_layers
 from twofold.refine.streams import Streams
 from twofold.stages import factor_layer
-from twofold.targets import dense_weight, replace_module
 
 
 def anchored_problem(

@@ -14,7 +14,7 @@ from twofold.calibrate import Moments
 from twofold.calibrate.collect import no_cache
 from twofold.errors import TwofoldError
 from twofold.evaluate import measure_quality
-from twofold.models import LoadedModel
+from twofold.model.load import LoadedModel
 from twofold.objectives import Objective
 from twofold.plan import Plan
 from twofold.settings.recipe import Recipe

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from twofold.calibrate.frozen import start_graph
 from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_space
 from twofold.host.progress import progress
+from twofold.model.frozen import start_graph
 from twofold.refine.base import Task
 from twofold.refine.likeness import Likeness
 

@@ -8,10 +8,10 @@ import pydantic
 
 from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.errors import TwofoldError
+from twofold.model.weights import replace_module
 from twofold.nn import FactoredLinear
 from twofold.plan import PlanEntry
 from twofold.refine.base import Task
-from twofold.targets import replace_module
 
 
 class Solved(pydantic.BaseModel, extra="forbid", ser_json_inf_nan="constants"):

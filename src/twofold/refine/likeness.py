@@ -11,8 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from twofold.model.head import before_head, find_head
 from twofold.refine.base import Task
-from twofold.refine.head import before_head, find_head
 from twofold.refine.teacher import Teacher, at_once, divergence
 
 

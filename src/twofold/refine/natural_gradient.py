@@ -31,6 +31,7 @@ from twofold.host.files import make_folder
 from twofold.host.progress import progress, say
 from twofold.linalg.metric import working_dtype
 from twofold.linalg.natural_step import Basis, Step, natural_step, stepped
+from twofold.model.weights import replace_module
 from twofold.nn import FactoredLinear
 from twofold.plan import PlanEntry
 from twofold.refine.base import Refined, Task, refinement
@@ -38,7 +39,6 @@ from twofold.refine.gradient import Sums, half_path, sum_half, windows_of_half
 from twofold.refine.kept import Solved, keep_layers, take_layers
 from twofold.refine.likeness import Likeness
 from twofold.refine.training import training
-from twofold.targets import replace_module
 
 DAMPING = 0.03  # added to the eigenvalues of both moments, relative to their mean
 FIRST = 0.2  # share of the loss that the first step of the search would take off if the loss were linear

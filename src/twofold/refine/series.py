@@ -15,13 +15,13 @@ from torch import nn
 from twofold.errors import TwofoldError
 from twofold.evaluation import gives_logits
 from twofold.host.progress import say
-from twofold.models import LoadedModel
+from twofold.model.load import LoadedModel
+from twofold.model.skeleton import survey
+from twofold.model.weights import replace_module
 from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import get_objective
 from twofold.refine.base import Refined, Task, get_refinement
 from twofold.settings.recipe import Recipe
-from twofold.skeletons import survey
-from twofold.targets import replace_module
 
 if TYPE_CHECKING:
     from twofold.pipeline import Prepared

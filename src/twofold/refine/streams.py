@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from twofold.blocks import Stretch, input_before, run_stretch
 from twofold.calibrate.activations import Activations
 from twofold.calibrate.collect import no_cache
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel
-from twofold.skeletons import survey
+from twofold.model.blocks import Stretch, input_before, run_stretch
+from twofold.model.load import LoadedModel
+from twofold.model.skeleton import survey
 from twofold.stages import dense_again
 
 Stream = Literal["dense", "factored"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from twofold.builtin import ALIAS
+from twofold.model.builtin import ALIAS
 from twofold.plan import Plan
 from twofold.report.formats import count
 from twofold.report.kinds import made_of

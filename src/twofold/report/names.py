@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from twofold.builtin import ALIAS
+from twofold.model.builtin import ALIAS
 from twofold.settings.recipe import Recipe
 
 ALIAS_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

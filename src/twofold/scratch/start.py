@@ -13,14 +13,14 @@ from transformers import PretrainedConfig
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.linalg import working_dtype
-from twofold.models import check_finite
+from twofold.model.load import check_finite
+from twofold.model.skeleton import model_from_config
+from twofold.model.source import first_line, model_class_of, quiet_bars
+from twofold.model.weights import dense_weight, find_targets, replace_module
 from twofold.nn import CompactLinear, FactoredLinear, IntMatrix
 from twofold.plan import Plan
 from twofold.planning import make_plan
 from twofold.settings.recipe import Recipe, make_recipe
-from twofold.skeletons import model_from_config
-from twofold.sources import first_line, model_class_of, quiet_bars
-from twofold.targets import dense_weight, find_targets, replace_module
 
 KEEP = 0.5  # where none is given
 SETTINGS = ("keep", "include", "exclude", "overrides", "rank_multiple", "min_rank", "seed")

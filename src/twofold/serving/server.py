@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from twofold.errors import TwofoldError
-from twofold.models import LoadedModel, load_model, need_tokenizer, positions
+from twofold.model.load import LoadedModel, load_model, need_tokenizer, positions
 from twofold.serving.gate import Gate, error_body
 
 INSTALL = "pip install 'twofold[serve]'"

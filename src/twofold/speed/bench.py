@@ -15,10 +15,10 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.host.progress import progress
-from twofold.models import load_skeleton
+from twofold.model.load import load_skeleton
+from twofold.model.source import choose_device
 from twofold.nn import FactoredLinear
 from twofold.run import machine
-from twofold.sources import choose_device
 from twofold.speed.latency import DECODE, PREFILL, processor, time_shape
 from twofold.speed.memory import peak_of, random_ids
 from twofold.speed.record import Bench, Layer, Ratio, Row, Timing

@@ -29,9 +29,9 @@ from twofold.host.cache import cache_folder
 from twofold.host.files import write_text
 from twofold.host.progress import progress
 from twofold.linalg import gauge_rank
+from twofold.model.weights import Target
 from twofold.nn.grouped_linear import InputGroup, Part, laid_out
 from twofold.speed.timing import in_turn, medians
-from twofold.targets import Target
 
 FORMAT = 1
 KEEPS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)  # shares of the dense numbers at which ranks are measured

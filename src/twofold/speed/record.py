@@ -6,8 +6,8 @@ import statistics
 
 import pydantic
 
+from twofold.model.work import Work
 from twofold.run import Machine
-from twofold.speed.work import Work
 
 
 class Timing(pydantic.BaseModel, extra="forbid"):

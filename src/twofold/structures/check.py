@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twofold.model.weights import dense_weight
 from twofold.structures.base import Pairing, Structure
 from twofold.structures.units import head_rows, unit_rows
-from twofold.targets import dense_weight
 
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-5}  # rounding of an output, relative; narrower dtypes 0.05
 LEAK = 1e-3  # of the effect of a change that may remain where there should be none

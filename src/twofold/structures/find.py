@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from twofold.errors import TwofoldError
+from twofold.model.weights import Targets
 from twofold.objectives.base import StructureKind
 from twofold.settings.recipe import Override
 from twofold.structures.base import Structure
 from twofold.structures.check import confirm
 from twofold.structures.roles import alone, candidates
 from twofold.structures.sharing import share_bases
-from twofold.targets import Targets
 
 
 def find_structures(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from twofold.calibrate import Moments
+from twofold.model.weights import dense_weight
 from twofold.nn import SlicedLinear
 from twofold.structures.base import Structure
 from twofold.structures.weights import definite, part_of, wide, working
-from twofold.targets import dense_weight
 
 
 class CutMLP:

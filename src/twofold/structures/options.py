@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from twofold.allocate import Candidate, Choice
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_storage, plain_storage
+from twofold.model.weights import Target, Targets, matches
 from twofold.nn import SharedBasis
 from twofold.settings.recipe import Override, Recipe
 from twofold.structures.base import Member, Structure
-from twofold.targets import Target, Targets, matches
 
 ALLOCATIONS = ("global", "uniform")
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from twofold.calibrate import Moments
+from twofold.model.weights import dense_weight
 from twofold.nn import SlicedLinear
 from twofold.structures.base import Structure
 from twofold.structures.units import unit_dims, unit_rows
 from twofold.structures.weights import part_of, with_bias, with_one
-from twofold.targets import dense_weight
 
 
 class CutQueries:

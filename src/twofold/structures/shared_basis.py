@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from twofold.calibrate import Moments
 from twofold.errors import TwofoldError
 from twofold.linalg import damp, decompose, gauge_storage, gram, smaller_side, truncate
+from twofold.model.weights import dense_weight
 from twofold.nn import CompactLinear, FactoredLinear, SharedBasis, SharedLinear
 from twofold.structures.base import Structure
 from twofold.structures.weights import is_transposed, wide, working
-from twofold.targets import dense_weight
 
 
 class CutShared:

@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from twofold.model.weights import BLOCK, Target, Targets, block_of, last_match
 from twofold.nn.shared_linear import SharedForm, basis_storage
 from twofold.settings.recipe import Override
 from twofold.structures.base import Member, Structure
 from twofold.structures.roles import ATTENTION, MLP
-from twofold.targets import BLOCK, Target, Targets, block_of, last_match
 
 # What gives the output of a part of a block.
 UNSHARED = {names[-1] for names in ATTENTION} | {reader for _, reader in MLP}

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from twofold.checkpoint.peft.grow import plain_factors
 from twofold.errors import TwofoldError
+from twofold.model.weights import replace_module
 from twofold.nn import DenseColumnsLinear, FactoredLinear
-from twofold.targets import replace_module
 
 
 @torch.no_grad()

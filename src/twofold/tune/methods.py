@@ -27,8 +27,8 @@ from transformers import TrainerCallback
 
 from twofold.checkpoint.peft.lora import has_compact, whole_layers
 from twofold.errors import TwofoldError
+from twofold.model.weights import matches
 from twofold.nn import CompactLinear, IntMatrix, SharedLinear
-from twofold.targets import matches
 from twofold.tune.allocation import AdaLoraSteps
 from twofold.tune.bound import BoundedUpdate
 from twofold.tune.directions import split_directions

@@ -8,7 +8,7 @@ from typing import Any
 
 from twofold.budget import parse_budget
 from twofold.errors import TwofoldError
-from twofold.models import load_skeleton, load_tokenizer, positions
+from twofold.model.load import load_skeleton, load_tokenizer, positions
 from twofold.tune.estimate import TuneEstimate, choose, estimate
 from twofold.tune.methods import check_method
 from twofold.tune.optimizers import check_layers, check_optimizer

@@ -16,9 +16,9 @@ from twofold.host.files import write_text
 from twofold.host.folders import check_apart, check_output, check_space, staged_folder
 from twofold.host.progress import say
 from twofold.host.unfinished import BEFORE, Work, working
-from twofold.models import LoadedModel, cast_weights, load_model
+from twofold.model.load import LoadedModel, cast_weights, load_model
+from twofold.model.source import quiet_bars
 from twofold.run import Sample, Stopwatch, machine, peak_memory
-from twofold.sources import quiet_bars
 from twofold.tune.bar import LossBar
 from twofold.tune.methods import Method, apply_method
 from twofold.tune.optimizers import optimizer_arguments

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from twofold.residence import return_memory
-from twofold.sources import quiet_bars
+from twofold.model.source import quiet_bars
+from twofold.model.streamed import return_memory
 from twofold.tune.tokens import IGNORED, Examples
 
 COUNT, TOKENS, LONGEST = 2, 48, 256

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.sources import first_line
+from twofold.model.source import first_line
 from twofold.tune.rows import Row
 
 IGNORED = -100  # the label of a token that is not learnt

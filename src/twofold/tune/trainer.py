@@ -22,7 +22,7 @@ from trl import SFTTrainer
 
 from twofold.errors import TwofoldError
 from twofold.host.files import write_text
-from twofold.residence import return_memory
+from twofold.model.streamed import return_memory
 from twofold.tune.bar import LossBar
 from twofold.tune.head import fuse_compact_head, learnt_loss, row_head
 from twofold.tune.tokens import Example
@@ -171,7 +171,7 @@ def quiet_libraries() -> Iterator[None]:
     """Keep the notes and bars of transformers, TRL, PEFT and datasets out of our output."""
     import datasets
 
-    from twofold.sources import quiet_bars
+    from twofold.model.source import quiet_bars
 
     loggers = [logging.getLogger(name) for name in ("trl", "peft", "accelerate", "datasets")]
     levels = [logger.level for logger in loggers]

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from twofold.export.base import Source, Written, export_format
 from twofold.export.decoding import Decoder, ModelDecoder
-from twofold.models import cast_weights, load_model
+from twofold.model.load import cast_weights, load_model
 
 
 @export_format("dense", integers=True)

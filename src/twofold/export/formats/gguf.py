@@ -18,7 +18,7 @@ from torch import Tensor
 from twofold.errors import TwofoldError
 from twofold.export.base import Source, Written, export_format
 from twofold.export.decoding import Decoder, ModelDecoder
-from twofold.models import load_model
+from twofold.model.load import load_model
 
 FILE = "model.gguf"
 Turn = Callable[[np.ndarray], np.ndarray]

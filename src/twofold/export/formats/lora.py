@@ -19,7 +19,7 @@ from twofold.errors import TwofoldError
 from twofold.export.base import Source, Written, compact_layers, export_format, recorded_original
 from twofold.export.decoding import Decoder, ModelDecoder
 from twofold.linalg import working_dtype
-from twofold.models import cast_weights, load_model
+from twofold.model.load import cast_weights, load_model
 from twofold.nn import CompactLinear, SharedBasis
 
 

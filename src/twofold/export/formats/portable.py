@@ -21,7 +21,7 @@ from twofold.export.base import Source, Written, compact_layers, export_format
 from twofold.export.decoding import Decoder
 from twofold.export.formats.dense import save_beside
 from twofold.export.other_process import OtherProcess
-from twofold.models import cast_weights
+from twofold.model.load import cast_weights
 
 FILE = "modeling_twofold"
 OWN = ("model_type", "quantization_config", "architectures", "auto_map", "transformers_version", "dtype")

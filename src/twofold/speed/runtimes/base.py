@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.speed.work import Work
+from twofold.model.work import Work
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from transformers import DynamicCache
 from twofold.errors import TwofoldError
 from twofold.evaluate.size import disk_bytes, memory_bytes
 from twofold.inference import Optimized, optimize
-from twofold.models import LoadedModel, load_model, positions
+from twofold.model.load import LoadedModel, load_model, positions
+from twofold.model.source import first_line
+from twofold.model.work import Work, work_of
 from twofold.nn import CompactLinear
-from twofold.sources import first_line
 from twofold.speed.runtimes.base import Runtime, Settings, State, greedy, register
-from twofold.speed.work import Work, work_of
 
 
 @dataclass

@@ -18,11 +18,11 @@ from twofold.export.graph import need_exporters
 from twofold.export.runtimes import DECODERS, GRAPHS
 from twofold.host.folders import EXPORTED
 from twofold.host.progress import say
-from twofold.models import load_skeleton, positions
-from twofold.sources import choose_device, first_line
+from twofold.model.load import load_skeleton, positions
+from twofold.model.source import choose_device, first_line
+from twofold.model.work import Work
 from twofold.speed.exports import export_all
 from twofold.speed.runtimes.base import Runtime, Settings, State, greedy
-from twofold.speed.work import Work
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twofold.blocks import input_before
 from twofold.calibrate.collect import no_cache
+from twofold.model.blocks import input_before
 
 
 def before_head(

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from twofold.blocks import Chain
 from twofold.checkpoint import shards
 from twofold.checkpoint.headers import check_fit
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
-from twofold.residence import Resident, Streamed
-from twofold.skeletons import empty_model, is_plain, model_on_meta
-from twofold.sources import (
+from twofold.model.blocks import Chain
+from twofold.model.skeleton import empty_model, is_plain, model_on_meta
+from twofold.model.source import (
     choose_device,
     compute_dtype,
     config_and_class,
@@ -30,6 +29,7 @@ from twofold.sources import (
     quiet_bars,
     stored_dtype,
 )
+from twofold.model.streamed import Resident, Streamed
 
 LAYER = re.compile(r"\.\d+\.")
 

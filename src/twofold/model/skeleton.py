@@ -10,14 +10,14 @@ from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from twofold.blocks import Chain, watch_chain
 from twofold.checkpoint.plugin import METHOD, TwofoldConfig, TwofoldQuantizer
 from twofold.errors import TwofoldError
-from twofold.sources import first_line, quiet_bars
-from twofold.targets import Target, find_groups
+from twofold.model.blocks import Chain, watch_chain
+from twofold.model.source import first_line, quiet_bars
+from twofold.model.weights import Target, find_groups
 
 if TYPE_CHECKING:
-    from twofold.models import LoadedModel
+    from twofold.model.load import LoadedModel
 
 
 def empty_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:

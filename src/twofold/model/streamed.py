@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twofold.blocks import Chain, Stretch, replaced_forward
 from twofold.checkpoint.shards import Shards, check_finite
 from twofold.errors import TwofoldError
+from twofold.model.blocks import Chain, Stretch, replaced_forward
 
 EMBEDDING, HEAD = "the input embedding", "the output head"
 LARGE = 256_000_000  # bytes; a head above this is multiplied in parts from its stored dtype
@@ -249,7 +249,7 @@ class Streamed(Resident):
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        from twofold.sources import quiet_bars
+        from twofold.model.source import quiet_bars
 
         tensors = dict(self.shards.read(keys))
         for key, tensor in tensors.items():

@@ -109,8 +109,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from twofold.models import forget_gguf
-    from twofold.sources import quiet_bars
+    from twofold.model.load import forget_gguf
+    from twofold.model.source import quiet_bars
 
     print("Converting the built-in model …", file=sys.stderr, flush=True)
     with quiet_bars():

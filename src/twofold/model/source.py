@@ -12,11 +12,11 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from twofold import builtin
 from twofold.checkpoint.configuration import check_depth, read_config
 from twofold.checkpoint.headers import INDEX, read_index
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
+from twofold.model import builtin
 
 
 @contextmanager
