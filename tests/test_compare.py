@@ -17,7 +17,6 @@ import torch
 import twofold.cli
 from conftest import TEXT, make_model
 from twofold import TwofoldError
-from twofold.calibrate.texts import read_texts
 from twofold.comparison import Comparison, compare, make_grid
 from twofold.comparison.cells import only_run
 from twofold.comparison.grid import Cell
@@ -29,6 +28,7 @@ from twofold.evaluation import evaluate_models
 from twofold.host.cache import cache_folder
 from twofold.model.weights import find_targets
 from twofold.stages import put_back
+from twofold.task.texts import read_texts
 
 NO_TORCHAO = "torchao is not installed: pip install 'twofold[quantize]'"
 FILES = ("compare.csv", "compare.json", "compare.md", "compare.png", "compare.svg")
@@ -134,9 +134,7 @@ def test_a_cell_is_what_compress_and_eval_give(settings, objective, allocate, ch
 
 def test_moments_are_collected_once_and_texts_read_once(settings, tmp_path, monkeypatch):
     reads = []
-    monkeypatch.setattr(
-        "twofold.calibrate.windows.read_texts", lambda *a, **k: (reads.append(a), read_texts(*a, **k))[1]
-    )
+    monkeypatch.setattr("twofold.task.windows.read_texts", lambda *a, **k: (reads.append(a), read_texts(*a, **k))[1])
     decomposed = []
     once = Ground.decomposed
     monkeypatch.setattr(Ground, "decomposed", lambda self, o: (decomposed.append(o.name), once(self, o))[1])

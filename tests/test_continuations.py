@@ -11,12 +11,12 @@ from transformers import AlbertConfig, AlbertForMaskedLM
 
 from conftest import TEXT, make_tokenizer
 from twofold import TwofoldError, compress
-from twofold.calibrate import windows as places
-from twofold.calibrate.windows import calibration_windows
 from twofold.estimate import estimate_run
 from twofold.model.load import LoadedModel, load_model, load_skeleton
 from twofold.probe import probe
 from twofold.settings.recipe import Recipe
+from twofold.task import windows as places
+from twofold.task.windows import calibration_windows
 
 
 def asked(checkpoint: Any, text_file: Any, **settings: Any) -> Recipe:

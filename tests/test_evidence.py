@@ -13,7 +13,6 @@ import twofold
 import twofold.truncated as truncated
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.allocate.sensitivity import GRID
-from twofold.calibrate.curvature import loss_gradient
 from twofold.comparison import compare, make_grid
 from twofold.compression import compress
 from twofold.errors import TwofoldError
@@ -27,6 +26,7 @@ from twofold.plan import Plan
 from twofold.run import Stopwatch
 from twofold.settings.recipe import make_recipe
 from twofold.stages import layer_problem
+from twofold.task.curvature import loss_gradient
 
 SMALL = {"tokens": 128, "window": 32, "quiet": True}
 

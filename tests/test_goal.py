@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.compression import compress
-from twofold.evaluate import Reference, measure_quality
+from twofold.evaluate import Reference
 from twofold.factorization import plan_model
 from twofold.host.unfinished import work_folder
 from twofold.plan import Plan
@@ -25,6 +25,7 @@ from twofold.search import TOLERANCE, Probe, smallest
 from twofold.settings.goal import parse_perplexity
 from twofold.settings.recipe import Recipe, make_recipe
 from twofold.status import status_of
+from twofold.task.quality import measure_quality
 
 SMALL = {"tokens": 256, "window": 32, "eval_windows": 4}
 

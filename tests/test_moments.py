@@ -12,16 +12,16 @@ from transformers.pytorch_utils import Conv1D
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold.calibrate import Moments, collect_moments, request_statistics, sample_texts, token_windows, wikitext_rows
-from twofold.calibrate.curvature import loss_gradient
-from twofold.calibrate.sample import beginnings, draw, user_turn_prefix
-from twofold.calibrate.texts import spread
-from twofold.calibrate.windows import calibration_windows
+from twofold.calibrate import Moments, collect_moments, request_statistics
 from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel
 from twofold.model.streamed import Resident
 from twofold.model.weights import dense_weight, find_groups, find_targets
 from twofold.settings.recipe import Recipe
+from twofold.task.curvature import loss_gradient
+from twofold.task.sampled import beginnings, draw, sample_texts, user_turn_prefix
+from twofold.task.texts import spread, token_windows, wikitext_rows
+from twofold.task.windows import calibration_windows
 
 NEEDS = {"input", "gradient", "input_abs", "input_square", "gradient_square", "fisher_rows"}
 

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import twofold.builtin
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import twofold.builtin
 from conftest import DATA
 from twofold.compression import compress
-from twofold.evaluate import evaluation_windows, measure_quality
 from twofold.plan import Plan
 from twofold.run import Run
 from twofold.settings.recipe import make_recipe
+from twofold.task.held_out import evaluation_windows
+from twofold.task.quality import measure_quality
 
 WIKITEXT = DATA / "wikitext-2-raw"
 needs_data = pytest.mark.skipif(not WIKITEXT.is_dir(), reason="WikiText-2 is not at ../shared/data/wikitext-2-raw")

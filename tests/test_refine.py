@@ -12,7 +12,6 @@ import torch
 
 from conftest import TEXT, make_model
 from test_streaming import DYING, command, environment, same
-from twofold.calibrate.windows import HELD_OUT, held_out_windows
 from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.factorization import factorize
@@ -30,6 +29,7 @@ from twofold.refine.teacher import Teacher, divergence
 from twofold.refine.training import train, trainable, training
 from twofold.settings.recipe import make_recipe
 from twofold.stages import dense_again
+from twofold.task.windows import HELD_OUT, held_out_windows
 
 
 def recipe_of(checkpoint, text_file, **settings):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from twofold.calibrate import Moments, TokenWindows, collect_moments, request_statistics
+from twofold.calibrate import Moments, collect_moments, request_statistics
 from twofold.calibrate.fingerprint import fingerprint, moments_path
 from twofold.calibrate.moments import DESCRIPTION, FORMAT, Request
 from twofold.errors import TwofoldError
@@ -32,6 +32,7 @@ from twofold.objectives import get_objective
 from twofold.objectives.base import Statistic
 from twofold.run import Stopwatch
 from twofold.settings.recipe import Recipe
+from twofold.task.texts import TokenWindows
 from twofold.version import __version__
 
 if TYPE_CHECKING:

@@ -13,11 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from twofold.calibrate.windows import fit_window
 from twofold.checkpoint.plugin import attach
 from twofold.checkpoint.stream import finish, write_units
-from twofold.evaluate import measure_quality
-from twofold.evaluate.quality import Logits
 from twofold.evaluate.streamed import LastStates
 from twofold.evaluation import evaluation_text, gives_logits
 from twofold.host import processes
@@ -38,6 +35,8 @@ from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.settings.recipe import Recipe
 from twofold.sizing import Sizing
 from twofold.stages import dense_again, factor_entries
+from twofold.task.quality import Logits, measure_quality
+from twofold.task.windows import fit_window
 
 SAMPLE_TOKENS = 32
 QUESTION = "What is the capital of France, and why is it famous?"

@@ -18,7 +18,6 @@ from twofold.allocate import get_allocation
 from twofold.allocate.sensitivity import GRID
 from twofold.budget import parse_budget
 from twofold.calibrate.moments import request_statistics
-from twofold.calibrate.windows import held_out_windows
 from twofold.errors import TwofoldError
 from twofold.host import processes
 from twofold.model.blocks import Chain
@@ -32,6 +31,7 @@ from twofold.plan import Estimate
 from twofold.probe import Speeds, probe
 from twofold.settings.recipe import Recipe
 from twofold.stages import BATCH, BATCH_NUMBERS
+from twofold.task.windows import held_out_windows
 
 PART_OF_FREE = 0.85  # of the memory that is free, what is used unless --memory says otherwise
 LIBRARIES = 420_000_000  # bytes of a process that has loaded torch and transformers and nothing else

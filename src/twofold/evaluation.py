@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.evaluate import evaluation_windows, measure_quality, model_size
+from twofold.evaluate import model_size
 from twofold.evaluate.size import disk_bytes
 from twofold.evaluate.tasks import put_adapter
 from twofold.model.load import LoadedModel, check_ids, load_model, need_tokenizer, positions
 from twofold.model.source import first_line
 from twofold.settings.recipe import Recipe
+from twofold.task.held_out import evaluation_windows
+from twofold.task.quality import measure_quality
 
 
 class EvaluatedModel(pydantic.BaseModel, extra="forbid"):

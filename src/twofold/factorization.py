@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from twofold.allocate import get_allocation
-from twofold.calibrate.windows import fit_window
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.estimate import estimate_run
@@ -25,6 +24,7 @@ from twofold.run import Stopwatch
 from twofold.scratch.start import factorize_start
 from twofold.settings.recipe import Recipe, make_recipe
 from twofold.sizing import Sizing
+from twofold.task.windows import fit_window
 
 
 def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bool = True, quiet: bool = False) -> Plan:

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from twofold.allocate import Evidence, get_allocation
-from twofold.calibrate import Moments, TokenWindows
+from twofold.calibrate import Moments
 from twofold.calibrate.fingerprint import model_hash
-from twofold.calibrate.windows import calibration_windows
 from twofold.calibration import calibrate, on_text_alone, spectra_mark, used_targets
 from twofold.errors import TwofoldError
 from twofold.evidence import gather
@@ -41,6 +40,8 @@ from twofold.speed.latency import times_of
 from twofold.stages import apply_plan, decompose_targets
 from twofold.structures import few_tokens, find_structures
 from twofold.structures.carry_out import measure_structures
+from twofold.task.texts import TokenWindows
+from twofold.task.windows import calibration_windows
 
 RESIDENT_BLOCKS = 4  # blocks of a model in memory that are decomposed, and kept, together
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from twofold.calibrate.collect import BACKWARD, FORWARD, Accumulator, no_cache
-from twofold.calibrate.curvature import loss_gradient
 from twofold.calibrate.moments import request_statistics
 from twofold.linalg import decompose, gauge_rank, gram, smaller_side, truncate, truncation_loss
 from twofold.model.blocks import Chain, Stretch, run_stretch
@@ -25,6 +24,7 @@ from twofold.nn import FactoredLinear
 from twofold.objectives import get_objective
 from twofold.settings.recipe import Recipe
 from twofold.stages import BATCH, BATCH_NUMBERS
+from twofold.task.curvature import loss_gradient
 
 LARGEST_BLOCK = 300_000_000  # numbers of a block that is tried as it is
 LARGEST_SIDE = 768  # of a weight that is decomposed as it is; larger ones are told from one of this side

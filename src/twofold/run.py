@@ -11,10 +11,10 @@ from pathlib import Path
 import pydantic
 import torch
 
-from twofold.evaluate import Quality
 from twofold.refine import Refined
 from twofold.search import Probe
 from twofold.settings.recipe import Recipe
+from twofold.task.quality import Quality
 from twofold.version import __version__
 
 

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from twofold.calibrate import TokenWindows
 from twofold.errors import TwofoldError
-from twofold.evaluate import Quality, Reference
+from twofold.evaluate import Reference
 from twofold.evaluation import gives_logits
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
@@ -27,6 +26,8 @@ from twofold.quantize.carry_out import rest_names
 from twofold.search import TOLERANCE, Probe, smallest
 from twofold.settings.recipe import Recipe
 from twofold.stages import apply_plan, dense_again, put_back
+from twofold.task.quality import Quality
+from twofold.task.texts import TokenWindows
 
 if TYPE_CHECKING:
     from twofold.pipeline import Prepared

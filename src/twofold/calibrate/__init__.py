@@ -2,8 +2,8 @@
 
 from twofold.calibrate.collect import collect_moments
 from twofold.calibrate.moments import Moments, Request, request_statistics
-from twofold.calibrate.sample import sample_texts
-from twofold.calibrate.texts import TokenWindows, read_texts, token_windows, wikitext_rows
+from twofold.task.sampled import sample_texts
+from twofold.task.texts import TokenWindows, read_texts, token_windows, wikitext_rows
 
 __all__ = [
     "Moments",

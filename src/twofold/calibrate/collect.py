@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.calibrate.activations import Activations
-from twofold.calibrate.curvature import Curvature, loss_gradient, stream
 from twofold.calibrate.moments import SQUARE, Moments, Parts, Request, read_names, write_part
 from twofold.errors import TwofoldError
 from twofold.host import processes
@@ -33,6 +32,7 @@ from twofold.model.blocks import Stretch, run_stretch
 from twofold.model.frozen import frozen, start_graph
 from twofold.model.streamed import Resident, units_of
 from twofold.model.weights import Target
+from twofold.task.curvature import Curvature, loss_gradient, stream
 
 SAVE_SECONDS = 120.0  # how often an unfinished pass is saved
 FORWARD = (

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from twofold.calibrate.moments import FORMAT, Request
-from twofold.calibrate.texts import TokenWindows
 from twofold.checkpoint.shards import Shards
 from twofold.host.cache import cache_folder
 from twofold.settings.recipe import Recipe
+from twofold.task.texts import TokenWindows
 
 
 def model_hash(model: nn.Module, shards: Shards | None = None) -> str:

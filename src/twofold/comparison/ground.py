@@ -14,14 +14,12 @@ import transformers
 from torch import Tensor, nn
 
 from twofold.allocate import get_allocation
-from twofold.calibrate import Moments, TokenWindows, request_statistics
+from twofold.calibrate import Moments, request_statistics
 from twofold.calibrate.fingerprint import model_hash
-from twofold.calibrate.windows import calibration_windows, fit_window
 from twofold.calibration import calibrate, spectra_mark, used_targets
 from twofold.comparison.grid import Cell, Grid
 from twofold.comparison.record import Text
 from twofold.errors import TwofoldError
-from twofold.evaluate import evaluation_windows
 from twofold.host.progress import say
 from twofold.model.blocks import plain_chain
 from twofold.model.load import LoadedModel, check_ids, need_tokenizer, positions
@@ -35,6 +33,9 @@ from twofold.refine import check_refinements
 from twofold.run import Stopwatch
 from twofold.settings.recipe import Recipe
 from twofold.spectra import Spectra
+from twofold.task.held_out import evaluation_windows
+from twofold.task.texts import TokenWindows
+from twofold.task.windows import calibration_windows, fit_window
 from twofold.version import __version__
 
 APART = {  # settings that a row does not depend on, or whose tokens and weights are hashed in their place

@@ -18,7 +18,7 @@ from twofold.comparison.ground import Decomposed, Ground
 from twofold.comparison.quantized import quantized
 from twofold.comparison.record import Row
 from twofold.errors import TwofoldError
-from twofold.evaluate import Reference, measure_quality
+from twofold.evaluate import Reference
 from twofold.evidence import gather
 from twofold.host.progress import say
 from twofold.objectives import get_objective
@@ -30,6 +30,7 @@ from twofold.refine import refine
 from twofold.run import Stopwatch
 from twofold.settings.recipe import Recipe
 from twofold.stages import dense_again, put_back
+from twofold.task.quality import measure_quality
 
 
 class Rows:

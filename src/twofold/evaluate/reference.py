@@ -11,9 +11,9 @@ from torch import Tensor
 
 from twofold.calibrate.moments import read_names, write_part
 from twofold.errors import TwofoldError
-from twofold.evaluate.quality import Logits, Quality, divergence, quality, score
 from twofold.host.folders import free_space
 from twofold.host.progress import progress, say
+from twofold.task.quality import Logits, Quality, divergence, quality, score
 
 LIMIT = 16e9  # bytes that may be kept; beyond, the original is run again for every model
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from twofold.calibrate import Moments
 from twofold.calibrate.collect import no_cache
 from twofold.errors import TwofoldError
-from twofold.evaluate import measure_quality
 from twofold.model.load import LoadedModel
 from twofold.objectives import Objective
 from twofold.plan import Plan
 from twofold.settings.recipe import Recipe
 from twofold.stages import dense_again
+from twofold.task.quality import measure_quality
 
 
 class Refined(pydantic.BaseModel, extra="forbid"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from twofold.evaluate import Quality
+    from twofold.task.quality import Quality
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import yaml
 from pydantic import Field
 
 from twofold.budget import parse_budget
-from twofold.calibrate.curvature import Curvature
 from twofold.errors import TwofoldError
 from twofold.nn.int_matrix import GROUP, default_group
 from twofold.nn.packing import BITS
 from twofold.objectives import OBJECTIVES
 from twofold.settings.goal import Goal, parse_perplexity
+from twofold.task.curvature import Curvature
 
 ALIGNED = 8  # ranks are multiples of this where the budget is in time and nothing else was asked for
 REST_BITS = 8  # of the embeddings, with --bits auto

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from twofold.calibrate.sample import draw
+from twofold.task.sampled import draw
 
 Curvature = Literal["sampled", "gauss-newton", "empirical"]
 ROWS = 128  # token positions that are worked on at once

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twofold.calibrate import read_texts
-from twofold.calibrate.texts import CHARACTERS_PER_TOKEN
 from twofold.errors import TwofoldError
+from twofold.task.texts import CHARACTERS_PER_TOKEN, read_texts
 
 
 def evaluation_windows(

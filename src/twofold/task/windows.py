@@ -12,14 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twofold.calibrate.sample import beginnings, sample_texts
-from twofold.calibrate.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts, token_windows, tokens_needed
 from twofold.errors import TwofoldError
 from twofold.host.cache import cache_folder
 from twofold.host.files import write_whole
 from twofold.host.progress import say
 from twofold.model.load import LoadedModel, check_ids, need_tokenizer, positions
 from twofold.settings.recipe import Recipe
+from twofold.task.sampled import beginnings, sample_texts
+from twofold.task.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts, token_windows, tokens_needed
 
 HELD_OUT = 8  # windows set aside to measure on, or to stop a refinement on
 PROMPT = 4  # a continuation goes on from so many-th part of a window of text

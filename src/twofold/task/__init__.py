@@ -1,0 +1,1 @@
+"""What a model is for: samples, outputs, labels."""
