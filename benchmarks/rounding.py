@@ -23,8 +23,9 @@ def collected(given: argparse.Namespace) -> list[tuple[Any, Any, Any]]:
     """Weight, C and G of every linear layer of the blocks."""
     import torch
 
-    from twofold.calibrate import collect_moments, request_statistics
+    from twofold.calibrate import request_statistics
     from twofold.calibrate.moments import Moments
+    from twofold.calibrate.sweep import collect_moments
     from twofold.linalg import damp
     from twofold.model.load import load_model
     from twofold.model.streamed import Resident

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold.calibrate import Moments, collect_moments, request_statistics
+from twofold.calibrate import Moments, request_statistics
+from twofold.calibrate.sweep import collect_moments
 from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel
 from twofold.model.streamed import Resident
@@ -170,8 +171,8 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     ids = windows(6)
     _, whole = collect(make_model(), ids)
     folder = tmp_path / "moments"
-    monkeypatch.setattr("twofold.calibrate.collect.SAVE_SECONDS", -1.0)
-    monkeypatch.setattr("twofold.calibrate.collect.loss_gradient", _fail_after(4))
+    monkeypatch.setattr("twofold.calibrate.sweep.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("twofold.calibrate.sweep.loss_gradient", _fail_after(4))
     with pytest.raises(RuntimeError, match="killed"):
         collect(make_model(), ids, folder=folder)
     with safe_open(folder / ".progress.0.safetensors", "pt") as file:
@@ -179,7 +180,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     with pytest.raises(TwofoldError, match="can't be read"):
         Moments.load(folder)
     calls = []
-    monkeypatch.setattr("twofold.calibrate.collect.loss_gradient", lambda *a: calls.append(1) or loss_gradient(*a))
+    monkeypatch.setattr("twofold.calibrate.sweep.loss_gradient", lambda *a: calls.append(1) or loss_gradient(*a))
     _, resumed = collect(make_model(), ids, folder=folder)
     assert len(calls) == 2
     assert set(resumed.sums) == set(whole.sums)

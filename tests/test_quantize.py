@@ -124,8 +124,9 @@ def test_the_diagonal_of_the_far_metric_comes_from_calibration_and_is_damped():
 
 
 def test_calibration_sums_the_diagonals_of_the_moments_themselves():
-    from twofold.calibrate import collect_moments, request_statistics
+    from twofold.calibrate import request_statistics
     from twofold.calibrate.moments import Moments
+    from twofold.calibrate.sweep import collect_moments
     from twofold.model.streamed import Resident
     from twofold.model.weights import find_targets
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import twofold
 from conftest import ARCHITECTURES, CONFIGS, make_model, make_tokenizer
-from twofold.calibrate import Moments, collect
+from twofold.calibrate import Moments, sweep
 from twofold.calibrate.activations import Activations
 from twofold.checkpoint.shards import Shards
 from twofold.compression import compress
@@ -347,14 +347,14 @@ def test_state_can_be_removed(checkpoint, text_file, tmp_path, monkeypatch):
 @pytest.mark.parametrize("activations", ["memory", "disk"])
 def test_stopped_in_every_sweep_and_gone_on(activations, text_file, tmp_path, monkeypatch):
     """Stopped after each batch of each sweep in turn, with what was saved then: the same moments."""
-    monkeypatch.setattr("twofold.calibrate.collect.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("twofold.calibrate.sweep.SAVE_SECONDS", -1.0)
     source = save(tmp_path / "model")
     plan = {}
     for name, most in (("whole", 10**6), ("stopped", 7)):
         monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / name))
         recipe = small(source, text_file, stream="always", activations=activations, eval_windows=0)
         left = [most]
-        batch = collect._Sweep._batch
+        batch = sweep._Sweep._batch
 
         def stopping(self, *args, left=left, batch=batch):
             if left[0] == 0:
@@ -365,7 +365,7 @@ def test_stopped_in_every_sweep_and_gone_on(activations, text_file, tmp_path, mo
         for _ in range(20):
             left[0] = most
             with monkeypatch.context() as patch:
-                patch.setattr(collect._Sweep, "_batch", stopping)
+                patch.setattr(sweep._Sweep, "_batch", stopping)
                 try:
                     compress(recipe, tmp_path / f"{name}-out", quiet=True)
                     break
@@ -382,7 +382,7 @@ def test_missing_hidden_states_are_made_again(text_file, tmp_path, monkeypatch):
     compress(recipe, tmp_path / "fresh", quiet=True)
     monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "cache"))
     with monkeypatch.context() as patch:
-        patch.setattr("twofold.calibrate.collect.loss_gradient", lambda *a: 1 / 0)
+        patch.setattr("twofold.calibrate.sweep.loss_gradient", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compress(recipe, tmp_path / "small", quiet=True)
     (state,) = (tmp_path / "cache").rglob("*.state")

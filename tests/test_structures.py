@@ -290,7 +290,8 @@ def test_all_units_are_the_original(architecture):
     assert all(entry.rank is None for entry in kept.twofold_plan.entries)
     assert torch.equal(logits(kept), original)
     # And so is the closed form itself, with all units in it.
-    from twofold.calibrate import collect_moments, request_statistics
+    from twofold.calibrate import request_statistics
+    from twofold.calibrate.sweep import collect_moments
     from twofold.model.streamed import Resident
     from twofold.model.weights import find_groups, replace_module
     from twofold.structures.carry_out import prepare

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from twofold.calibrate import Moments
-from twofold.calibrate.collect import no_cache
+from twofold.calibrate.sweep import no_cache
 from twofold.host.progress import progress
 from twofold.linalg import Spectrum, smaller_side
 from twofold.linalg.metric import Metric, metric_product

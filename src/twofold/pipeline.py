@@ -12,8 +12,8 @@ from torch import nn
 
 from twofold.allocate import Evidence, get_allocation
 from twofold.calibrate import Moments
+from twofold.calibrate.calibrate import calibrate, on_text_alone, spectra_mark, used_targets
 from twofold.calibrate.fingerprint import model_hash
-from twofold.calibration import calibrate, on_text_alone, spectra_mark, used_targets
 from twofold.errors import TwofoldError
 from twofold.evidence import gather
 from twofold.host import processes

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twofold.calibrate.collect import BACKWARD, FORWARD, Accumulator, no_cache
 from twofold.calibrate.moments import request_statistics
+from twofold.calibrate.sweep import BACKWARD, FORWARD, Accumulator, no_cache
 from twofold.linalg import decompose, gauge_rank, gram, smaller_side, truncate, truncation_loss
 from twofold.model.blocks import Chain, Stretch, run_stretch
 from twofold.model.load import LoadedModel

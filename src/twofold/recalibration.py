@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twofold.allocate import get_allocation
-from twofold.calibrate import collect_moments, request_statistics
-from twofold.calibration import reuse
+from twofold.calibrate import request_statistics
+from twofold.calibrate.calibrate import reuse
+from twofold.calibrate.sweep import collect_moments
 from twofold.errors import TwofoldError
 from twofold.model.blocks import plain_chain
 from twofold.model.weights import dense_weight

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from twofold.calibrate import Moments
-from twofold.calibrate.collect import no_cache
+from twofold.calibrate.sweep import no_cache
 from twofold.host.progress import progress
 from twofold.linalg.metric import metric_product
 from twofold.model.frozen import frozen, start_graph

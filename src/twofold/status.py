@@ -131,7 +131,7 @@ def remove_work(out: Path) -> Status:
 
 def _remove_unfinished_moments(folder: Path) -> None:
     """Remove what a calibration left; a folder that the user named may hold other things."""
-    from twofold.calibrate.collect import OURS
+    from twofold.calibrate.sweep import OURS
 
     for path in folder.iterdir() if folder.is_dir() else []:
         if OURS.fullmatch(path.name):

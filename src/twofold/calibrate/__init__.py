@@ -1,7 +1,7 @@
 """From texts to token windows to moments."""
 
-from twofold.calibrate.collect import collect_moments
 from twofold.calibrate.moments import Moments, Request, request_statistics
+from twofold.calibrate.sweep import collect_moments
 from twofold.task.sampled import sample_texts
 from twofold.task.texts import TokenWindows, read_texts, token_windows, wikitext_rows
 

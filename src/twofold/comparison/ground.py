@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from twofold.allocate import get_allocation
 from twofold.calibrate import Moments, request_statistics
+from twofold.calibrate.calibrate import calibrate, spectra_mark, used_targets
 from twofold.calibrate.fingerprint import model_hash
-from twofold.calibration import calibrate, spectra_mark, used_targets
 from twofold.comparison.grid import Cell, Grid
 from twofold.comparison.record import Text
 from twofold.errors import TwofoldError

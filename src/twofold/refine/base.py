@@ -11,7 +11,7 @@ import pydantic
 from torch import Tensor, nn
 
 from twofold.calibrate import Moments
-from twofold.calibrate.collect import no_cache
+from twofold.calibrate.sweep import no_cache
 from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel
 from twofold.objectives import Objective

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold.calibrate.activations import Activations
-from twofold.calibrate.collect import no_cache
+from twofold.calibrate.sweep import no_cache
 from twofold.errors import TwofoldError
 from twofold.model.blocks import Stretch, input_before, run_stretch
 from twofold.model.load import LoadedModel

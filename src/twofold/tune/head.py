@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from twofold.calibrate.collect import no_cache
+from twofold.calibrate.sweep import no_cache
 from twofold.model.blocks import input_before
 from twofold.model.head import find_head, output_linear
 from twofold.nn import CompactLinear

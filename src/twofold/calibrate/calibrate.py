@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from twofold.calibrate import Moments, collect_moments, request_statistics
+from twofold.calibrate import Moments, request_statistics
 from twofold.calibrate.fingerprint import fingerprint, moments_path
 from twofold.calibrate.moments import DESCRIPTION, FORMAT, Request
+from twofold.calibrate.sweep import collect_moments
 from twofold.errors import TwofoldError
 from twofold.host import processes
 from twofold.host.folders import check_space
