@@ -15,12 +15,12 @@ from conftest import TEXT, make_model, make_tokenizer
 from test_inference import factored_model
 from twofold import TwofoldError
 from twofold.cli import app
+from twofold.inference import latency
+from twofold.inference.latency import Times
 from twofold.model.work import work_of
 from twofold.speed import bench as bench_module
-from twofold.speed import latency
 from twofold.speed.bench import Lengths, bench
 from twofold.speed.figure import points
-from twofold.speed.latency import Times
 from twofold.speed.memory import peak_of
 from twofold.speed.record import Bench, Roofs
 from twofold.speed.runtimes import RUNTIMES, Runtime, Settings, get_runtime

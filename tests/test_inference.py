@@ -16,10 +16,10 @@ from conftest import make_model
 from twofold import TwofoldError
 from twofold.checkpoint.plugin import attach
 from twofold.inference.draft import Draft
+from twofold.inference.latency import Latencies, Table, Times
 from twofold.model.weights import dense_weight, list_weights, replace_module
 from twofold.nn import FactoredLinear
 from twofold.nn.grouped_linear import ColumnsLinear, GroupedLinear, InputGroup, Part, laid_out
-from twofold.speed.latency import Latencies, Table, Times
 
 IDS = torch.arange(24).reshape(2, 12)
 

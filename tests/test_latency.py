@@ -16,10 +16,10 @@ from conftest import make_model
 from twofold import TwofoldError
 from twofold.cli import app
 from twofold.factorization import plan_model
+from twofold.inference import latency
+from twofold.inference.latency import DECODE, PREFILL, Latencies, Table, Times, measured_ranks, time_shape, times_of
 from twofold.model.weights import list_weights
 from twofold.settings.recipe import Recipe, make_recipe
-from twofold.speed import latency
-from twofold.speed.latency import DECODE, PREFILL, Latencies, Table, Times, measured_ranks, time_shape, times_of
 
 
 def made_up(m: int, n: int, form: str, tokens: int) -> Times:

@@ -20,6 +20,7 @@ from twofold.host import processes
 from twofold.host.folders import check_space
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
+from twofold.inference.latency import times_of
 from twofold.model.blocks import Chain, plain_chain
 from twofold.model.load import LoadedModel
 from twofold.model.source import choose_device, compute_dtype
@@ -36,7 +37,6 @@ from twofold.run import Stopwatch
 from twofold.settings.recipe import Recipe
 from twofold.sizing import Sizing
 from twofold.spectra import Spectra
-from twofold.speed.latency import times_of
 from twofold.stages import apply_plan, decompose_targets
 from twofold.structures import few_tokens, find_structures
 from twofold.structures.carry_out import measure_structures

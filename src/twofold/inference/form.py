@@ -13,11 +13,11 @@ from twofold.checkpoint.plugin import METHOD, TwofoldQuantizer, dense_module
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.inference.draft import Draft, why_not
+from twofold.inference.latency import Latencies
 from twofold.inference.neighbours import called_in_turn, find_pairs, fold
 from twofold.model.weights import Target, find_groups, replace_module
 from twofold.nn import CompactLinear, FactoredLinear
 from twofold.nn.grouped_linear import ColumnsLinear, GroupedLinear, InputGroup, Part
-from twofold.speed.latency import Latencies
 from twofold.structures import few_tokens
 
 # Of the outputs, relative: what stops a mistake of ours, as a wrong order, which changes them by their own size. A deep model

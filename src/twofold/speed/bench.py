@@ -15,16 +15,16 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.host.progress import progress
+from twofold.inference.latency import DECODE, PREFILL, processor, time_shape
+from twofold.inference.timing import timed
 from twofold.model.load import load_skeleton
 from twofold.model.source import choose_device
 from twofold.nn import FactoredLinear
 from twofold.run import machine
-from twofold.speed.latency import DECODE, PREFILL, processor, time_shape
 from twofold.speed.memory import peak_of, random_ids
 from twofold.speed.record import Bench, Layer, Ratio, Row, Timing
 from twofold.speed.roofs import measure_roofs
 from twofold.speed.runtimes import RUNTIMES, Runtime, Session, Settings, get_runtime
-from twofold.speed.timing import timed
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from twofold.inference.timing import in_turn
 from twofold.speed.record import Roofs
-from twofold.speed.timing import in_turn
 
 LARGE = 96 * 2**20  # bytes of all matrices that a vector is multiplied with
 WIDE = 4096  # columns of one of them

@@ -28,10 +28,10 @@ from twofold.errors import TwofoldError
 from twofold.host.cache import cache_folder
 from twofold.host.files import write_text
 from twofold.host.progress import progress
+from twofold.inference.timing import in_turn, medians
 from twofold.linalg import gauge_rank
 from twofold.model.weights import Target
 from twofold.nn.grouped_linear import InputGroup, Part, laid_out
-from twofold.speed.timing import in_turn, medians
 
 FORMAT = 1
 KEEPS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)  # shares of the dense numbers at which ranks are measured
