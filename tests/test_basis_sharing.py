@@ -28,6 +28,7 @@ from conftest import ARCHITECTURES, TEXT, VOCABULARY, make_model, make_tokenizer
 from twofold.adapters.extract import extract
 from twofold.calibrate import Moments
 from twofold.checkpoint.plugin import FORMAT_VERSION
+from twofold.decompose.spectra import Spectra
 from twofold.factorization import plan_model
 from twofold.inspection import inspect_model
 from twofold.model.load import load_model
@@ -40,7 +41,6 @@ from twofold.planning import make_plan
 from twofold.refine.base import REFINEMENTS, Refined, Refinement
 from twofold.refine.training import trainable
 from twofold.settings.recipe import Override, make_recipe
-from twofold.spectra import Spectra
 from twofold.stages import apply_plan, put_back
 from twofold.structures.options import structure_candidate
 from twofold.structures.shared_basis import CutShared

@@ -13,6 +13,7 @@ from torch import Tensor
 from twofold.allocate import Evidence, get_allocation
 from twofold.allocate.sensitivity import GRID
 from twofold.calibrate import Moments
+from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
 from twofold.first_order import component_scores
 from twofold.host.cache import cache_folder
@@ -24,7 +25,6 @@ from twofold.objectives import Objective
 from twofold.quantize.measure import measure_rounding
 from twofold.second_order import rank_losses
 from twofold.settings.recipe import Recipe
-from twofold.spectra import Spectra
 from twofold.task.texts import TokenWindows
 from twofold.truncated import sensitivities
 

@@ -14,6 +14,7 @@ from twofold.allocate import Evidence, get_allocation
 from twofold.calibrate import Moments
 from twofold.calibrate.calibrate import calibrate, on_text_alone, spectra_mark, used_targets
 from twofold.calibrate.fingerprint import model_hash
+from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
 from twofold.evidence import gather
 from twofold.host import processes
@@ -36,7 +37,6 @@ from twofold.recalibration import recalibrate
 from twofold.run import Stopwatch
 from twofold.settings.recipe import Recipe
 from twofold.sizing import Sizing
-from twofold.spectra import Spectra
 from twofold.stages import apply_plan, decompose_targets
 from twofold.structures import few_tokens, find_structures
 from twofold.structures.carry_out import measure_structures

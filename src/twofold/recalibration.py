@@ -12,6 +12,7 @@ from twofold.allocate import get_allocation
 from twofold.calibrate import request_statistics
 from twofold.calibrate.calibrate import reuse
 from twofold.calibrate.sweep import collect_moments
+from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
 from twofold.model.blocks import plain_chain
 from twofold.model.weights import dense_weight
@@ -19,7 +20,6 @@ from twofold.objectives import get_objective
 from twofold.planning import make_plan
 from twofold.quantize.carry_out import rest_names
 from twofold.settings.recipe import Recipe
-from twofold.spectra import Spectra
 from twofold.stages import apply_plan, decompose_targets, put_back
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from twofold.calibrate import Moments
+from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
 from twofold.host import processes
 from twofold.host.progress import Tick, progress
@@ -26,7 +27,6 @@ from twofold.quantize.carry_out import integer_dense, integer_layer, round_rest
 from twofold.quantize.correction import corrected_layer
 from twofold.quantize.loss import far_diagonal
 from twofold.quantize.storage import rank_numbers
-from twofold.spectra import Spectra
 from twofold.structures import Structure
 from twofold.structures.carry_out import cut_entries
 

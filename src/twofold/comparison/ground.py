@@ -19,6 +19,7 @@ from twofold.calibrate.calibrate import calibrate, spectra_mark, used_targets
 from twofold.calibrate.fingerprint import model_hash
 from twofold.comparison.grid import Cell, Grid
 from twofold.comparison.record import Text
+from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.model.blocks import plain_chain
@@ -32,7 +33,6 @@ from twofold.pipeline import RESIDENT_BLOCKS, decompose, with_structures
 from twofold.refine import check_refinements
 from twofold.run import Stopwatch
 from twofold.settings.recipe import Recipe
-from twofold.spectra import Spectra
 from twofold.task.held_out import evaluation_windows
 from twofold.task.texts import TokenWindows
 from twofold.task.windows import calibration_windows, fit_window

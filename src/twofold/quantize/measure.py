@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from twofold.calibrate import Moments
+from twofold.decompose.spectra import Spectra
 from twofold.host.progress import progress
 from twofold.linalg import Spectrum
 from twofold.model.weights import Target, dense_weight
@@ -17,7 +18,6 @@ from twofold.quantize.loss import error_loss, factors_loss, far_diagonal
 from twofold.quantize.options import AUTO_BITS, Rounding
 from twofold.quantize.rounding import round_matrix
 from twofold.settings.recipe import Recipe
-from twofold.spectra import Spectra
 
 SHARES = (0.08, 0.25, 0.7)  # of the full rank, at which factors are rounded
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from twofold.calibrate import Moments
+from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
 from twofold.host.progress import Tick, progress
 from twofold.nn import CompactLinear, DenseColumnsLinear, FactoredLinear, SharedLinear
 from twofold.objectives.base import StructureKind
 from twofold.plan import PlanEntry
-from twofold.spectra import Spectra
 from twofold.structures.base import Cut, Prepare, Structure
 from twofold.structures.dense_columns import CutColumns
 from twofold.structures.mlp import CutMLP
