@@ -73,7 +73,7 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
     from twofold.model.load import need_tokenizer
     from twofold.opening import open_for
     from twofold.pipeline import prepare
-    from twofold.planning import make_plan
+    from twofold.plan.make import make_plan
     from twofold.run import Stopwatch
     from twofold.settings.recipe import make_recipe
     from twofold.stages import apply_plan, dense_again

@@ -15,9 +15,9 @@ from twofold.allocate.base import cheapest
 from twofold.allocate.effective_rank import entropy_rank
 from twofold.allocate.sensitivity import GRID
 from twofold.allocate.svd_llm_v2 import removal_factors
-from twofold.budget import ModelSize, parse_budget, target_budget
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_storage
+from twofold.plan.sizes import ModelSize, parse_budget, target_budget
 
 
 def candidates_of(shapes, seed):

@@ -36,13 +36,13 @@ from twofold.model.weights import Target, Targets, find_targets
 from twofold.nn import FactoredLinear, SharedBasis, SharedLinear
 from twofold.nn.shared_linear import BASES, hold_bases
 from twofold.objectives import get_objective
-from twofold.plan import Plan
-from twofold.planning import make_plan
+from twofold.plan.make import make_plan
+from twofold.plan.plan import Plan
+from twofold.plan.structures import structure_candidate
 from twofold.refine.base import REFINEMENTS, Refined, Refinement
 from twofold.refine.training import trainable
 from twofold.settings.recipe import Override, make_recipe
 from twofold.stages import apply_plan, put_back
-from twofold.structures.options import structure_candidate
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.sharing import UNSHARED, alone_notes, share_bases, sharing
 from twofold.tune import make_settings

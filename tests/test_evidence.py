@@ -8,21 +8,21 @@ import math
 import numpy as np
 import pytest
 import torch
+import twofold.truncated as truncated
 
 import twofold
-import twofold.truncated as truncated
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.allocate.sensitivity import GRID
 from twofold.comparison import compare, make_grid
 from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.factorization import plan_model
-from twofold.first_order import component_scores
 from twofold.linalg import gauge_rank, truncate
 from twofold.model.weights import dense_weight
 from twofold.opening import open_for
 from twofold.pipeline import carry_out, prepare
-from twofold.plan import Plan
+from twofold.plan.evidence.first_order import component_scores
+from twofold.plan.plan import Plan
 from twofold.run import Stopwatch
 from twofold.settings.recipe import make_recipe
 from twofold.stages import layer_problem

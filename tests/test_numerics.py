@@ -14,7 +14,7 @@ import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.linalg import decompose, truncate, truncation_loss
 from twofold.objectives import OBJECTIVES, LayerMoments, get_objective
-from twofold.plan import PlanEntry
+from twofold.plan.plan import PlanEntry
 from twofold.stages import factor_layer
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold import Plan
 from twofold.compression import compress
 from twofold.factorization import plan_model
 from twofold.objectives import OBJECTIVES
+from twofold.plan.plan import Plan
 from twofold.run import Run
 from twofold.settings.recipe import Recipe, make_recipe
 

@@ -23,9 +23,9 @@ from twofold.linalg import damp, decompose, gram, smaller_side, truncate, weight
 from twofold.model.weights import Target
 from twofold.nn import CorrectedLinear, FactoredLinear, IntLinear, IntMatrix, QuantizedEmbedding, QuantizedLinear
 from twofold.objectives import LayerMoments, get_objective
+from twofold.plan.bits import AUTO_BITS, Option, Rounding, bit_options, pareto
 from twofold.quantize.factors import factor_bytes, integer_factors, integer_form
 from twofold.quantize.loss import error_loss, factors_loss, far_diagonal, rounding_needs
-from twofold.quantize.options import AUTO_BITS, Option, Rounding, bit_options, pareto
 from twofold.quantize.rounding import round_matrix
 from twofold.quantize.verify import stored_bytes
 from twofold.settings.recipe import make_recipe

@@ -30,7 +30,7 @@ from twofold.model.load import load_model, load_skeleton, load_streamed
 from twofold.model.skeleton import survey
 from twofold.model.streamed import EMBEDDING, HEAD, Streamed
 from twofold.model.weights import find_targets
-from twofold.plan import Plan
+from twofold.plan.plan import Plan
 from twofold.settings.recipe import make_recipe
 from twofold.status import remove_work, status_of
 

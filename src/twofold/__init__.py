@@ -12,7 +12,7 @@ from twofold.inference import optimize
 from twofold.model.load import load_model
 from twofold.model.weights import find_targets
 from twofold.nn import DenseColumnsLinear, FactoredLinear, SharedLinear, SlicedLinear
-from twofold.plan import Plan
+from twofold.plan.plan import Plan
 from twofold.scratch import training_optimizer
 from twofold.settings.recipe import Recipe
 from twofold.version import __version__

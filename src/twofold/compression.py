@@ -28,7 +28,7 @@ from twofold.nn import CompactLinear
 from twofold.nn.shared_linear import BASES
 from twofold.opening import open_for
 from twofold.pipeline import Prepared, carry_out, prepare
-from twofold.plan import Plan, PlanEntry
+from twofold.plan.plan import Plan, PlanEntry
 from twofold.quantize.verify import verify_bytes
 from twofold.refine import Refined, refine
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory

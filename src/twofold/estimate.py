@@ -16,7 +16,6 @@ import torch
 
 from twofold.allocate import get_allocation
 from twofold.allocate.sensitivity import GRID
-from twofold.budget import parse_budget
 from twofold.calibrate.moments import request_statistics
 from twofold.errors import TwofoldError
 from twofold.host import processes
@@ -27,7 +26,8 @@ from twofold.model.source import choose_device, compute_dtype
 from twofold.model.streamed import LARGE, PART
 from twofold.model.weights import Target, list_weights
 from twofold.objectives import get_objective
-from twofold.plan import Estimate
+from twofold.plan.plan import Estimate
+from twofold.plan.sizes import parse_budget
 from twofold.probe import Speeds, probe
 from twofold.settings.recipe import Recipe
 from twofold.stages import BATCH, BATCH_NUMBERS

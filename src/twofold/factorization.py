@@ -18,7 +18,7 @@ from twofold.model.weights import find_targets
 from twofold.objectives import get_objective
 from twofold.opening import check_methods, given_model, open_for
 from twofold.pipeline import carry_out, layer_times, plan_of_shapes, prepare, with_structures
-from twofold.plan import Plan
+from twofold.plan.plan import Plan
 from twofold.refine import refine
 from twofold.run import Stopwatch
 from twofold.scratch.start import factorize_start

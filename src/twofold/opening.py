@@ -16,11 +16,11 @@ from twofold.model.blocks import Chain
 from twofold.model.load import LoadedModel, cast_weights, check_finite, load_model, load_streamed
 from twofold.model.streamed import Streamed
 from twofold.objectives import get_objective
+from twofold.plan.structures import check_structural
 from twofold.quantize.check import check_bits
 from twofold.recalibration import check_recalibrated
 from twofold.refine import check_refinable, check_refinements
 from twofold.settings.recipe import Recipe
-from twofold.structures.options import check_structural
 
 
 @dataclass

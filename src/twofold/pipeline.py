@@ -16,7 +16,6 @@ from twofold.calibrate.calibrate import calibrate, on_text_alone, spectra_mark, 
 from twofold.calibrate.fingerprint import model_hash
 from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
-from twofold.evidence import gather
 from twofold.host import processes
 from twofold.host.folders import check_space
 from twofold.host.progress import say
@@ -29,8 +28,9 @@ from twofold.model.streamed import Resident, Streamed
 from twofold.model.weights import Targets, find_targets
 from twofold.objectives import Objective, get_objective
 from twofold.opening import Opened
-from twofold.plan import Plan
-from twofold.planning import make_plan
+from twofold.plan.evidence.gather import gather
+from twofold.plan.make import make_plan
+from twofold.plan.plan import Plan
 from twofold.quantize.check import stand_in
 from twofold.quantize.loss import rounding_needs
 from twofold.recalibration import recalibrate

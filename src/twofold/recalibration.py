@@ -17,7 +17,7 @@ from twofold.errors import TwofoldError
 from twofold.model.blocks import plain_chain
 from twofold.model.weights import dense_weight
 from twofold.objectives import get_objective
-from twofold.planning import make_plan
+from twofold.plan.make import make_plan
 from twofold.quantize.carry_out import rest_names
 from twofold.settings.recipe import Recipe
 from twofold.stages import apply_plan, decompose_targets, put_back

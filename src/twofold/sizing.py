@@ -20,8 +20,8 @@ from twofold.evaluation import gives_logits
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
 from twofold.model.load import LoadedModel
-from twofold.plan import Plan
-from twofold.planning import least_keep, make_plan
+from twofold.plan.make import least_keep, make_plan
+from twofold.plan.plan import Plan
 from twofold.quantize.carry_out import rest_names
 from twofold.search import TOLERANCE, Probe, smallest
 from twofold.settings.recipe import Recipe

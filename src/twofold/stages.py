@@ -22,11 +22,11 @@ from twofold.model.weights import Target, dense_weight, replace_module
 from twofold.nn import CompactLinear, FactoredLinear, QuantizedLinear
 from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import LayerMoments, Objective, Problem
-from twofold.plan import Plan, PlanEntry
+from twofold.plan.plan import Plan, PlanEntry
+from twofold.plan.storage import rank_numbers
 from twofold.quantize.carry_out import integer_dense, integer_layer, round_rest
 from twofold.quantize.correction import corrected_layer
 from twofold.quantize.loss import far_diagonal
-from twofold.quantize.storage import rank_numbers
 from twofold.structures import Structure
 from twofold.structures.carry_out import cut_entries
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from twofold.comparison import Comparison
 from twofold.evaluation import Evaluation
 from twofold.inspection import Inspection
-from twofold.plan import Estimate, Plan, PlanEntry
+from twofold.plan.plan import Estimate, Plan, PlanEntry
 from twofold.run import Run
 from twofold.status import Status
 

@@ -19,11 +19,11 @@ from twofold.comparison.quantized import quantized
 from twofold.comparison.record import Row
 from twofold.errors import TwofoldError
 from twofold.evaluate import Reference
-from twofold.evidence import gather
 from twofold.host.progress import say
 from twofold.objectives import get_objective
 from twofold.pipeline import Prepared, carry_out
-from twofold.planning import make_plan
+from twofold.plan.evidence.gather import gather
+from twofold.plan.make import make_plan
 from twofold.quantize.rounding import torchao_version
 from twofold.recalibration import recalibrate
 from twofold.refine import refine

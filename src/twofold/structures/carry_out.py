@@ -14,11 +14,11 @@ from twofold.errors import TwofoldError
 from twofold.host.progress import Tick, progress
 from twofold.nn import CompactLinear, DenseColumnsLinear, FactoredLinear, SharedLinear
 from twofold.objectives.base import StructureKind
-from twofold.plan import PlanEntry
+from twofold.plan.plan import PlanEntry
+from twofold.plan.structures import even_shares
 from twofold.structures.base import Cut, Prepare, Structure
 from twofold.structures.dense_columns import CutColumns
 from twofold.structures.mlp import CutMLP
-from twofold.structures.options import even_shares
 from twofold.structures.query_key import CutQueries
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.value_output import CutValues

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from twofold.budget import parse_budget
 from twofold.errors import TwofoldError
 from twofold.model.load import load_skeleton, load_tokenizer, positions
+from twofold.plan.sizes import parse_budget
 from twofold.tune.estimate import TuneEstimate, choose, estimate
 from twofold.tune.methods import check_method
 from twofold.tune.optimizers import check_layers, check_optimizer

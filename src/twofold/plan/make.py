@@ -10,19 +10,19 @@ from numpy.typing import NDArray
 
 from twofold.allocate import Candidate, Choice, Evidence, get_allocation
 from twofold.allocate.base import cheapest
-from twofold.budget import Budget, ModelSize, parse_budget, target_budget
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_rank, plain_storage
 from twofold.model.weights import DenseWeight, Target, Targets, last_match, matches
 from twofold.nn import int_bytes
 from twofold.objectives import get_objective
-from twofold.plan import DenseEntry, Plan, PlanEntry
-from twofold.quantize.options import Option, bit_candidates
-from twofold.quantize.storage import Storage, dense_integers
+from twofold.plan.bits import Option, bit_candidates
+from twofold.plan.plan import DenseEntry, Plan, PlanEntry
+from twofold.plan.sizes import Budget, ModelSize, parse_budget, target_budget
+from twofold.plan.storage import Storage, dense_integers
+from twofold.plan.structures import check_structural, forced_size, sizes_at, structure_candidate
+from twofold.plan.time import in_time, time_budget, time_note, timed
 from twofold.settings.recipe import Override, Recipe
-from twofold.structures.options import check_structural, forced_size, sizes_at, structure_candidate
 from twofold.structures.sharing import alone_notes
-from twofold.time_budget import in_time, time_budget, time_note, timed
 
 CORRECTION_RANK = 32  # where none is given
 

@@ -13,9 +13,9 @@ from twofold.linalg import Spectrum
 from twofold.model.weights import Target, dense_weight
 from twofold.nn import IntLinear
 from twofold.objectives import LayerMoments, Objective, Problem
+from twofold.plan.bits import AUTO_BITS, Rounding
 from twofold.quantize.factors import integer_factors, integer_form
 from twofold.quantize.loss import error_loss, factors_loss, far_diagonal
-from twofold.quantize.options import AUTO_BITS, Rounding
 from twofold.quantize.rounding import round_matrix
 from twofold.settings.recipe import Recipe
 

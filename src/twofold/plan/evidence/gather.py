@@ -15,18 +15,18 @@ from twofold.allocate.sensitivity import GRID
 from twofold.calibrate import Moments
 from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
-from twofold.first_order import component_scores
 from twofold.host.cache import cache_folder
 from twofold.host.files import write_text
 from twofold.host.progress import say
 from twofold.model.load import LoadedModel
 from twofold.model.weights import Target
 from twofold.objectives import Objective
-from twofold.quantize.measure import measure_rounding
-from twofold.second_order import rank_losses
+from twofold.plan.evidence.first_order import component_scores
+from twofold.plan.evidence.rounding import measure_rounding
+from twofold.plan.evidence.second_order import rank_losses
+from twofold.plan.evidence.truncated import sensitivities
 from twofold.settings.recipe import Recipe
 from twofold.task.texts import TokenWindows
-from twofold.truncated import sensitivities
 
 
 class _Table(pydantic.BaseModel, extra="forbid", ser_json_inf_nan="constants"):

@@ -16,7 +16,7 @@ from twofold.allocate import Candidate, Evidence
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_rank
 from twofold.model.weights import Target, Targets, last_match
-from twofold.quantize.storage import Storage, dense_integers
+from twofold.plan.storage import Storage, dense_integers
 from twofold.settings.recipe import Override, Recipe
 
 AUTO_BITS = (2, 3, 4, 5, 6, 8)

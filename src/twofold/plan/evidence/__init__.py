@@ -1,0 +1,1 @@
+"""What an allocation asks to be measured on the model."""
