@@ -70,13 +70,13 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
     """All rows, and the perplexities of the model as it is named and with its noise."""
     import torch
 
+    from twofold.factor.apply import apply_plan, dense_again
     from twofold.model.load import need_tokenizer
     from twofold.opening import open_for
     from twofold.pipeline import prepare
     from twofold.plan.make import make_plan
     from twofold.run import Stopwatch
     from twofold.settings.recipe import make_recipe
-    from twofold.stages import apply_plan, dense_again
     from twofold.task.held_out import evaluation_windows
     from twofold.task.quality import measure_quality
 

@@ -29,6 +29,7 @@ from twofold.adapters.extract import extract
 from twofold.calibrate import Moments
 from twofold.checkpoint.plugin import FORMAT_VERSION
 from twofold.decompose.spectra import Spectra
+from twofold.factor.apply import apply_plan, put_back
 from twofold.factorization import plan_model
 from twofold.inspection import inspect_model
 from twofold.model.load import load_model
@@ -42,7 +43,6 @@ from twofold.plan.structures import structure_candidate
 from twofold.refine.base import REFINEMENTS, Refined, Refinement
 from twofold.refine.training import trainable
 from twofold.settings.recipe import Override, make_recipe
-from twofold.stages import apply_plan, put_back
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.sharing import UNSHARED, alone_notes, share_bases, sharing
 from twofold.tune import make_settings

@@ -25,9 +25,9 @@ from twofold.comparison.quantized import choose_baselines, quantized, torchao_ve
 from twofold.comparison.rows import Rows
 from twofold.compression import compress
 from twofold.evaluation import evaluate_models
+from twofold.factor.apply import put_back
 from twofold.host.cache import cache_folder
 from twofold.model.weights import find_targets
-from twofold.stages import put_back
 from twofold.task.texts import read_texts
 
 NO_TORCHAO = "torchao is not installed: pip install 'twofold[quantize]'"

@@ -16,6 +16,7 @@ from twofold.allocate.sensitivity import GRID
 from twofold.comparison import compare, make_grid
 from twofold.compression import compress
 from twofold.errors import TwofoldError
+from twofold.factor.apply import layer_problem
 from twofold.factorization import plan_model
 from twofold.linalg import gauge_rank, truncate
 from twofold.model.weights import dense_weight
@@ -25,7 +26,6 @@ from twofold.plan.evidence.first_order import component_scores
 from twofold.plan.plan import Plan
 from twofold.run import Stopwatch
 from twofold.settings.recipe import make_recipe
-from twofold.stages import layer_problem
 from twofold.task.curvature import loss_gradient
 
 SMALL = {"tokens": 128, "window": 32, "quiet": True}
@@ -298,11 +298,11 @@ def test_moments_of_a_killed_run_are_not_measured_a_third_time(tmp_path, text_fi
         "allocate": "global-iterated", "eval_windows": 0})  # fmt: skip
     whole = compress(recipe, tmp_path / "whole", quiet=True)
     with monkeypatch.context() as patch:
-        patch.setattr("twofold.recalibration.make_plan", lambda *a: 1 / 0)
+        patch.setattr("twofold.factor.recalibrate.make_plan", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compress(recipe, tmp_path / "small", quiet=True)
     assert (tmp_path / "small.partial" / "recalibrated" / "moments.json").is_file()
-    monkeypatch.setattr("twofold.recalibration.collect_moments", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("twofold.factor.recalibrate.collect_moments", lambda *a, **k: 1 / 0)
     again = compress(recipe, tmp_path / "small", quiet=True)
     assert again.predicted_divergence == whole.predicted_divergence
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "small")]

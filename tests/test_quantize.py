@@ -18,6 +18,7 @@ from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
 from twofold.evaluate import model_size
 from twofold.evaluation import evaluate_models
+from twofold.factor.verify import stored_bytes
 from twofold.inspection import inspect_model
 from twofold.linalg import damp, decompose, gram, smaller_side, truncate, weighted_low_rank
 from twofold.model.weights import Target
@@ -27,7 +28,6 @@ from twofold.plan.bits import AUTO_BITS, Option, Rounding, bit_options, pareto
 from twofold.quantize.factors import factor_bytes, integer_factors, integer_form
 from twofold.quantize.loss import error_loss, factors_loss, far_diagonal, rounding_needs
 from twofold.quantize.rounding import round_matrix
-from twofold.quantize.verify import stored_bytes
 from twofold.settings.recipe import make_recipe
 
 IDS = torch.arange(20)[None]

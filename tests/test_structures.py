@@ -292,9 +292,9 @@ def test_all_units_are_the_original(architecture):
     # And so is the closed form itself, with all units in it.
     from twofold.calibrate import request_statistics
     from twofold.calibrate.sweep import collect_moments
+    from twofold.factor.structures import prepare
     from twofold.model.streamed import Resident
     from twofold.model.weights import find_groups, replace_module
-    from twofold.structures.carry_out import prepare
 
     found = structures_of(model)
     groups = find_groups(model, found.targets, lambda: model(input_ids=IDS))

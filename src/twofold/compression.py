@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from twofold.checkpoint.plugin import attach
-from twofold.checkpoint.stream import finish, write_units
 from twofold.evaluate.streamed import LastStates
 from twofold.evaluation import evaluation_text, gives_logits
+from twofold.factor.apply import dense_again, factor_entries
+from twofold.factor.stream import finish, write_units
+from twofold.factor.verify import verify_bytes
 from twofold.host import processes
 from twofold.host.folders import check_apart, check_output, check_space, staged_folder
 from twofold.host.progress import progress
@@ -29,12 +31,10 @@ from twofold.nn.shared_linear import BASES
 from twofold.opening import open_for
 from twofold.pipeline import Prepared, carry_out, prepare
 from twofold.plan.plan import Plan, PlanEntry
-from twofold.quantize.verify import verify_bytes
 from twofold.refine import Refined, refine
 from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.settings.recipe import Recipe
 from twofold.sizing import Sizing
-from twofold.stages import dense_again, factor_entries
 from twofold.task.quality import Logits, measure_quality
 from twofold.task.windows import fit_window
 

@@ -18,6 +18,7 @@ from twofold.allocate import get_allocation
 from twofold.allocate.sensitivity import GRID
 from twofold.calibrate.moments import request_statistics
 from twofold.errors import TwofoldError
+from twofold.factor.apply import BATCH, BATCH_NUMBERS
 from twofold.host import processes
 from twofold.model.blocks import Chain
 from twofold.model.load import LoadedModel, load_skeleton
@@ -30,7 +31,6 @@ from twofold.plan.plan import Estimate
 from twofold.plan.sizes import parse_budget
 from twofold.probe import Speeds, probe
 from twofold.settings.recipe import Recipe
-from twofold.stages import BATCH, BATCH_NUMBERS
 from twofold.task.windows import held_out_windows
 
 PART_OF_FREE = 0.85  # of the memory that is free, what is used unless --memory says otherwise

@@ -11,6 +11,7 @@ from torch import nn
 from twofold.allocate import get_allocation
 from twofold.errors import TwofoldError
 from twofold.estimate import Way, choose_way
+from twofold.factor.recalibrate import check_recalibrated
 from twofold.host.progress import say
 from twofold.model.blocks import Chain
 from twofold.model.load import LoadedModel, cast_weights, check_finite, load_model, load_streamed
@@ -18,7 +19,6 @@ from twofold.model.streamed import Streamed
 from twofold.objectives import get_objective
 from twofold.plan.structures import check_structural
 from twofold.quantize.check import check_bits
-from twofold.recalibration import check_recalibrated
 from twofold.refine import check_refinable, check_refinements
 from twofold.settings.recipe import Recipe
 

@@ -16,6 +16,9 @@ from twofold.calibrate.calibrate import calibrate, on_text_alone, spectra_mark, 
 from twofold.calibrate.fingerprint import model_hash
 from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
+from twofold.factor.apply import apply_plan, decompose_targets
+from twofold.factor.recalibrate import recalibrate
+from twofold.factor.structures import measure_structures
 from twofold.host import processes
 from twofold.host.folders import check_space
 from twofold.host.progress import say
@@ -33,13 +36,10 @@ from twofold.plan.make import make_plan
 from twofold.plan.plan import Plan
 from twofold.quantize.check import stand_in
 from twofold.quantize.loss import rounding_needs
-from twofold.recalibration import recalibrate
 from twofold.run import Stopwatch
 from twofold.settings.recipe import Recipe
 from twofold.sizing import Sizing
-from twofold.stages import apply_plan, decompose_targets
 from twofold.structures import few_tokens, find_structures
-from twofold.structures.carry_out import measure_structures
 from twofold.task.texts import TokenWindows
 from twofold.task.windows import calibration_windows
 

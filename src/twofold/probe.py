@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from twofold.calibrate.moments import request_statistics
 from twofold.calibrate.sweep import BACKWARD, FORWARD, Accumulator, no_cache
+from twofold.factor.apply import BATCH, BATCH_NUMBERS
 from twofold.linalg import decompose, gauge_rank, gram, smaller_side, truncate, truncation_loss
 from twofold.model.blocks import Chain, Stretch, run_stretch
 from twofold.model.load import LoadedModel
@@ -23,7 +24,6 @@ from twofold.model.weights import Target
 from twofold.nn import FactoredLinear
 from twofold.objectives import get_objective
 from twofold.settings.recipe import Recipe
-from twofold.stages import BATCH, BATCH_NUMBERS
 from twofold.task.curvature import loss_gradient
 
 LARGEST_BLOCK = 300_000_000  # numbers of a block that is tried as it is

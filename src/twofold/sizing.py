@@ -17,15 +17,15 @@ from torch import Tensor
 from twofold.errors import TwofoldError
 from twofold.evaluate import Reference
 from twofold.evaluation import gives_logits
+from twofold.factor.apply import apply_plan, dense_again, put_back
+from twofold.factor.integers import rest_names
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
 from twofold.model.load import LoadedModel
 from twofold.plan.make import least_keep, make_plan
 from twofold.plan.plan import Plan
-from twofold.quantize.carry_out import rest_names
 from twofold.search import TOLERANCE, Probe, smallest
 from twofold.settings.recipe import Recipe
-from twofold.stages import apply_plan, dense_again, put_back
 from twofold.task.quality import Quality
 from twofold.task.texts import TokenWindows
 

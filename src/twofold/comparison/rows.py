@@ -19,17 +19,17 @@ from twofold.comparison.quantized import quantized
 from twofold.comparison.record import Row
 from twofold.errors import TwofoldError
 from twofold.evaluate import Reference
+from twofold.factor.apply import dense_again, put_back
+from twofold.factor.recalibrate import recalibrate
 from twofold.host.progress import say
 from twofold.objectives import get_objective
 from twofold.pipeline import Prepared, carry_out
 from twofold.plan.evidence.gather import gather
 from twofold.plan.make import make_plan
 from twofold.quantize.rounding import torchao_version
-from twofold.recalibration import recalibrate
 from twofold.refine import refine
 from twofold.run import Stopwatch
 from twofold.settings.recipe import Recipe
-from twofold.stages import dense_again, put_back
 from twofold.task.quality import measure_quality
 
 

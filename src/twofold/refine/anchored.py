@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
+from twofold.factor.apply import factor_layer
 from twofold.host.files import make_folder
 from twofold.host.progress import progress
 from twofold.linalg import damp, decompose, working_dtype
@@ -24,7 +25,6 @@ from twofold.plan.plan import PlanEntry
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.kept import Solved, keep_layers, take_layers
 from twofold.refine.streams import Streams
-from twofold.stages import factor_layer
 
 
 def anchored_problem(

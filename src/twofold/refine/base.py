@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from twofold.calibrate import Moments
 from twofold.calibrate.sweep import no_cache
 from twofold.errors import TwofoldError
+from twofold.factor.apply import dense_again
 from twofold.model.load import LoadedModel
 from twofold.objectives import Objective
 from twofold.plan.plan import Plan
 from twofold.settings.recipe import Recipe
-from twofold.stages import dense_again
 from twofold.task.quality import measure_quality
 
 

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from twofold.calibrate import Moments
 from twofold.calibrate.sweep import no_cache
 from twofold.decompose.spectra import Spectra
+from twofold.factor.apply import layer_problem
 from twofold.host.progress import progress
 from twofold.linalg import Spectrum, smaller_side
 from twofold.linalg.metric import Metric, metric_product
 from twofold.model.frozen import frozen, start_graph
 from twofold.model.weights import Target, dense_weight
 from twofold.objectives import Objective
-from twofold.stages import layer_problem
 
 
 def component_scores(

@@ -33,7 +33,7 @@ def measure_rounding(
     quiet: bool = False,
 ) -> dict[str, Rounding]:
     """Round every weight at each number of bits, whole and in factors of some ranks, and measure what that loses."""
-    from twofold.stages import layer_problem
+    from twofold.factor.apply import layer_problem
 
     found: dict[str, Rounding] = {}
     with progress("Rounding", len(targets), unit="weights", quiet=quiet) as tick:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from twofold.calibrate import Moments
 from twofold.calibrate.sweep import no_cache
 from twofold.decompose.spectra import Spectra
+from twofold.factor.apply import layer_problem
 from twofold.host.progress import progress
 from twofold.linalg.metric import metric_product
 from twofold.model.frozen import frozen, start_graph
 from twofold.model.weights import Target, dense_weight
 from twofold.objectives import Objective
-from twofold.stages import layer_problem
 from twofold.task.curvature import Curvature, loss_gradient, stream
 
 

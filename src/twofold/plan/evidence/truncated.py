@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from twofold.allocate.sensitivity import GRID
 from twofold.calibrate import Moments
 from twofold.decompose.spectra import Spectra
+from twofold.factor.apply import layer_problem
 from twofold.host.progress import progress
 from twofold.linalg import gauge_rank, truncate
 from twofold.model.weights import Target, dense_weight
 from twofold.objectives import Objective
-from twofold.stages import layer_problem
 from twofold.task.quality import Logits, quality, score
 
 

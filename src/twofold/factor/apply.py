@@ -13,6 +13,9 @@ from torch import nn
 from twofold.calibrate import Moments
 from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
+from twofold.factor.corrected import corrected_layer
+from twofold.factor.integers import integer_dense, integer_layer, round_rest
+from twofold.factor.structures import cut_entries
 from twofold.host import processes
 from twofold.host.progress import Tick, progress
 from twofold.linalg import KnownRoots, Spectrum, decompose, truncate, truncation_loss, working_dtype
@@ -24,11 +27,8 @@ from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.plan.plan import Plan, PlanEntry
 from twofold.plan.storage import rank_numbers
-from twofold.quantize.carry_out import integer_dense, integer_layer, round_rest
-from twofold.quantize.correction import corrected_layer
 from twofold.quantize.loss import far_diagonal
 from twofold.structures import Structure
-from twofold.structures.carry_out import cut_entries
 
 BATCH = 4  # weights of one shape that are decomposed together, as long as they are small
 BATCH_NUMBERS = 4 * 1024**2  # k² of all together

@@ -14,13 +14,13 @@ from twofold.calibrate.calibrate import reuse
 from twofold.calibrate.sweep import collect_moments
 from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
+from twofold.factor.apply import apply_plan, decompose_targets, put_back
+from twofold.factor.integers import rest_names
 from twofold.model.blocks import plain_chain
 from twofold.model.weights import dense_weight
 from twofold.objectives import get_objective
 from twofold.plan.make import make_plan
-from twofold.quantize.carry_out import rest_names
 from twofold.settings.recipe import Recipe
-from twofold.stages import apply_plan, decompose_targets, put_back
 
 if TYPE_CHECKING:
     from twofold.pipeline import Prepared

@@ -1,0 +1,1 @@
+"""A plan to factored layers, in memory or block by block."""
