@@ -17,7 +17,7 @@ import twofold
 from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
 from twofold.evaluate import model_size
-from twofold.evaluation import evaluate_models
+from twofold.evaluate.side_by_side import evaluate_models
 from twofold.factor.verify import stored_bytes
 from twofold.inspection import inspect_model
 from twofold.linalg import damp, decompose, gram, smaller_side, truncate, weighted_low_rank

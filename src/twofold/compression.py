@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from twofold.checkpoint.plugin import attach
+from twofold.evaluate.side_by_side import evaluation_text, gives_logits
 from twofold.evaluate.streamed import LastStates
-from twofold.evaluation import evaluation_text, gives_logits
 from twofold.factor.apply import dense_again, factor_entries
 from twofold.factor.stream import finish, write_units
 from twofold.factor.verify import verify_bytes

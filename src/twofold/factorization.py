@@ -12,7 +12,7 @@ from twofold.allocate import get_allocation
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.estimate import estimate_run
-from twofold.evaluation import evaluation_text
+from twofold.evaluate.side_by_side import evaluation_text
 from twofold.model.load import LoadedModel, cast_weights, load_skeleton
 from twofold.model.weights import find_targets
 from twofold.objectives import get_objective

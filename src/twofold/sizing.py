@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.evaluate import Reference
-from twofold.evaluation import gives_logits
+from twofold.evaluate.side_by_side import gives_logits
 from twofold.factor.apply import apply_plan, dense_again, put_back
 from twofold.factor.integers import rest_names
 from twofold.host.progress import say

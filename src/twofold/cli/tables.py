@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from twofold.comparison import Comparison
-from twofold.evaluation import Evaluation
+from twofold.evaluate.side_by_side import Evaluation
 from twofold.inspection import Inspection
 from twofold.plan.plan import Estimate, Plan, PlanEntry
 from twofold.run import Run

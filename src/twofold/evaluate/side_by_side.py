@@ -12,8 +12,8 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.evaluate import model_size
+from twofold.evaluate.lm_eval import put_adapter
 from twofold.evaluate.size import disk_bytes
-from twofold.evaluate.tasks import put_adapter
 from twofold.model.load import LoadedModel, check_ids, load_model, need_tokenizer, positions
 from twofold.model.source import first_line
 from twofold.settings.recipe import Recipe
