@@ -75,7 +75,7 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
     from twofold.opening import open_for
     from twofold.pipeline import prepare
     from twofold.plan.make import make_plan
-    from twofold.run import Stopwatch
+    from twofold.report.record import Stopwatch
     from twofold.settings.recipe import make_recipe
     from twofold.task.held_out import evaluation_windows
     from twofold.task.quality import measure_quality

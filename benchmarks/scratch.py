@@ -33,7 +33,7 @@ import twofold
 from twofold.host.files import write_text
 from twofold.nn import FactoredLinear
 from twofold.report.printed import COLOURS, on_paper, save_printed
-from twofold.run import machine
+from twofold.report.record import machine
 
 BAR = 1.0  # factorized over dense, held-out loss at equal time
 WARMUP = 0.1

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     asked = parser.parse_args()
 
-    from twofold.run import Stopwatch
+    from twofold.report.record import Stopwatch
     from twofold.speed.bench import Lengths, bench
     from twofold.speed.output import write_bench
 

@@ -24,7 +24,7 @@ from twofold.opening import open_for
 from twofold.pipeline import carry_out, prepare
 from twofold.plan.evidence.first_order import component_scores
 from twofold.plan.plan import Plan
-from twofold.run import Stopwatch
+from twofold.report.record import Stopwatch
 from twofold.settings.recipe import make_recipe
 from twofold.task.curvature import loss_gradient
 

@@ -20,7 +20,7 @@ from twofold.evaluate import Reference
 from twofold.factorization import plan_model
 from twofold.host.unfinished import work_folder
 from twofold.plan.plan import Plan
-from twofold.run import Run
+from twofold.report.record import Run
 from twofold.search import TOLERANCE, Probe, smallest
 from twofold.settings.goal import parse_perplexity
 from twofold.settings.recipe import Recipe, make_recipe

@@ -15,7 +15,7 @@ from twofold.compression import compress
 from twofold.factorization import plan_model
 from twofold.objectives import OBJECTIVES
 from twofold.plan.plan import Plan
-from twofold.run import Run
+from twofold.report.record import Run
 from twofold.settings.recipe import Recipe, make_recipe
 
 SMALL = {"tokens": 64, "window": 32, "quiet": True}

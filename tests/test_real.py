@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import DATA
 from twofold.compression import compress
 from twofold.plan.plan import Plan
-from twofold.run import Run
+from twofold.report.record import Run
 from twofold.settings.recipe import make_recipe
 from twofold.task.held_out import evaluation_windows
 from twofold.task.quality import measure_quality

@@ -25,7 +25,7 @@ from test_report import front_matter, make_plan, make_run, page
 from twofold.cli import tables
 from twofold.host.cache import cache_folder
 from twofold.report import write_card
-from twofold.run import Sample
+from twofold.report.record import Sample
 
 SECRETS = {
     "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyz012345",

@@ -32,7 +32,7 @@ from twofold.opening import open_for
 from twofold.pipeline import Prepared, carry_out, prepare
 from twofold.plan.plan import Plan, PlanEntry
 from twofold.refine import Refined, refine
-from twofold.run import Measured, Run, Sample, Stopwatch, machine, peak_memory
+from twofold.report.record import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.settings.recipe import Recipe
 from twofold.sizing import Sizing
 from twofold.task.quality import Logits, measure_quality

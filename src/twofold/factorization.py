@@ -20,7 +20,7 @@ from twofold.opening import check_methods, given_model, open_for
 from twofold.pipeline import carry_out, layer_times, plan_of_shapes, prepare, with_structures
 from twofold.plan.plan import Plan
 from twofold.refine import refine
-from twofold.run import Stopwatch
+from twofold.report.record import Stopwatch
 from twofold.scratch.start import factorize_start
 from twofold.settings.recipe import Recipe, make_recipe
 from twofold.sizing import Sizing

@@ -36,7 +36,7 @@ from twofold.plan.make import make_plan
 from twofold.plan.plan import Plan
 from twofold.quantize.check import stand_in
 from twofold.quantize.loss import rounding_needs
-from twofold.run import Stopwatch
+from twofold.report.record import Stopwatch
 from twofold.settings.recipe import Recipe
 from twofold.sizing import Sizing
 from twofold.structures import few_tokens, find_structures

@@ -17,7 +17,7 @@ from twofold.calibrate.moments import DESCRIPTION
 from twofold.errors import TwofoldError
 from twofold.host.folders import TUNED
 from twofold.host.unfinished import is_running, read_state, work_folder
-from twofold.run import Run
+from twofold.report.record import Run
 
 
 class Status(pydantic.BaseModel, extra="forbid"):

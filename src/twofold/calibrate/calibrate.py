@@ -31,7 +31,7 @@ from twofold.model.source import first_line
 from twofold.model.weights import Targets, find_groups
 from twofold.objectives import get_objective
 from twofold.objectives.base import Statistic
-from twofold.run import Stopwatch
+from twofold.report.record import Stopwatch
 from twofold.settings.recipe import Recipe
 from twofold.task.texts import TokenWindows
 from twofold.version import __version__

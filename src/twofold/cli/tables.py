@@ -14,7 +14,7 @@ from twofold.comparison import Comparison
 from twofold.evaluate.side_by_side import Evaluation
 from twofold.inspection import Inspection
 from twofold.plan.plan import Estimate, Plan, PlanEntry
-from twofold.run import Run
+from twofold.report.record import Run
 from twofold.status import Status
 
 console = Console()

@@ -21,7 +21,7 @@ from twofold.objectives import get_objective
 from twofold.opening import check_methods
 from twofold.pipeline import plan_of_shapes
 from twofold.refine import get_refinement
-from twofold.run import machine
+from twofold.report.record import machine
 
 
 def compare(grid: Grid | Mapping[str, Any], out: Path | str, *, quiet: bool = False) -> Comparison:

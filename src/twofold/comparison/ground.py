@@ -31,7 +31,7 @@ from twofold.objectives.base import Statistic
 from twofold.opening import Opened, open_for
 from twofold.pipeline import RESIDENT_BLOCKS, decompose, with_structures
 from twofold.refine import check_refinements
-from twofold.run import Stopwatch
+from twofold.report.record import Stopwatch
 from twofold.settings.recipe import Recipe
 from twofold.task.held_out import evaluation_windows
 from twofold.task.texts import TokenWindows

@@ -7,7 +7,7 @@ from typing import Literal
 import pydantic
 
 from twofold.refine import Refined
-from twofold.run import Machine
+from twofold.report.record import Machine
 from twofold.version import __version__
 
 

@@ -28,7 +28,7 @@ from twofold.plan.evidence.gather import gather
 from twofold.plan.make import make_plan
 from twofold.quantize.rounding import torchao_version
 from twofold.refine import refine
-from twofold.run import Stopwatch
+from twofold.report.record import Stopwatch
 from twofold.settings.recipe import Recipe
 from twofold.task.quality import measure_quality
 

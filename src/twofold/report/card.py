@@ -14,8 +14,8 @@ from twofold.plan.plan import Plan
 from twofold.report.formats import count
 from twofold.report.kinds import made_of
 from twofold.report.names import ALIAS_LICENSE, base_model, model_title, public_recipe, without_paths
+from twofold.report.record import Run
 from twofold.report.tables import Table, quality_table, size_table
-from twofold.run import Run
 
 AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",

@@ -13,7 +13,7 @@ from twofold.plan.plan import Plan
 from twofold.report.formats import count, megabytes
 from twofold.report.kinds import Spectra, loss_of
 from twofold.report.names import model_title, public_recipe, without_paths
-from twofold.run import Run
+from twofold.report.record import Run
 
 
 def write_report(

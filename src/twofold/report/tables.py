@@ -8,7 +8,7 @@ from twofold.plan.plan import Plan
 from twofold.report.formats import NONE, count, duration, megabytes, millions, number, percent, share
 from twofold.report.kinds import Loss, by_kind, kind_labels
 from twofold.report.names import without_paths
-from twofold.run import Measured, Run
+from twofold.report.record import Measured, Run
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from twofold.plan.plan import Plan, PlanEntry
 from twofold.report.formats import count, megabytes, millions, number, percent, share
 from twofold.report.kinds import Group, Spectra, by_kind, by_layer, loss_at_share, loss_of, made_of, spread
 from twofold.report.names import model_title, without_paths
+from twofold.report.record import Run
 from twofold.report.scatter import compared, largest_difference
 from twofold.report.tables import ratio
-from twofold.run import Run
 
 EVEN = 0.02  # kinds whose kept shares differ by less are called equal
 

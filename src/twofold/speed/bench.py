@@ -20,7 +20,7 @@ from twofold.inference.timing import timed
 from twofold.model.load import load_skeleton
 from twofold.model.source import choose_device
 from twofold.nn import FactoredLinear
-from twofold.run import machine
+from twofold.report.record import machine
 from twofold.speed.memory import peak_of, random_ids
 from twofold.speed.record import Bench, Layer, Ratio, Row, Timing
 from twofold.speed.roofs import measure_roofs

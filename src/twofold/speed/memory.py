@@ -13,7 +13,7 @@ from dataclasses import asdict
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.run import peak_memory
+from twofold.report.record import peak_memory
 from twofold.speed.runtimes import Session, Settings, get_runtime
 
 

@@ -7,7 +7,7 @@ import statistics
 import pydantic
 
 from twofold.model.work import Work
-from twofold.run import Machine
+from twofold.report.record import Machine
 
 
 class Timing(pydantic.BaseModel, extra="forbid"):

@@ -21,7 +21,7 @@ from twofold.model.load import load_skeleton
 from twofold.model.source import choose_device, compute_dtype, first_line, quiet_bars
 from twofold.nn import CompactLinear, IntMatrix
 from twofold.refine.teacher import ROWS
-from twofold.run import peak_memory
+from twofold.report.record import peak_memory
 from twofold.tune.head import POSITIONS, plain_head
 from twofold.tune.methods import adapter_config, check_method, free_factors
 from twofold.tune.optimizers import state_numbers

@@ -10,7 +10,7 @@ import pydantic
 from matplotlib.figure import Figure
 
 from twofold.report.printed import COLOURS, on_paper
-from twofold.run import Machine, Sample
+from twofold.report.record import Machine, Sample
 from twofold.tune.settings import TuneSettings
 
 

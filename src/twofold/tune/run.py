@@ -18,7 +18,7 @@ from twofold.host.progress import say
 from twofold.host.unfinished import BEFORE, Work, working
 from twofold.model.load import LoadedModel, cast_weights, load_model
 from twofold.model.source import quiet_bars
-from twofold.run import Sample, Stopwatch, machine, peak_memory
+from twofold.report.record import Sample, Stopwatch, machine, peak_memory
 from twofold.tune.bar import LossBar
 from twofold.tune.methods import Method, apply_method
 from twofold.tune.optimizers import optimizer_arguments
