@@ -24,8 +24,8 @@ from twofold import factorize
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_output
 from twofold.nn import FactoredLinear, IntLinear, QuantizedLinear, TiedLinear
+from twofold.scratch.bound import BoundedUpdate, product_norm, spectral_norm
 from twofold.tune import make_settings
-from twofold.tune.bound import BoundedUpdate, product_norm, spectral_norm
 from twofold.tune.directions import split_directions
 from twofold.tune.estimate import choose, estimate
 from twofold.tune.fused import fuse_lora

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from twofold.nn import FactoredLinear
-from twofold.tune.bound import BoundedUpdate, last_step, spectral_norm
+from twofold.scratch.bound import BoundedUpdate, last_step, spectral_norm
 
 DIRECTION = "twofold_direction_"  # in the optimizer's state of a weight: of the weight, or its product
 FIRST_ROUNDS = 30  # of power iteration

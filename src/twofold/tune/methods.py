@@ -29,8 +29,8 @@ from twofold.checkpoint.peft.lora import has_compact, whole_layers
 from twofold.errors import TwofoldError
 from twofold.model.weights import matches
 from twofold.nn import CompactLinear, IntMatrix, SharedLinear
+from twofold.scratch.bound import BoundedUpdate
 from twofold.tune.allocation import AdaLoraSteps
-from twofold.tune.bound import BoundedUpdate
 from twofold.tune.directions import split_directions
 from twofold.tune.fused import fuse_lora
 from twofold.tune.settings import TuneSettings
