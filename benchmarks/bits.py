@@ -72,10 +72,10 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
 
     from twofold.factor.apply import apply_plan, dense_again
     from twofold.model.load import need_tokenizer
-    from twofold.opening import open_for
-    from twofold.pipeline import prepare
     from twofold.plan.make import make_plan
     from twofold.report.record import Stopwatch
+    from twofold.run.open import open_for
+    from twofold.run.prepare import prepare
     from twofold.settings.recipe import make_recipe
     from twofold.task.held_out import evaluation_windows
     from twofold.task.quality import measure_quality

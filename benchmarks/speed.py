@@ -62,7 +62,7 @@ def build_large(folder: Path, shape: argparse.Namespace) -> tuple[Path, Path]:
 
 def build_builtin(folder: Path, keep: float) -> Path:
     """The built-in model factored by plain SVD with uniform ranks, in a folder; if it is there already it is taken."""
-    from twofold import compress
+    from twofold.run.compress import compress
     from twofold.settings.recipe import Recipe
 
     out = folder / f"smollm2-keep-{keep}"

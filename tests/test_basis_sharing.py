@@ -30,8 +30,6 @@ from twofold.calibrate import Moments
 from twofold.checkpoint.plugin import FORMAT_VERSION
 from twofold.decompose.spectra import Spectra
 from twofold.factor.apply import apply_plan, put_back
-from twofold.factorization import plan_model
-from twofold.inspection import inspect_model
 from twofold.model.load import load_model
 from twofold.model.weights import Target, Targets, find_targets
 from twofold.nn import FactoredLinear, SharedBasis, SharedLinear
@@ -42,6 +40,8 @@ from twofold.plan.plan import Plan
 from twofold.plan.structures import structure_candidate
 from twofold.refine.base import REFINEMENTS, Refined, Refinement
 from twofold.refine.training import trainable
+from twofold.run.factorize import plan_model
+from twofold.run.inspect import inspect_model
 from twofold.settings.recipe import Override, make_recipe
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.sharing import UNSHARED, alone_notes, share_bases, sharing

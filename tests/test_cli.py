@@ -533,7 +533,7 @@ def test_no_space_leaves_nothing(run, quick, tmp_path, monkeypatch):
 
 
 def test_a_failure_of_ours_is_said_to_be_ours(run, quick, tmp_path, monkeypatch):
-    monkeypatch.setattr("twofold.pipeline.find_targets", lambda *a: 1 / 0)
+    monkeypatch.setattr("twofold.run.prepare.find_targets", lambda *a: 1 / 0)
     code, _, err = run("compress", *quick, "--keep", 0.5, "--out", tmp_path / "s")
     assert code == 1 and "this is a failure of ours (ZeroDivisionError" in err
 

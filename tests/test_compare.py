@@ -23,11 +23,11 @@ from twofold.comparison.grid import Cell
 from twofold.comparison.ground import Ground, lay
 from twofold.comparison.quantized import choose_baselines, quantized, torchao_version
 from twofold.comparison.rows import Rows
-from twofold.compression import compress
 from twofold.evaluate.side_by_side import evaluate_models
 from twofold.factor.apply import put_back
 from twofold.host.cache import cache_folder
 from twofold.model.weights import find_targets
+from twofold.run.compress import compress
 from twofold.task.texts import read_texts
 
 NO_TORCHAO = "torchao is not installed: pip install 'twofold[quantize]'"

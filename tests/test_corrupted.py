@@ -20,9 +20,9 @@ import twofold
 import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.checkpoint.plugin import FORMAT_VERSION
-from twofold.inspection import inspect_model
 from twofold.model.load import load_model
 from twofold.plan.plan import Plan
+from twofold.run.inspect import inspect_model
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 NORM, UP, DOWN = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"

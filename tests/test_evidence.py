@@ -14,17 +14,17 @@ import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.allocate.sensitivity import GRID
 from twofold.comparison import compare, make_grid
-from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.factor.apply import layer_problem
-from twofold.factorization import plan_model
 from twofold.linalg import gauge_rank, truncate
 from twofold.model.weights import dense_weight
-from twofold.opening import open_for
-from twofold.pipeline import carry_out, prepare
 from twofold.plan.evidence.first_order import component_scores
 from twofold.plan.plan import Plan
 from twofold.report.record import Stopwatch
+from twofold.run.compress import compress
+from twofold.run.factorize import plan_model
+from twofold.run.open import open_for
+from twofold.run.prepare import carry_out, prepare
 from twofold.settings.recipe import make_recipe
 from twofold.task.curvature import loss_gradient
 

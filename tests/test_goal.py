@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold.compression import compress
 from twofold.evaluate import Reference
-from twofold.factorization import plan_model
 from twofold.host.unfinished import work_folder
 from twofold.plan.plan import Plan
 from twofold.report.record import Run
-from twofold.search import TOLERANCE, Probe, smallest
+from twofold.run.compress import compress
+from twofold.run.factorize import plan_model
+from twofold.run.search import TOLERANCE, Probe, smallest
+from twofold.run.status import status_of
 from twofold.settings.goal import parse_perplexity
 from twofold.settings.recipe import Recipe, make_recipe
-from twofold.status import status_of
 from twofold.task.quality import measure_quality
 
 SMALL = {"tokens": 256, "window": 32, "eval_windows": 4}
@@ -286,7 +286,7 @@ compress(make_recipe({"model": sys.argv[1], "calibration": [sys.argv[2]], "token
 
 
 def test_a_killed_search_measures_nothing_twice(checkpoint, text_file, tmp_path, monkeypatch):
-    from twofold.sizing import Sizing
+    from twofold.run.sizing import Sizing
 
     out = tmp_path / "small"
     killed = subprocess.run(

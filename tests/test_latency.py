@@ -15,10 +15,10 @@ import twofold
 from conftest import make_model
 from twofold import TwofoldError
 from twofold.cli import app
-from twofold.factorization import plan_model
 from twofold.inference import latency
 from twofold.inference.latency import DECODE, PREFILL, Latencies, Table, Times, measured_ranks, time_shape, times_of
 from twofold.model.weights import list_weights
+from twofold.run.factorize import plan_model
 from twofold.settings.recipe import Recipe, make_recipe
 
 

@@ -17,19 +17,20 @@ from transformers import OlmoConfig, OlmoForCausalLM
 from conftest import TEXT, make_model, make_tokenizer
 from test_refine import recipe_of
 from test_streaming import DYING, command, environment, same
-from twofold import TwofoldError, compress, factorize
-from twofold.factorization import plan_model
+from twofold import TwofoldError
 from twofold.linalg import natural_step as nl
 from twofold.model.load import LoadedModel, load_model, load_skeleton
 from twofold.model.weights import find_targets, replace_module
 from twofold.nn import FactoredLinear
 from twofold.objectives import get_objective
-from twofold.probe import probe
 from twofold.refine import natural_gradient as ng
 from twofold.refine.base import Task
 from twofold.refine.gradient import sum_half
 from twofold.refine.likeness import Likeness
 from twofold.refine.training import training
+from twofold.run.compress import compress
+from twofold.run.estimate.probe import probe
+from twofold.run.factorize import factorize, plan_model
 from twofold.settings.recipe import make_recipe
 
 
@@ -370,7 +371,7 @@ def test_the_estimate_counts_it(checkpoint, monkeypatch):
     speeds = functools.cache(lambda: probe(*seen[0]))
     seen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
-        "twofold.estimate.probe", lambda *a: seen.append(a) or speeds()
+        "twofold.run.estimate.memory.probe", lambda *a: seen.append(a) or speeds()
     )  # once, so that they are the same
     found = {}
     for rounds in (0, 1, 3):

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold.compression import compress
-from twofold.factorization import plan_model
 from twofold.objectives import OBJECTIVES
 from twofold.plan.plan import Plan
 from twofold.report.record import Run
+from twofold.run.compress import compress
+from twofold.run.factorize import plan_model
 from twofold.settings.recipe import Recipe, make_recipe
 
 SMALL = {"tokens": 64, "window": 32, "quiet": True}

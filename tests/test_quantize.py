@@ -19,7 +19,6 @@ from twofold import TwofoldError
 from twofold.evaluate import model_size
 from twofold.evaluate.side_by_side import evaluate_models
 from twofold.factor.verify import stored_bytes
-from twofold.inspection import inspect_model
 from twofold.linalg import damp, decompose, gram, smaller_side, truncate, weighted_low_rank
 from twofold.model.weights import Target
 from twofold.nn import CorrectedLinear, FactoredLinear, IntLinear, IntMatrix, QuantizedEmbedding, QuantizedLinear
@@ -28,6 +27,7 @@ from twofold.plan.bits import AUTO_BITS, Option, Rounding, bit_options, pareto
 from twofold.quantize.factors import factor_bytes, integer_factors, integer_form
 from twofold.quantize.loss import error_loss, factors_loss, far_diagonal, rounding_needs
 from twofold.quantize.rounding import round_matrix
+from twofold.run.inspect import inspect_model
 from twofold.settings.recipe import make_recipe
 
 IDS = torch.arange(20)[None]
@@ -462,7 +462,7 @@ def test_a_streamed_model_is_refused(checkpoint, text_file, tmp_path):
 
 
 def test_a_plan_without_a_calibration(checkpoint):
-    from twofold.factorization import plan_model
+    from twofold.run.factorize import plan_model
 
     with pytest.raises(TwofoldError, match="--bits auto measures what rounding loses: name --calibration"):
         plan_model(make_recipe({"model": str(checkpoint), "budget": "60KB", "bits": "auto"}))

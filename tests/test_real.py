@@ -12,9 +12,9 @@ import twofold.builtin
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import DATA
-from twofold.compression import compress
 from twofold.plan.plan import Plan
 from twofold.report.record import Run
+from twofold.run.compress import compress
 from twofold.settings.recipe import make_recipe
 from twofold.task.held_out import evaluation_windows
 from twofold.task.quality import measure_quality

@@ -12,10 +12,8 @@ import torch
 
 from conftest import TEXT, make_model
 from test_streaming import DYING, command, environment, same
-from twofold.compression import compress
 from twofold.errors import TwofoldError
 from twofold.factor.apply import dense_again
-from twofold.factorization import factorize
 from twofold.host.cache import cache_folder
 from twofold.linalg import decompose, truncate, weighted_low_rank
 from twofold.model.head import before_head, find_head
@@ -28,6 +26,8 @@ from twofold.refine.distill import distill
 from twofold.refine.streams import Streams
 from twofold.refine.teacher import Teacher, divergence
 from twofold.refine.training import train, trainable, training
+from twofold.run.compress import compress
+from twofold.run.factorize import factorize
 from twofold.settings.recipe import make_recipe
 from twofold.task.windows import HELD_OUT, held_out_windows
 

@@ -138,7 +138,7 @@ def test_no_secret_is_told(command, capsys, monkeypatch, tmp_path):
         code, out, err = run([*command, *more], capsys, monkeypatch)
         assert code == expected, err
         told += out + err
-    monkeypatch.setattr("twofold.pipeline.find_targets", lambda *a: 1 / 0)
+    monkeypatch.setattr("twofold.run.prepare.find_targets", lambda *a: 1 / 0)
     code, out, err = run([*command, "--overwrite"], capsys, monkeypatch)
     assert code == 1
     told += out + err

@@ -21,18 +21,18 @@ from conftest import ARCHITECTURES, CONFIGS, make_model, make_tokenizer
 from twofold.calibrate import Moments, sweep
 from twofold.calibrate.activations import Activations
 from twofold.checkpoint.shards import Shards
-from twofold.compression import compress
 from twofold.errors import TwofoldError
-from twofold.estimate import choose_way, estimate_run, memory_limit
-from twofold.factorization import plan_model
 from twofold.model.blocks import Chain, Stretch, run_stretch, stretches, watch_chain
 from twofold.model.load import load_model, load_skeleton, load_streamed
 from twofold.model.skeleton import survey
 from twofold.model.streamed import EMBEDDING, HEAD, Streamed
 from twofold.model.weights import find_targets
 from twofold.plan.plan import Plan
+from twofold.run.compress import compress
+from twofold.run.estimate.memory import choose_way, estimate_run, memory_limit
+from twofold.run.factorize import plan_model
+from twofold.run.status import remove_work, status_of
 from twofold.settings.recipe import make_recipe
-from twofold.status import remove_work, status_of
 
 
 def save(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
@@ -318,7 +318,7 @@ def test_an_unfinished_run_of_another_kind_is_not_touched(checkpoint, text_file,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("twofold.compression._measure", stop)
+        patch.setattr("twofold.run.compress._measure", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(small(checkpoint, text_file), out, quiet=True)
     assert status_of(out).state == "stopped" and status_of(out).decomposed == 14
@@ -335,7 +335,7 @@ def test_an_unfinished_run_of_another_kind_is_not_touched(checkpoint, text_file,
 
 def test_state_can_be_removed(checkpoint, text_file, tmp_path, monkeypatch):
     out = tmp_path / "small"
-    monkeypatch.setattr("twofold.compression._measure", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("twofold.run.compress._measure", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compress(small(checkpoint, text_file), out, quiet=True)
     remove_work(out)

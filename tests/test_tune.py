@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
 from test_adapters import factored_model, with_lora
-from twofold import factorize
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_output
 from twofold.nn import FactoredLinear, IntLinear, QuantizedLinear, TiedLinear
+from twofold.run.factorize import factorize
 from twofold.scratch.bound import BoundedUpdate, product_norm, spectral_norm
 from twofold.tune import make_settings
 from twofold.tune.directions import split_directions

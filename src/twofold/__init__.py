@@ -5,14 +5,14 @@ Importing this package lets plain ``transformers`` load factored checkpoints.
 
 from twofold.checkpoint.plugin import TwofoldConfig
 from twofold.comparison import compare
-from twofold.compression import compress
 from twofold.errors import TwofoldError
-from twofold.factorization import factorize
 from twofold.inference import optimize
 from twofold.model.load import load_model
 from twofold.model.weights import find_targets
 from twofold.nn import DenseColumnsLinear, FactoredLinear, SharedLinear, SlicedLinear
 from twofold.plan.plan import Plan
+from twofold.run.compress import compress
+from twofold.run.factorize import factorize
 from twofold.scratch import training_optimizer
 from twofold.settings.recipe import Recipe
 from twofold.version import __version__

@@ -37,7 +37,7 @@ from twofold.task.texts import TokenWindows
 from twofold.version import __version__
 
 if TYPE_CHECKING:
-    from twofold.opening import Opened
+    from twofold.run.open import Opened
 
 
 def calibrate(

@@ -22,8 +22,8 @@ def command(
 ) -> None:
     """Factorize the weight matrices of a model and write the smaller checkpoint, with its plan, card and report."""
     from twofold.cli.tables import print_run
-    from twofold.compression import compress
     from twofold.plan.plan import Plan
+    from twofold.run.compress import compress
 
     run = compress(recipe, out, overwrite=overwrite, moments_file=moments, quiet=quiet)
     if run is None:  # one of many processes; the first prints

@@ -17,7 +17,7 @@ def command(
 ) -> None:
     """List the weights of a model: shapes, groups that share an input, and what stays dense and why."""
     from twofold.cli.tables import print_inspection
-    from twofold.inspection import inspect_model
+    from twofold.run.inspect import inspect_model
 
     found = inspect_model(model, include or [], exclude or [], trust_remote_code=trust_remote_code)
     if json_output:

@@ -26,7 +26,7 @@ def command(
     Without it the ranks come from the weights' shapes alone, and the plan says so.
     """
     from twofold.cli.tables import print_plan
-    from twofold.factorization import plan_model
+    from twofold.run.factorize import plan_model
 
     plan = plan_model(recipe, moments_file=moments, quiet=quiet)
     if out is not None:

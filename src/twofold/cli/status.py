@@ -18,7 +18,7 @@ def command(
     The same command that began a run takes it up again. --remove deletes its unfinished state.
     """
     from twofold.cli.tables import print_status
-    from twofold.status import remove_work, status_of
+    from twofold.run.status import remove_work, status_of
 
     status = remove_work(out) if remove else status_of(out)
     if json_output:

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from twofold.comparison import Comparison
 from twofold.evaluate.side_by_side import Evaluation
-from twofold.inspection import Inspection
 from twofold.plan.plan import Estimate, Plan, PlanEntry
 from twofold.report.record import Run
-from twofold.status import Status
+from twofold.run.inspect import Inspection
+from twofold.run.status import Status
 
 console = Console()
 

@@ -18,10 +18,10 @@ from twofold.comparison.rows import Rows
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.objectives import get_objective
-from twofold.opening import check_methods
-from twofold.pipeline import plan_of_shapes
 from twofold.refine import get_refinement
 from twofold.report.record import machine
+from twofold.run.open import check_methods
+from twofold.run.prepare import plan_of_shapes
 
 
 def compare(grid: Grid | Mapping[str, Any], out: Path | str, *, quiet: bool = False) -> Comparison:

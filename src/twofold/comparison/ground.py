@@ -28,10 +28,10 @@ from twofold.model.source import first_line
 from twofold.model.weights import Targets, find_targets
 from twofold.objectives import Objective, get_objective
 from twofold.objectives.base import Statistic
-from twofold.opening import Opened, open_for
-from twofold.pipeline import RESIDENT_BLOCKS, decompose, with_structures
 from twofold.refine import check_refinements
 from twofold.report.record import Stopwatch
+from twofold.run.open import Opened, open_for
+from twofold.run.prepare import RESIDENT_BLOCKS, decompose, with_structures
 from twofold.settings.recipe import Recipe
 from twofold.task.held_out import evaluation_windows
 from twofold.task.texts import TokenWindows

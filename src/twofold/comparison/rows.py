@@ -23,12 +23,12 @@ from twofold.factor.apply import dense_again, put_back
 from twofold.factor.recalibrate import recalibrate
 from twofold.host.progress import say
 from twofold.objectives import get_objective
-from twofold.pipeline import Prepared, carry_out
 from twofold.plan.evidence.gather import gather
 from twofold.plan.make import make_plan
 from twofold.quantize.rounding import torchao_version
 from twofold.refine import refine
 from twofold.report.record import Stopwatch
+from twofold.run.prepare import Prepared, carry_out
 from twofold.settings.recipe import Recipe
 from twofold.task.quality import measure_quality
 

@@ -23,7 +23,7 @@ from twofold.plan.make import make_plan
 from twofold.settings.recipe import Recipe
 
 if TYPE_CHECKING:
-    from twofold.pipeline import Prepared
+    from twofold.run.prepare import Prepared
 
 SHARE = 1 / 3  # what the moments of the factored model weigh; measured, docs/experiments.md
 

@@ -24,7 +24,7 @@ from twofold.refine.base import Refined, Task, get_refinement
 from twofold.settings.recipe import Recipe
 
 if TYPE_CHECKING:
-    from twofold.pipeline import Prepared
+    from twofold.run.prepare import Prepared
 
 MANY = 2000  # trained numbers for each calibration token: twice what the measured runs had (docs/experiments.md)
 

@@ -12,7 +12,7 @@ import pydantic
 import torch
 
 from twofold.refine import Refined
-from twofold.search import Probe
+from twofold.run.search import Probe
 from twofold.settings.recipe import Recipe
 from twofold.task.quality import Quality
 from twofold.version import __version__

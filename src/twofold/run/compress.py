@@ -28,13 +28,13 @@ from twofold.model.source import quiet_bars
 from twofold.model.streamed import Streamed
 from twofold.nn import CompactLinear
 from twofold.nn.shared_linear import BASES
-from twofold.opening import open_for
-from twofold.pipeline import Prepared, carry_out, prepare
 from twofold.plan.plan import Plan, PlanEntry
 from twofold.refine import Refined, refine
 from twofold.report.record import Measured, Run, Sample, Stopwatch, machine, peak_memory
+from twofold.run.open import open_for
+from twofold.run.prepare import Prepared, carry_out, prepare
+from twofold.run.sizing import Sizing
 from twofold.settings.recipe import Recipe
-from twofold.sizing import Sizing
 from twofold.task.quality import Logits, measure_quality
 from twofold.task.windows import fit_window
 

@@ -30,15 +30,15 @@ from twofold.model.source import choose_device, compute_dtype
 from twofold.model.streamed import Resident, Streamed
 from twofold.model.weights import Targets, find_targets
 from twofold.objectives import Objective, get_objective
-from twofold.opening import Opened
 from twofold.plan.evidence.gather import gather
 from twofold.plan.make import make_plan
 from twofold.plan.plan import Plan
-from twofold.quantize.check import stand_in
 from twofold.quantize.loss import rounding_needs
 from twofold.report.record import Stopwatch
+from twofold.run.check import stand_in
+from twofold.run.open import Opened
+from twofold.run.sizing import Sizing
 from twofold.settings.recipe import Recipe
-from twofold.sizing import Sizing
 from twofold.structures import few_tokens, find_structures
 from twofold.task.texts import TokenWindows
 from twofold.task.windows import calibration_windows

@@ -29,7 +29,7 @@ from twofold.model.weights import Target, list_weights
 from twofold.objectives import get_objective
 from twofold.plan.plan import Estimate
 from twofold.plan.sizes import parse_budget
-from twofold.probe import Speeds, probe
+from twofold.run.estimate.probe import Speeds, probe
 from twofold.settings.recipe import Recipe
 from twofold.task.windows import held_out_windows
 

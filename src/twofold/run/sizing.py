@@ -24,13 +24,13 @@ from twofold.host.unfinished import Work
 from twofold.model.load import LoadedModel
 from twofold.plan.make import least_keep, make_plan
 from twofold.plan.plan import Plan
-from twofold.search import TOLERANCE, Probe, smallest
+from twofold.run.search import TOLERANCE, Probe, smallest
 from twofold.settings.recipe import Recipe
 from twofold.task.quality import Quality
 from twofold.task.texts import TokenWindows
 
 if TYPE_CHECKING:
-    from twofold.pipeline import Prepared
+    from twofold.run.prepare import Prepared
 
 STEPS = 9  # halvings of the share when the plan's prediction is inverted; they measure nothing
 

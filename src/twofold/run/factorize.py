@@ -11,19 +11,19 @@ from transformers import PretrainedConfig
 from twofold.allocate import get_allocation
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
-from twofold.estimate import estimate_run
 from twofold.evaluate.side_by_side import evaluation_text
 from twofold.model.load import LoadedModel, cast_weights, load_skeleton
 from twofold.model.weights import find_targets
 from twofold.objectives import get_objective
-from twofold.opening import check_methods, given_model, open_for
-from twofold.pipeline import carry_out, layer_times, plan_of_shapes, prepare, with_structures
 from twofold.plan.plan import Plan
 from twofold.refine import refine
 from twofold.report.record import Stopwatch
+from twofold.run.estimate.memory import estimate_run
+from twofold.run.open import check_methods, given_model, open_for
+from twofold.run.prepare import carry_out, layer_times, plan_of_shapes, prepare, with_structures
+from twofold.run.sizing import Sizing
 from twofold.scratch.start import factorize_start
 from twofold.settings.recipe import Recipe, make_recipe
-from twofold.sizing import Sizing
 from twofold.task.windows import fit_window
 
 

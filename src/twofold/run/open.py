@@ -10,7 +10,6 @@ from torch import nn
 
 from twofold.allocate import get_allocation
 from twofold.errors import TwofoldError
-from twofold.estimate import Way, choose_way
 from twofold.factor.recalibrate import check_recalibrated
 from twofold.host.progress import say
 from twofold.model.blocks import Chain
@@ -18,8 +17,9 @@ from twofold.model.load import LoadedModel, cast_weights, check_finite, load_mod
 from twofold.model.streamed import Streamed
 from twofold.objectives import get_objective
 from twofold.plan.structures import check_structural
-from twofold.quantize.check import check_bits
 from twofold.refine import check_refinable, check_refinements
+from twofold.run.check import check_bits
+from twofold.run.estimate.memory import Way, choose_way
 from twofold.settings.recipe import Recipe
 
 

@@ -1,0 +1,1 @@
+"""The jobs: open, prepare, compress, factorize, search for a size, inspect, estimate."""
