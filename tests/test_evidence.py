@@ -13,7 +13,8 @@ import twofold.truncated as truncated
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.allocate.sensitivity import GRID
-from twofold.comparison import compare, make_grid
+from twofold.compare.arena import compare
+from twofold.compare.grid import make_grid
 from twofold.errors import TwofoldError
 from twofold.factor.apply import layer_problem
 from twofold.linalg import gauge_rank, truncate

@@ -4,7 +4,7 @@ Importing this package lets plain ``transformers`` load factored checkpoints.
 """
 
 from twofold.checkpoint.plugin import TwofoldConfig
-from twofold.comparison import compare
+from twofold.compare.arena import compare
 from twofold.errors import TwofoldError
 from twofold.inference import optimize
 from twofold.model.load import load_model

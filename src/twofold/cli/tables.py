@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from twofold.comparison import Comparison
+from twofold.compare.record import Comparison
 from twofold.evaluate.side_by_side import Evaluation
 from twofold.plan.plan import Estimate, Plan, PlanEntry
 from twofold.report.record import Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from twofold.comparison.record import Comparison, Row
+from twofold.compare.record import Comparison, Row
 from twofold.report.formats import NONE, count, number
 
 MEGA = 1e6

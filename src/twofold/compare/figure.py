@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from twofold.comparison.record import Comparison, Row
+from twofold.compare.record import Comparison, Row
 from twofold.report.drawing import INK, label_of
 from twofold.report.formats import number
 from twofold.report.printed import COLOURS, PRINT, on_paper, save_printed

@@ -17,8 +17,8 @@ from twofold.allocate import get_allocation
 from twofold.calibrate import Moments, request_statistics
 from twofold.calibrate.calibrate import calibrate, spectra_mark, used_targets
 from twofold.calibrate.fingerprint import model_hash
-from twofold.comparison.grid import Cell, Grid
-from twofold.comparison.record import Text
+from twofold.compare.grid import Cell, Grid
+from twofold.compare.record import Text
 from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
 from twofold.host.progress import say

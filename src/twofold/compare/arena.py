@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from twofold.allocate import get_allocation
-from twofold.comparison.cells import only_run
-from twofold.comparison.grid import Cell, Grid, make_grid
-from twofold.comparison.ground import Ground, lay
-from twofold.comparison.quantized import choose_baselines
-from twofold.comparison.record import Comparison, Row
-from twofold.comparison.rows import Rows
+from twofold.compare.cells import only_run
+from twofold.compare.grid import Cell, Grid, make_grid
+from twofold.compare.ground import Ground, lay
+from twofold.compare.quantized import choose_baselines
+from twofold.compare.record import Comparison, Row
+from twofold.compare.rows import Rows
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.objectives import get_objective
@@ -37,7 +37,7 @@ def compare(grid: Grid | Mapping[str, Any], out: Path | str, *, quiet: bool = Fa
     Raises:
         TwofoldError: for whatever the user can put right.
     """
-    from twofold.comparison.output import write_output  # with matplotlib, which no other command needs at once
+    from twofold.compare.output import write_output  # with matplotlib, which no other command needs at once
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TwofoldError("a comparison runs in one process; start it without a launcher")

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from twofold.allocate import Evidence, get_allocation
-from twofold.comparison.cells import Cells
-from twofold.comparison.grid import Cell
-from twofold.comparison.ground import Decomposed, Ground
-from twofold.comparison.quantized import quantized
-from twofold.comparison.record import Row
+from twofold.compare.cells import Cells
+from twofold.compare.grid import Cell
+from twofold.compare.ground import Decomposed, Ground
+from twofold.compare.quantized import quantized
+from twofold.compare.record import Row
 from twofold.errors import TwofoldError
 from twofold.evaluate import Reference
 from twofold.factor.apply import dense_again, put_back

@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from twofold.comparison.figure import draw_front
-from twofold.comparison.record import Comparison
-from twofold.comparison.tables import csv_table, markdown
+from twofold.compare.figure import draw_front
+from twofold.compare.record import Comparison
+from twofold.compare.tables import csv_table, markdown
 from twofold.errors import TwofoldError
 
 

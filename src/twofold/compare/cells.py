@@ -14,7 +14,7 @@ from typing import Any
 import pydantic
 from filelock import FileLock, Timeout
 
-from twofold.comparison.record import Row
+from twofold.compare.record import Row
 from twofold.errors import TwofoldError
 from twofold.host.files import make_folder, write_text
 
