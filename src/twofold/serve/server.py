@@ -11,7 +11,7 @@ from typing import Any
 
 from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel, load_model, need_tokenizer, positions
-from twofold.serving.gate import Gate, error_body
+from twofold.serve.gate import Gate, error_body
 
 INSTALL = "pip install 'twofold[serve]'"
 PACKAGES = ("fastapi", "uvicorn", "openai")
@@ -58,7 +58,7 @@ def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
     try:
         from transformers.cli.serving.server import build_server
 
-        from twofold.serving.generation import Chat, Complete, OneModel, State
+        from twofold.serve.generation import Chat, Complete, OneModel, State
     except ImportError as error:
         raise TwofoldError(
             f"this transformers has not the server that twofold serve builds on ({error}); install 5.23 or newer"
