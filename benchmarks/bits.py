@@ -72,7 +72,7 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
 
     from twofold.factor.apply import apply_plan, dense_again
     from twofold.model.load import need_tokenizer
-    from twofold.plan.make import make_plan
+    from twofold.planning.make import make_plan
     from twofold.report.record import Stopwatch
     from twofold.run.open import open_for
     from twofold.run.prepare import prepare

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 import twofold
 from twofold.model.load import load_tokenizer
 from twofold.nn import FactoredLinear
-from twofold.tune import make_settings
-from twofold.tune.prepare import prepare
-from twofold.tune.tokens import Example, Examples
+from twofold.tuning import make_settings
+from twofold.tuning.prepare import prepare
+from twofold.tuning.tokens import Example, Examples
 
 
 class Bench:

@@ -51,7 +51,7 @@ def write_tasks(folder: Path, data: Path) -> None:
 
 def measure(model: str, tasks: Path, limit: int | None, batch: int) -> dict[str, float]:
     """The accuracy of one model on each task."""
-    from twofold.evaluate.lm_eval import evaluate_tasks
+    from twofold.evaluation.lm_eval import evaluate_tasks
 
     names = [f"local_{name}" for name in TASKS]
     found = evaluate_tasks(model, names, task_folder=str(tasks), limit=limit, batch_size=batch, dtype="float32")

@@ -17,7 +17,7 @@ from twofold.allocate.sensitivity import GRID
 from twofold.allocate.svd_llm_v2 import removal_factors
 from twofold.errors import TwofoldError
 from twofold.linalg import gauge_storage
-from twofold.plan.sizes import ModelSize, parse_budget, target_budget
+from twofold.planning.sizes import ModelSize, parse_budget, target_budget
 
 
 def candidates_of(shapes, seed):

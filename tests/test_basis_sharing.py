@@ -35,9 +35,9 @@ from twofold.model.weights import Target, Targets, find_targets
 from twofold.nn import FactoredLinear, SharedBasis, SharedLinear
 from twofold.nn.shared_linear import BASES, hold_bases
 from twofold.objectives import get_objective
-from twofold.plan.make import make_plan
-from twofold.plan.plan import Plan
-from twofold.plan.structures import structure_candidate
+from twofold.planning.make import make_plan
+from twofold.planning.plan import Plan
+from twofold.planning.structures import structure_candidate
 from twofold.refine.base import REFINEMENTS, Refined, Refinement
 from twofold.refine.training import trainable
 from twofold.run.factorize import plan_model
@@ -45,8 +45,8 @@ from twofold.run.inspect import inspect_model
 from twofold.settings.recipe import Override, make_recipe
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.sharing import UNSHARED, alone_notes, share_bases, sharing
-from twofold.tune import make_settings
-from twofold.tune.estimate import estimate
+from twofold.tuning import make_settings
+from twofold.tuning.estimate import estimate
 
 IDS = torch.arange(20)[None]
 DAMPING = 1e-2

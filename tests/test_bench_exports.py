@@ -18,7 +18,7 @@ from conftest import CONFIGS, TEXT, make_model, make_tokenizer
 from test_bench import QUIET, SHORT
 from test_bench import models as models  # the fixture
 from twofold import TwofoldError
-from twofold.export import Exported, export_model
+from twofold.exports import Exported, export_model
 from twofold.model.load import load_model
 from twofold.model.work import work_of
 from twofold.speed import bench as bench_module

@@ -20,7 +20,7 @@ import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.host.cache import cache_folder
 from twofold.host.folders import staged_folder
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 
 
 @pytest.fixture
@@ -523,7 +523,7 @@ def test_no_space_leaves_nothing(run, quick, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("twofold.plan.plan.Plan.save", full)
+    monkeypatch.setattr("twofold.planning.plan.Plan.save", full)
     refused(run("compress", *quick, "--keep", 0.5, "--out", tmp_path / "s"), "no space left while writing")
     assert not (tmp_path / "s").exists() and not list(tmp_path.glob(".s.*"))
     monkeypatch.undo()

@@ -13,19 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from twofold.comparison.quantized import torchao_version
 
 import twofold.cli
 from conftest import TEXT, make_model
 from twofold import TwofoldError
-from twofold.compare.arena import compare
-from twofold.compare.cells import only_run
-from twofold.compare.grid import Cell, make_grid
-from twofold.compare.ground import Ground, lay
-from twofold.compare.quantized import choose_baselines, quantized
-from twofold.compare.record import Comparison
-from twofold.compare.rows import Rows
-from twofold.evaluate.side_by_side import evaluate_models
+from twofold.comparison.arena import compare
+from twofold.comparison.cells import only_run
+from twofold.comparison.grid import Cell, make_grid
+from twofold.comparison.ground import Ground, lay
+from twofold.comparison.quantized import choose_baselines, quantized, torchao_version
+from twofold.comparison.record import Comparison
+from twofold.comparison.rows import Rows
+from twofold.evaluation.side_by_side import evaluate_models
 from twofold.factor.apply import put_back
 from twofold.host.cache import cache_folder
 from twofold.model.weights import find_targets
@@ -283,7 +282,7 @@ def test_a_cell_that_fails_is_a_row_and_the_model_is_whole_for_the_next(settings
     def fail(*args, **kwargs):
         raise TwofoldError("no such luck")
 
-    monkeypatch.setattr("twofold.compare.rows.refine", fail)
+    monkeypatch.setattr("twofold.comparison.rows.refine", fail)
     made = compare(grid, tmp_path / "arena", quiet=True)
     assert made.rows[1].skipped == "no such luck" and made.rows[1].perplexity == []
     assert figures(made)[2] == figures(whole)[1]
@@ -431,7 +430,7 @@ def test_a_budget_is_no_keep_ratio(settings, tmp_path):
 
 
 def test_baselines_without_torchao(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("twofold.compare.quantized.torchao_version", lambda: None)
+    monkeypatch.setattr("twofold.comparison.quantized.torchao_version", lambda: None)
     with pytest.raises(TwofoldError, match="need torchao, which is not installed: pip install"):
         compare({**settings, "baselines": "int8,int4"}, tmp_path / "arena", quiet=True)
     made = compare({**settings, "baselines": None}, tmp_path / "arena", quiet=True)
@@ -487,7 +486,7 @@ def test_two_comparisons_do_not_write_to_one_folder(settings, tmp_path):
 
 def test_an_objective_that_does_not_go_with_the_model_is_skipped(settings, tmp_path, monkeypatch):
     """The rows of the others are measured and written all the same."""
-    from twofold.compare.ground import Ground
+    from twofold.comparison.ground import Ground
 
     decomposed = Ground.decomposed
 

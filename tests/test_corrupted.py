@@ -21,7 +21,7 @@ import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.checkpoint.plugin import FORMAT_VERSION
 from twofold.model.load import load_model
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.run.inspect import inspect_model
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"

@@ -8,19 +8,19 @@ import math
 import numpy as np
 import pytest
 import torch
-import twofold.truncated as truncated
 
 import twofold
+import twofold.planning.evidence.truncated as truncated
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.allocate.sensitivity import GRID
-from twofold.compare.arena import compare
-from twofold.compare.grid import make_grid
+from twofold.comparison.arena import compare
+from twofold.comparison.grid import make_grid
 from twofold.errors import TwofoldError
 from twofold.factor.apply import layer_problem
 from twofold.linalg import gauge_rank, truncate
 from twofold.model.weights import dense_weight
-from twofold.plan.evidence.first_order import component_scores
-from twofold.plan.plan import Plan
+from twofold.planning.evidence.first_order import component_scores
+from twofold.planning.plan import Plan
 from twofold.report.record import Stopwatch
 from twofold.run.compress import compress
 from twofold.run.factorize import plan_model

@@ -17,14 +17,14 @@ import twofold.cli
 from conftest import ARCHITECTURES, CONFIGS, TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
 from twofold.checkpoint.plugin import attach
-from twofold.export import export_model, portable_layers
-from twofold.export.base import FORMATS, Source, Written, export_format
-from twofold.export.decoding import ModelDecoder, greedy
-from twofold.export.formats import register
-from twofold.export.formats.dense import save_dense
-from twofold.export.formats.lora import split
-from twofold.export.graph import trace
-from twofold.export.runtimes import open_export
+from twofold.exports import export_model, portable_layers
+from twofold.exports.base import FORMATS, Source, Written, export_format
+from twofold.exports.decoding import ModelDecoder, greedy
+from twofold.exports.formats import register
+from twofold.exports.formats.dense import save_dense
+from twofold.exports.formats.lora import split
+from twofold.exports.graph import trace
+from twofold.exports.runtimes import open_export
 from twofold.model.load import LoadedModel, load_model, load_skeleton
 from twofold.model.skeleton import survey
 from twofold.nn import DenseColumnsLinear, FactoredLinear, IntMatrix, SharedBasis, SharedLinear, SlicedLinear
@@ -449,7 +449,7 @@ def test_a_missing_package_is_named(kind, module, small, tmp_path, monkeypatch):
 def test_quantized_factors_are_refused(tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    from twofold.export.base import check_plain
+    from twofold.exports.base import check_plain
 
     model = factorized("llama")
     check_plain(model, "m")

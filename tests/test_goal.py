@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold.evaluate import Reference
+from twofold.evaluation import Reference
 from twofold.host.unfinished import work_folder
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.report.record import Run
 from twofold.run.compress import compress
 from twofold.run.factorize import plan_model
@@ -130,7 +130,7 @@ def test_a_reference_that_is_not_kept_gives_the_same_numbers(checkpoint, text_fi
     """The original is run again for every model, and it is the dense one that is run."""
     recipe = goal_recipe(checkpoint, text_file, kl_at_most=0.05)
     kept = compress(recipe, tmp_path / "kept", quiet=True)
-    monkeypatch.setattr("twofold.evaluate.reference.LIMIT", 0)
+    monkeypatch.setattr("twofold.evaluation.reference.LIMIT", 0)
     again = compress(recipe, tmp_path / "again", quiet=True)
     assert again.probes == kept.probes and again.quality == kept.quality
     assert min(one.divergence for one in again.probes) > 0
@@ -144,7 +144,7 @@ def test_files_of_another_reference_are_not_read(tmp_path, monkeypatch):
         return model(input_ids=ids).logits
 
     Reference(original, first, tmp_path, "a", quiet=True)
-    monkeypatch.setattr("twofold.evaluate.reference.LIMIT", 0)
+    monkeypatch.setattr("twofold.evaluation.reference.LIMIT", 0)
     assert (
         Reference(original, second, tmp_path, "a", quiet=True).measure(original, original, quiet=True).divergence == 0
     )
@@ -270,9 +270,9 @@ def test_a_plan_without_a_calibration_is_refused(checkpoint):
 
 KILLED = """
 import os, signal, sys
-import twofold.sizing as sizing
-from twofold.compression import compress
-from twofold.recipe import make_recipe
+import twofold.run.sizing as sizing
+from twofold.run.compress import compress
+from twofold.settings.recipe import make_recipe
 measure, count = sizing.Sizing._measure, []
 def stop(self, plan):
     if len(count) == 2:
@@ -308,7 +308,7 @@ def test_a_killed_search_measures_nothing_twice(checkpoint, text_file, tmp_path,
 
 
 def test_the_dense_model_runs_over_the_text_once(checkpoint, text_file, tmp_path, monkeypatch):
-    import twofold.evaluate.reference as reference
+    import twofold.evaluation.reference as reference
 
     scored = []
     score = reference.score

@@ -15,7 +15,7 @@ from conftest import TEXT, make_model, make_tokenizer
 from twofold.factor.apply import factor_layer
 from twofold.linalg import decompose, truncate, truncation_loss
 from twofold.objectives import OBJECTIVES, LayerMoments, get_objective
-from twofold.plan.plan import PlanEntry
+from twofold.planning.plan import PlanEntry
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 ALONE = sorted(name for name, one in OBJECTIVES.items() if one.build is not None)  # the others: test_structures.py

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.objectives import OBJECTIVES
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.report.record import Run
 from twofold.run.compress import compress
 from twofold.run.factorize import plan_model

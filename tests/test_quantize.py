@@ -16,14 +16,14 @@ from transformers import AutoModel, AutoModelForCausalLM, RobertaConfig, Roberta
 import twofold
 from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
-from twofold.evaluate import model_size
-from twofold.evaluate.side_by_side import evaluate_models
+from twofold.evaluation import model_size
+from twofold.evaluation.side_by_side import evaluate_models
 from twofold.factor.verify import stored_bytes
 from twofold.linalg import damp, decompose, gram, smaller_side, truncate, weighted_low_rank
 from twofold.model.weights import Target
 from twofold.nn import CorrectedLinear, FactoredLinear, IntLinear, IntMatrix, QuantizedEmbedding, QuantizedLinear
 from twofold.objectives import LayerMoments, get_objective
-from twofold.plan.bits import AUTO_BITS, Option, Rounding, bit_options, pareto
+from twofold.planning.bits import AUTO_BITS, Option, Rounding, bit_options, pareto
 from twofold.quantize.factors import factor_bytes, integer_factors, integer_form
 from twofold.quantize.loss import error_loss, factors_loss, far_diagonal, rounding_needs
 from twofold.quantize.rounding import round_matrix

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import twofold.builtin
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import twofold.model.builtin
 from conftest import DATA
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.report.record import Run
 from twofold.run.compress import compress
 from twofold.settings.recipe import make_recipe
@@ -43,7 +43,7 @@ def test_a_real_run(tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     windows = evaluation_windows(WIKITEXT / "wiki.test.raw", tokenizer, windows=2)
-    dense = AutoModelForCausalLM.from_pretrained(twofold.builtin.smollm2_folder())
+    dense = AutoModelForCausalLM.from_pretrained(twofold.model.builtin.smollm2_folder())
     first, second = measure_quality(
         [lambda ids: dense(input_ids=ids).logits, lambda ids: model(input_ids=ids).logits], windows, quiet=True
     )

@@ -19,7 +19,7 @@ from twofold.linalg import decompose, truncate, weighted_low_rank
 from twofold.model.head import before_head, find_head
 from twofold.model.load import LoadedModel
 from twofold.objectives import LayerMoments, get_objective
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.refine.anchored import anchored_problem
 from twofold.refine.base import REFINEMENTS, Refined, Refinement, Task
 from twofold.refine.distill import distill

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from twofold.linalg import gauge_storage
-from twofold.plan.plan import DenseEntry, Plan, PlanEntry
+from twofold.planning.plan import DenseEntry, Plan, PlanEntry
 from twofold.report import write_card, write_report
 from twofold.report.formats import megabytes, number, percent
 from twofold.report.kinds import by_kind, kind_labels, loss_at_share

@@ -172,8 +172,8 @@ def test_a_write_that_breaks_off_leaves_nothing(size, command, capsys, monkeypat
 
 ON_A_SMALL_DISK = """
 import sys
-import twofold.cli, twofold.checkpoint.write, twofold.compression
-twofold.compression.check_space = lambda *a: None  # as if the disk had filled after it was asked
+import twofold.cli, twofold.host.folders, twofold.run.compress as compression
+compression.check_space = lambda *a: None  # as if the disk had filled after it was asked
 sys.argv = ["twofold", *sys.argv[1:]]
 twofold.cli.main()
 """

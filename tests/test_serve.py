@@ -24,8 +24,8 @@ import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
 from twofold.model.load import LoadedModel
-from twofold.serve.chat import Conversation
-from twofold.serve.server import build_app, listen, serve
+from twofold.serving.chat import Conversation
+from twofold.serving.server import build_app, listen, serve
 
 HI = [{"role": "user", "content": "Hi"}]
 TEMPLATE = (
@@ -224,7 +224,7 @@ def test_bad_requests_get_one_sentence(path, body, status, message, running):
 
 def test_what_is_no_json_and_what_is_too_large(running, monkeypatch):
     assert httpx.post(f"{running.url}/completions", content=b"{bad").status_code == 400
-    monkeypatch.setattr("twofold.serve.gate.LARGEST", 100)
+    monkeypatch.setattr("twofold.serving.gate.LARGEST", 100)
     answer = httpx.post(f"{running.url}/completions", json={"prompt": "x" * 200})
     assert answer.status_code == 413
     running.wait_until_empty()

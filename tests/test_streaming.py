@@ -27,7 +27,7 @@ from twofold.model.load import load_model, load_skeleton, load_streamed
 from twofold.model.skeleton import survey
 from twofold.model.streamed import EMBEDDING, HEAD, Streamed
 from twofold.model.weights import find_targets
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.run.compress import compress
 from twofold.run.estimate.memory import choose_way, estimate_run, memory_limit
 from twofold.run.factorize import plan_model
@@ -458,7 +458,9 @@ def test_two_processes_give_what_one_gives(text_file, tmp_path):
         products = []
         for count in (1, 2):
             model = load_model(str(tmp_path / f"{stream}-{count}")).model
-            products.append({e.name: twofold.targets.dense_weight(model.get_submodule(e.name)) for e in first.entries})
+            products.append(
+                {e.name: twofold.model.weights.dense_weight(model.get_submodule(e.name)) for e in first.entries}
+            )
         for name, product in products[0].items():
             torch.testing.assert_close(product, products[1][name], rtol=0, atol=1e-4)
 

@@ -17,6 +17,7 @@ from conftest import CONFIGS, TEXT, VOCABULARY, make_model, make_tokenizer
 from twofold.calibrate import Moments
 from twofold.model.weights import find_targets
 from twofold.nn import SlicedLinear
+from twofold.run.factorize import plan_model
 from twofold.structures import Member, Structure, few_tokens, find_structures
 from twofold.structures.mlp import CutMLP
 from twofold.structures.query_key import CutQueries
@@ -401,9 +402,7 @@ def test_a_wrong_size_in_a_checkpoint_is_refused(tmp_path):
 
 
 def test_a_plan_without_calibration(checkpoint):
-    plan = twofold.factorization.plan_model(
-        twofold.Recipe(model=str(checkpoint), keep=0.5, objective="modegpt"), estimate=False
-    )
+    plan = plan_model(twofold.Recipe(model=str(checkpoint), keep=0.5, objective="modegpt"), estimate=False)
     assert plan.keep <= 0.5 and {e.form for e in plan.entries} == {"kept-rows", "kept-columns"}
 
 

@@ -15,7 +15,7 @@ import twofold.cli
 from conftest import make_model, make_tokenizer
 from test_adapters import with_lora
 from twofold.errors import TwofoldError
-from twofold.evaluate.lm_eval import evaluate_tasks
+from twofold.evaluation.lm_eval import evaluate_tasks
 
 ROWS = [
     {"query": f"The number {i} is", "choices": [" odd", " even", " neither"], "gold": i % 3}

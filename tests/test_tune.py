@@ -25,17 +25,17 @@ from twofold.host.folders import check_output
 from twofold.nn import FactoredLinear, IntLinear, QuantizedLinear, TiedLinear
 from twofold.run.factorize import factorize
 from twofold.scratch.bound import BoundedUpdate, product_norm, spectral_norm
-from twofold.tune import make_settings
-from twofold.tune.directions import split_directions
-from twofold.tune.estimate import choose, estimate
-from twofold.tune.fused import fuse_lora
-from twofold.tune.head import row_head
-from twofold.tune.prepare import prepare, read_bytes
-from twofold.tune.record import TuneRun
-from twofold.tune.rows import read_rows
-from twofold.tune.run import tune
-from twofold.tune.tokens import Example, encode_rows
-from twofold.tune.trainer import RowTrainer, as_dataset, disk_errors, last_whole, packed
+from twofold.tuning import make_settings
+from twofold.tuning.directions import split_directions
+from twofold.tuning.estimate import choose, estimate
+from twofold.tuning.fused import fuse_lora
+from twofold.tuning.head import row_head
+from twofold.tuning.prepare import prepare, read_bytes
+from twofold.tuning.record import TuneRun
+from twofold.tuning.rows import read_rows
+from twofold.tuning.run import tune
+from twofold.tuning.tokens import Example, encode_rows
+from twofold.tuning.trainer import RowTrainer, as_dataset, disk_errors, last_whole, packed
 
 ROWS = [{"prompt": f"Say {i}: ", "completion": f"it is {3 * i}."} for i in range(24)]
 QUICK: dict[str, object] = {"steps": 6, "batch": 4, "rank": 4, "length": 128, "learning_rate": 1e-2, "held_out": 4,
@@ -171,7 +171,7 @@ def test_a_killed_run_ends_with_the_same_weights(place: Path, tmp_path: Path) ->
 
 
 def test_a_run_with_other_settings_does_not_go_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from twofold.tune import run as module
+    from twofold.tuning import run as module
 
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
@@ -188,7 +188,7 @@ def test_a_run_with_other_settings_does_not_go_on(place: Path, tmp_path: Path, m
 def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_state(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twofold.tune.trainer import RowTrainer
+    from twofold.tuning.trainer import RowTrainer
 
     compute = RowTrainer.compute_loss
 
@@ -214,7 +214,7 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_state(
 def test_a_gradient_that_is_infinite_stops_before_the_step(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twofold.tune.trainer import RowTrainer
+    from twofold.tuning.trainer import RowTrainer
 
     step = RowTrainer.training_step
 
@@ -436,7 +436,7 @@ def test_a_run_that_fails_early_leaves_nothing_behind(
     with pytest.raises(TwofoldError, match="--save-every that is a multiple"):  # steps are known from the rows alone
         run(place, tmp_path / "out", steps=None, epochs=10, patience=1, evaluate_every=None)
     with monkeypatch.context() as patch:
-        patch.setattr("twofold.tune.trainer.RowTrainer.held_out_loss", lambda self: float("nan"))
+        patch.setattr("twofold.tuning.trainer.RowTrainer.held_out_loss", lambda self: float("nan"))
         with pytest.raises(TwofoldError, match="is not finite"):
             run(place, tmp_path / "out")
 
@@ -444,7 +444,7 @@ def test_a_run_that_fails_early_leaves_nothing_behind(
         raise TwofoldError("in the first step")
 
     with monkeypatch.context() as patch:
-        patch.setattr("twofold.tune.trainer.RowTrainer.training_step", fail)
+        patch.setattr("twofold.tuning.trainer.RowTrainer.training_step", fail)
         with pytest.raises(TwofoldError, match="in the first step"):
             run(place, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -455,7 +455,7 @@ def test_a_run_that_fails_early_leaves_nothing_behind(
 def test_the_last_good_state_is_as_the_finished_one(
     model: str, method: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twofold.tune.trainer import RowTrainer
+    from twofold.tuning.trainer import RowTrainer
 
     compute = RowTrainer.compute_loss
 
@@ -647,7 +647,7 @@ def test_an_optimizer_that_does_not_fit_is_refused(
 
 
 def test_what_fits_in_little_memory_is_trained_by_adamw(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twofold.tune.estimate.peak_memory", lambda: 0)  # it grows while the tests run
+    monkeypatch.setattr("twofold.tuning.estimate.peak_memory", lambda: 0)  # it grows while the tests run
     given = {
         "model": str(place / "dense"),
         "data": ["x"],
@@ -687,7 +687,7 @@ def test_the_loss_over_the_learnt_positions_is_that_of_all_logits(
         return found
 
     monkeypatch.setattr(RowTrainer, "compute_loss", both)
-    monkeypatch.setattr("twofold.tune.head.POSITIONS", 3)
+    monkeypatch.setattr("twofold.tuning.head.POSITIONS", 3)
     run(place, tmp_path / "out", model, method=method, batch=4, micro_batch=2, steps=2)
     assert len(seen) == 4
 

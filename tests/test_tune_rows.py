@@ -10,9 +10,9 @@ import pytest
 
 from conftest import make_tokenizer
 from twofold.errors import TwofoldError
-from twofold.tune.rows import Row, read_rows
-from twofold.tune.settings import make_settings
-from twofold.tune.tokens import IGNORED, Example, encode, encode_rows
+from twofold.tuning.rows import Row, read_rows
+from twofold.tuning.settings import make_settings
+from twofold.tuning.tokens import IGNORED, Example, encode, encode_rows
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"

@@ -4,13 +4,13 @@ Importing this package lets plain ``transformers`` load factored checkpoints.
 """
 
 from twofold.checkpoint.plugin import TwofoldConfig
-from twofold.compare.arena import compare
+from twofold.comparison.arena import compare
 from twofold.errors import TwofoldError
 from twofold.inference import optimize
 from twofold.model.load import load_model
 from twofold.model.weights import find_targets
 from twofold.nn import DenseColumnsLinear, FactoredLinear, SharedLinear, SlicedLinear
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.run.compress import compress
 from twofold.run.factorize import factorize
 from twofold.scratch import training_optimizer

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from twofold.errors import TwofoldError
 
 if TYPE_CHECKING:
-    from twofold.plan.bits import Rounding
+    from twofold.planning.bits import Rounding
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from twofold.cli.settings import grid_flags
-from twofold.compare.grid import Grid
+from twofold.comparison.grid import Grid
 
 
 @grid_flags
@@ -23,7 +23,7 @@ def command(
     A comparison that was stopped goes on with its next row, and one more keep ratio runs its own rows only.
     """
     from twofold.cli.tables import print_comparison
-    from twofold.compare.arena import compare
+    from twofold.comparison.arena import compare
 
     comparison = compare(grid, out, quiet=quiet)
     if json_output:

@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Factorize the weight matrices of a model and write the smaller checkpoint, with its plan, card and report."""
     from twofold.cli.tables import print_run
-    from twofold.plan.plan import Plan
+    from twofold.planning.plan import Plan
     from twofold.run.compress import compress
 
     run = compress(recipe, out, overwrite=overwrite, moments_file=moments, quiet=quiet)

@@ -39,8 +39,8 @@ def command(
     from twofold.cli.tables import print_evaluation
     from twofold.cli.task_tables import print_tasks
     from twofold.errors import TwofoldError
-    from twofold.evaluate.lm_eval import TaskEvaluation, evaluate_tasks
-    from twofold.evaluate.side_by_side import Evaluation, evaluate_models
+    from twofold.evaluation.lm_eval import TaskEvaluation, evaluate_tasks
+    from twofold.evaluation.side_by_side import Evaluation, evaluate_models
 
     if (text is None) == (tasks is None):
         raise TwofoldError("give --text FILE to measure perplexity, or --tasks NAMES to measure accuracy")

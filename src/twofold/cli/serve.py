@@ -18,7 +18,7 @@ def command(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:
     """Answer chat and completion requests as OpenAI's API does, until it is stopped."""
-    from twofold.serve.server import serve
+    from twofold.serving.server import serve
 
     with suppress(KeyboardInterrupt):  # the way to end it
         serve(

@@ -10,10 +10,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from pydantic.fields import FieldInfo
 
-from twofold.compare.grid import grid_fields, make_grid
+from twofold.comparison.grid import grid_fields, make_grid
 from twofold.errors import TwofoldError
 from twofold.settings.recipe import SIZES, Recipe, make_recipe, parse_override, read_recipe
-from twofold.tune.settings import TuneSettings, make_settings
+from twofold.tuning.settings import TuneSettings, make_settings
 
 
 def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:

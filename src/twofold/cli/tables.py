@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from twofold.compare.record import Comparison
-from twofold.evaluate.side_by_side import Evaluation
-from twofold.plan.plan import Estimate, Plan, PlanEntry
+from twofold.comparison.record import Comparison
+from twofold.evaluation.side_by_side import Evaluation
+from twofold.planning.plan import Estimate, Plan, PlanEntry
 from twofold.report.record import Run
 from twofold.run.inspect import Inspection
 from twofold.run.status import Status

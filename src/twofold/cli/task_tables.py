@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from twofold.cli.tables import table
-from twofold.evaluate.lm_eval import TaskEvaluation, TaskScores
+from twofold.evaluation.lm_eval import TaskEvaluation, TaskScores
 
 
 def print_tasks(result: TaskEvaluation) -> None:

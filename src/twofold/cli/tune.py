@@ -28,9 +28,9 @@ def command(
 
     need("peft", "trl", "datasets")
     from twofold.cli.tune_tables import print_estimated, print_tuned
-    from twofold.tune.prepare import prepare
-    from twofold.tune.run import tune
-    from twofold.tune.trainer import quiet_libraries
+    from twofold.tuning.prepare import prepare
+    from twofold.tuning.run import tune
+    from twofold.tuning.trainer import quiet_libraries
 
     if dry_run:
         with quiet_libraries():

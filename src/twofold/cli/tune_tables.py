@@ -7,8 +7,8 @@ from pathlib import Path
 from twofold.adapters.extract import Extraction
 from twofold.adapters.merge import Merge
 from twofold.cli.tables import console, megabytes, millions, plain, print_spent, table
-from twofold.tune.estimate import TuneEstimate
-from twofold.tune.record import TuneRun
+from twofold.tuning.estimate import TuneEstimate
+from twofold.tuning.record import TuneRun
 
 
 def print_extracted(made: Extraction, out: Path) -> None:

@@ -25,8 +25,8 @@ from twofold.model.weights import Target, dense_weight, replace_module
 from twofold.nn import CompactLinear, FactoredLinear, QuantizedLinear
 from twofold.nn.shared_linear import hold_bases
 from twofold.objectives import LayerMoments, Objective, Problem
-from twofold.plan.plan import Plan, PlanEntry
-from twofold.plan.storage import rank_numbers
+from twofold.planning.plan import Plan, PlanEntry
+from twofold.planning.storage import rank_numbers
 from twofold.quantize.loss import far_diagonal
 from twofold.structures import Structure
 

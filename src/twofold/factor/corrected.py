@@ -9,7 +9,7 @@ from twofold.linalg import damp, working_dtype
 from twofold.nn import CorrectedLinear, IntLinear
 from twofold.objectives import LayerMoments
 from twofold.objectives.base import Correct
-from twofold.plan.plan import PlanEntry
+from twofold.planning.plan import PlanEntry
 from twofold.quantize.rounding import round_matrix
 
 

@@ -12,8 +12,8 @@ from twofold.linalg import Spectrum
 from twofold.model.weights import replace_module
 from twofold.nn import FactoredLinear, IntLinear, IntMatrix, QuantizedEmbedding, QuantizedLinear, TiedLinear
 from twofold.objectives import Problem
-from twofold.plan.plan import Plan, PlanEntry
-from twofold.plan.storage import rank_numbers
+from twofold.planning.plan import Plan, PlanEntry
+from twofold.planning.storage import rank_numbers
 from twofold.quantize.factors import factor_bytes, integer_factors
 from twofold.quantize.loss import error_loss, factors_loss
 from twofold.quantize.rounding import round_matrix

@@ -19,7 +19,7 @@ from twofold.factor.integers import rest_names
 from twofold.model.blocks import plain_chain
 from twofold.model.weights import dense_weight
 from twofold.objectives import get_objective
-from twofold.plan.make import make_plan
+from twofold.planning.make import make_plan
 from twofold.settings.recipe import Recipe
 
 if TYPE_CHECKING:

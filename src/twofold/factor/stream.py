@@ -24,7 +24,7 @@ from twofold.host.files import write_text, write_whole
 from twofold.host.progress import Tick
 from twofold.model.streamed import EMBEDDING, HEAD, Streamed
 from twofold.nn import CompactLinear
-from twofold.plan.plan import Plan, PlanEntry
+from twofold.planning.plan import Plan, PlanEntry
 from twofold.version import __version__
 
 Factor = Callable[[list[PlanEntry]], Iterable[tuple[PlanEntry, CompactLinear | None, str | None]]]

@@ -14,8 +14,8 @@ from twofold.errors import TwofoldError
 from twofold.host.progress import Tick, progress
 from twofold.nn import CompactLinear, DenseColumnsLinear, FactoredLinear, SharedLinear
 from twofold.objectives.base import StructureKind
-from twofold.plan.plan import PlanEntry
-from twofold.plan.structures import even_shares
+from twofold.planning.plan import PlanEntry
+from twofold.planning.structures import even_shares
 from twofold.structures.base import Cut, Prepare, Structure
 from twofold.structures.dense_columns import CutColumns
 from twofold.structures.mlp import CutMLP

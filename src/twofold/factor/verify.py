@@ -9,7 +9,7 @@ from torch import nn
 
 from twofold.checkpoint.headers import Stored
 from twofold.nn import TiedLinear
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 
 
 def stored_bytes(folder: Path) -> int:

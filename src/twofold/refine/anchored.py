@@ -21,7 +21,7 @@ from twofold.host.progress import progress
 from twofold.linalg import damp, decompose, working_dtype
 from twofold.model.weights import dense_weight, replace_module
 from twofold.objectives import LayerMoments, Objective, Problem
-from twofold.plan.plan import PlanEntry
+from twofold.planning.plan import PlanEntry
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.kept import Solved, keep_layers, take_layers
 from twofold.refine.streams import Streams

@@ -16,7 +16,7 @@ from twofold.errors import TwofoldError
 from twofold.factor.apply import dense_again
 from twofold.model.load import LoadedModel
 from twofold.objectives import Objective
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.settings.recipe import Recipe
 from twofold.task.quality import measure_quality
 

@@ -10,7 +10,7 @@ from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.errors import TwofoldError
 from twofold.model.weights import replace_module
 from twofold.nn import FactoredLinear
-from twofold.plan.plan import PlanEntry
+from twofold.planning.plan import PlanEntry
 from twofold.refine.base import Task
 
 

@@ -33,7 +33,7 @@ from twofold.linalg.metric import working_dtype
 from twofold.linalg.natural_step import Basis, Step, natural_step, stepped
 from twofold.model.weights import replace_module
 from twofold.nn import FactoredLinear
-from twofold.plan.plan import PlanEntry
+from twofold.planning.plan import PlanEntry
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.gradient import Sums, half_path, sum_half, windows_of_half
 from twofold.refine.kept import Solved, keep_layers, take_layers

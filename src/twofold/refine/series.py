@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from twofold.errors import TwofoldError
-from twofold.evaluate.side_by_side import gives_logits
+from twofold.evaluation.side_by_side import gives_logits
 from twofold.host.progress import say
 from twofold.model.load import LoadedModel
 from twofold.model.skeleton import survey

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.report.drawing import AFTER, BEFORE, canvas, inline, label_of
 from twofold.report.formats import percent, share
 from twofold.report.kinds import Group, Loss, by_kind, by_layer

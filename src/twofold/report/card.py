@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from twofold.model.builtin import ALIAS
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.report.formats import count
 from twofold.report.kinds import made_of
 from twofold.report.names import ALIAS_LICENSE, base_model, model_title, public_recipe, without_paths

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import ListedColormap, to_rgb
 
-from twofold.plan.plan import Plan, PlanEntry
+from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.drawing import INK, PAPER, canvas, inline, label_of, share_colour
 from twofold.report.formats import share
 from twofold.report.kinds import by_layer, kind_labels

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twofold.linalg import gauge_rank
-from twofold.plan.plan import Plan, PlanEntry
+from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.formats import share
 
 Spectra = Mapping[str, NDArray[Any]]  # σ² (k,) by weight, largest first

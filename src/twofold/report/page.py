@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.report.formats import count, megabytes
 from twofold.report.kinds import Spectra, loss_of
 from twofold.report.names import model_title, public_recipe, without_paths

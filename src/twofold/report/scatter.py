@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from twofold.plan.plan import Plan, PlanEntry
+from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.drawing import INK, PAPER, canvas, depth_colour, inline, log_scale
 from twofold.report.kinds import Loss
 

@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from twofold.plan.plan import Plan, PlanEntry
+from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.drawing import PAPER, canvas, depth_colour, inline, label_of, log_scale
 from twofold.report.kinds import Group, Loss, Spectra, by_kind
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.report.formats import NONE, count, duration, megabytes, millions, number, percent, share
 from twofold.report.kinds import Loss, by_kind, kind_labels
 from twofold.report.names import without_paths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from twofold.plan.plan import Plan, PlanEntry
+from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.formats import count, megabytes, millions, number, percent, share
 from twofold.report.kinds import Group, Spectra, by_kind, by_layer, loss_at_share, loss_of, made_of, spread
 from twofold.report.names import model_title, without_paths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from twofold.errors import TwofoldError
 from twofold.objectives import Objective
-from twofold.plan.bits import AUTO_BITS
+from twofold.planning.bits import AUTO_BITS
 from twofold.quantize.loss import MEASURED
 from twofold.quantize.rounding import need_torchao
 from twofold.settings.recipe import Recipe

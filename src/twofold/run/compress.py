@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from twofold.checkpoint.plugin import attach
-from twofold.evaluate.side_by_side import evaluation_text, gives_logits
-from twofold.evaluate.streamed import LastStates
+from twofold.evaluation.side_by_side import evaluation_text, gives_logits
+from twofold.evaluation.streamed import LastStates
 from twofold.factor.apply import dense_again, factor_entries
 from twofold.factor.stream import finish, write_units
 from twofold.factor.verify import verify_bytes
@@ -28,7 +28,7 @@ from twofold.model.source import quiet_bars
 from twofold.model.streamed import Streamed
 from twofold.nn import CompactLinear
 from twofold.nn.shared_linear import BASES
-from twofold.plan.plan import Plan, PlanEntry
+from twofold.planning.plan import Plan, PlanEntry
 from twofold.refine import Refined, refine
 from twofold.report.record import Measured, Run, Sample, Stopwatch, machine, peak_memory
 from twofold.run.open import open_for

@@ -11,11 +11,11 @@ from transformers import PretrainedConfig
 from twofold.allocate import get_allocation
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
-from twofold.evaluate.side_by_side import evaluation_text
+from twofold.evaluation.side_by_side import evaluation_text
 from twofold.model.load import LoadedModel, cast_weights, load_skeleton
 from twofold.model.weights import find_targets
 from twofold.objectives import get_objective
-from twofold.plan.plan import Plan
+from twofold.planning.plan import Plan
 from twofold.refine import refine
 from twofold.report.record import Stopwatch
 from twofold.run.estimate.memory import estimate_run

@@ -16,7 +16,7 @@ from twofold.model.blocks import Chain
 from twofold.model.load import LoadedModel, cast_weights, check_finite, load_model, load_streamed
 from twofold.model.streamed import Streamed
 from twofold.objectives import get_objective
-from twofold.plan.structures import check_structural
+from twofold.planning.structures import check_structural
 from twofold.refine import check_refinable, check_refinements
 from twofold.run.check import check_bits
 from twofold.run.estimate.memory import Way, choose_way

@@ -30,9 +30,9 @@ from twofold.model.source import choose_device, compute_dtype
 from twofold.model.streamed import Resident, Streamed
 from twofold.model.weights import Targets, find_targets
 from twofold.objectives import Objective, get_objective
-from twofold.plan.evidence.gather import gather
-from twofold.plan.make import make_plan
-from twofold.plan.plan import Plan
+from twofold.planning.evidence.gather import gather
+from twofold.planning.make import make_plan
+from twofold.planning.plan import Plan
 from twofold.quantize.loss import rounding_needs
 from twofold.report.record import Stopwatch
 from twofold.run.check import stand_in

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.evaluate import Reference
-from twofold.evaluate.side_by_side import gives_logits
+from twofold.evaluation import Reference
+from twofold.evaluation.side_by_side import gives_logits
 from twofold.factor.apply import apply_plan, dense_again, put_back
 from twofold.factor.integers import rest_names
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
 from twofold.model.load import LoadedModel
-from twofold.plan.make import least_keep, make_plan
-from twofold.plan.plan import Plan
+from twofold.planning.make import least_keep, make_plan
+from twofold.planning.plan import Plan
 from twofold.run.search import TOLERANCE, Probe, smallest
 from twofold.settings.recipe import Recipe
 from twofold.task.quality import Quality

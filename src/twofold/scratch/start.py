@@ -18,8 +18,8 @@ from twofold.model.skeleton import model_from_config
 from twofold.model.source import first_line, model_class_of, quiet_bars
 from twofold.model.weights import dense_weight, find_targets, replace_module
 from twofold.nn import CompactLinear, FactoredLinear, IntMatrix
-from twofold.plan.make import make_plan
-from twofold.plan.plan import Plan
+from twofold.planning.make import make_plan
+from twofold.planning.plan import Plan
 from twofold.settings.recipe import Recipe, make_recipe
 
 KEEP = 0.5  # where none is given

@@ -14,7 +14,7 @@ from twofold.errors import TwofoldError
 from twofold.nn.int_matrix import GROUP, default_group
 from twofold.nn.packing import BITS
 from twofold.objectives import OBJECTIVES
-from twofold.plan.sizes import parse_budget
+from twofold.planning.sizes import parse_budget
 from twofold.settings.goal import Goal, parse_perplexity
 from twofold.task.curvature import Curvature
 

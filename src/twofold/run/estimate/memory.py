@@ -27,8 +27,8 @@ from twofold.model.source import choose_device, compute_dtype
 from twofold.model.streamed import LARGE, PART
 from twofold.model.weights import Target, list_weights
 from twofold.objectives import get_objective
-from twofold.plan.plan import Estimate
-from twofold.plan.sizes import parse_budget
+from twofold.planning.plan import Estimate
+from twofold.planning.sizes import parse_budget
 from twofold.run.estimate.probe import Speeds, probe
 from twofold.settings.recipe import Recipe
 from twofold.task.windows import held_out_windows

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from twofold.errors import TwofoldError
-from twofold.evaluate.size import disk_bytes, memory_bytes
+from twofold.evaluation.size import disk_bytes, memory_bytes
 from twofold.inference import Optimized, optimize
 from twofold.model.load import LoadedModel, load_model, positions
 from twofold.model.source import first_line

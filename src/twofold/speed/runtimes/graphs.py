@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from twofold.errors import TwofoldError
-from twofold.export import Exported
-from twofold.export.base import check_plain, get_format
-from twofold.export.formats import register as register_formats
-from twofold.export.graph import need_exporters
-from twofold.export.runtimes import DECODERS, GRAPHS
+from twofold.exports import Exported
+from twofold.exports.base import check_plain, get_format
+from twofold.exports.formats import register as register_formats
+from twofold.exports.graph import need_exporters
+from twofold.exports.runtimes import DECODERS, GRAPHS
 from twofold.host.folders import EXPORTED
 from twofold.host.progress import say
 from twofold.model.load import load_skeleton, positions

@@ -1,0 +1,151 @@
+"""Models measured side by side, with all that the numbers depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from torch import Tensor
+
+from twofold.errors import TwofoldError
+from twofold.evaluation import model_size
+from twofold.evaluation.lm_eval import put_adapter
+from twofold.evaluation.size import disk_bytes
+from twofold.model.load import LoadedModel, check_ids, load_model, need_tokenizer, positions
+from twofold.model.source import first_line
+from twofold.settings.recipe import Recipe
+from twofold.task.held_out import evaluation_windows
+from twofold.task.quality import measure_quality
+
+
+class EvaluatedModel(pydantic.BaseModel, extra="forbid"):
+    """One row."""
+
+    name: str
+    perplexity: float
+    loss: float  # nats per predicted token
+    divergence: float | None  # from the first model, nats per token
+    agreement: float | None
+    parameters: int
+    memory: int  # bytes
+    disk: int | None  # bytes
+
+
+class Evaluation(pydantic.BaseModel, extra="forbid"):
+    """The original first, if it was given."""
+
+    text: str
+    windows: int
+    window: int
+    predicted_tokens: int
+    models: list[EvaluatedModel]
+
+
+def evaluate_models(
+    model: str,
+    text: str | Sequence[str],
+    *,
+    against: str | None = None,
+    adapter: str | None = None,
+    dataset_config: str | None = None,
+    dataset_split: str = "test",
+    text_column: str = "text",
+    windows: int | None = 16,
+    window: int = 1024,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> Evaluation:
+    """Measure a model, and the original beside it.
+
+    Args:
+        adapter: the folder of a PEFT adapter that is put on the model, and not on the original.
+
+    Raises:
+        TwofoldError: if a model or the text can't be used, or the two models do not share a vocabulary.
+    """
+    names = ([against] if against else []) + [model]
+    loaded = [load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for name in names]
+    if adapter is not None:
+        put_adapter(loaded[-1], adapter)
+    added = disk_bytes(Path(adapter).expanduser()) if adapter is not None else None
+    longest = min((p for p in (positions(one.model) for one in loaded) if p is not None), default=window)
+    if window > longest:
+        raise TwofoldError(f"--window {window} is longer than this model's {longest} positions; use --window {longest}")
+    if getattr(loaded[-1].model.config, "is_encoder_decoder", False):
+        raise TwofoldError(f"{model} is an encoder-decoder model, which can't be evaluated on a text yet")
+    sizes = {getattr(one.model.config.get_text_config(), "vocab_size", None) for one in loaded}
+    if len(sizes) > 1:
+        raise TwofoldError(
+            f"{names[0]} and {names[-1]} have different vocabularies, so their predictions can't be compared"
+        )
+    ids = evaluation_windows(
+        text,
+        need_tokenizer(loaded[-1]),
+        window=window,
+        windows=windows,
+        dataset_config=dataset_config,
+        dataset_split=dataset_split,
+        text_column=text_column,
+    )
+    check_ids(ids, loaded[-1])
+
+    def logits(one: Any) -> Any:
+        def run(batch: Tensor) -> Tensor:
+            try:
+                output = one.model(input_ids=batch.to(one.model.device))
+            except Exception as error:  # an architecture that needs other inputs fails in its own way
+                raise TwofoldError(f"{one.name} does not run on text alone ({first_line(error)})") from error
+            if getattr(output, "logits", None) is None or output.logits.dim() != 3:
+                raise TwofoldError(f"{one.name} gives no token logits, so it has no perplexity")
+            return output.logits  # type: ignore[no-any-return]
+
+        return run
+
+    qualities = measure_quality([logits(one) for one in loaded], ids, quiet=quiet)
+    rows = []
+    for one, quality in zip(loaded, qualities, strict=True):
+        size = model_size(one.model, one.source)
+        disk = size.disk + added if added is not None and size.disk is not None and one is loaded[-1] else size.disk
+        rows.append(
+            EvaluatedModel(
+                name=one.name,
+                perplexity=quality.perplexity,
+                loss=quality.loss,
+                divergence=quality.divergence,
+                agreement=quality.agreement,
+                parameters=size.parameters,
+                memory=size.memory,
+                disk=disk,
+            )
+        )
+    sources = [text] if isinstance(text, str) else list(text)
+    return Evaluation(
+        text=", ".join(Path(one).name for one in sources),
+        windows=ids.shape[0],
+        window=ids.shape[1],
+        predicted_tokens=qualities[0].tokens,
+        models=rows,
+    )
+
+
+def evaluation_text(loaded: LoadedModel, recipe: Recipe) -> Tensor | None:  # (windows, window)
+    """The windows of a recipe's evaluation text, read before any work so that a text that can't be used is refused at once."""
+    if recipe.eval_text is None or recipe.eval_windows == 0:
+        return None
+    window = min(1024, positions(loaded.model) or 1024)
+    return evaluation_windows(recipe.eval_text, need_tokenizer(loaded), window=window, windows=recipe.eval_windows)
+
+
+def gives_logits(model: Any, windows: Tensor) -> bool:
+    """Whether a model in memory gives logits over the vocabulary of some windows."""
+    try:
+        with torch.no_grad():
+            probe = getattr(model(input_ids=windows[:1, :8].to(model.device)), "logits", None)
+    except Exception:  # an architecture that needs other inputs fails in its own way
+        return False
+    return probe is not None and probe.dim() == 3 and probe.shape[-1] > int(windows.max())

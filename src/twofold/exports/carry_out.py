@@ -1,0 +1,170 @@
+"""The export of a model, from its loading to the folder in its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+
+from twofold.errors import TwofoldError
+from twofold.evaluation.size import memory_bytes
+from twofold.exports.base import FORMATS, Format, Source, check_plain, compact_layers, get_format, recorded_original
+from twofold.exports.compare import Comparison, check, compare, refer, words
+from twofold.exports.formats import register
+from twofold.exports.runtimes import GRAPHS
+from twofold.host.folders import EXPORTED, check_apart, check_output, check_space, staged_folder
+from twofold.host.progress import progress
+from twofold.model.load import LoadedModel, load_model
+from twofold.model.source import quiet_bars
+from twofold.model.work import Work, work_of
+from twofold.version import __version__
+
+WEIGHTS = (".safetensors", ".onnx", ".onnx.data", ".bin", ".xml", ".gguf")
+TOKENS = 64  # decoded greedily for the comparison
+
+
+class Exported(pydantic.BaseModel, extra="forbid"):
+    """What was exported, and how it compares with the model."""
+
+    format: str
+    model: str
+    out: str
+    dtype: str  # of the exported weights
+    weight_bytes: int  # of the model's own weights in that dtype, factors as factors
+    file_bytes: int  # of the files that hold the exported weights, with their graph
+    compared_in: str  # dtype of the computation
+    comparison: Comparison
+    notes: list[str]
+    work: Work | None = None  # of a graph: what it moves and multiplies for a token
+    twofold_version: str = __version__
+
+    def words(self) -> list[str]:
+        """What there is to say, a sentence or two a line."""
+        share = self.file_bytes / self.weight_bytes
+        return [
+            f"Exported {self.model} as {self.format}: {self.out}",
+            f"Size on disk: {self.file_bytes / 1e6:.2f} MB in {self.dtype}, {share:.1%} of the model's weights "
+            f"({self.weight_bytes / 1e6:.2f} MB in the same type).",
+            *words(self.comparison, self.compared_in),
+            *self.notes,
+        ]
+
+
+def export_model(
+    model: str,
+    to: str,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    base: str | None = None,
+    dtype: str = "auto",
+    tokens: int = TOKENS,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> Exported:
+    """Write a model in another form, read it again, and compare the two.
+
+    Args:
+        to: the name of the format, one of ``FORMATS``.
+        out: a folder, which appears whole or not at all.
+        rank: of the adapter, for ``lora``; by default what is exact.
+        base: the original model, for ``lora`` (by default the one that the checkpoint was made from), or its .gguf file, for
+            ``gguf``.
+        dtype: of the exported weights; "auto" is the stored one, or float32 for runtimes.
+        tokens: to decode greedily in both, for the comparison.
+
+    Raises:
+        TwofoldError: if the model can't be loaded or exported in that form, or the export does not say the same.
+    """
+    register()
+    kind, folder = get_format(to), Path(out).expanduser()
+    kind.check()
+    if (rank is not None and to != "lora") or (base is not None and to not in ("lora", "gguf")):
+        raise TwofoldError(
+            f"--rank is of --to lora, --base of --to lora and --to gguf, and this is --to {to}; leave them out"
+        )
+    check_output(folder, overwrite)
+    with progress("Loading", 1, quiet=quiet) as tick:
+        loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code)
+        tick()
+    check_apart(folder, loaded.source, [])
+    _check_kind(kind, loaded)
+    original = base or (recorded_original(loaded) if to == "lora" else None)
+    if original is not None and Path(original).expanduser().exists():
+        check_apart(folder, Path(original).expanduser(), [])
+    chosen = _dtype(dtype, loaded, kind)
+    weight_bytes = _bytes_in(loaded.model, chosen)
+    work = work_of(loaded.model) if to in GRAPHS else None
+    check_space(folder, weight_bytes)
+    with _out_of_memory(model), torch.no_grad(), quiet_bars():
+        reference = refer(loaded, tokens)
+        with staged_folder(folder, overwrite) as staged:
+            with progress(f"Writing {to}", 1, quiet=quiet) as tick:
+                written = kind.write(Source(loaded, chosen, rank, base), staged)
+                tick()
+            with progress("Comparing", 1, quiet=quiet) as tick:
+                comparison = compare(reference, written.decoder())
+                tick()
+            check(comparison, min(chosen, written.dtype, key=lambda kind: kind.itemsize), rank is None, str(folder))
+            result = Exported(
+                format=to,
+                model=model,
+                out=str(folder),
+                dtype=str(chosen).removeprefix("torch."),
+                weight_bytes=weight_bytes,
+                file_bytes=_file_bytes(staged),
+                compared_in=str(written.dtype).removeprefix("torch."),
+                comparison=comparison,
+                notes=written.notes,
+                work=work,
+            )
+            (staged / EXPORTED).write_text(json.dumps(result.model_dump(), indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def _check_kind(kind: Format, loaded: LoadedModel) -> None:
+    """Refuse a model that the format is not for."""
+    check_plain(loaded.model, loaded.name, kind.integers)
+    if kind.factored and not compact_layers(loaded.model):
+        others = ", ".join(sorted(name for name, other in FORMATS.items() if not other.factored))
+        raise TwofoldError(
+            f"--to {kind.name} takes a factored model, and {loaded.name} has no factored layer; "
+            f"name the --out of twofold compress, or use one of {others}"
+        )
+
+
+def _dtype(name: str, loaded: LoadedModel, kind: Format) -> torch.dtype:
+    if name != "auto":
+        found: torch.dtype | None = getattr(torch, name, None)
+        if found is None or found not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TwofoldError(f"--dtype must be auto, float32, bfloat16 or float16, got {name!r}")
+        if kind.name in ("onnx", "openvino") and found != torch.float32:
+            raise TwofoldError(f"--to {kind.name} writes float32, got --dtype {name}; leave it out")
+        return found
+    return torch.float32 if kind.name in ("onnx", "openvino") else loaded.stored_dtype
+
+
+def _bytes_in(model: Any, dtype: torch.dtype) -> int:
+    """Bytes of the weights in a dtype, shared ones counted once."""
+    if dtype == torch.float32 == next(model.parameters()).dtype:
+        return memory_bytes(model)
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.itemsize) for t in tensors.values())
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name.endswith(WEIGHTS))
+
+
+@contextmanager
+def _out_of_memory(model: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise TwofoldError(f"not enough memory to export {model}; exports hold the whole model twice") from error

@@ -1,0 +1,158 @@
+"""An export compared with the model that it was made from: logits, and the tokens of greedy decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic
+import torch
+from torch import Tensor
+
+from twofold.errors import TwofoldError
+from twofold.exports.decoding import Decoder, ModelDecoder, greedy
+from twofold.model.load import LoadedModel, positions
+
+TEXTS = (
+    "The castle stands above the river, and its people tell of the year when the water rose to",
+    "In mathematics, a matrix of low rank is",
+    "Once upon a time there was a small town by the sea. Every morning the fishermen went out, and in the evening",
+)
+LIMITS = {torch.float64: 1e-2, torch.float32: 1e-2}  # of the relative difference; a broken graph is off by far more
+HALF_LIMIT = 0.1
+LONGEST = 32  # tokens of a prompt
+NONE = (torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0))
+
+
+class Comparison(pydantic.BaseModel, extra="forbid"):
+    """How far the logits of an export are from those of the model that it was made from."""
+
+    positions: int  # that logits were compared at
+    largest: float  # the largest difference of two logits
+    relative: float  # root mean square of the differences, over that of the logits
+    same_best: float  # share of the positions where both say the same token
+    tokens: int  # that were decoded greedily after a prompt; 0 if the model does not decode
+    equal: int  # of these, how many are the same before the first that differs
+    lead: float | None = None  # of the model's best logit over its second one, where they differ
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the model says: its logits for some prompts, and its tokens after the first."""
+
+    prompts: list[Tensor]  # (1, tokens) each
+    logits: list[Tensor]  # (1, tokens, vocabulary) each
+    tokens: Tensor  # (1, count)
+    leads: Tensor  # (1, count)
+    pieces: bool  # whether it reads one token after another
+
+
+def prompts(loaded: LoadedModel) -> list[Tensor]:
+    """Some token ids to compare on: short texts, or drawn ones if there is no tokenizer for them."""
+    longest = min(positions(loaded.model) or LONGEST, LONGEST)
+    vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
+    found: list[Tensor] = []
+    for number, text in enumerate(TEXTS):
+        ids = torch.tensor([[]], dtype=torch.long)
+        if loaded.tokenizer is not None:
+            ids = torch.tensor([loaded.tokenizer(text)["input_ids"][:longest]], dtype=torch.long)
+        if ids.numel() == 0 or int(ids.max()) >= vocabulary:
+            ids = torch.randint(vocabulary, (1, longest), generator=torch.Generator().manual_seed(number))
+        found.append(ids[:, : max(1, longest // (number + 1))])
+    return found
+
+
+def refer(loaded: LoadedModel, count: int) -> Reference:
+    """What the model says, kept for the comparison.
+
+    Raises:
+        TwofoldError: if it does not run on token ids alone, or gives no logits.
+    """
+    decoder = ModelDecoder(loaded.model)
+    asked = prompts(loaded)
+    try:
+        logits = []
+        for ids in asked:
+            decoder.start()
+            logits.append(decoder.read(ids).float())
+        room = (positions(loaded.model) or count + LONGEST) - asked[0].shape[1]
+        pieces = bool(loaded.model.can_generate())
+        count = max(0, min(count, room)) if pieces else 0
+        tokens, leads = greedy(decoder, asked[0], count) if count else NONE
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TwofoldError(
+            f"{loaded.name} can't be exported: its logits can't be compared, since it does not run on token ids alone "
+            f"({error})"
+        ) from error
+    return Reference(asked, logits, tokens, leads, pieces)
+
+
+def compare(reference: Reference, decoder: Decoder) -> Comparison:
+    """Read the prompts with a decoder, half at once and then one token after another if it goes so, and decode as many."""
+    count = same = 0
+    largest = wrong = power = 0.0
+    for ids, expected in zip(reference.prompts, reference.logits, strict=True):
+        decoder.start()
+        half = (ids.shape[1] + 1) // 2 if reference.pieces else ids.shape[1]
+        pieces = [(0, half), *((place, place + 1) for place in range(half, ids.shape[1]))]
+        for begin, end in pieces:
+            got = decoder.read(ids[:, begin:end]).float().to(expected.device)
+            wanted = expected[:, end - got.shape[1] : end]
+            difference = (got - wanted).double()
+            count += got.shape[1]
+            largest = max(largest, float(difference.abs().max()))
+            wrong += float(difference.square().mean(-1).sum())
+            power += float(wanted.double().square().mean(-1).sum())
+            same += int((got.argmax(-1) == wanted.argmax(-1)).sum())
+    tokens = reference.tokens.shape[1]
+    equal, lead = tokens, None
+    if tokens:
+        found = greedy(decoder, reference.prompts[0], tokens)[0].to(reference.tokens.device)
+        apart = (found != reference.tokens)[0].nonzero()
+        if len(apart):
+            equal = int(apart[0])
+            lead = float(reference.leads[0, equal])
+    return Comparison(
+        positions=count,
+        largest=largest,
+        relative=(wrong / max(power, 1e-30)) ** 0.5,
+        same_best=same / count,
+        tokens=tokens,
+        equal=equal,
+        lead=lead,
+    )
+
+
+def check(comparison: Comparison, dtype: torch.dtype, exact: bool, what: str) -> None:
+    """Refuse an export that does not compute what its model does.
+
+    Args:
+        exact: whether it should, up to rounding; else it is an approximation that the user asked for.
+
+    Raises:
+        TwofoldError: with the difference.
+    """
+    limit = LIMITS.get(dtype, HALF_LIMIT)
+    if exact and not comparison.relative <= limit:  # NaN is not below it either
+        raise TwofoldError(
+            f"the logits of the export {what} differ from the model's by {comparison.relative:.1e} (relative), more than "
+            f"rounding explains ({limit:.0e}), so it was not kept; use another --to, and please report it"
+        )
+
+
+def words(comparison: Comparison, dtype: Any) -> list[str]:
+    """The comparison in sentences."""
+    said = [
+        f"Logits: relative difference {comparison.relative:.1e}, at most {comparison.largest:.1e}, "
+        f"at {comparison.positions} positions in {str(dtype).removeprefix('torch.')}; "
+        f"the same best token at {comparison.same_best:.0%}."
+    ]
+    if comparison.tokens:
+        if comparison.equal == comparison.tokens:
+            said.append(f"Greedy decoding: all {comparison.tokens} tokens are equal.")
+        else:
+            said.append(
+                f"Greedy decoding: the first {comparison.equal} of {comparison.tokens} tokens are equal; where they part, "
+                f"the model's two best logits are {comparison.lead:.1e} apart."
+            )
+    return said

@@ -1,0 +1,131 @@
+"""GGUF of the merged model, for llama.cpp: a GGUF file of the original, with the weights that were factorized replaced.
+
+The `gguf` package writes tensors, and has no converter of whole models: how a text is cut into tokens, and in which order
+llama.cpp keeps the rows of a weight, stand in the original's file alone. So both are taken from there, each weight is checked
+against it, and the result is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twofold.errors import TwofoldError
+from twofold.exports.base import Source, Written, export_format
+from twofold.exports.decoding import Decoder, ModelDecoder
+from twofold.model.load import load_model
+
+FILE = "model.gguf"
+Turn = Callable[[np.ndarray], np.ndarray]
+CONVERTER = "without one, use --to dense and then llama.cpp's own convert_hf_to_gguf.py, which no package has"
+
+
+@export_format("gguf", integers=True)
+def write_gguf(source: Source, folder: Path) -> Written:
+    """The merged weights in float32, bfloat16 or float16, and everything else as the original's file has it.
+
+    Raises:
+        TwofoldError: if no GGUF file of the original is named, or it is of another model.
+    """
+    import gguf
+
+    if source.base is None or not source.base.endswith(".gguf") or not Path(source.base).expanduser().is_file():
+        raise TwofoldError(
+            f"--to gguf takes the tokenizer and the layout from a GGUF file of the original: name it with --base model.gguf; "
+            f"{CONVERTER}"
+        )
+    original = load_model(source.base, device="cpu").model
+    merged = source.model.dequantize() if getattr(source.model, "hf_quantizer", None) is not None else source.model
+    reader = gguf.GGUFReader(Path(source.base).expanduser())
+    arch = str(reader.fields["general.architecture"].contents())
+    names = _names(gguf, arch, original)
+    before, after = original.state_dict(), merged.state_dict()
+    _check_same(before, after, source)
+    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[source.dtype]
+    quantization = gguf.GGMLQuantizationType[kind]
+
+    writer = gguf.GGUFWriter(folder / FILE, arch)
+    for field in reader.fields.values():
+        if field.name != "general.architecture" and not field.name.startswith("GGUF."):
+            first = field.types[0]
+            inner = field.types[-1] if first == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), first, sub_type=inner)
+    replaced = 0
+    for tensor in reader.tensors:
+        key = names.get(tensor.name)
+        if key is None or torch.equal(before[key], after[key]):
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+            continue
+        stored = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        turn = _turn(before[key], stored, original.config, tensor.name)
+        data = turn(after[key].float().numpy())
+        writer.add_tensor(tensor.name, gguf.quants.quantize(data, quantization), raw_dtype=quantization)
+        replaced += 1
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    def decoder() -> Decoder:
+        return ModelDecoder(load_model(str(folder / FILE), device="cpu").model)
+
+    return Written(
+        decoder,
+        [
+            f"{replaced} merged weights in {kind}, the others as in {source.base}; read again by transformers, not by llama.cpp.",
+            "As large as the original or larger: llama.cpp has no layer of two products. Quantize the file with its own tools.",
+        ],
+    )
+
+
+def _names(gguf: Any, arch: str, model: Any) -> dict[str, str]:
+    """GGUF's name of each weight → transformers'.
+
+    Raises:
+        TwofoldError: if the gguf package does not know the architecture.
+    """
+    known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    if arch not in known:
+        raise TwofoldError(f"the gguf package does not know the architecture {arch}; {CONVERTER}")
+    found = gguf.get_tensor_name_map(known[arch], model.config.num_hidden_layers)
+    pairs = ((found.get_name(key, try_suffixes=(".weight", ".bias")), key) for key in model.state_dict())
+    return {name: key for name, key in pairs if name is not None}
+
+
+def _check_same(before: dict[str, Tensor], after: dict[str, Tensor], source: Source) -> None:
+    for key, value in before.items():
+        if key not in after or after[key].shape != value.shape:
+            raise TwofoldError(
+                f"{source.base} has the weight {key} {tuple(value.shape)}, and {source.loaded.name} has none of that shape; "
+                "name a GGUF file of its original with --base"
+            )
+
+
+def _turn(weight: Tensor, stored: np.ndarray, config: Any, name: str) -> Turn:
+    """How the file keeps a weight: as it is, transposed, or with the halves of each head's rows woven, for rotary positions.
+
+    Raises:
+        TwofoldError: if none of these makes the file's weight of transformers'.
+    """
+    wanted = weight.float().numpy()
+    for turn in _turns(config):
+        try:
+            turned = turn(wanted)
+        except ValueError:  # the rows are not so many heads
+            continue
+        if turned.shape == stored.shape and np.array_equal(turned, stored):
+            return turn
+    raise TwofoldError(f"the order of {name} in the GGUF file is none that Twofold knows; {CONVERTER}")
+
+
+def _turns(config: Any) -> Iterator[Turn]:
+    yield lambda w: w
+    yield lambda w: np.ascontiguousarray(w.T)
+    for heads in {getattr(config, "num_attention_heads", 0), getattr(config, "num_key_value_heads", 0)}:
+        if heads:
+            yield lambda w, heads=heads: w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)  # type: ignore[misc]

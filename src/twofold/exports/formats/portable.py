@@ -1,0 +1,148 @@
+"""A checkpoint with its own code: plain transformers loads it with ``trust_remote_code=True``, without Twofold.
+
+It has a model type of its own. With the native one, a loader without trust would build the native model and leave its weights
+random.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import auto_factory, modeling_auto
+
+from twofold.errors import TwofoldError
+from twofold.exports import portable_layers
+from twofold.exports.base import Source, Written, compact_layers, export_format
+from twofold.exports.decoding import Decoder
+from twofold.exports.formats.dense import save_beside
+from twofold.exports.other_process import OtherProcess
+from twofold.model.load import cast_weights
+
+FILE = "modeling_twofold"
+OWN = ("model_type", "quantization_config", "architectures", "auto_map", "transformers_version", "dtype")
+HEADS = (
+    "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification", "AutoModelForQuestionAnswering", "AutoModelForMultipleChoice",
+    "AutoModelForImageClassification", "AutoModelForImageTextToText",
+)  # fmt: skip
+README = """---
+library_name: transformers
+tags: [twofold, low-rank]
+---
+A {native} whose weight matrices are kept as products of smaller ones, in Twofold's portable format. It needs no package but
+transformers; the code that builds it is `{file}.py`, which stands beside the weights. Read it before you trust it.
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained(FOLDER, trust_remote_code=True)
+```
+"""
+
+
+@export_format("portable", factored=True)
+def write_portable(source: Source, folder: Path) -> Written:
+    """The weights as they are, and a modeling file that subclasses the architecture's own classes.
+
+    Raises:
+        TwofoldError: if the architecture is not one of transformers' own.
+    """
+    model: Any = source.model
+    native = type(model)
+    if not native.__module__.startswith("transformers."):
+        raise TwofoldError(
+            f"{source.loaded.name} has an architecture of its own, {native.__name__}, and --to portable takes those of "
+            "transformers; use --to dense"
+        )
+    base = modeling_auto.MODEL_MAPPING.get(type(model.config), None)
+    base = base if isinstance(base, type) else native
+    heads = {auto: native for auto in HEADS if native in _classes(auto)}
+    (folder / f"{FILE}.py").write_text(_code(type(model.config), base, native), encoding="utf-8")
+
+    cast_weights(model, source.dtype)
+    mine = _build(folder / f"{FILE}.py", model, native)
+    config = mine.config
+    config.dtype = source.dtype
+    config.auto_map = {"AutoConfig": f"{FILE}.{_name(type(model.config))}", "AutoModel": f"{FILE}.{_name(base)}"}
+    config.auto_map |= {auto: f"{FILE}.{_name(head)}" for auto, head in heads.items()}
+    mine.save_pretrained(folder)
+    save_beside(source, folder)
+    auto = next(iter(heads), "AutoModel")
+    (folder / "README.md").write_text(README.format(native=native.__name__, file=FILE, auto=auto), encoding="utf-8")
+
+    def decoder() -> Decoder:
+        return OtherProcess(folder, auto)
+
+    return Written(
+        decoder,
+        [
+            "Read again by plain transformers with trust_remote_code, in a process that can't import twofold.",
+            "Not for tensor parallelism: every process of such a server would hold all factors.",
+        ],
+    )
+
+
+def _classes(auto: str) -> list[type]:
+    """The model classes that an Auto class knows."""
+    mapping: auto_factory._LazyAutoMapping = getattr(transformers, auto)._model_mapping
+    names = mapping._model_mapping.values()
+    flat = [name for value in names for name in (value if isinstance(value, tuple | list) else (value,))]
+    return [found for name in flat if isinstance(found := getattr(transformers, name, None), type)]
+
+
+def _name(native: type) -> str:
+    return f"Twofold{native.__name__}"
+
+
+def _code(config: Any, base: type, native: type) -> str:
+    """The modeling file: the layers, and classes that put them in the place of the architecture's own."""
+    kinds = list(dict.fromkeys((base, native)))
+    imports = "\n".join(f"from {kind.__module__} import {kind.__name__}" for kind in [config, *kinds])
+    torchs = "from torch import Tensor, nn\n"
+    parts = [
+        inspect.getsource(portable_layers).replace(torchs, torchs + imports + "\n", 1),
+        f'''
+class {_name(config)}({config.__name__}):
+    """The configuration of the architecture, and which of its layers are smaller (`twofold_modules`)."""
+
+    model_type = "twofold_{config.model_type}"
+    base_model_tp_plan = None
+''',
+    ]
+    parts += [
+        f'''
+class {_name(kind)}({kind.__name__}):
+    """The architecture's own class, with smaller layers."""
+
+    config_class = {_name(config)}
+    _tp_plan = None
+
+    def __init__(self, config, *inputs, **settings):
+        super().__init__(config, *inputs, **settings)
+        shrink(self, config.twofold_modules)
+'''
+        for kind in kinds
+    ]
+    return "\n".join(parts)
+
+
+def _build(file: Path, model: Any, native: type) -> Any:
+    """The model again, of the class in a modeling file, with the very tensors."""
+    spec = importlib.util.spec_from_file_location(FILE, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in OWN}
+    config = getattr(module, _name(type(model.config)))(
+        **settings, twofold_modules={name: layer.settings() for name, layer in compact_layers(model).items()}
+    )
+    with torch.device("meta"):
+        mine = getattr(module, _name(native))(config)
+    mine.load_state_dict(model.state_dict(), assign=True)
+    mine.tie_weights()
+    return mine

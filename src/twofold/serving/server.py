@@ -1,0 +1,140 @@
+"""The OpenAI API of one model: transformers' own server, pinned to a model, with a door before it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import socket
+import traceback
+from pathlib import Path
+from typing import Any
+
+from twofold.errors import TwofoldError
+from twofold.model.load import LoadedModel, load_model, need_tokenizer, positions
+from twofold.serving.gate import Gate, error_body
+
+INSTALL = "pip install 'twofold[serve]'"
+PACKAGES = ("fastapi", "uvicorn", "openai")
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
+QUEUE = 64
+SECONDS = 5  # that answers under way have when the server is stopped
+
+
+def check_installed() -> None:
+    """Refuse to serve without the packages that transformers' server needs.
+
+    Raises:
+        TwofoldError: naming those that are missing.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TwofoldError(f"twofold serve needs {' and '.join(missing)}, not installed here: {INSTALL}")
+
+
+def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
+    """The application: chat and completion, the list of the one model, and whether it is well.
+
+    Args:
+        name: of the model, for clients.
+        queue: requests that may wait or be answered at once; another one is refused.
+
+    Raises:
+        TwofoldError: if the model has no tokenizer, or does not decode.
+    """
+    check_installed()
+    tokenizer = need_tokenizer(loaded)
+    if not loaded.model.can_generate() or getattr(loaded.model.config, "is_encoder_decoder", False):
+        raise TwofoldError(
+            f"{loaded.name} ({type(loaded.model).__name__}) does not go on with a text, so it can't answer"
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise TwofoldError(
+            f"{loaded.name} has a slow tokenizer, and answers are streamed with fast ones (tokenizer.json)"
+        )
+    from fastapi import HTTPException, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+
+    try:
+        from transformers.cli.serving.server import build_server
+
+        from twofold.serving.generation import Chat, Complete, OneModel, State
+    except ImportError as error:
+        raise TwofoldError(
+            f"this transformers has not the server that twofold serve builds on ({error}); install 5.23 or newer"
+        ) from error
+
+    manager, state = OneModel(loaded, name), State(positions(loaded.model))
+    app: Any = build_server(
+        manager,
+        Chat(manager, state),
+        completion_handler=Complete(manager, state),
+        response_handler=None,
+        transcription_handler=None,
+        systemone_handler=None,
+        generation_state=state,
+    )
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
+
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code)
+
+    async def unreadable(_: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse(error_body(400, "the request is no JSON object"), 400)
+
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        traceback.print_exception(error)
+        return JSONResponse(error_body(500, f"the server failed ({type(error).__name__}: {error})"), 500)
+
+    for kind, handler in ((HTTPException, refused), (RequestValidationError, unreadable), (Exception, failed)):
+        app.add_exception_handler(kind, handler)
+    return Gate(app, queue)
+
+
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    queue: int = QUEUE,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Answer OpenAI's API until the process is stopped.
+
+    Args:
+        port: 0 takes any that is free.
+
+    Raises:
+        TwofoldError: if the model can't be loaded, or the place is taken.
+    """
+    check_installed()
+    place = listen(host, port)
+    import uvicorn
+
+    name = Path(model).name or Path(model).resolve().name
+    app = build_app(load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code), name, queue)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS)
+    taken = place.getsockname()[1]
+    print(f"Serving {name} at http://{host}:{taken}/v1 (Ctrl-C ends it)", flush=True)
+    uvicorn.Server(config).run(sockets=[place])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at a place.
+
+    Raises:
+        TwofoldError: if it is taken, or not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        place = socket.socket(family, kind, protocol)
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(address)
+        place.listen(128)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TwofoldError(f"can't listen at {host}:{port} ({reason}); name another --port or --host") from error
+    return place

@@ -1,0 +1,229 @@
+"""The methods by name: what of a model is trained, by PEFT's adapters or by ours."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    AdaLoraConfig,
+    EvaConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from torch import nn
+from transformers import TrainerCallback
+
+from twofold.checkpoint.peft.lora import has_compact, whole_layers
+from twofold.errors import TwofoldError
+from twofold.model.weights import matches
+from twofold.nn import CompactLinear, IntMatrix, SharedLinear
+from twofold.scratch.bound import BoundedUpdate
+from twofold.tuning.allocation import AdaLoraSteps
+from twofold.tuning.directions import split_directions
+from twofold.tuning.fused import fuse_lora
+from twofold.tuning.settings import TuneSettings
+from twofold.tuning.tokens import Example
+
+DENSE = ("dora", "pissa", "olora", "corda", "vera", "adalora")  # these look into a dense weight
+CONVERTED = ("pissa", "olora", "corda")  # these change the base weight, so the difference is what is saved
+BESIDE = ("lora", "rslora", "eva")  # these leave the weight as it is, and look at its outputs alone
+SAMPLED = 64  # rows that eva and corda look at
+
+
+@dataclass
+class Method:
+    """A model that is ready to be trained."""
+
+    model: Any  # a PeftModel, or the model itself
+    adapter: bool  # whether an adapter is saved, and not the model
+    initial: Path | None = None  # the adapter of before the training, where the difference is saved
+    merged: bool = False  # whether the adapter is put into the model before it is saved
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    optimizer_hooks: list[BoundedUpdate] = field(default_factory=list)
+
+    @property
+    def trainable(self) -> int:
+        """The numbers that are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def chosen_layers(model: nn.Module, settings: TuneSettings) -> list[str]:
+    """The layers that are trained.
+
+    Raises:
+        TwofoldError: if a pattern matches none, or none is left.
+    """
+    names = whole_layers(model)
+    for pattern in [*settings.include, *settings.exclude]:
+        if not any(matches(name, [pattern]) for name in names):
+            raise TwofoldError(
+                f"the pattern {pattern!r} matches no linear layer; list them with: twofold inspect {settings.model}"
+            )
+    chosen = [
+        name
+        for name in names
+        if (not settings.include or matches(name, settings.include)) and not matches(name, settings.exclude)
+    ]
+    if not chosen:
+        raise TwofoldError("no layer is left to train; see --include and --exclude")
+    return chosen
+
+
+def check_method(model: nn.Module, settings: TuneSettings) -> list[str]:
+    """The layers that are trained, if the method can train this model.
+
+    Raises:
+        TwofoldError: if it can't.
+    """
+    if settings.method not in BESIDE and any(isinstance(module, IntMatrix) for module in model.modules()):
+        raise TwofoldError(
+            f"{settings.model} is kept in integers (--bits), and --method {settings.method} can't train these; take "
+            f"{', '.join(BESIDE[:-1])} or {BESIDE[-1]}, or train the checkpoint that was compressed without --bits"
+        )
+    names = chosen_layers(model, settings)
+    compact = [name for name in names if isinstance(model.get_submodule(name), CompactLinear)]
+    if settings.method.startswith("factors") and not compact:
+        raise TwofoldError(
+            f"--method {settings.method} trains the layers of a factorized model, and {settings.model} has none; factorize it "
+            "first (twofold compress), or take --method lora"
+        )
+    if settings.method in DENSE and compact:
+        raise TwofoldError(
+            f"--method {settings.method} needs the dense weight, and {compact[0]} is kept in its factors; take lora, rslora, "
+            "eva, factors, factors-top or factors-tail, or leave such layers out with --exclude"
+        )
+    return compact if settings.method.startswith("factors") else names
+
+
+def apply_method(model: Any, settings: TuneSettings, *, examples: list[Example], steps: int, folder: Path) -> Method:
+    """Make a model ready to be trained; what is drawn at random is drawn from the seed.
+
+    Args:
+        examples: those that are trained on; eva and corda look at some.
+        steps: of the optimizer; adalora spreads its ranks over them.
+        folder: for the adapter of before the training, where it is needed.
+
+    Raises:
+        TwofoldError: if the method can't train this model.
+    """
+    names = check_method(model, settings)
+    torch.manual_seed(settings.seed)
+    if settings.method == "full":
+        model.requires_grad_(True)
+        return Method(model, adapter=False)
+    if settings.method == "factors":
+        return _factors(model, names, settings)
+    if settings.method in ("factors-top", "factors-tail"):
+        wrapped = split_directions(model, names, settings.size, leading=settings.method == "factors-top")
+        return Method(wrapped, adapter=False, merged=True)
+    config = adapter_config(settings, names, steps)
+    with _quiet():
+        if settings.method == "corda":
+            preprocess_corda(model, config, run_model=lambda: _run(model, examples))
+        adapted: PeftModel = get_peft_model(model, config)
+        if settings.method == "eva":
+            device = next(model.parameters()).device
+            initialize_lora_eva_weights(adapted, _Batches(examples[:SAMPLED], device), show_progress_bar=False)
+        method = Method(adapted, adapter=True)
+        if settings.method in CONVERTED:
+            method.initial = folder / "initial"
+            _save_initial(adapted, method.initial)
+    fuse_lora(adapted)
+    if settings.method == "adalora":
+        method.callbacks.append(AdaLoraSteps(adapted))
+    return method
+
+
+def adapter_config(settings: TuneSettings, names: list[str], steps: int) -> PeftConfig:
+    """PEFT's configuration of an adapter."""
+    rank, method = settings.size, settings.method
+    common: dict[str, Any] = {"target_modules": names, "task_type": "CAUSAL_LM"}
+    if method == "vera":
+        return VeraConfig(r=rank, vera_dropout=settings.dropout, projection_prng_key=settings.seed, **common)
+    common |= {"lora_alpha": settings.scale, "lora_dropout": settings.dropout}
+    if method == "adalora":
+        first, last = steps // 10, steps // 3
+        return AdaLoraConfig(
+            target_r=rank, init_r=max(rank * 3 // 2, rank + 1), tinit=first, tfinal=last, total_step=steps,
+            deltaT=max(1, steps // 50), **common,
+        )  # fmt: skip
+    extra: dict[str, dict[str, Any]] = {
+        "rslora": {"use_rslora": True},
+        "dora": {"use_dora": True},
+        "pissa": {"init_lora_weights": "pissa"},
+        "olora": {"init_lora_weights": "olora"},
+        "corda": {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")},
+        "eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)},
+    }
+    return LoraConfig(r=rank, **common, **extra.get(method, {}))
+
+
+def _factors(model: Any, names: list[str], settings: TuneSettings) -> Method:
+    """Only the factors of the layers are trained, and the update of each product is bounded."""
+    free_factors(model, names)
+    bound = BoundedUpdate({name: model.get_submodule(name) for name in names}, settings.bound)
+    return Method(model, adapter=False, optimizer_hooks=[bound])
+
+
+def free_factors(model: Any, names: list[str]) -> None:
+    """Let the factors of these layers be trained, bases that they share among them, and nothing else."""
+    model.requires_grad_(False)
+    for name in names:
+        layer = model.get_submodule(name)
+        for child in layer.CHILDREN:
+            getattr(layer, child).weight.requires_grad_(True)
+        if isinstance(layer, SharedLinear):
+            layer.basis.reduce.weight.requires_grad_(True)
+
+
+def _save_initial(adapted: PeftModel, folder: Path) -> None:
+    """Keep the adapter as it starts; PEFT asks for it under a plain name of its start."""
+    config = adapted.peft_config["default"]
+    start = config.init_lora_weights
+    config.init_lora_weights = True
+    adapted.save_pretrained(folder)
+    config.init_lora_weights = start
+
+
+class _Batches:
+    """Some rows as batches of one, as often as they are asked for."""
+
+    def __init__(self, examples: list[Example], device: torch.device) -> None:
+        self.examples, self.device = examples, device
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for one in self.examples:
+            ids = torch.tensor([one.input_ids], device=self.device)
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def _run(model: Any, examples: list[Example]) -> None:
+    for batch in _Batches(examples[:SAMPLED], next(model.parameters()).device):
+        model(**batch)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT's advice to who calls it by hand is none for the user of a command."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+__all__ = ["Method", "adapter_config", "apply_method", "check_method", "chosen_layers", "has_compact"]

@@ -1,0 +1,112 @@
+"""What is known of a fine-tuning before the weights are loaded: the rows as tokens, the steps, and what it will take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from twofold.errors import TwofoldError
+from twofold.model.load import load_skeleton, load_tokenizer, positions
+from twofold.planning.sizes import parse_budget
+from twofold.tuning.estimate import TuneEstimate, choose, estimate
+from twofold.tuning.methods import check_method
+from twofold.tuning.optimizers import check_layers, check_optimizer
+from twofold.tuning.rows import Rows, read_rows
+from twofold.tuning.settings import TuneSettings
+from twofold.tuning.tokens import Examples, encode_rows
+from twofold.tuning.trainer import as_dataset, packed
+
+
+@dataclass
+class Prepared:
+    """What is known before the weights are loaded."""
+
+    settings: TuneSettings  # as they were chosen for the memory
+    rows: Rows
+    examples: Examples
+    windows: Any  # the data set of rows, or of packed windows
+    steps: int
+    estimate: TuneEstimate | None  # None where the architecture can't be run without weights
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
+    """Read the rows, and tell what the run will take.
+
+    Args:
+        must_estimate: fail where it can't be told.
+
+    Raises:
+        TwofoldError: for whatever the user can put right.
+    """
+    check_optimizer(settings)
+    rows = read_rows(
+        settings.data,
+        skip_bad=settings.skip_bad,
+        dataset_config=settings.dataset_config,
+        dataset_split=settings.dataset_split,
+    )
+    model = load_skeleton(settings.model, trust_remote_code=settings.trust_remote_code).model
+    check_method(model, settings)
+    check_layers(model, settings)
+    longest = positions(model)
+    if longest is not None and settings.length > longest:
+        settings = settings.model_copy(update={"length": longest})
+    examples = encode_rows(
+        rows.rows,
+        load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code),
+        length=settings.length,
+        long=settings.long,
+        loss=settings.loss,
+        chat=settings.chat,
+        skip_bad=settings.skip_bad,
+        held_out=settings.held_out,
+        seed=settings.seed,
+    )
+    windows = packed(examples.train, settings.length) if settings.packing else as_dataset(examples.train)
+    steps = settings.steps or max(1, math.ceil(math.ceil(len(windows) / settings.batch) * settings.epochs))
+    settings.intervals(steps)
+    sizes = [len(ids) for ids in windows["input_ids"]]
+    shape: dict[str, Any] = {"longest": max(sizes), "mean": sum(sizes) / len(sizes), "steps": steps}
+    notes: list[str] = []
+    try:
+        if settings.memory is None:
+            return Prepared(settings, rows, examples, windows, steps, estimate(settings, **shape), notes)
+        chosen, found = choose(settings, int(read_bytes(settings.memory)), **shape)
+    except TwofoldError:
+        if must_estimate or settings.memory is not None:
+            raise
+        return Prepared(settings, rows, examples, windows, steps, None, notes)
+    if chosen.method != settings.method:
+        notes.append(
+            f"{settings.method} does not fit in {settings.memory}, so {chosen.method} was trained in its place"
+            + (f", by adamw and not by {settings.optimizer}" if chosen.optimizer != settings.optimizer else "")
+        )
+    return Prepared(chosen, rows, examples, windows, steps, found, notes)
+
+
+def read_bytes(text: str) -> float:
+    """A memory such as 4GB in bytes.
+
+    Raises:
+        TwofoldError: if it is none.
+    """
+    size, unit = parse_budget(text)
+    if unit != "bytes":
+        raise TwofoldError(f"--memory must be a size in bytes, such as 4GB, got {text!r}")
+    return size
+
+
+def summary(rows: Rows, examples: Examples) -> str:
+    """The rows in one line."""
+    parts = [f"{len(examples.train):,} rows to train on, {len(examples.held_out):,} held out"]
+    if rows.skipped:
+        parts.append(f"{rows.skipped:,} bad ones skipped (first: {rows.first_skipped})")
+    if examples.refused:
+        parts.append(f"{examples.refused:,} refused by the chat template skipped (first: {examples.first_refused})")
+    if examples.cut:
+        parts.append(f"{examples.cut:,} cut to --length")
+    if examples.left_out:
+        parts.append(f"{examples.left_out:,} left out that are longer")
+    return "; ".join(parts)

@@ -1,0 +1,126 @@
+"""The record of a fine-tuning, kept as run.json; and its curve and card."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from matplotlib.figure import Figure
+
+from twofold.report.printed import COLOURS, on_paper
+from twofold.report.record import Machine, Sample
+from twofold.tuning.settings import TuneSettings
+
+
+class Point(pydantic.BaseModel, extra="forbid"):
+    """A loss at a step, in nats a token."""
+
+    step: int
+    loss: float
+
+
+class TuneRun(pydantic.BaseModel, extra="forbid"):
+    """A whole fine-tuning."""
+
+    kind: Literal["tune"] = "tune"
+    settings: TuneSettings
+    machine: Machine
+    base_sha256: str  # of the base model's weights; empty where it has no safetensors
+    data_sha256: str  # of the tokens and labels
+    rows: int  # trained on
+    rows_held_out: int
+    rows_skipped: int = 0
+    rows_cut: int = 0
+    rows_too_long: int = 0  # left out
+    windows: int  # rows, or packed windows
+    tokens: int  # of the rows that are trained on
+    tokens_learnt: int
+    trainable: int  # numbers that are trained
+    parameters: int
+    steps: int
+    steps_planned: int
+    resumed: int = 0  # the step that the run was taken up at, the last time
+    held_out_before: float | None = None  # nats a token
+    held_out_after: float | None = None
+    curve: list[Point] = []
+    held_out_curve: list[Point] = []
+    samples: list[Sample] = []
+    steps_shortened: int = 0  # factors: layer steps that the bound shortened
+    seconds: dict[str, float] = {}
+    step_seconds: float = 0.0  # of this process, without the looks at the held-out rows
+    peak_memory: int = 0  # bytes, resident
+    estimated_memory: int = 0
+    notes: list[str] = []
+
+
+def draw_curve(run: TuneRun, path: Path) -> None:
+    """Training loss of each step and held-out loss over the steps, as an SVG."""
+    with on_paper("twofold"):
+        figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+        axes: Any = figure.subplots()
+        axes.grid(True, alpha=0.6)
+        if run.curve:
+            steps, losses = [p.step for p in run.curve], [p.loss for p in run.curve]
+            axes.plot(steps, losses, color=COLOURS[5], linewidth=1.0, label="training rows, each step")
+        if run.held_out_curve:
+            steps, losses = [p.step for p in run.held_out_curve], [p.loss for p in run.held_out_curve]
+            axes.plot(steps, losses, color=COLOURS[1], marker="o", markersize=4, linewidth=1.6, label="held-out rows")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss (nats a token)")
+        axes.legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def write_card(run: TuneRun, folder: Path) -> None:
+    """The README.md of what was trained."""
+    s = run.settings
+    rows = [
+        ("base model", _plain(s.model)),
+        ("method", s.method if s.method in ("full", "factors") else f"{s.method}, rank {s.size}"),
+        ("trained numbers", f"{run.trainable:,} of {run.parameters:,}"),
+        ("rows", f"{run.rows:,} trained on, {run.rows_held_out:,} held out"),
+        ("steps", f"{run.steps:,} of {s.batch} rows or windows, highest rate {s.rate:g}, cosine"),
+        ("held-out loss before", _loss(run.held_out_before)),
+        ("held-out loss after", _loss(run.held_out_after)),
+    ]
+    lines = [
+        "---",
+        "library_name: " + ("peft" if (folder / "adapter_config.json").exists() else "transformers"),
+        "tags:",
+        "- twofold",
+    ]
+    lines += [
+        "---",
+        "",
+        "# Fine-tuned with Twofold",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+        "",
+    ]
+    lines += ["The loss is in nats a token, over " + ("the answers" if s.loss == "answers" else "all tokens") + ".", ""]
+    lines += ["![Loss over the steps](loss.svg)", ""]
+    for sample in run.samples:
+        lines += [
+            f"**{_plain(sample.prompt)}**",
+            "",
+            f"- before: {_plain(sample.original)}",
+            f"- after: {_plain(sample.factored)}",
+            "",
+        ]
+    if run.notes:
+        lines += ["## Notes", "", *(f"- {_plain(note)}" for note in run.notes), ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _loss(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _plain(text: str) -> str:
+    """Text from a model or a user, so that it is no markup."""
+    line = " ".join(text.split())
+    return "".join("\\" + sign if sign in "\\`*_{}[]<>#|!" else sign for sign in html.escape(line, quote=False))

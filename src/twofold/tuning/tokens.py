@@ -1,0 +1,208 @@
+"""Rows to token ids, and to labels that are the answers alone; what is too long is refused, cut or skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from twofold.errors import TwofoldError
+from twofold.model.source import first_line
+from twofold.tuning.rows import Row
+
+IGNORED = -100  # the label of a token that is not learnt
+MEND = "mend the row, or leave out such rows with --skip-bad"
+
+
+class RefusedRowError(TwofoldError):
+    """A row that the chat template refuses, or that has nothing to learn."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """The token ids of a row, and its labels: the id where it is learnt, −100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def learnt(self) -> int:
+        """Tokens that the loss is over; the first token is never predicted."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples to train on and held-out ones, and what became of long rows and of refused ones."""
+
+    train: list[Example]
+    held_out: list[Example]
+    cut: int = 0
+    left_out: int = 0
+    refused: int = 0  # by the chat template
+    first_refused: str = ""  # place and reason
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all that is trained on and measured on, in its order."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            for one in part:
+                digest.update(json.dumps([one.input_ids, one.labels]).encode())
+            digest.update(b"|")
+        return digest.hexdigest()
+
+
+def encode_rows(
+    rows: list[Row],
+    tokenizer: Any,
+    *,
+    length: int,
+    long: Literal["refuse", "cut", "skip"] = "refuse",
+    loss: Literal["answers", "all"] = "answers",
+    chat: bool = False,
+    skip_bad: bool = False,
+    held_out: float = 0.1,
+    seed: int = 0,
+) -> Examples:
+    """Tokens and labels of all rows, some of which are set aside to measure on.
+
+    Raises:
+        TwofoldError: if rows are longer than ``length`` and are to be refused; if a row can't be put through the chat template,
+            unless such rows are to be skipped; or if too few rows are left.
+    """
+    examples: list[Example] = []
+    cut = left_out = 0
+    too_long: list[tuple[str, int]] = []
+    refused: list[RefusedRowError] = []
+    for row in rows:
+        try:
+            example = encode(row, tokenizer, chat=chat, loss=loss)
+        except RefusedRowError as error:
+            if not skip_bad:
+                raise TwofoldError(f"{error}; {MEND}") from error
+            refused.append(error)
+            continue
+        size = len(example.input_ids)
+        if size > length:
+            too_long.append((row.where, size))
+            shorter = Example(example.input_ids[:length], example.labels[:length])
+            if long == "skip" or not shorter.learnt:  # of a prompt alone nothing is learnt
+                left_out += 1
+                continue
+            cut += 1
+            example = shorter
+        examples.append(example)
+    if too_long and long == "refuse":
+        where, size = too_long[0]
+        longest = max(size for _, size in too_long)
+        raise TwofoldError(
+            f"{where} has {size} tokens, more than the {length} of --length, and so have {len(too_long) - 1} more rows (the "
+            f"longest {longest}); raise --length, cut such rows with --long cut, or leave them out with --long skip"
+        )
+    if refused and not examples:
+        raise TwofoldError(f"no row is left to learn from: {len(refused)} bad ones were skipped, first {refused[0]}")
+    divided = _split(examples, held_out, seed, cut, left_out)
+    return replace(divided, refused=len(refused), first_refused=str(refused[0]) if refused else "")
+
+
+def _split(examples: list[Example], held_out: float, seed: int, cut: int, left_out: int) -> Examples:
+    count = int(held_out) if held_out >= 1 else round(held_out * len(examples))
+    if 0 < held_out < 1:
+        count = max(count, 1)
+    if len(examples) - count < 1:
+        raise TwofoldError(
+            f"of {len(examples)} rows that can be used {count} would be held out, and none is left to train on; "
+            "use a smaller --held-out, or more data"
+        )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    aside = set(order[:count])
+    return Examples(
+        [one for i, one in enumerate(examples) if i not in aside],
+        [one for i, one in enumerate(examples) if i in aside],
+        cut,
+        left_out,
+    )
+
+
+def encode(row: Row, tokenizer: Any, *, chat: bool = False, loss: Literal["answers", "all"] = "answers") -> Example:
+    """One row as tokens and labels.
+
+    Raises:
+        TwofoldError: if the tokenizer has no chat template, one that does not begin a conversation as it goes on, or one that
+            refuses the row.
+    """
+    turns = row.turns
+    if chat and not turns and row.prompt:
+        turns = (("user", row.prompt.strip()), ("assistant", row.completion))
+    if turns:
+        ids, learnt = _conversation(turns, tokenizer, row.where, whole=loss == "all")
+    else:
+        ids, learnt = _completion(row, tokenizer)
+    if loss == "all":
+        learnt = [True] * len(ids)
+    example = Example(ids, [token if one else IGNORED for token, one in zip(ids, learnt, strict=True)])
+    if not example.learnt:
+        raise RefusedRowError(f"{row.where}: nothing of it is learnt, its answer has no tokens")
+    return example
+
+
+def _completion(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """A prompt and its completion as they stand, with the token that ends a text."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    whole = list(tokenizer(row.prompt + row.completion)["input_ids"])
+    if end is not None and (not whole or whole[-1] != end):
+        whole.append(end)
+    if not row.prompt:
+        return whole, [True] * len(whole)
+    prompt = list(tokenizer(row.prompt)["input_ids"])
+    if prompt and prompt[-1] == end and getattr(tokenizer, "add_eos_token", False):
+        prompt.pop()
+    start = _common(prompt, whole)  # a token may reach over the border
+    return whole, [i >= start for i in range(len(whole))]
+
+
+def _conversation(
+    turns: tuple[tuple[str, str], ...], tokenizer: Any, where: str, *, whole: bool
+) -> tuple[list[int], list[bool]]:
+    """A conversation through the chat template; learnt are the tokens of the assistant's turns, with what ends them.
+
+    They are found by rendering the conversation up to each answer: as the model sees it before it answers.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise TwofoldError(
+            f"{where} is a conversation, and the tokenizer has no chat template; put one into its chat_template, or give rows "
+            'with "prompt" and "completion"'
+        )
+    messages = [{"role": role, "content": content} for role, content in turns]
+
+    def render(count: int, ask: bool) -> list[int]:
+        try:
+            text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask)
+        except Exception as error:  # a template is data, and may refuse anything
+            raise RefusedRowError(f"{where}: the chat template refuses it ({first_line(error)})") from error
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    ids = render(len(messages), False)
+    learnt = [whole] * len(ids)
+    for number, (role, _) in enumerate(turns):
+        if role != "assistant" or whole:
+            continue
+        before, after = render(number, True), render(number + 1, False)
+        start, stop = _common(before, ids), _common(after, ids)
+        if start < len(before) - 1 or stop < len(after) - 1 or stop <= start:
+            raise TwofoldError(
+                f"{where}: the chat template renders the beginning of a conversation otherwise than the whole, so the answers in "
+                "it can't be told; learn all of it with --loss all, or give one answer a row"
+            )
+        learnt[start:stop] = [True] * (stop - start)
+    return ids, learnt
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """The length of the beginning that two lists share."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
