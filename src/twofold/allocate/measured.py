@@ -1,4 +1,4 @@
-"""Global, on second-order losses that are measured token by token (planning/evidence/second_order.py) and not taken from the spectrum.
+"""Global, on second-order losses that are measured token by token and not taken from the spectrum (planning/evidence).
 
 The spectrum says what a rank loses if a layer's inputs and gradients are independent of one another. Here that is not assumed:
 the loss of a rank is ½ E[(gᵀ ΔW x)²] over tokens, with the same components in the same order. Few tokens may make a larger rank
