@@ -44,8 +44,9 @@ def perturbed(name: str, noise: float, folder: Path) -> None:
     """Write a model in bfloat16 with noise on its targeted weights, the same for the same seed."""
     import torch
 
-    from twofold.model.load import cast_weights, load_model
+    from twofold.model.load import load_model
     from twofold.model.weights import find_targets
+    from twofold.nn.places import cast_weights
 
     loaded = load_model(name)
     generator = torch.Generator().manual_seed(0)
@@ -70,10 +71,11 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
     """All rows, and the perplexities of the model as it is named and with its noise."""
     import torch
 
-    from twofold.factor.apply import apply_plan, dense_again
+    from twofold.factor.apply import apply_plan
+    from twofold.host.clock import Stopwatch
     from twofold.model.load import need_tokenizer
+    from twofold.nn.places import dense_again
     from twofold.planning.make import make_plan
-    from twofold.report.record import Stopwatch
     from twofold.run.open import open_for
     from twofold.run.prepare import prepare
     from twofold.settings.recipe import make_recipe

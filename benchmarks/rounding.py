@@ -23,10 +23,10 @@ def collected(given: argparse.Namespace) -> list[tuple[Any, Any, Any]]:
     """Weight, C and G of every linear layer of the blocks."""
     import torch
 
-    from twofold.calibrate import request_statistics
     from twofold.calibrate.moments import Moments
+    from twofold.calibrate.request import request_statistics
     from twofold.calibrate.sweep import collect_moments
-    from twofold.linalg import damp
+    from twofold.linalg.metric import damp
     from twofold.model.load import load_model
     from twofold.model.streamed import Resident
     from twofold.model.weights import find_targets
@@ -56,8 +56,10 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--train", type=Path, default=DATA / "wiki.train.part.raw")
     given = parser.parse_args()
-    from twofold.linalg import decompose, gauge_rank, gram, smaller_side, truncate
-    from twofold.nn import FactoredLinear, IntLinear, int_bytes
+    from twofold.linalg.gauge import gauge_rank
+    from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate
+    from twofold.nn.factored_linear import FactoredLinear
+    from twofold.nn.int_matrix import IntLinear, int_bytes
     from twofold.quantize.factors import factor_bytes, integer_factors
     from twofold.quantize.rounding import round_matrix
 

@@ -185,7 +185,7 @@ def growth(bench: Bench, tokens: int) -> None:
 
 def processes(bench: Bench, tokens: int) -> None:
     """Two processes of one thread each against one of one thread."""
-    from twofold.calibrate import Moments
+    from twofold.calibrate.moments import Moments
 
     records = {}
     for count in (1, 2):

@@ -30,10 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 import twofold
+from twofold.host.clock import machine
 from twofold.host.files import write_text
-from twofold.nn import FactoredLinear
+from twofold.nn.factored_linear import FactoredLinear
 from twofold.report.printed import COLOURS, on_paper, save_printed
-from twofold.report.record import machine
 
 BAR = 1.0  # factorized over dense, held-out loss at equal time
 WARMUP = 0.1

@@ -31,9 +31,10 @@ def build_large(folder: Path, shape: argparse.Namespace) -> tuple[Path, Path]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from twofold.checkpoint.plugin import attach
-    from twofold.linalg import gauge_rank
-    from twofold.model.weights import list_weights, replace_module
-    from twofold.nn import FactoredLinear
+    from twofold.linalg.gauge import gauge_rank
+    from twofold.model.weights import list_weights
+    from twofold.nn.factored_linear import FactoredLinear
+    from twofold.nn.places import replace_module
 
     config = LlamaConfig(
         hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     asked = parser.parse_args()
 
-    from twofold.report.record import Stopwatch
+    from twofold.host.clock import Stopwatch
     from twofold.speed.bench import Lengths, bench
     from twofold.speed.output import write_bench
 

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 
 import twofold
 from twofold.model.load import load_tokenizer
-from twofold.nn import FactoredLinear
-from twofold.tuning import make_settings
+from twofold.nn.factored_linear import FactoredLinear
 from twofold.tuning.prepare import prepare
+from twofold.tuning.settings import make_settings
 from twofold.tuning.tokens import Example, Examples
 
 

@@ -27,9 +27,13 @@ from twofold.checkpoint.peft.lora import CompactLora, whole_layers
 from twofold.checkpoint.peft.register import need, register
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
-from twofold.linalg import weighted_low_rank
-from twofold.model.weights import dense_weight, find_targets, replace_module
-from twofold.nn import DenseColumnsLinear, FactoredLinear, IntLinear, SlicedLinear
+from twofold.linalg.spectrum import weighted_low_rank
+from twofold.model.weights import dense_weight, find_targets
+from twofold.nn.dense_columns_linear import DenseColumnsLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.int_matrix import IntLinear
+from twofold.nn.places import replace_module
+from twofold.nn.sliced_linear import SlicedLinear
 from twofold.quantize.rounding import round_matrix
 
 IDS = torch.arange(24)[None]

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twofold.allocate import ALLOCATIONS, Candidate, get_allocation
-from twofold.allocate.base import cheapest
+from twofold.allocate.base import ALLOCATIONS, Candidate, cheapest, get_allocation
 from twofold.allocate.effective_rank import entropy_rank
 from twofold.allocate.sensitivity import GRID
 from twofold.allocate.svd_llm_v2 import removal_factors
 from twofold.errors import TwofoldError
-from twofold.linalg import gauge_storage
-from twofold.planning.sizes import ModelSize, parse_budget, target_budget
+from twofold.linalg.gauge import gauge_storage
+from twofold.planning.sizes import ModelSize, target_budget
+from twofold.settings.sizes import parse_budget
 
 
 def candidates_of(shapes, seed):

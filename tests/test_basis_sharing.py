@@ -26,15 +26,16 @@ from transformers import (
 import twofold
 from conftest import ARCHITECTURES, TEXT, VOCABULARY, make_model, make_tokenizer
 from twofold.adapters.extract import extract
-from twofold.calibrate import Moments
+from twofold.calibrate.moments import Moments
 from twofold.checkpoint.plugin import FORMAT_VERSION
 from twofold.decompose.spectra import Spectra
-from twofold.factor.apply import apply_plan, put_back
+from twofold.factor.apply import apply_plan
 from twofold.model.load import load_model
 from twofold.model.weights import Target, Targets, find_targets
-from twofold.nn import FactoredLinear, SharedBasis, SharedLinear
-from twofold.nn.shared_linear import BASES, hold_bases
-from twofold.objectives import get_objective
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.places import put_back
+from twofold.nn.shared_linear import BASES, SharedBasis, SharedLinear, hold_bases
+from twofold.objectives.base import get_objective
 from twofold.planning.make import make_plan
 from twofold.planning.plan import Plan
 from twofold.planning.structures import structure_candidate
@@ -45,8 +46,8 @@ from twofold.run.inspect import inspect_model
 from twofold.settings.recipe import Override, make_recipe
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.sharing import UNSHARED, alone_notes, share_bases, sharing
-from twofold.tuning import make_settings
 from twofold.tuning.estimate import estimate
+from twofold.tuning.settings import make_settings
 
 IDS = torch.arange(20)[None]
 DAMPING = 1e-2

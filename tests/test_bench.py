@@ -23,7 +23,7 @@ from twofold.speed.bench import Lengths, bench
 from twofold.speed.figure import points
 from twofold.speed.memory import peak_of
 from twofold.speed.record import Bench, Roofs
-from twofold.speed.runtimes import RUNTIMES, Runtime, Settings, get_runtime
+from twofold.speed.runtimes.base import RUNTIMES, Runtime, Settings, get_runtime
 from twofold.speed.runtimes.compile import Compile
 
 SHORT = Lengths(prompt=4, new=3, prefill=40, batches=(1, 2), repeats=2)

@@ -18,14 +18,14 @@ from conftest import CONFIGS, TEXT, make_model, make_tokenizer
 from test_bench import QUIET, SHORT
 from test_bench import models as models  # the fixture
 from twofold import TwofoldError
-from twofold.exports import Exported, export_model
+from twofold.exports.carry_out import Exported, export_model
 from twofold.model.load import load_model
 from twofold.model.work import work_of
 from twofold.speed import bench as bench_module
 from twofold.speed import exports
 from twofold.speed.bench import Lengths, bench
 from twofold.speed.record import Roofs
-from twofold.speed.runtimes import Settings, get_runtime
+from twofold.speed.runtimes.base import Settings, get_runtime
 
 FAST = Lengths(prompt=4, new=3, prefill=12, batches=(1, 3), repeats=1)
 

@@ -25,9 +25,9 @@ from twofold.comparison.quantized import choose_baselines, quantized, torchao_ve
 from twofold.comparison.record import Comparison
 from twofold.comparison.rows import Rows
 from twofold.evaluation.side_by_side import evaluate_models
-from twofold.factor.apply import put_back
 from twofold.host.cache import cache_folder
 from twofold.model.weights import find_targets
+from twofold.nn.places import put_back
 from twofold.run.compress import compress
 from twofold.task.texts import read_texts
 

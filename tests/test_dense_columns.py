@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import twofold
 from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
-from twofold.calibrate import Moments
-from twofold.linalg import gauge_storage, plain_storage
-from twofold.nn import DenseColumnsLinear, FactoredLinear
-from twofold.structures import Member, Structure
+from twofold.calibrate.moments import Moments
+from twofold.linalg.gauge import gauge_storage, plain_storage
+from twofold.model.structure import Member, Structure
+from twofold.nn.dense_columns_linear import DenseColumnsLinear
+from twofold.nn.factored_linear import FactoredLinear
 from twofold.structures.dense_columns import CutColumns
 
 IDS = torch.arange(20)[None]

@@ -15,17 +15,19 @@ from conftest import TEXT, make_model, make_tokenizer
 from twofold.allocate.sensitivity import GRID
 from twofold.comparison.arena import compare
 from twofold.comparison.grid import make_grid
+from twofold.decompose.decompose import layer_problem
 from twofold.errors import TwofoldError
-from twofold.factor.apply import layer_problem
-from twofold.linalg import gauge_rank, truncate
+from twofold.factor.prepared import carry_out
+from twofold.host.clock import Stopwatch
+from twofold.linalg.gauge import gauge_rank
+from twofold.linalg.spectrum import truncate
 from twofold.model.weights import dense_weight
 from twofold.planning.evidence.first_order import component_scores
 from twofold.planning.plan import Plan
-from twofold.report.record import Stopwatch
 from twofold.run.compress import compress
 from twofold.run.factorize import plan_model
 from twofold.run.open import open_for
-from twofold.run.prepare import carry_out, prepare
+from twofold.run.prepare import prepare
 from twofold.settings.recipe import make_recipe
 from twofold.task.curvature import loss_gradient
 
@@ -192,7 +194,7 @@ def test_what_can_not_be_measured_is_refused(allocate, checkpoint, text_file, tm
 
 
 def test_overflow_counts_as_the_worst():
-    from twofold.allocate import Candidate
+    from twofold.allocate.base import Candidate
     from twofold.allocate.sensitivity import within
 
     ranks, values = np.arange(1, 40), np.ones(40)

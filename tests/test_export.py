@@ -17,8 +17,9 @@ import twofold.cli
 from conftest import ARCHITECTURES, CONFIGS, TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
 from twofold.checkpoint.plugin import attach
-from twofold.exports import export_model, portable_layers
+from twofold.exports import portable_layers
 from twofold.exports.base import FORMATS, Source, Written, export_format
+from twofold.exports.carry_out import export_model
 from twofold.exports.decoding import ModelDecoder, greedy
 from twofold.exports.formats import register
 from twofold.exports.formats.dense import save_dense
@@ -26,8 +27,12 @@ from twofold.exports.formats.lora import split
 from twofold.exports.graph import trace
 from twofold.exports.runtimes import open_export
 from twofold.model.load import LoadedModel, load_model, load_skeleton
-from twofold.model.skeleton import survey
-from twofold.nn import DenseColumnsLinear, FactoredLinear, IntMatrix, SharedBasis, SharedLinear, SlicedLinear
+from twofold.model.survey import survey
+from twofold.nn.dense_columns_linear import DenseColumnsLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.int_matrix import IntMatrix
+from twofold.nn.shared_linear import SharedBasis, SharedLinear
+from twofold.nn.sliced_linear import SlicedLinear
 
 IDS = torch.tensor([[84, 104, 101, 32, 99, 97, 115, 116, 108, 101]])
 register()

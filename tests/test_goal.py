@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold.evaluation import Reference
+from twofold.evaluation.reference import Reference
 from twofold.host.unfinished import work_folder
 from twofold.planning.plan import Plan
-from twofold.report.record import Run
+from twofold.report.record import Probe, Run
 from twofold.run.compress import compress
 from twofold.run.factorize import plan_model
-from twofold.run.search import TOLERANCE, Probe, smallest
+from twofold.run.search import TOLERANCE, smallest
 from twofold.run.status import status_of
 from twofold.settings.goal import parse_perplexity
 from twofold.settings.recipe import Recipe, make_recipe

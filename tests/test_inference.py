@@ -17,9 +17,10 @@ from twofold import TwofoldError
 from twofold.checkpoint.plugin import attach
 from twofold.inference.draft import Draft
 from twofold.inference.latency import Latencies, Table, Times
-from twofold.model.weights import dense_weight, list_weights, replace_module
-from twofold.nn import FactoredLinear
+from twofold.model.weights import dense_weight, list_weights
+from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.grouped_linear import ColumnsLinear, GroupedLinear, InputGroup, Part, laid_out
+from twofold.nn.places import replace_module
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -194,7 +195,8 @@ def test_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = factored_model("llama")
     model.save_pretrained(tmp_path / "factored")
     monkeypatch.setattr(Latencies, "of_this_machine", lambda *_, **__: table_of(0.5))
-    loaded = twofold.load_model(str(tmp_path / "factored"), optimized=True).model
+    loaded = twofold.load_model(str(tmp_path / "factored")).model
+    twofold.optimize(loaded, quiet=True)
     assert len(loaded.twofold_inference.groups) == 4
     assert apart(logits(loaded), logits(model)) < 2e-5
 

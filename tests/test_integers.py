@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twofold.nn import CorrectedLinear, FactoredLinear, IntLinear, IntMatrix, QuantizedEmbedding, QuantizedLinear
-from twofold.nn.int_matrix import groups, int_bytes
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.int_matrix import IntLinear, IntMatrix, groups, int_bytes
 from twofold.nn.packing import BITS, pack, row_bytes, unpack
+from twofold.nn.quantized_embedding import QuantizedEmbedding
+from twofold.nn.quantized_linear import CorrectedLinear, QuantizedLinear
 from twofold.quantize.rounding import round_matrix
 
 sizes = st.integers(1, 70)

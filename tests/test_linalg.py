@@ -8,21 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from twofold.linalg import (
-    damp,
-    decompose,
-    gauge_form,
-    gauge_rank,
-    gauge_storage,
-    gram,
-    plain_storage,
-    roots,
-    smaller_side,
-    truncate,
-    truncation_loss,
-    weighted_low_rank,
-)
-from twofold.linalg.gauge import BOUND
+from twofold.linalg.gauge import BOUND, gauge_form, gauge_rank, gauge_storage, plain_storage
+from twofold.linalg.metric import damp, roots
+from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate, truncation_loss, weighted_low_rank
 
 SIZES = st.integers(2, 24)
 KINDS = st.sampled_from(["none", "diagonal", "full"])

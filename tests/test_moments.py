@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold.calibrate import Moments, request_statistics
+from twofold.calibrate.moments import Moments
+from twofold.calibrate.request import request_statistics
 from twofold.calibrate.sweep import collect_moments
 from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel

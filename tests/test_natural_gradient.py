@@ -20,9 +20,10 @@ from test_streaming import DYING, command, environment, same
 from twofold import TwofoldError
 from twofold.linalg import natural_step as nl
 from twofold.model.load import LoadedModel, load_model, load_skeleton
-from twofold.model.weights import find_targets, replace_module
-from twofold.nn import FactoredLinear
-from twofold.objectives import get_objective
+from twofold.model.weights import find_targets
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.places import replace_module
+from twofold.objectives.base import get_objective
 from twofold.refine import natural_gradient as ng
 from twofold.refine.base import Task
 from twofold.refine.gradient import sum_half

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.factor.apply import factor_layer
-from twofold.linalg import decompose, truncate, truncation_loss
-from twofold.objectives import OBJECTIVES, LayerMoments, get_objective
+from twofold.linalg.spectrum import decompose, truncate, truncation_loss
+from twofold.objectives.base import OBJECTIVES, LayerMoments, get_objective
 from twofold.planning.plan import PlanEntry
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]

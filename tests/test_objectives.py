@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.linalg import decompose, gram, truncate
-from twofold.objectives import OBJECTIVES, LayerMoments, get_objective
+from twofold.linalg.spectrum import decompose, gram, truncate
+from twofold.objectives.base import OBJECTIVES, LayerMoments, get_objective
 
 SHAPES = [(9, 16), (16, 9), (12, 12)]
 DAMPING = 1e-3

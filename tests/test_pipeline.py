@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold.objectives import OBJECTIVES
+from twofold.objectives.base import OBJECTIVES
 from twofold.planning.plan import Plan
 from twofold.report.record import Run
 from twofold.run.compress import compress

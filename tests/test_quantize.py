@@ -16,13 +16,17 @@ from transformers import AutoModel, AutoModelForCausalLM, RobertaConfig, Roberta
 import twofold
 from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
-from twofold.evaluation import model_size
 from twofold.evaluation.side_by_side import evaluate_models
+from twofold.evaluation.size import model_size
 from twofold.factor.verify import stored_bytes
-from twofold.linalg import damp, decompose, gram, smaller_side, truncate, weighted_low_rank
+from twofold.linalg.metric import damp
+from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate, weighted_low_rank
 from twofold.model.weights import Target
-from twofold.nn import CorrectedLinear, FactoredLinear, IntLinear, IntMatrix, QuantizedEmbedding, QuantizedLinear
-from twofold.objectives import LayerMoments, get_objective
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.int_matrix import IntLinear, IntMatrix
+from twofold.nn.quantized_embedding import QuantizedEmbedding
+from twofold.nn.quantized_linear import CorrectedLinear, QuantizedLinear
+from twofold.objectives.base import LayerMoments, get_objective
 from twofold.planning.bits import AUTO_BITS, Option, Rounding, bit_options, pareto
 from twofold.quantize.factors import factor_bytes, integer_factors, integer_form
 from twofold.quantize.loss import error_loss, factors_loss, far_diagonal, rounding_needs
@@ -124,8 +128,8 @@ def test_the_diagonal_of_the_far_metric_comes_from_calibration_and_is_damped():
 
 
 def test_calibration_sums_the_diagonals_of_the_moments_themselves():
-    from twofold.calibrate import request_statistics
     from twofold.calibrate.moments import Moments
+    from twofold.calibrate.request import request_statistics
     from twofold.calibrate.sweep import collect_moments
     from twofold.model.streamed import Resident
     from twofold.model.weights import find_targets

@@ -13,12 +13,12 @@ import torch
 from conftest import TEXT, make_model
 from test_streaming import DYING, command, environment, same
 from twofold.errors import TwofoldError
-from twofold.factor.apply import dense_again
 from twofold.host.cache import cache_folder
-from twofold.linalg import decompose, truncate, weighted_low_rank
+from twofold.linalg.spectrum import decompose, truncate, weighted_low_rank
 from twofold.model.head import before_head, find_head
 from twofold.model.load import LoadedModel
-from twofold.objectives import LayerMoments, get_objective
+from twofold.nn.places import dense_again
+from twofold.objectives.base import LayerMoments, get_objective
 from twofold.planning.plan import Plan
 from twofold.refine.anchored import anchored_problem
 from twofold.refine.base import REFINEMENTS, Refined, Refinement, Task

@@ -24,7 +24,7 @@ from conftest import TEXT
 from test_report import front_matter, make_plan, make_run, page
 from twofold.cli import tables
 from twofold.host.cache import cache_folder
-from twofold.report import write_card
+from twofold.report.card import write_card
 from twofold.report.record import Sample
 
 SECRETS = {

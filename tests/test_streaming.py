@@ -18,14 +18,15 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import twofold
 from conftest import ARCHITECTURES, CONFIGS, make_model, make_tokenizer
-from twofold.calibrate import Moments, sweep
+from twofold.calibrate import sweep
 from twofold.calibrate.activations import Activations
+from twofold.calibrate.moments import Moments
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
 from twofold.model.blocks import Chain, Stretch, run_stretch, stretches, watch_chain
 from twofold.model.load import load_model, load_skeleton, load_streamed
-from twofold.model.skeleton import survey
 from twofold.model.streamed import EMBEDDING, HEAD, Streamed
+from twofold.model.survey import survey
 from twofold.model.weights import find_targets
 from twofold.planning.plan import Plan
 from twofold.run.compress import compress

@@ -14,15 +14,17 @@ from transformers import AutoModelForCausalLM, GPTJConfig, PhiConfig, Qwen3Confi
 
 import twofold
 from conftest import CONFIGS, TEXT, VOCABULARY, make_model, make_tokenizer
-from twofold.calibrate import Moments
+from twofold.calibrate.moments import Moments
+from twofold.model.structure import Member, Structure
 from twofold.model.weights import find_targets
-from twofold.nn import SlicedLinear
+from twofold.nn.sliced_linear import SlicedLinear
 from twofold.run.factorize import plan_model
-from twofold.structures import Member, Structure, few_tokens, find_structures
+from twofold.structures.find import find_structures
 from twofold.structures.mlp import CutMLP
 from twofold.structures.query_key import CutQueries
 from twofold.structures.units import unit_rows
 from twofold.structures.value_output import CutValues
+from twofold.task.windows import few_tokens
 
 IDS = torch.arange(20)[None]
 KINDS = ("mlp", "value-output", "query-key")
@@ -291,11 +293,12 @@ def test_all_units_are_the_original(architecture):
     assert all(entry.rank is None for entry in kept.twofold_plan.entries)
     assert torch.equal(logits(kept), original)
     # And so is the closed form itself, with all units in it.
-    from twofold.calibrate import request_statistics
+    from twofold.calibrate.request import request_statistics
     from twofold.calibrate.sweep import collect_moments
-    from twofold.factor.structures import prepare
     from twofold.model.streamed import Resident
-    from twofold.model.weights import find_groups, replace_module
+    from twofold.model.weights import find_groups
+    from twofold.nn.places import replace_module
+    from twofold.structures.cut import prepare
 
     found = structures_of(model)
     groups = find_groups(model, found.targets, lambda: model(input_ids=IDS))

@@ -22,10 +22,12 @@ from conftest import TEXT, make_model, make_tokenizer
 from test_adapters import factored_model, with_lora
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_output
-from twofold.nn import FactoredLinear, IntLinear, QuantizedLinear, TiedLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.int_matrix import IntLinear
+from twofold.nn.quantized_embedding import TiedLinear
+from twofold.nn.quantized_linear import QuantizedLinear
 from twofold.run.factorize import factorize
 from twofold.scratch.bound import BoundedUpdate, product_norm, spectral_norm
-from twofold.tuning import make_settings
 from twofold.tuning.directions import split_directions
 from twofold.tuning.estimate import choose, estimate
 from twofold.tuning.fused import fuse_lora
@@ -34,6 +36,7 @@ from twofold.tuning.prepare import prepare, read_bytes
 from twofold.tuning.record import TuneRun
 from twofold.tuning.rows import read_rows
 from twofold.tuning.run import tune
+from twofold.tuning.settings import make_settings
 from twofold.tuning.tokens import Example, encode_rows
 from twofold.tuning.trainer import RowTrainer, as_dataset, disk_errors, last_whole, packed
 

@@ -16,7 +16,7 @@ import vllm_double
 from conftest import make_model
 from twofold import FactoredLinear, TwofoldError
 from twofold.checkpoint.plugin import attach
-from twofold.model.weights import replace_module
+from twofold.nn.places import replace_module
 from twofold.vllm_plugin.product import merged_product
 from twofold.vllm_plugin.shards import factored_names, original_names, shard_index, shards_of
 from twofold.vllm_plugin.stores import Stores
@@ -35,7 +35,7 @@ FORMS = {
 
 @pytest.fixture
 def vllm():
-    from twofold.vllm_plugin import register
+    from twofold.vllm_plugin.entry import register
 
     with vllm_double.installed():
         register()
@@ -307,7 +307,7 @@ def test_the_entry_point_registers_and_needs_no_vllm_before(vllm):
 
 
 def test_without_a_vllm_that_fits_there_is_a_warning():
-    from twofold.vllm_plugin import register
+    from twofold.vllm_plugin.entry import register
 
     assert not [name for name in sys.modules if name.split(".")[0] == "vllm" or name == vllm_double.OURS]
     with pytest.warns(UserWarning, match="not registered, since this vLLM is not as 0.32 is .*--to dense"):

@@ -6,14 +6,17 @@ Importing this package lets plain ``transformers`` load factored checkpoints.
 from twofold.checkpoint.plugin import TwofoldConfig
 from twofold.comparison.arena import compare
 from twofold.errors import TwofoldError
-from twofold.inference import optimize
+from twofold.inference.form import optimize
 from twofold.model.load import load_model
 from twofold.model.weights import find_targets
-from twofold.nn import DenseColumnsLinear, FactoredLinear, SharedLinear, SlicedLinear
+from twofold.nn.dense_columns_linear import DenseColumnsLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.shared_linear import SharedLinear
+from twofold.nn.sliced_linear import SlicedLinear
 from twofold.planning.plan import Plan
 from twofold.run.compress import compress
 from twofold.run.factorize import factorize
-from twofold.scratch import training_optimizer
+from twofold.scratch.optimizer import training_optimizer
 from twofold.settings.recipe import Recipe
 from twofold.version import __version__
 

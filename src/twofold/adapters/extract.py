@@ -15,10 +15,10 @@ from twofold.checkpoint.peft.lora import whole_layers
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_apart, check_output, staged_folder
 from twofold.host.progress import progress
-from twofold.linalg import working_dtype
+from twofold.linalg.metric import working_dtype
 from twofold.model.load import LoadedModel, load_model
 from twofold.model.weights import dense_weight
-from twofold.nn import SharedBasis
+from twofold.nn.shared_linear import SharedBasis
 
 FAR = 0.5  # a tuned weight differs from its base by much less than this share of its norm
 DEEP = 8  # ranks that are kept at hand, times the mean rank of a budget

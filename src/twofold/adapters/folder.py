@@ -14,8 +14,8 @@ from torch import Tensor
 
 from twofold.checkpoint.peft.register import register
 from twofold.errors import TwofoldError
+from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel
-from twofold.model.source import first_line
 from twofold.nn.factored_linear import balanced
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -95,3 +95,18 @@ def base_of(folder: Path) -> str:
         return str(record.get("base_sha256", "")) if isinstance(record, dict) else ""
     except (OSError, ValueError):
         return ""
+
+
+def put_adapter(loaded: LoadedModel, adapter: str) -> None:
+    """Put a PEFT adapter on a loaded model.
+
+    Raises:
+        TwofoldError: if PEFT is not installed, there is no such adapter, or it does not belong to the model.
+    """
+    from twofold.checkpoint.peft.register import need
+
+    need("peft")
+    from twofold.adapters.folder import load_adapter
+
+    loaded.model = load_adapter(loaded.model, Path(adapter).expanduser(), "default", loaded).eval()
+    loaded.name = f"{loaded.name} with {adapter}"

@@ -16,11 +16,13 @@ from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import by_budget
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_apart, check_output, staged_folder
-from twofold.linalg import working_dtype
-from twofold.model.load import LoadedModel, cast_weights, load_model
-from twofold.model.source import quiet_bars
-from twofold.model.weights import dense_weight, replace_module
-from twofold.nn import DenseColumnsLinear, FactoredLinear
+from twofold.host.quiet import quiet_bars
+from twofold.linalg.metric import working_dtype
+from twofold.model.load import LoadedModel, load_model
+from twofold.model.weights import dense_weight
+from twofold.nn.dense_columns_linear import DenseColumnsLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.places import cast_weights, replace_module
 
 
 class Merge(pydantic.BaseModel, extra="forbid"):

@@ -3,16 +3,9 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from twofold.allocate.base import (
-    ALLOCATIONS,
-    Allocation,
-    Candidate,
-    Choice,
-    Evidence,
-    LayerTimes,
-    allocation,
-    get_allocation,
-)
+from twofold.allocate.base import ALLOCATIONS, Allocation, Candidate, Choice, allocation, get_allocation
+from twofold.inference.latency import LayerTimes
+from twofold.planning.evidence.base import Evidence
 
 for _module in iter_modules(__path__):
     if _module.name != "base":

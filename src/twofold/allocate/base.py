@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from twofold.errors import TwofoldError
 
 if TYPE_CHECKING:
-    from twofold.planning.bits import Rounding
+    pass
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,6 @@ class Candidate:
         None  # (k,), first-order change of the loss without each component, nats per token
     )
     curve: NDArray[np.float64] | None = None  # (k + 1,), second-order loss of each rank from 0 on, nats per token
-
-
-@dataclass(frozen=True)
-class LayerTimes:
-    """Measured microseconds of one weight for one token: dense, and factored at some ranks between which it is interpolated."""
-
-    dense: float
-    ranks: tuple[int, ...]  # ascending
-    factored: tuple[float, ...]  # never falling
-
-    def at(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Microseconds at some ranks."""
-        return np.interp(ranks, self.ranks, self.factored)
 
 
 @dataclass(frozen=True)
@@ -88,19 +75,6 @@ class Allocation:
 
     def __call__(self, candidates: list[Candidate], budget: float) -> list[Choice]:
         return self.choose(candidates, budget)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What is known of all weights beside their spectra, by the names of weights."""
-
-    tokens: int = 1  # that were calibrated on
-    perplexities: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    scores: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    curves: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    rounding: Mapping[str, Rounding] = field(default_factory=dict)  # what integers lose, if bits are chosen too
-    times: Mapping[str, LayerTimes] = field(default_factory=dict)  # where a budget is in time
-    times_of: str = ""  # the machine that they were measured on
 
 
 ALLOCATIONS: dict[str, Allocation] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,28 +15,26 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from twofold.calibrate import Moments, request_statistics
-from twofold.calibrate.fingerprint import fingerprint, moments_path
-from twofold.calibrate.moments import DESCRIPTION, FORMAT, Request
+from twofold.calibrate.fingerprint import fingerprint, moments_path, spectra_mark
+from twofold.calibrate.moments import DESCRIPTION, Moments
+from twofold.calibrate.request import Request, request_statistics
 from twofold.calibrate.sweep import collect_moments
 from twofold.errors import TwofoldError
 from twofold.host import processes
+from twofold.host.clock import Stopwatch
 from twofold.host.folders import check_space
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
 from twofold.model.blocks import stretches
-from twofold.model.skeleton import survey
-from twofold.model.source import first_line
+from twofold.model.survey import survey
 from twofold.model.weights import Targets, find_groups
-from twofold.objectives import get_objective
-from twofold.objectives.base import Statistic
-from twofold.report.record import Stopwatch
+from twofold.objectives.base import Statistic, get_objective
 from twofold.settings.recipe import Recipe
 from twofold.task.texts import TokenWindows
-from twofold.version import __version__
+from twofold.task.windows import on_text_alone
 
 if TYPE_CHECKING:
-    from twofold.run.open import Opened
+    from twofold.model.load import Opened
 
 
 def calibrate(
@@ -165,29 +162,10 @@ def _states_bytes(opened: Opened, recipe: Recipe, windows: TokenWindows) -> int:
     return kept * windows.ids.numel() * width * opened.loaded.residence.dtype.itemsize
 
 
-def spectra_mark(hashed: str, moments: str, recipe: Recipe) -> str:
-    """What the spectra of a run belong to."""
-    return json.dumps([FORMAT, __version__, hashed, moments, recipe.objective, recipe.damping, recipe.dtype])
-
-
 def _groups(model: Any, targets: Targets, sample: Tensor) -> dict[str, str]:
     """Which targets share an input, and whether the model runs on token ids at all."""
     with on_text_alone(model):
         return find_groups(model, targets.targets, lambda: model(input_ids=sample))
-
-
-@contextmanager
-def on_text_alone(model: Any) -> Iterator[None]:
-    """Say what is wrong with a model that can't be run within the block."""
-    try:
-        yield
-    except TwofoldError:
-        raise
-    except Exception as error:  # an architecture that needs other inputs fails in its own way
-        raise TwofoldError(
-            f"{type(model).__name__} does not run on text alone, so it can't be calibrated on it ({first_line(error)}); "
-            "--objective svd --allocate uniform needs no calibration"
-        ) from error
 
 
 def reuse(path: Path, mark: str, request: Request, *, named: bool) -> Moments | None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from twofold.calibrate.moments import FORMAT, Request
+from twofold.calibrate.request import Request
 from twofold.checkpoint.shards import Shards
 from twofold.host.cache import cache_folder
+from twofold.host.parts import FORMAT
 from twofold.settings.recipe import Recipe
 from twofold.task.texts import TokenWindows
+from twofold.version import __version__
 
 
 def model_hash(model: nn.Module, shards: Shards | None = None) -> str:
@@ -54,3 +56,8 @@ def fingerprint(hashed: str, windows: TokenWindows, request: Request, recipe: Re
 def moments_path(mark: str) -> Path:
     """The folder of the moments of a fingerprint."""
     return cache_folder() / "moments" / mark[:24]
+
+
+def spectra_mark(hashed: str, moments: str, recipe: Recipe) -> str:
+    """What the spectra of a run belong to."""
+    return json.dumps([FORMAT, __version__, hashed, moments, recipe.objective, recipe.damping, recipe.dtype])

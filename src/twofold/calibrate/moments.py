@@ -19,108 +19,21 @@ over the rows that a layer saw and gradients over the tokens, so that their prod
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from twofold.calibrate.request import Request
 from twofold.errors import TwofoldError
-from twofold.host.files import write_text, write_whole
+from twofold.host.files import write_text
+from twofold.host.parts import FORMAT, Chosen, Parts, read_names, write_part
 from twofold.model.weights import Target
-from twofold.objectives.base import LayerMoments, Statistic
+from twofold.objectives.base import LayerMoments
 
-FORMAT = "twofold-moments-3"
 DESCRIPTION = "moments.json"
-SQUARE = ("input", "output", "gradient", "input_gradient")  # kinds of moments that are (k, k)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to collect, and from where: statistic → target name → size of the moment."""
-
-    sizes: dict[str, dict[str, int]]  # "input" → {leader: n}, …
-
-    @property
-    def backward(self) -> bool:
-        """Whether gradients are needed."""
-        return any(self.sizes.get(kind) for kind in ("gradient", "input_gradient", "gradient_square", "fisher_rows"))
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers the moments hold."""
-        return sum(self.numbers_of(kind) for kind in self.sizes)
-
-    def names(self) -> list[str]:
-        """The names of the moments, as they are kept."""
-        return [f"{kind}/{name}" for kind, owners in self.sizes.items() for name in owners]
-
-    def numbers_of(self, kind: str, targets: Iterable[str] | None = None) -> int:
-        """How many numbers the moments of one kind hold, of all targets or of some."""
-        owners = self.sizes[kind]
-        chosen = owners if targets is None else owners.keys() & set(targets)
-        return sum(owners[name] ** 2 if kind in SQUARE else owners[name] for name in chosen)
-
-
-def request_statistics(
-    targets: Iterable[Target],
-    groups: dict[str, str],
-    needs: Iterable[Statistic],
-    *,
-    both_sides: bool = False,
-) -> Request:
-    """Choose the cheapest moments that serve the objectives.
-
-    Args:
-        groups: target → the first target with the same input.
-        needs: what the objectives ask for.
-        both_sides: collect C and G themselves for every target, whatever their size (to check the others against).
-    """
-    needs = set(needs)
-    sizes: dict[str, dict[str, int]] = {}
-
-    def ask(kind: str, name: str, size: int) -> None:
-        sizes.setdefault(kind, {})[name] = size
-
-    members: dict[str, list[Target]] = {}
-    for target in targets:
-        members.setdefault(groups.get(target.name, target.name), []).append(target)
-    for leader, group in members.items():
-        n = group[0].in_features
-        if "input" in needs:
-            products = sum(t.out_features**2 for t in group)
-            whole = any(t.out_features > n for t in group) or n * n <= products
-            if whole or both_sides:
-                ask("input", leader, n)
-            else:
-                for target in group:
-                    ask("output", target.name, target.out_features)
-            ask("input_trace", leader, 1)
-        if "whole_input" in needs:
-            ask("input", leader, n)
-        if "input_mean" in needs:
-            ask("input_mean", leader, n)
-        if "input_abs" in needs:
-            ask("input_abs", leader, n)
-        if "input_square" in needs:
-            ask("input_square", leader, n)
-        for target in group:
-            ask("rows", target.name, 1)
-            if "gradient" in needs:
-                if target.out_features <= n or both_sides:
-                    ask("gradient", target.name, target.out_features)
-                else:
-                    ask("input_gradient", target.name, n)
-                ask("gradient_trace", target.name, 1)
-            if "gradient_square" in needs:
-                ask("gradient_square", target.name, target.out_features)
-                ask("gradient_trace", target.name, 1)
-            if "fisher_rows" in needs:
-                ask("fisher_rows", target.name, target.out_features)
-    return Request(sizes)
 
 
 @dataclass
@@ -246,74 +159,3 @@ class Moments:
             raise TwofoldError(
                 f"the moments in {folder} can't be read ({error}); delete the folder and run again"
             ) from error
-
-
-class Chosen(Mapping[str, Tensor]):
-    """Some of the sums by name."""
-
-    def __init__(self, sums: Mapping[str, Tensor], names: Set[str]) -> None:
-        self.sums, self.names = sums, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        return self.sums[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self.names))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-class Parts(Mapping[str, Tensor]):
-    """The sums of several files by name; each is read when it is asked for, so that they need not fit in memory."""
-
-    def __init__(self, places: dict[str, Path]) -> None:
-        self.places = places
-
-    def __getitem__(self, name: str) -> Tensor:
-        path = self.places[name]
-        try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor(name).clone()  # type: ignore[no-any-return]
-        except (SafetensorError, OSError) as error:
-            raise TwofoldError(
-                f"the moments in {path} can't be read ({error}); delete {path.parent} and run again"
-            ) from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-
-def write_part(path: Path, sums: dict[str, Tensor], fingerprint: str, about: dict[str, str] | None = None) -> None:
-    """Write sums to one file, whole or not at all.
-
-    Raises:
-        TwofoldError: if the disk does not take them.
-    """
-    metadata = {"format": FORMAT, "fingerprint": fingerprint, **(about or {})}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sums.items()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def read_names(path: Path, fingerprint: str) -> tuple[list[str], dict[str, str]]:
-    """The names in a part, and what else its header says.
-
-    Raises:
-        TwofoldError: if it is not whole, or belongs to something else.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            names = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise TwofoldError(
-            f"the moments in {path} can't be read ({error}); delete {path.parent} and run again"
-        ) from error
-    if metadata.get("format") != FORMAT or metadata.get("fingerprint") != fingerprint:
-        raise TwofoldError(f"{path} belongs to other moments; delete {path.parent} and run again")
-    return names, metadata

@@ -10,7 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
-from twofold.nn import CorrectedLinear, IntMatrix, QuantizedEmbedding, QuantizedLinear, TiedLinear
+from twofold.nn.int_matrix import IntMatrix
+from twofold.nn.quantized_embedding import QuantizedEmbedding, TiedLinear
+from twofold.nn.quantized_linear import CorrectedLinear, QuantizedLinear
 
 
 def integers_of(settings: Mapping[str, Any]) -> tuple[int, int | None]:

@@ -19,19 +19,15 @@ from twofold.checkpoint.integers import check_loaded, integer_layer, integers_of
 from twofold.checkpoint.peft.register import register
 from twofold.errors import TwofoldError
 from twofold.host.quiet import silence
-from twofold.model.weights import replace_module
-from twofold.nn import (
-    CompactLinear,
-    DenseColumnsLinear,
-    FactoredLinear,
-    IntMatrix,
-    QuantizedEmbedding,
-    SharedBasis,
-    SharedLinear,
-    SlicedLinear,
-    TiedLinear,
-)
-from twofold.nn.shared_linear import hold_bases
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.dense_columns_linear import DenseColumnsLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.int_matrix import IntMatrix
+from twofold.nn.places import dense_module, replace_module
+from twofold.nn.quantized_embedding import QuantizedEmbedding, TiedLinear
+from twofold.nn.shared_linear import SharedBasis, SharedLinear, hold_bases
+from twofold.nn.sliced_linear import SlicedLinear
+from twofold.version import __version__
 
 with silence():
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -158,6 +154,22 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"the checkpoint is not whole: it lacks {len(absent)} factors, first {absent[0]}; fetch it again"
             )
 
+    def describe(self, model: Any) -> None:
+        """Write down which layers of a model are factored, and how: what its config.json will say."""
+        kinds = CompactLinear | QuantizedEmbedding
+        modules = {name: module.settings() for name, module in model.named_modules() if isinstance(module, kinds)}
+        said = {key for settings in modules.values() for key in settings}
+        # The oldest version that can read it.
+        version = 4 if "bits" in said else 3 if "basis" in said else 2 if said & {"kept", "columns"} else 1
+        self.quantization_config = TwofoldConfig(modules, version, __version__)
+        if any(isinstance(module, TiedLinear) for module in model.modules()):
+            mind_ties(model)
+        model.config.quantization_config = self.quantization_config
+        model.hf_quantizer = self
+        model.is_quantized = True
+        model.quantization_method = METHOD
+        register()
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
@@ -278,38 +290,6 @@ def _basis(
     return basis
 
 
-def dense_module(layer: CompactLinear, dtype: torch.dtype | None = None) -> nn.Module:
-    """The dense layer that computes the same, of the kind that the architecture has at that place."""
-    weight = layer.to_dense().to(dtype or layer.weight.dtype)
-    dense: nn.Module
-    if layer.transposed:
-        dense = Conv1D(layer.out_features, layer.in_features).to(weight.device, weight.dtype)
-        dense.weight = nn.Parameter(weight.T.contiguous())
-        if layer.bias is not None:
-            dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
-        return dense
-    dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=weight.dtype)
-    dense.weight = nn.Parameter(weight)
-    if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
-    return dense
-
-
 def attach(model: Any) -> None:
     """Make a model with factored layers save, reload and dequantize as transformers' models do."""
-    from twofold.version import __version__
-
-    kinds = CompactLinear | QuantizedEmbedding
-    modules = {name: module.settings() for name, module in model.named_modules() if isinstance(module, kinds)}
-    said = {key for settings in modules.values() for key in settings}
-    version = (
-        4 if "bits" in said else 3 if "basis" in said else 2 if said & {"kept", "columns"} else 1
-    )  # the oldest that can read it
-    config = TwofoldConfig(modules, version, __version__)
-    if any(isinstance(module, TiedLinear) for module in model.modules()):
-        mind_ties(model)
-    model.config.quantization_config = config
-    model.hf_quantizer = TwofoldQuantizer(config)
-    model.is_quantized = True
-    model.quantization_method = METHOD
-    register()
+    TwofoldQuantizer(TwofoldConfig()).describe(model)

@@ -36,7 +36,7 @@ def command(
     from twofold.host.folders import check_output
     from twofold.speed.bench import Lengths, bench
     from twofold.speed.output import write_bench
-    from twofold.speed.runtimes import Settings
+    from twofold.speed.runtimes.base import Settings
 
     if out is not None:
         check_output(out, overwrite=False)

@@ -19,7 +19,7 @@ def command(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:
     """Talk with a model; lines from a pipe are turns of one conversation."""
-    from twofold.serving import chat
+    from twofold.serving.chat import chat
 
     with suppress(KeyboardInterrupt):  # the way to end it
         chat(

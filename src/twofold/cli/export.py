@@ -22,7 +22,7 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Write a model for another program, and compare what that program will compute with the model."""
-    from twofold.exports import export_model
+    from twofold.exports.carry_out import export_model
 
     result = export_model(
         model,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from twofold.allocate import get_allocation
+from twofold.allocate.base import get_allocation
 from twofold.comparison.cells import only_run
 from twofold.comparison.grid import Cell, Grid, make_grid
 from twofold.comparison.ground import Ground, lay
@@ -16,11 +16,11 @@ from twofold.comparison.quantized import choose_baselines
 from twofold.comparison.record import Comparison, Row
 from twofold.comparison.rows import Rows
 from twofold.errors import TwofoldError
+from twofold.host.clock import machine
 from twofold.host.progress import say
-from twofold.objectives import get_objective
-from twofold.refine import get_refinement
-from twofold.report.record import machine
-from twofold.run.open import check_methods
+from twofold.objectives.base import get_objective
+from twofold.refine.base import get_refinement
+from twofold.run.check import check_methods
 from twofold.run.prepare import plan_of_shapes
 
 

@@ -13,24 +13,24 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from twofold.allocate import get_allocation
-from twofold.calibrate import Moments, request_statistics
-from twofold.calibrate.calibrate import calibrate, spectra_mark, used_targets
-from twofold.calibrate.fingerprint import model_hash
+from twofold.allocate.base import get_allocation
+from twofold.calibrate.calibrate import calibrate, used_targets
+from twofold.calibrate.fingerprint import model_hash, spectra_mark
+from twofold.calibrate.moments import Moments
+from twofold.calibrate.request import request_statistics
 from twofold.comparison.grid import Cell, Grid
 from twofold.comparison.record import Text
 from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
+from twofold.host.clock import Stopwatch
 from twofold.host.progress import say
+from twofold.host.quiet import first_line
 from twofold.model.blocks import plain_chain
-from twofold.model.load import LoadedModel, check_ids, need_tokenizer, positions
-from twofold.model.source import first_line
+from twofold.model.load import LoadedModel, Opened, check_ids, need_tokenizer, positions
 from twofold.model.weights import Targets, find_targets
-from twofold.objectives import Objective, get_objective
-from twofold.objectives.base import Statistic
-from twofold.refine import check_refinements
-from twofold.report.record import Stopwatch
-from twofold.run.open import Opened, open_for
+from twofold.objectives.base import Objective, Statistic, get_objective
+from twofold.run.check import check_refinements
+from twofold.run.open import open_for
 from twofold.run.prepare import RESIDENT_BLOCKS, decompose, with_structures
 from twofold.settings.recipe import Recipe
 from twofold.task.held_out import evaluation_windows

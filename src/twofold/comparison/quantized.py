@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from twofold.errors import TwofoldError
-from twofold.model.weights import Target, dense_weight, replace_module
+from twofold.model.weights import Target, dense_weight
+from twofold.nn.places import replace_module
 from twofold.quantize.rounding import INSTALL, torchao_version
 
 BITS = {"int8": 8, "int4": 4}

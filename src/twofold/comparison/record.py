@@ -6,8 +6,8 @@ from typing import Literal
 
 import pydantic
 
-from twofold.refine import Refined
-from twofold.report.record import Machine
+from twofold.host.clock import Machine
+from twofold.refine.base import Refined
 from twofold.version import __version__
 
 

@@ -11,24 +11,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from twofold.allocate import Evidence, get_allocation
+from twofold.allocate.base import get_allocation
 from twofold.comparison.cells import Cells
 from twofold.comparison.grid import Cell
 from twofold.comparison.ground import Decomposed, Ground
 from twofold.comparison.quantized import quantized
 from twofold.comparison.record import Row
 from twofold.errors import TwofoldError
-from twofold.evaluation import Reference
-from twofold.factor.apply import dense_again, put_back
+from twofold.evaluation.reference import Reference
+from twofold.factor.prepared import Prepared, carry_out
 from twofold.factor.recalibrate import recalibrate
+from twofold.host.clock import Stopwatch
 from twofold.host.progress import say
-from twofold.objectives import get_objective
+from twofold.nn.places import dense_again, put_back
+from twofold.objectives.base import get_objective
+from twofold.planning.evidence.base import Evidence
 from twofold.planning.evidence.gather import gather
 from twofold.planning.make import make_plan
 from twofold.quantize.rounding import torchao_version
-from twofold.refine import refine
-from twofold.report.record import Stopwatch
-from twofold.run.prepare import Prepared, carry_out
+from twofold.refine.series import refine
 from twofold.settings.recipe import Recipe
 from twofold.task.quality import measure_quality
 

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from twofold.calibrate.moments import read_names, write_part
 from twofold.errors import TwofoldError
-from twofold.linalg import Spectrum, smaller_side
+from twofold.host.parts import read_names, write_part
+from twofold.linalg.spectrum import Spectrum, smaller_side
 from twofold.model.weights import Target
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pydantic
 
+from twofold.adapters.folder import put_adapter
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
-from twofold.host.quiet import silence
+from twofold.host.quiet import first_line, quiet_bars, silence
 from twofold.model.load import LoadedModel, load_model, need_tokenizer
-from twofold.model.source import first_line, quiet_bars
 
 MISSING = "--tasks needs lm-eval, which is not installed; install it with: pip install 'twofold[lm-eval]'"
 BOOTSTRAP = 1000  # draws for the standard error of metrics that have no formula for it
@@ -101,21 +101,6 @@ def evaluate_tasks(
         del loaded  # before the next one is read
         gc.collect()
     return TaskEvaluation(lm_eval=lm_eval.__version__, limit=limit, fewshot=fewshot, seed=seed, models=rows)
-
-
-def put_adapter(loaded: LoadedModel, adapter: str) -> None:
-    """Put a PEFT adapter on a loaded model.
-
-    Raises:
-        TwofoldError: if PEFT is not installed, there is no such adapter, or it does not belong to the model.
-    """
-    from twofold.checkpoint.peft.register import need
-
-    need("peft")
-    from twofold.adapters.folder import load_adapter
-
-    loaded.model = load_adapter(loaded.model, Path(adapter).expanduser(), "default", loaded).eval()
-    loaded.name = f"{loaded.name} with {adapter}"
 
 
 def _manager(tasks: Sequence[str], folder: str | None) -> Any:

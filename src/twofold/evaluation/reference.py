@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from twofold.calibrate.moments import read_names, write_part
 from twofold.errors import TwofoldError
 from twofold.host.folders import free_space
+from twofold.host.parts import read_names, write_part
 from twofold.host.progress import progress, say
 from twofold.task.quality import Logits, Quality, divergence, quality, score
 

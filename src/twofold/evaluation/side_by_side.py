@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import torch
 from torch import Tensor
 
+from twofold.adapters.folder import put_adapter
 from twofold.errors import TwofoldError
-from twofold.evaluation import model_size
-from twofold.evaluation.lm_eval import put_adapter
-from twofold.evaluation.size import disk_bytes
-from twofold.model.load import LoadedModel, check_ids, load_model, need_tokenizer, positions
-from twofold.model.source import first_line
-from twofold.settings.recipe import Recipe
+from twofold.evaluation.size import disk_bytes, model_size
+from twofold.host.quiet import first_line
+from twofold.model.load import check_ids, load_model, need_tokenizer, positions
 from twofold.task.held_out import evaluation_windows
 from twofold.task.quality import measure_quality
 
@@ -131,21 +128,3 @@ def evaluate_models(
         predicted_tokens=qualities[0].tokens,
         models=rows,
     )
-
-
-def evaluation_text(loaded: LoadedModel, recipe: Recipe) -> Tensor | None:  # (windows, window)
-    """The windows of a recipe's evaluation text, read before any work so that a text that can't be used is refused at once."""
-    if recipe.eval_text is None or recipe.eval_windows == 0:
-        return None
-    window = min(1024, positions(loaded.model) or 1024)
-    return evaluation_windows(recipe.eval_text, need_tokenizer(loaded), window=window, windows=recipe.eval_windows)
-
-
-def gives_logits(model: Any, windows: Tensor) -> bool:
-    """Whether a model in memory gives logits over the vocabulary of some windows."""
-    try:
-        with torch.no_grad():
-            probe = getattr(model(input_ids=windows[:1, :8].to(model.device)), "logits", None)
-    except Exception:  # an architecture that needs other inputs fails in its own way
-        return False
-    return probe is not None and probe.dim() == 3 and probe.shape[-1] > int(windows.max())

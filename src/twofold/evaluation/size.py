@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from twofold.nn import IntMatrix
+from twofold.nn.int_matrix import IntMatrix
 
 
 @dataclass(frozen=True)

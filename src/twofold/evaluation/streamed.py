@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from twofold.calibrate.activations import Activations
-from twofold.calibrate.sweep import no_cache
 from twofold.host.progress import progress
 from twofold.model.blocks import Stretch, run_stretch, stretches
+from twofold.model.frozen import no_cache
 from twofold.model.streamed import EMBEDDING, HEAD, Streamed
 
 

@@ -14,7 +14,9 @@ import torch
 from twofold.errors import TwofoldError
 from twofold.exports.decoding import Decoder
 from twofold.model.load import LoadedModel
-from twofold.nn import CompactLinear, IntMatrix, SharedBasis
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.int_matrix import IntMatrix
+from twofold.nn.shared_linear import SharedBasis
 
 EXTRA = "pip install 'twofold[export]'"
 NAMES = {"lm_eval": "lm-eval"}  # of packages, where they differ from those of their modules

@@ -19,8 +19,8 @@ from twofold.exports.formats import register
 from twofold.exports.runtimes import GRAPHS
 from twofold.host.folders import EXPORTED, check_apart, check_output, check_space, staged_folder
 from twofold.host.progress import progress
+from twofold.host.quiet import quiet_bars
 from twofold.model.load import LoadedModel, load_model
-from twofold.model.source import quiet_bars
 from twofold.model.work import Work, work_of
 from twofold.version import __version__
 

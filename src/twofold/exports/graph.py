@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
-from twofold.model.source import first_line
+from twofold.host.quiet import first_line
 
 
 def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twofold.linalg import damp, working_dtype
-from twofold.nn import CorrectedLinear, IntLinear
-from twofold.objectives import LayerMoments
-from twofold.objectives.base import Correct
+from twofold.linalg.metric import damp, working_dtype
+from twofold.nn.int_matrix import IntLinear
+from twofold.nn.quantized_linear import CorrectedLinear
+from twofold.objectives.base import Correct, LayerMoments
 from twofold.planning.plan import PlanEntry
 from twofold.quantize.rounding import round_matrix
 

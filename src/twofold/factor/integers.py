@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twofold.linalg import Spectrum
-from twofold.model.weights import replace_module
-from twofold.nn import FactoredLinear, IntLinear, IntMatrix, QuantizedEmbedding, QuantizedLinear, TiedLinear
-from twofold.objectives import Problem
+from twofold.linalg.spectrum import Spectrum
+from twofold.linalg.storage import rank_numbers
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.int_matrix import IntLinear, IntMatrix
+from twofold.nn.places import replace_module
+from twofold.nn.quantized_embedding import QuantizedEmbedding, TiedLinear
+from twofold.nn.quantized_linear import QuantizedLinear
+from twofold.objectives.base import Problem
 from twofold.planning.plan import Plan, PlanEntry
-from twofold.planning.storage import rank_numbers
 from twofold.quantize.factors import factor_bytes, integer_factors
 from twofold.quantize.loss import error_loss, factors_loss
 from twofold.quantize.rounding import round_matrix

@@ -8,45 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twofold.allocate import get_allocation
-from twofold.calibrate import request_statistics
 from twofold.calibrate.calibrate import reuse
+from twofold.calibrate.request import request_statistics
 from twofold.calibrate.sweep import collect_moments
+from twofold.decompose.decompose import decompose_targets
 from twofold.decompose.spectra import Spectra
-from twofold.errors import TwofoldError
-from twofold.factor.apply import apply_plan, decompose_targets, put_back
+from twofold.factor.apply import apply_plan
 from twofold.factor.integers import rest_names
 from twofold.model.blocks import plain_chain
 from twofold.model.weights import dense_weight
-from twofold.objectives import get_objective
+from twofold.nn.places import put_back
 from twofold.planning.make import make_plan
 from twofold.settings.recipe import Recipe
 
 if TYPE_CHECKING:
-    from twofold.run.prepare import Prepared
+    from twofold.factor.prepared import Prepared
 
 SHARE = 1 / 3  # what the moments of the factored model weigh; measured, docs/experiments.md
-
-
-def check_recalibrated(recipe: Recipe) -> None:
-    """Refuse to measure the moments again where there are none, or no size to do it at.
-
-    Raises:
-        TwofoldError: with what to do in its place.
-    """
-    objective = get_objective(recipe.objective)
-    if not get_allocation(recipe.allocate).again:
-        return
-    if recipe.goal is not None:
-        raise TwofoldError(
-            f"--allocate {recipe.allocate} measures the model at its size, which {recipe.goal.flag} does not say; give --keep "
-            "or --budget, or use --allocate global"
-        )
-    if objective.loss != "nats" or objective.build is None:
-        raise TwofoldError(
-            f"--allocate {recipe.allocate} compares losses in nats, which {recipe.objective} does not give; use --objective "
-            "two-sided, or --allocate global"
-        )
 
 
 def recalibrate(prepared: Prepared, recipe: Recipe, *, folder: Path | None = None, quiet: bool = False) -> None:

@@ -23,7 +23,7 @@ from twofold.host import processes
 from twofold.host.files import write_text, write_whole
 from twofold.host.progress import Tick
 from twofold.model.streamed import EMBEDDING, HEAD, Streamed
-from twofold.nn import CompactLinear
+from twofold.nn.compact_linear import CompactLinear
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.version import __version__
 

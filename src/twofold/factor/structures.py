@@ -8,59 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from twofold.calibrate import Moments
-from twofold.decompose.spectra import Spectra
-from twofold.errors import TwofoldError
-from twofold.host.progress import Tick, progress
-from twofold.nn import CompactLinear, DenseColumnsLinear, FactoredLinear, SharedLinear
-from twofold.objectives.base import StructureKind
+from twofold.calibrate.moments import Moments
+from twofold.host.progress import Tick
+from twofold.model.structure import Structure
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.dense_columns_linear import DenseColumnsLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.shared_linear import SharedLinear
 from twofold.planning.plan import PlanEntry
-from twofold.planning.structures import even_shares
-from twofold.structures.base import Cut, Prepare, Structure
-from twofold.structures.dense_columns import CutColumns
-from twofold.structures.mlp import CutMLP
-from twofold.structures.query_key import CutQueries
-from twofold.structures.shared_basis import CutShared
-from twofold.structures.value_output import CutValues
-
-KINDS: dict[StructureKind, Prepare] = {
-    "mlp": CutMLP, "value-output": CutValues, "query-key": CutQueries, "dense-columns": CutColumns,
-    "shared-basis": CutShared,
-}  # fmt: skip
-
-
-def prepare(structure: Structure, model: nn.Module, moments: Moments, damping: float) -> Cut:
-    """A structure that is ready to be cut.
-
-    Raises:
-        TwofoldError: naming it, if its weights or moments are not finite.
-    """
-    cut = KINDS[structure.kind](structure, model, moments, damping)
-    if not torch.isfinite(cut.losses).all():
-        raise TwofoldError(f"the weights or the moments of {structure.name} hold NaN or infinity")
-    return cut
-
-
-def measure_structures(
-    model: nn.Module,
-    structures: Sequence[Structure],
-    moments: Moments,
-    damping: float,
-    spectra: Spectra,
-    *,
-    quiet: bool = False,
-) -> Spectra:
-    """What every size of every structure loses, as values whose tails are the losses.
-
-    They stand with the last weight of each, one for each of its rows or columns.
-    """
-    with progress("Decomposing", len(structures), unit="structures", quiet=quiet) as tick:
-        for structure in structures:
-            losses = prepare(structure, model, moments, damping).losses.cpu().double().numpy()
-            each = structure.members[-1].per_unit
-            spectra.values[structure.name] = ((losses[:-1] - losses[1:]) / each).repeat(each)
-            tick()
-    return spectra
+from twofold.structures.cut import prepare
+from twofold.structures.units import even_shares
 
 
 def cut_entries(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from twofold.linalg import gauge_form, working_dtype
-from twofold.nn import FactoredLinear
-from twofold.nn.factored_linear import Form
+from twofold.linalg.gauge import gauge_form
+from twofold.linalg.metric import working_dtype
+from twofold.nn.factored_linear import FactoredLinear, Form
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from twofold.checkpoint.plugin import METHOD, TwofoldQuantizer, dense_module
+from twofold.checkpoint.plugin import METHOD, TwofoldQuantizer
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.inference.draft import Draft, why_not
 from twofold.inference.latency import Latencies
 from twofold.inference.neighbours import called_in_turn, find_pairs, fold
-from twofold.model.weights import Target, find_groups, replace_module
-from twofold.nn import CompactLinear, FactoredLinear
+from twofold.model.weights import Target, find_groups
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.grouped_linear import ColumnsLinear, GroupedLinear, InputGroup, Part
-from twofold.structures import few_tokens
+from twofold.nn.places import dense_module, replace_module
+from twofold.task.windows import few_tokens
 
 # Of the outputs, relative: what stops a mistake of ours, as a wrong order, which changes them by their own size. A deep model
 # amplifies the rounding of its layers, and norms are taken in float32 whatever the dtype.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,13 +22,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from twofold.allocate import Evidence, LayerTimes
 from twofold.errors import TwofoldError
 from twofold.host.cache import cache_folder
+from twofold.host.clock import processor
 from twofold.host.files import write_text
 from twofold.host.progress import progress
 from twofold.inference.timing import in_turn, medians
-from twofold.linalg import gauge_rank
+from twofold.linalg.gauge import gauge_rank
 from twofold.model.weights import Target
 from twofold.nn.grouped_linear import InputGroup, Part, laid_out
 
@@ -171,8 +170,8 @@ def times_of(
     *,
     latencies: Latencies | None = None,
     quiet: bool = False,
-) -> Evidence:
-    """The times of some weights for one token, as an allocation takes them."""
+) -> tuple[dict[str, LayerTimes], str]:
+    """The times of some weights for one token, and what they hold for, in words."""
     table = latencies or Latencies.of_this_machine(dtype, device, quiet=quiet)
     chosen = list(targets)
     table.measure([(t.out_features, t.in_features) for t in chosen], form, [DECODE])
@@ -182,7 +181,7 @@ def times_of(
         ranks = measured_ranks(m, n, form)
         factored = table.factored(m, n, ranks, DECODE, form)
         times[target.name] = LayerTimes(table.dense(m, n, DECODE, form), tuple(ranks), tuple(factored.tolist()))
-    return Evidence(times=times, times_of=table.words)
+    return times, table.words
 
 
 def time_shape(
@@ -274,12 +273,14 @@ def _key(form: StoredForm, m: int, n: int, tokens: int) -> str:
     return f"{form} {m}x{n} {tokens} {'token' if tokens == 1 else 'tokens'}"
 
 
-def processor(device: torch.device) -> str:
-    """The name of the processor, or of the accelerator."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return name if device.type == "cpu" else f"{name} {device.type}"
+@dataclass(frozen=True)
+class LayerTimes:
+    """Measured microseconds of one weight for one token: dense, and factored at some ranks between which it is interpolated."""
+
+    dense: float
+    ranks: tuple[int, ...]  # ascending
+    factored: tuple[float, ...]  # never falling
+
+    def at(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Microseconds at some ranks."""
+        return np.interp(ranks, self.ranks, self.factored)

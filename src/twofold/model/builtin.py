@@ -109,8 +109,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from twofold.model.load import forget_gguf
-    from twofold.model.source import quiet_bars
+    from twofold.host.quiet import quiet_bars
+    from twofold.model.skeleton import forget_gguf
 
     print("Converting the built-in model …", file=sys.stderr, flush=True)
     with quiet_bars():

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twofold.calibrate.sweep import no_cache
 from twofold.model.blocks import input_before
+from twofold.model.frozen import no_cache
 
 
 def before_head(

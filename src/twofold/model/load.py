@@ -17,18 +17,10 @@ from twofold.checkpoint import shards
 from twofold.checkpoint.headers import check_fit
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
+from twofold.host.quiet import first_line, quiet_bars
 from twofold.model.blocks import Chain
-from twofold.model.skeleton import empty_model, is_plain, model_on_meta
-from twofold.model.source import (
-    choose_device,
-    compute_dtype,
-    config_and_class,
-    first_line,
-    locate,
-    open_shards,
-    quiet_bars,
-    stored_dtype,
-)
+from twofold.model.skeleton import empty_model, forget_gguf, is_plain, model_on_meta
+from twofold.model.source import choose_device, compute_dtype, config_and_class, locate, open_shards, stored_dtype
 from twofold.model.streamed import Resident, Streamed
 
 LAYER = re.compile(r"\.\d+\.")
@@ -52,14 +44,6 @@ class LoadedModel:
             self.residence = Resident(self.model)
 
 
-def forget_gguf(model: Any) -> None:
-    """Drop what the dequantized GGUF leaves in a model, so that it can be saved as an ordinary one."""
-    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
-        if hasattr(owner, name):
-            delattr(owner, name)
-    model.is_quantized = False
-
-
 def load_model(
     name: str,
     *,
@@ -67,14 +51,12 @@ def load_model(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    optimized: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer, and check its weights.
 
     Args:
         name: a folder, a hub id, a .gguf file, or ``smollm2``.
         dtype: of the computation; "auto" is float32 on a processor and the stored dtype elsewhere.
-        optimized: whether a factored model is put into its inference form.
 
     Raises:
         TwofoldError: if there is no such model, it is not whole, or a weight is NaN or infinite.
@@ -116,10 +98,6 @@ def load_model(
         forget_gguf(model)
     model = model.to(chosen_device).eval()
     check_finite(model, name)
-    if optimized:
-        from twofold.inference import optimize  # it stands on the checkpoint, which stands beside this
-
-        optimize(model, quiet=True)
     tokenizer, reason = _tokenizer(source, where)
     return LoadedModel(model, tokenizer, name, folder, stored or compute, reason, shards=held)
 
@@ -218,20 +196,6 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
     return LoadedModel(model.eval(), None, name, folder, stored, shards=held)
 
 
-def cast_weights(model: Any, dtype: torch.dtype) -> None:
-    """Cast what a checkpoint stores, in place: parameters and persistent buffers of floating point.
-
-    Other buffers, such as rotary frequencies, stay in the precision that their architecture computes them in.
-    """
-    stored = model.state_dict().keys()
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    for name, buffer in model.named_buffers():
-        if name in stored and buffer.is_floating_point():
-            buffer.data = buffer.data.to(dtype)
-
-
 def positions(model: Any) -> int | None:
     """The longest window that a model can read, None if its configuration sets no limit."""
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -298,3 +262,16 @@ def _check_layers(model: nn.Module, unexpected: Iterable[str], name: str) -> Non
         raise TwofoldError(
             f"the checkpoint {name} has more layers than its config.json says, first {dropped[0]}; fetch it again"
         )
+
+
+@dataclass
+class Opened:
+    """A model that is ready to be worked on, and how it is: whole in memory, or some blocks at a time."""
+
+    loaded: LoadedModel
+    blocks: int | None = None  # in memory at once; None: all
+
+    @property
+    def chain(self) -> Chain | None:
+        residence = self.loaded.residence
+        return residence.chain if isinstance(residence, Streamed) else None

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from twofold.checkpoint.plugin import METHOD, TwofoldConfig, TwofoldQuantizer
 from twofold.errors import TwofoldError
-from twofold.model.blocks import Chain, watch_chain
-from twofold.model.source import first_line, quiet_bars
-from twofold.model.weights import Target, find_groups
+from twofold.host.quiet import quiet_bars
 
 if TYPE_CHECKING:
-    from twofold.model.load import LoadedModel
+    pass
 
 
 def empty_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
@@ -69,35 +65,9 @@ def is_plain(config: Any, trust_remote_code: bool) -> bool:
     return (settings is None or method == METHOD) and not (trust_remote_code and getattr(config, "auto_map", None))
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What a run without weights tells of a model."""
-
-    chain: Chain | None
-    before: frozenset[str]  # modules that run before the first block
-    groups: dict[str, str]  # target → the first target with the same input
-
-
-def survey(loaded: LoadedModel, targets: list[Target], length: int = 8) -> Survey:
-    """Run a model of the same configuration whose tensors have shapes but no numbers.
-
-    Raises:
-        TwofoldError: if it does not run on token ids alone.
-    """
-    try:
-        with quiet_bars(), FakeTensorMode():
-            # In bfloat16, the one dtype that every kernel of an expert layer takes.
-            model = type(loaded.model)._from_config(loaded.model.config, dtype=torch.bfloat16).eval()
-            ids = torch.zeros(1, length, dtype=torch.int64)
-            groups = find_groups(model, targets, lambda: model(input_ids=ids))
-            model.requires_grad_(False)
-            mark = model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))
-            with watch_chain(model) as watch, torch.enable_grad():
-                model(input_ids=ids)
-            mark.remove()
-    except Exception as error:  # an architecture that needs other inputs, or looks at its numbers, fails in its own way
-        raise TwofoldError(
-            f"{type(loaded.model).__name__} can't be run block by block ({first_line(error)}); "
-            "give it the memory to be loaded whole, with --memory"
-        ) from error
-    return Survey(watch.chain(), watch.before(), groups)
+def forget_gguf(model: Any) -> None:
+    """Drop what the dequantized GGUF leaves in a model, so that it can be saved as an ordinary one."""
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +15,6 @@ from twofold.checkpoint.headers import INDEX, read_index
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
 from twofold.model import builtin
-
-
-@contextmanager
-def quiet_bars() -> Iterator[None]:
-    """Keep transformers' own bars and notes out of our output."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str | Path, dict[str, Any], Path | None]:
@@ -154,13 +136,3 @@ def compute_dtype(dtype: str, stored: Any, device: torch.device) -> torch.dtype:
     if device.type == "cpu" or not isinstance(stored, torch.dtype):
         return torch.float32
     return stored
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, with the second one if it announces that, or its kind."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, KeyError):
-        return f"it does not know {error}"
-    if len(lines) > 1 and lines[0].endswith(":"):
-        return f"{lines[0]} {lines[1]}"
-    return lines[0] if lines else type(error).__name__

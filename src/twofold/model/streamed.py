@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from twofold.checkpoint.shards import Shards, check_finite
 from twofold.errors import TwofoldError
+from twofold.host.clock import return_memory
 from twofold.model.blocks import Chain, Stretch, replaced_forward
 
 EMBEDDING, HEAD = "the input embedding", "the output head"
@@ -249,7 +250,7 @@ class Streamed(Resident):
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        from twofold.model.source import quiet_bars
+        from twofold.host.quiet import quiet_bars
 
         tensors = dict(self.shards.read(keys))
         for key, tensor in tensors.items():
@@ -274,16 +275,6 @@ class Streamed(Resident):
             module._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
         else:
             module._buffers[leaf] = tensor.data
-
-
-def return_memory() -> None:
-    """Hand what was freed back to the system.
-
-    glibc keeps it for later, in pieces that the next block's tensors do not fit in, so that the memory would grow with the
-    number of blocks. Other libraries have no such function.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _lookup(module: Any, dtype: torch.dtype) -> Any:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
-from twofold.nn import CompactLinear, IntMatrix, SharedBasis
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.int_matrix import IntMatrix
+from twofold.nn.shared_linear import SharedBasis
 
 if TYPE_CHECKING:
-    from twofold.structures.base import Structure
+    from twofold.model.structure import Structure
 
 SMALLEST = 8  # a weight with fewer rows or columns is left dense
 BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")  # the number in a name that tells the block
@@ -305,13 +307,3 @@ def find_groups(
     # A module that is called several times shares its input only with one that gets the same tensors in the same order.
     leaders: dict[tuple[tuple[object, ...], ...], str] = {}
     return {name: leaders.setdefault(tuple(keys), name) if keys else name for name, keys in inputs.items()}
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put a module in the place of another and give back the old one."""
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    old = getattr(parent, child)
-    module.train(old.training)
-    setattr(parent, child, module)
-    return old  # type: ignore[no-any-return]

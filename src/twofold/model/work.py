@@ -12,7 +12,8 @@ import pydantic
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from twofold.nn import IntMatrix, SharedLinear
+from twofold.nn.int_matrix import IntMatrix
+from twofold.nn.shared_linear import SharedLinear
 
 
 class Work(pydantic.BaseModel, extra="forbid"):

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from twofold.linalg import gauge_form, gauge_storage, plain_storage, working_dtype
+from twofold.linalg.gauge import gauge_form, gauge_storage, plain_storage
+from twofold.linalg.metric import working_dtype
 from twofold.nn.compact_linear import CompactLinear, bare_linear, counted
 
 Form = Literal["plain", "rows", "columns"]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from twofold.linalg import working_dtype
+from twofold.linalg.metric import working_dtype
 from twofold.nn.compact_linear import CompactLinear
 from twofold.nn.factored_linear import balanced
 from twofold.nn.int_matrix import IntLinear

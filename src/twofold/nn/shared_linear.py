@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from twofold.linalg import gauge_form, working_dtype
+from twofold.linalg.gauge import gauge_form
+from twofold.linalg.metric import working_dtype
 from twofold.nn.compact_linear import CompactLinear
 from twofold.nn.factored_linear import balanced, is_order, ordered
 

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from twofold.linalg import damp, gram, smaller_side
+from twofold.linalg.metric import damp
+from twofold.linalg.spectrum import gram, smaller_side
 from twofold.objectives.base import LayerMoments, Problem, objective
 
 ALPHA = 0.5

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.linalg import Side, damp, gram, smaller_side
+from twofold.linalg.metric import damp
+from twofold.linalg.spectrum import Side, gram, smaller_side
 
 Statistic = Literal[
     "input", "whole_input", "input_mean", "input_abs", "input_square", "gradient", "gradient_square", "fisher_rows"

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from twofold.linalg import damp, gram, smaller_side
+from twofold.linalg.metric import damp
+from twofold.linalg.spectrum import gram, smaller_side
 from twofold.objectives.asvd import scaled_columns
 from twofold.objectives.base import (
     LayerMoments,

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twofold.linalg import damp, weighted_low_rank
-from twofold.linalg.metric import eigen
+from twofold.linalg.metric import damp, eigen
+from twofold.linalg.spectrum import weighted_low_rank
 from twofold.objectives.base import LayerMoments, corrective_objective
 
 

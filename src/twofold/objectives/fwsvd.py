@@ -5,7 +5,8 @@ Here F is summed token by token with labels sampled from the model; the paper ta
 
 from torch import Tensor
 
-from twofold.linalg import damp, gram, smaller_side
+from twofold.linalg.metric import damp
+from twofold.linalg.spectrum import gram, smaller_side
 from twofold.objectives.base import LayerMoments, Problem, objective
 
 

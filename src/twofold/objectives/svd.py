@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from twofold.linalg import gram, smaller_side
+from twofold.linalg.spectrum import gram, smaller_side
 from twofold.objectives.base import LayerMoments, Problem, objective
 
 

@@ -5,7 +5,7 @@ The optimum of DRONE (Chen 2021), SVD-LLM (Wang, ICLR 2025) and Swift-SVD (Qi, I
 
 from torch import Tensor
 
-from twofold.linalg import gram, smaller_side
+from twofold.linalg.spectrum import gram, smaller_side
 from twofold.objectives.base import LayerMoments, Problem, input_side, objective
 
 

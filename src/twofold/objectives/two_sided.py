@@ -6,7 +6,7 @@ Source: the K-FAC metric (Martens & Grosse 2015); OBD-LLM (arXiv 2604.00821), GF
 
 from torch import Tensor
 
-from twofold.linalg import smaller_side
+from twofold.linalg.spectrum import smaller_side
 from twofold.objectives.base import LayerMoments, Problem, gradient_side, input_side, objective
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.allocate import Candidate, Evidence
+from twofold.allocate.base import Candidate
 from twofold.errors import TwofoldError
-from twofold.linalg import gauge_rank
+from twofold.linalg.gauge import gauge_rank
 from twofold.model.weights import Target, Targets, last_match
+from twofold.planning.evidence.base import Evidence
 from twofold.planning.storage import Storage, dense_integers
 from twofold.settings.recipe import Override, Recipe
 

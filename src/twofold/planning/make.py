@@ -8,20 +8,21 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.allocate import Candidate, Choice, Evidence, get_allocation
-from twofold.allocate.base import cheapest
+from twofold.allocate.base import Candidate, Choice, cheapest, get_allocation
 from twofold.errors import TwofoldError
-from twofold.linalg import gauge_rank, plain_storage
+from twofold.linalg.gauge import gauge_rank, plain_storage
 from twofold.model.weights import DenseWeight, Target, Targets, last_match, matches
-from twofold.nn import int_bytes
-from twofold.objectives import get_objective
+from twofold.nn.int_matrix import int_bytes
+from twofold.objectives.base import get_objective
 from twofold.planning.bits import Option, bit_candidates
+from twofold.planning.evidence.base import Evidence
 from twofold.planning.plan import DenseEntry, Plan, PlanEntry
-from twofold.planning.sizes import Budget, ModelSize, parse_budget, target_budget
+from twofold.planning.sizes import Budget, ModelSize, target_budget
 from twofold.planning.storage import Storage, dense_integers
 from twofold.planning.structures import check_structural, forced_size, sizes_at, structure_candidate
 from twofold.planning.time import in_time, time_budget, time_note, timed
 from twofold.settings.recipe import Override, Recipe
+from twofold.settings.sizes import parse_budget
 from twofold.structures.sharing import alone_notes
 
 CORRECTION_RANK = 32  # where none is given

@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
-from twofold.linalg import gauge_storage, plain_storage
-from twofold.nn import int_bytes
+from twofold.linalg.storage import Shaped, order_integers, rank_numbers
+from twofold.nn.int_matrix import int_bytes
 from twofold.quantize.factors import factor_bytes, integer_form
 from twofold.settings.recipe import Recipe
 
 ORDER_BYTES = 4  # of each integer of an order
-
-
-class Shaped(Protocol):
-    """A weight (m, n)."""
-
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def in_features(self) -> int: ...
-
-
-def rank_numbers(form: str, weight: Shaped, rank: int) -> int:
-    """The numbers that a rank stores."""
-    count = plain_storage if form == "plain" else gauge_storage
-    return count(weight.out_features, weight.in_features, rank)
-
-
-def order_integers(form: str, weight: Shaped) -> int:
-    """The integers of the order; for a form not chosen yet, the longer of the two."""
-    m, n = weight.out_features, weight.in_features
-    return {"rows": m, "columns": n, "gauge": max(m, n)}.get(form, 0)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.allocate import Candidate, Choice
+from twofold.allocate.base import Candidate, Choice
 from twofold.errors import TwofoldError
-from twofold.linalg import gauge_storage, plain_storage
+from twofold.linalg.gauge import gauge_storage, plain_storage
+from twofold.model.structure import Member, Structure
 from twofold.model.weights import Target, Targets, matches
-from twofold.nn import SharedBasis
+from twofold.nn.shared_linear import SharedBasis
 from twofold.settings.recipe import Override, Recipe
-from twofold.structures.base import Member, Structure
+from twofold.structures.units import even_shares
 
 ALLOCATIONS = ("global", "uniform")
 
@@ -74,12 +75,6 @@ def sizes_at(targets: Targets, structure: Structure, units: int | None) -> list[
         MemberSize(by_name[member.name], member, None if units is None else units * member.per_unit, share)
         for member, share in zip(structure.members, shares, strict=True)
     ]
-
-
-def even_shares(numbers: int, parts: int) -> list[int]:
-    """Whole shares that differ by one at the most, and whose sum is the whole."""
-    each, over = divmod(numbers, parts)
-    return [each + (i < over) for i in range(parts)]
 
 
 def structure_candidate(

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from twofold.allocate import Candidate, Evidence, LayerTimes
+from twofold.allocate.base import Candidate
 from twofold.errors import TwofoldError
+from twofold.inference.latency import LayerTimes
+from twofold.planning.evidence.base import Evidence
 
 
 def in_time(candidate: Candidate, evidence: Evidence) -> Candidate:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twofold.linalg import Metric, Side, metric_product, smaller_side
-from twofold.linalg.spectrum import solve_overlap
-from twofold.objectives import LayerMoments, Objective
-from twofold.objectives.base import Statistic
+from twofold.linalg.metric import Metric, metric_product
+from twofold.linalg.spectrum import Side, smaller_side, solve_overlap
+from twofold.objectives.base import LayerMoments, Objective, Statistic
 from twofold.quantize.factors import IntFactors
 
 MEASURED = {"two-sided": {"input", "gradient"}, "svd-llm": {"input"}, "svd": set[str]()}  # objective → its full metrics

@@ -9,7 +9,8 @@ for _module in iter_modules(__path__):
     if _module.name not in ("base", "gradient", "kept", "likeness", "series", "streams", "teacher", "training"):
         import_module(f"{__name__}.{_module.name}")
 
-from twofold.refine.series import check_refinable, check_refinements, refine  # noqa: E402, the methods come first
+from twofold.refine.series import refine
+from twofold.run.check import check_refinable, check_refinements
 
 __all__ = [
     "REFINEMENTS",

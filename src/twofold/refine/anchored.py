@@ -18,9 +18,11 @@ from twofold.errors import TwofoldError
 from twofold.factor.apply import factor_layer
 from twofold.host.files import make_folder
 from twofold.host.progress import progress
-from twofold.linalg import damp, decompose, working_dtype
-from twofold.model.weights import dense_weight, replace_module
-from twofold.objectives import LayerMoments, Objective, Problem
+from twofold.linalg.metric import damp, working_dtype
+from twofold.linalg.spectrum import decompose
+from twofold.model.weights import dense_weight
+from twofold.nn.places import replace_module
+from twofold.objectives.base import LayerMoments, Objective, Problem
 from twofold.planning.plan import PlanEntry
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.kept import Solved, keep_layers, take_layers

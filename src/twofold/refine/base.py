@@ -10,12 +10,12 @@ from typing import Any, Literal
 import pydantic
 from torch import Tensor, nn
 
-from twofold.calibrate import Moments
-from twofold.calibrate.sweep import no_cache
+from twofold.calibrate.moments import Moments
 from twofold.errors import TwofoldError
-from twofold.factor.apply import dense_again
+from twofold.model.frozen import no_cache
 from twofold.model.load import LoadedModel
-from twofold.objectives import Objective
+from twofold.nn.places import dense_again
+from twofold.objectives.base import Objective
 from twofold.planning.plan import Plan
 from twofold.settings.recipe import Recipe
 from twofold.task.quality import measure_quality

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.errors import TwofoldError
 from twofold.host.files import make_folder
+from twofold.host.parts import Parts, read_names, write_part
 from twofold.host.progress import progress
-from twofold.linalg import damp
+from twofold.linalg.metric import damp
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.streams import Streams
 from twofold.refine.training import Trained, round_to, train, trainable, training

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_space
+from twofold.host.parts import Parts, read_names, write_part
 from twofold.host.progress import progress
 from twofold.model.frozen import start_graph
 from twofold.refine.base import Task

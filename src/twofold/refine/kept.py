@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pydantic
 
-from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.errors import TwofoldError
-from twofold.model.weights import replace_module
-from twofold.nn import FactoredLinear
+from twofold.host.parts import Parts, read_names, write_part
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.places import replace_module
 from twofold.planning.plan import PlanEntry
 from twofold.refine.base import Task
 

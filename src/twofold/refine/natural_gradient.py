@@ -31,8 +31,8 @@ from twofold.host.files import make_folder
 from twofold.host.progress import progress, say
 from twofold.linalg.metric import working_dtype
 from twofold.linalg.natural_step import Basis, Step, natural_step, stepped
-from twofold.model.weights import replace_module
-from twofold.nn import FactoredLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.places import replace_module
 from twofold.planning.plan import PlanEntry
 from twofold.refine.base import Refined, Task, refinement
 from twofold.refine.gradient import Sums, half_path, sum_half, windows_of_half

@@ -7,66 +7,20 @@ import hashlib
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from twofold.errors import TwofoldError
-from twofold.evaluation.side_by_side import gives_logits
 from twofold.host.progress import say
-from twofold.model.load import LoadedModel
-from twofold.model.skeleton import survey
-from twofold.model.weights import replace_module
+from twofold.nn.places import replace_module
 from twofold.nn.shared_linear import hold_bases
-from twofold.objectives import get_objective
 from twofold.refine.base import Refined, Task, get_refinement
 from twofold.settings.recipe import Recipe
 
 if TYPE_CHECKING:
-    from twofold.run.prepare import Prepared
+    from twofold.factor.prepared import Prepared
 
 MANY = 2000  # trained numbers for each calibration token: twice what the measured runs had (docs/experiments.md)
-
-
-def check_refinements(recipe: Recipe) -> None:
-    """Refuse refinements that there are not, or that do not go with the objective.
-
-    Raises:
-        TwofoldError: naming the first of them.
-    """
-    objective = get_objective(recipe.objective)
-    for name in recipe.refine:
-        needs = get_refinement(name).needs
-        if objective.structures and name != "distill":
-            raise TwofoldError(
-                f"{name} works on weights that are products of two of their own, and those of {recipe.objective} are not; "
-                "use --refine distill"
-            )
-        if "inputs" in needs and "input" not in objective.needs:
-            raise TwofoldError(
-                f"the objective {recipe.objective} does not look at whole inputs, so it can't be {name}; "
-                "use two-sided or svd-llm"
-            )
-
-
-def check_refinable(recipe: Recipe, loaded: LoadedModel) -> None:
-    """Refuse a model in memory that the refinements of a recipe can't work on.
-
-    Raises:
-        TwofoldError: if it gives no token logits, or its blocks do not follow one another and a refinement needs that.
-    """
-    if not recipe.refine:
-        return
-    model: Any = loaded.model
-    if not gives_logits(model, torch.zeros(1, 2, dtype=torch.int64)):
-        raise TwofoldError(f"{type(model).__name__} gives no token logits, so it can't be refined; leave --refine out")
-    for name in recipe.refine:
-        if "chain" in get_refinement(name).needs and survey(loaded, []).chain is None:
-            raise TwofoldError(
-                f"{type(model).__name__} is not one block after another, so it can't be refined by {name}; "
-                "use --refine distill"
-            )
 
 
 def refine(

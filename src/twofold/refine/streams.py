@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from twofold.calibrate.activations import Activations
-from twofold.calibrate.sweep import no_cache
 from twofold.errors import TwofoldError
-from twofold.factor.apply import dense_again
 from twofold.model.blocks import Stretch, input_before, run_stretch
+from twofold.model.frozen import no_cache
 from twofold.model.load import LoadedModel
-from twofold.model.skeleton import survey
+from twofold.model.survey import survey
+from twofold.nn.places import dense_again
 
 Stream = Literal["dense", "factored"]
 ADDED = 0.05  # relative error, that of bfloat16 among it, below which something counts as added

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from twofold.calibrate.moments import read_names, write_part
 from twofold.errors import TwofoldError
+from twofold.host.parts import read_names, write_part
 from twofold.host.progress import progress
 
 TOP = 128  # tokens that are kept at a position

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twofold.calibrate.moments import Parts, read_names, write_part
 from twofold.errors import TwofoldError
+from twofold.host.parts import Parts, read_names, write_part
 from twofold.host.progress import progress, say
-from twofold.nn import CompactLinear, SharedBasis
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.shared_linear import SharedBasis
 
 WARM_UP = 0.05  # share of the steps in which the rate rises
 LAST_RATE = 0.05  # of the first, at the end of the cosine

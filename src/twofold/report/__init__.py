@@ -2,8 +2,3 @@
 
 matplotlib is imported only when a report is written.
 """
-
-from twofold.report.card import write_card
-from twofold.report.page import write_report
-
-__all__ = ["write_card", "write_report"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.linalg import gauge_rank
+from twofold.linalg.gauge import gauge_rank
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.formats import share
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-
 import pydantic
-import torch
 
-from twofold.refine import Refined
-from twofold.run.search import Probe
+from twofold.host.clock import Machine
+from twofold.refine.base import Refined
 from twofold.settings.recipe import Recipe
 from twofold.task.quality import Quality
-from twofold.version import __version__
 
 
 class Measured(pydantic.BaseModel, extra="forbid"):
@@ -40,19 +32,6 @@ class Sample(pydantic.BaseModel, extra="forbid"):
     prompt: str
     original: str
     factored: str
-
-
-class Machine(pydantic.BaseModel, extra="forbid"):
-    """Where the run took place."""
-
-    python: str = platform.python_version()
-    torch: str = torch.__version__
-    transformers: str = ""
-    twofold: str = __version__
-    system: str = f"{platform.system()} {platform.machine()}"
-    threads: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"
 
 
 class Run(pydantic.BaseModel, extra="forbid"):
@@ -83,48 +62,11 @@ class Run(pydantic.BaseModel, extra="forbid"):
     notes: list[str] = []
 
 
-class Stopwatch:
-    """Seconds of each stage by name."""
+class Probe(pydantic.BaseModel, extra="forbid"):
+    """What was measured of the model at one share."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def total(self) -> float:
-        return time.perf_counter() - self._start
-
-
-def peak_memory() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    with suppress(OSError, ValueError, StopIteration):
-        # Linux: that of getrusage counts what the program that started this one had, too.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-        return 1024 * int(next(line for line in status if line.startswith("VmHWM:")).split()[1])
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """This machine."""
-    import transformers
-
-    return Machine(
-        transformers=transformers.__version__,
-        threads=torch.get_num_threads(),
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-    )
+    keep: float  # the share of the factorized weights that was asked for
+    kept: float  # and the one that its plan keeps
+    perplexity: float | None  # None if the model's numbers overflow
+    divergence: float | None  # nats per token
+    met: bool  # whether it meets the goal

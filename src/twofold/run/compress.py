@@ -14,27 +14,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from twofold.checkpoint.plugin import attach
-from twofold.evaluation.side_by_side import evaluation_text, gives_logits
 from twofold.evaluation.streamed import LastStates
-from twofold.factor.apply import dense_again, factor_entries
+from twofold.factor.apply import factor_entries
+from twofold.factor.prepared import Prepared, carry_out
 from twofold.factor.stream import finish, write_units
 from twofold.factor.verify import verify_bytes
 from twofold.host import processes
+from twofold.host.clock import Stopwatch, machine, peak_memory
 from twofold.host.folders import check_apart, check_output, check_space, staged_folder
 from twofold.host.progress import progress
+from twofold.host.quiet import quiet_bars
 from twofold.host.unfinished import Work, working
-from twofold.model.load import LoadedModel, cast_weights, load_streamed
-from twofold.model.source import quiet_bars
+from twofold.model.load import LoadedModel, load_streamed
 from twofold.model.streamed import Streamed
-from twofold.nn import CompactLinear
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.places import cast_weights, dense_again
 from twofold.nn.shared_linear import BASES
 from twofold.planning.plan import Plan, PlanEntry
-from twofold.refine import Refined, refine
-from twofold.report.record import Measured, Run, Sample, Stopwatch, machine, peak_memory
+from twofold.refine.base import Refined
+from twofold.refine.series import refine
+from twofold.report.record import Measured, Run, Sample
 from twofold.run.open import open_for
-from twofold.run.prepare import Prepared, carry_out, prepare
+from twofold.run.prepare import prepare
 from twofold.run.sizing import Sizing
 from twofold.settings.recipe import Recipe
+from twofold.task.held_out import evaluation_text, gives_logits
 from twofold.task.quality import Logits, measure_quality
 from twofold.task.windows import fit_window
 
@@ -108,7 +112,8 @@ def _finish(
     quiet: bool,
 ) -> Run:
     """Measure the factored model, and write it with its plan, recipe, card and report."""
-    from twofold.report import write_card, write_report
+    from twofold.report.card import write_card
+    from twofold.report.page import write_report
 
     loaded = prepared.loaded
     refined: list[Refined] = []

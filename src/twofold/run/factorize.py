@@ -8,22 +8,25 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from twofold.allocate import get_allocation
+from twofold.allocate.base import get_allocation
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
-from twofold.evaluation.side_by_side import evaluation_text
-from twofold.model.load import LoadedModel, cast_weights, load_skeleton
+from twofold.factor.prepared import carry_out
+from twofold.host.clock import Stopwatch
+from twofold.model.load import LoadedModel, load_skeleton
 from twofold.model.weights import find_targets
-from twofold.objectives import get_objective
+from twofold.nn.places import cast_weights
+from twofold.objectives.base import get_objective
 from twofold.planning.plan import Plan
-from twofold.refine import refine
-from twofold.report.record import Stopwatch
+from twofold.refine.series import refine
+from twofold.run.check import check_methods
 from twofold.run.estimate.memory import estimate_run
-from twofold.run.open import check_methods, given_model, open_for
-from twofold.run.prepare import carry_out, layer_times, plan_of_shapes, prepare, with_structures
+from twofold.run.open import given_model, open_for
+from twofold.run.prepare import layer_times, plan_of_shapes, prepare, with_structures
 from twofold.run.sizing import Sizing
 from twofold.scratch.start import factorize_start
 from twofold.settings.recipe import Recipe, make_recipe
+from twofold.task.held_out import evaluation_text
 from twofold.task.windows import fit_window
 
 

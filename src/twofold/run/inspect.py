@@ -9,9 +9,11 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel, load_skeleton
-from twofold.model.skeleton import survey
+from twofold.model.survey import survey
 from twofold.model.weights import Targets, find_groups, list_weights
-from twofold.nn import CompactLinear, QuantizedEmbedding, SharedBasis
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.quantized_embedding import QuantizedEmbedding
+from twofold.nn.shared_linear import SharedBasis
 
 
 class Weight(pydantic.BaseModel, extra="forbid"):

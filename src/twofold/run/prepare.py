@@ -3,62 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from twofold.allocate import Evidence, get_allocation
-from twofold.calibrate import Moments
-from twofold.calibrate.calibrate import calibrate, on_text_alone, spectra_mark, used_targets
-from twofold.calibrate.fingerprint import model_hash
+from twofold.allocate.base import get_allocation
+from twofold.calibrate.calibrate import calibrate, used_targets
+from twofold.calibrate.fingerprint import model_hash, spectra_mark
+from twofold.calibrate.moments import Moments
+from twofold.decompose.decompose import decompose_targets
 from twofold.decompose.spectra import Spectra
+from twofold.decompose.structures import measure_structures
 from twofold.errors import TwofoldError
-from twofold.factor.apply import apply_plan, decompose_targets
+from twofold.factor.prepared import Prepared
 from twofold.factor.recalibrate import recalibrate
-from twofold.factor.structures import measure_structures
 from twofold.host import processes
+from twofold.host.clock import Stopwatch
 from twofold.host.folders import check_space
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
 from twofold.inference.latency import times_of
 from twofold.model.blocks import Chain, plain_chain
-from twofold.model.load import LoadedModel
+from twofold.model.load import LoadedModel, Opened
 from twofold.model.source import choose_device, compute_dtype
 from twofold.model.streamed import Resident, Streamed
 from twofold.model.weights import Targets, find_targets
-from twofold.objectives import Objective, get_objective
+from twofold.objectives.base import Objective, get_objective
+from twofold.planning.evidence.base import Evidence
 from twofold.planning.evidence.gather import gather
 from twofold.planning.make import make_plan
 from twofold.planning.plan import Plan
 from twofold.quantize.loss import rounding_needs
-from twofold.report.record import Stopwatch
 from twofold.run.check import stand_in
-from twofold.run.open import Opened
 from twofold.run.sizing import Sizing
 from twofold.settings.recipe import Recipe
-from twofold.structures import few_tokens, find_structures
+from twofold.structures.find import find_structures
 from twofold.task.texts import TokenWindows
-from twofold.task.windows import calibration_windows
+from twofold.task.windows import calibration_windows, few_tokens, on_text_alone
 
 RESIDENT_BLOCKS = 4  # blocks of a model in memory that are decomposed, and kept, together
-
-
-@dataclass
-class Prepared:
-    """All that stands before the factors: the model, its targets, moments, spectra and the plan."""
-
-    loaded: LoadedModel
-    targets: Targets
-    objective: Objective
-    windows: TokenWindows | None
-    moments: Moments | None
-    reused: bool
-    spectra: Spectra
-    evidence: Evidence
-    plan: Plan
 
 
 def prepare(
@@ -222,20 +207,5 @@ def layer_times(loaded: LoadedModel, targets: Targets, recipe: Recipe, *, quiet:
     if device.type == "meta":  # no weights are here yet
         device = choose_device(recipe.device)
     dtype = compute_dtype(recipe.dtype, loaded.stored_dtype, device)
-    return processes.same(lambda: times_of(targets.targets, recipe.form, dtype, device, quiet=quiet))
-
-
-def carry_out(prepared: Prepared, recipe: Recipe, *, quiet: bool = False) -> dict[str, nn.Module]:
-    """Factorize a model in memory by its plan; gives the dense modules that were replaced."""
-    prepared.plan, replaced = apply_plan(
-        prepared.loaded.model,
-        prepared.plan,
-        prepared.spectra,
-        prepared.moments,
-        prepared.objective,
-        recipe.damping,
-        prepared.loaded.stored_dtype,
-        structures=prepared.targets.structures,
-        quiet=quiet,
-    )
-    return replaced
+    times, words = processes.same(lambda: times_of(targets.targets, recipe.form, dtype, device, quiet=quiet))
+    return Evidence(times=times, times_of=words)

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pydantic
+from twofold.report.record import Probe
 
 TOLERANCE = 0.005  # the width of the bracket in which the search ends, as a share of the factorized weights
 ASIDE = 0.4 * TOLERANCE  # how far beside an estimate is probed, so that two probes around a good one end the search
-
-
-class Probe(pydantic.BaseModel, extra="forbid"):
-    """What was measured of the model at one share."""
-
-    keep: float  # the share of the factorized weights that was asked for
-    kept: float  # and the one that its plan keeps
-    perplexity: float | None  # None if the model's numbers overflow
-    divergence: float | None  # nats per token
-    met: bool  # whether it meets the goal
 
 
 def smallest(

@@ -15,22 +15,24 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.evaluation import Reference
-from twofold.evaluation.side_by_side import gives_logits
-from twofold.factor.apply import apply_plan, dense_again, put_back
+from twofold.evaluation.reference import Reference
+from twofold.factor.apply import apply_plan
 from twofold.factor.integers import rest_names
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
 from twofold.model.load import LoadedModel
+from twofold.nn.places import dense_again, put_back
 from twofold.planning.make import least_keep, make_plan
 from twofold.planning.plan import Plan
-from twofold.run.search import TOLERANCE, Probe, smallest
+from twofold.report.record import Probe
+from twofold.run.search import TOLERANCE, smallest
 from twofold.settings.recipe import Recipe
+from twofold.task.held_out import gives_logits
 from twofold.task.quality import Quality
 from twofold.task.texts import TokenWindows
 
 if TYPE_CHECKING:
-    from twofold.run.prepare import Prepared
+    from twofold.factor.prepared import Prepared
 
 STEPS = 9  # halvings of the share when the plan's prediction is inverted; they measure nothing
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
-from twofold.nn import FactoredLinear, IntMatrix
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.int_matrix import IntMatrix
 from twofold.scratch.steps import BoundedSteps, ScaledSteps
 
 Scale = Literal["product", "bound", "none"]

@@ -12,12 +12,16 @@ from transformers import PretrainedConfig
 
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
-from twofold.linalg import working_dtype
+from twofold.host.quiet import first_line, quiet_bars
+from twofold.linalg.metric import working_dtype
 from twofold.model.load import check_finite
 from twofold.model.skeleton import model_from_config
-from twofold.model.source import first_line, model_class_of, quiet_bars
-from twofold.model.weights import dense_weight, find_targets, replace_module
-from twofold.nn import CompactLinear, FactoredLinear, IntMatrix
+from twofold.model.source import model_class_of
+from twofold.model.weights import dense_weight, find_targets
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.int_matrix import IntMatrix
+from twofold.nn.places import replace_module
 from twofold.planning.make import make_plan
 from twofold.planning.plan import Plan
 from twofold.settings.recipe import Recipe, make_recipe

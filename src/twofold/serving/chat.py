@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from twofold.errors import TwofoldError
+from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel, load_model, need_tokenizer, positions
-from twofold.model.source import first_line
 
 HELP = "Write a line. /clear forgets what was said, /exit or Ctrl-D ends."
 

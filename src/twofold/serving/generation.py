@@ -16,8 +16,8 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
+from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel
-from twofold.model.source import first_line
 
 SEED = "twofold_seed"  # of a request, in its generation config on the way to the thread that draws
 LIMITS = {  # of numbers in a request: the least one, the largest one, and what they are in words

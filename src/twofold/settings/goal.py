@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
-if TYPE_CHECKING:
-    from twofold.task.quality import Quality
+
+class Quality(Protocol):
+    """What was measured of a model."""
+
+    @property
+    def perplexity(self) -> float: ...
+    @property
+    def divergence(self) -> float | None: ...
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from pydantic import Field
 from twofold.errors import TwofoldError
 from twofold.nn.int_matrix import GROUP, default_group
 from twofold.nn.packing import BITS
-from twofold.objectives import OBJECTIVES
-from twofold.planning.sizes import parse_budget
+from twofold.objectives.base import OBJECTIVES
 from twofold.settings.goal import Goal, parse_perplexity
-from twofold.task.curvature import Curvature
+from twofold.settings.sizes import parse_budget
 
 ALIGNED = 8  # ranks are multiples of this where the budget is in time and nothing else was asked for
 REST_BITS = 8  # of the embeddings, with --bits auto
@@ -28,6 +27,7 @@ SIZES = (
     "kl_at_most",
 )  # exactly one of these says how small a model gets
 
+Curvature = Literal["sampled", "gauss-newton", "empirical"]
 Settings = TypeVar("Settings", bound=pydantic.BaseModel)
 
 

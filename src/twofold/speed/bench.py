@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from twofold.errors import TwofoldError
+from twofold.host.clock import machine, processor
 from twofold.host.progress import progress
-from twofold.inference.latency import DECODE, PREFILL, processor, time_shape
+from twofold.inference.latency import DECODE, PREFILL, time_shape
 from twofold.inference.timing import timed
 from twofold.model.load import load_skeleton
 from twofold.model.source import choose_device
-from twofold.nn import FactoredLinear
-from twofold.report.record import machine
+from twofold.nn.factored_linear import FactoredLinear
 from twofold.speed.memory import peak_of, random_ids
 from twofold.speed.record import Bench, Layer, Ratio, Row, Timing
 from twofold.speed.roofs import measure_roofs
-from twofold.speed.runtimes import RUNTIMES, Runtime, Session, Settings, get_runtime
+from twofold.speed.runtimes.base import RUNTIMES, Runtime, Session, Settings, get_runtime
 
 
 @dataclass(frozen=True)

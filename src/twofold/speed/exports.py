@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from twofold.errors import TwofoldError
-from twofold.exports import export_model
+from twofold.exports.carry_out import export_model
 
 
 def export_all(models: dict[str, Path], to: str, trust_remote_code: bool, quiet: bool) -> None:

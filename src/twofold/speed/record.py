@@ -6,8 +6,8 @@ import statistics
 
 import pydantic
 
+from twofold.host.clock import Machine
 from twofold.model.work import Work
-from twofold.report.record import Machine
 
 
 class Timing(pydantic.BaseModel, extra="forbid"):

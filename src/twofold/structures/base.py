@@ -2,80 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from twofold.nn import CompactLinear
-from twofold.nn.shared_linear import SharedForm
-from twofold.nn.sliced_linear import SlicedForm
-from twofold.objectives.base import StructureKind
+from twofold.model.structure import Structure
+from twofold.nn.compact_linear import CompactLinear
 
 if TYPE_CHECKING:
-    from twofold.calibrate import Moments
-
-Pairing = Literal["single", "halves", "neighbours"]  # of the dimensions of a head that rotary embeddings turn together
-
-
-@dataclass(frozen=True)
-class Member:
-    """One weight of a structure."""
-
-    name: str
-    form: SlicedForm | SharedForm | Literal["gauge", "plain"]  # what of it is kept, or how it is factored
-    per_unit: int  # the rows, columns or ranks that one unit is
-
-
-@dataclass(frozen=True)
-class Structure:
-    """Weights that are cut together.
-
-    A unit is what is kept or dropped: a hidden unit of an MLP, a dimension of every head of an attention, or a pair of them that
-    rotary embeddings turn together. For a weight with dense columns, alone in its structure, it is the storage of a rank; for
-    weights with a common basis it is a rank. The last member gives the structure its name, and the plan's losses stand with it.
-    """
-
-    kind: StructureKind
-    members: tuple[Member, ...]
-    units: int
-    heads: int = 0  # query heads of an attention
-    key_heads: int = 0
-    watched: str = ""  # the module behind the structure, whose output the check looks at
-    pairing: Pairing = "single"
-
-    @property
-    def name(self) -> str:
-        return self.members[-1].name
-
-    @property
-    def basis(self) -> str | None:
-        """The name of what the members store in common, if they do."""
-        return None
-
-    @property
-    def layers(self) -> int:
-        """How many layers its losses are of."""
-        return 1
-
-    def words(self, last: bool, dense: bool) -> str:
-        """What the reason of a member in the plan says of the structure."""
-        return "" if last else f", together with {self.name}"
-
-    def common_numbers(self, units: int) -> int:
-        """The numbers that the members store in common, beside their own."""
-        return 0
-
-    @property
-    def common_integers(self) -> int:
-        """The integers that they store in common."""
-        return 0
-
-    def less(self, gone: Collection[str]) -> Structure | None:
-        """The structure of those that are left when some stay dense; None if it takes all of them."""
-        return None
+    from twofold.calibrate.moments import Moments
 
 
 class Cut(Protocol):

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from twofold.calibrate import Moments
-from twofold.linalg import Spectrum, decompose, gauge_rank, gauge_storage, gram, plain_storage, smaller_side, truncate
-from twofold.nn import DenseColumnsLinear, FactoredLinear
-from twofold.structures.base import Structure
+from twofold.calibrate.moments import Moments
+from twofold.linalg.gauge import gauge_rank, gauge_storage, plain_storage
+from twofold.linalg.spectrum import Spectrum, decompose, gram, smaller_side, truncate
+from twofold.model.structure import Structure
+from twofold.nn.dense_columns_linear import DenseColumnsLinear
+from twofold.nn.factored_linear import FactoredLinear
 from twofold.structures.weights import definite, is_transposed, wide, working
 
 GRID = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # shares of the columns that may be dense, beside none

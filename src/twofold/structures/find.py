@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import nn
 
 from twofold.errors import TwofoldError
+from twofold.model.structure import Structure
 from twofold.model.weights import Targets
 from twofold.objectives.base import StructureKind
 from twofold.settings.recipe import Override
-from twofold.structures.base import Structure
 from twofold.structures.check import confirm
 from twofold.structures.roles import alone, candidates
 from twofold.structures.sharing import share_bases
@@ -68,13 +66,3 @@ def find_structures(
             "alone, as two-sided"
         )
     return replace(targets.without(reasons), structures=tuple(structures))
-
-
-def few_tokens(model: nn.Module, count: int = 8) -> torch.Tensor:  # (1, count)
-    """Token ids to run a model on, always the same."""
-    table = None
-    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
-        table = model.get_input_embeddings()  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
-    return torch.randint(int(getattr(table, "num_embeddings", 256)), (1, count), generator=generator).to(device)

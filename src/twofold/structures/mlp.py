@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from twofold.calibrate import Moments
+from twofold.calibrate.moments import Moments
+from twofold.model.structure import Structure
 from twofold.model.weights import dense_weight
-from twofold.nn import SlicedLinear
-from twofold.structures.base import Structure
+from twofold.nn.sliced_linear import SlicedLinear
 from twofold.structures.weights import definite, part_of, wide, working
 
 

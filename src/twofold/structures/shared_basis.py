@@ -13,12 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from twofold.calibrate import Moments
+from twofold.calibrate.moments import Moments
 from twofold.errors import TwofoldError
-from twofold.linalg import damp, decompose, gauge_storage, gram, smaller_side, truncate
+from twofold.linalg.gauge import gauge_storage
+from twofold.linalg.metric import damp
+from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate
+from twofold.model.structure import Structure
 from twofold.model.weights import dense_weight
-from twofold.nn import CompactLinear, FactoredLinear, SharedBasis, SharedLinear
-from twofold.structures.base import Structure
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.shared_linear import SharedBasis, SharedLinear
 from twofold.structures.weights import is_transposed, wide, working
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twofold.structures.base import Structure
+from twofold.model.structure import Structure
 
 
 def head_rows(head: int, dim: int) -> slice:
@@ -36,3 +36,9 @@ def unit_rows(
         for head in range(heads)
     ]
     return torch.cat(rows)
+
+
+def even_shares(numbers: int, parts: int) -> list[int]:
+    """Whole shares that differ by one at the most, and whose sum is the whole."""
+    each, over = divmod(numbers, parts)
+    return [each + (i < over) for i in range(parts)]

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from twofold.calibrate import Moments
-from twofold.linalg import decompose, truncate
-from twofold.nn import SlicedLinear
-from twofold.structures.base import Structure
+from twofold.calibrate.moments import Moments
+from twofold.linalg.spectrum import decompose, truncate
+from twofold.model.structure import Structure
+from twofold.nn.sliced_linear import SlicedLinear
 from twofold.structures.units import unit_rows
 from twofold.structures.weights import part_of, wide, with_bias, with_one
 

@@ -12,14 +12,12 @@ backward pass with a random v per position; what arrives at a layer is g, and E[
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from twofold.settings.recipe import Curvature
 from twofold.task.sampled import draw
 
-Curvature = Literal["sampled", "gauss-newton", "empirical"]
 ROWS = 128  # token positions that are worked on at once
 TOP = 256  # most likely tokens that gauss-newton looks at
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
+from twofold.model.load import LoadedModel, need_tokenizer, positions
+from twofold.settings.recipe import Recipe
 from twofold.task.texts import CHARACTERS_PER_TOKEN, read_texts
 
 
@@ -57,3 +59,21 @@ def evaluation_windows(
             "give more text, or measure in smaller windows"
         )
     return torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
+
+
+def evaluation_text(loaded: LoadedModel, recipe: Recipe) -> Tensor | None:  # (windows, window)
+    """The windows of a recipe's evaluation text, read before any work so that a text that can't be used is refused at once."""
+    if recipe.eval_text is None or recipe.eval_windows == 0:
+        return None
+    window = min(1024, positions(loaded.model) or 1024)
+    return evaluation_windows(recipe.eval_text, need_tokenizer(loaded), window=window, windows=recipe.eval_windows)
+
+
+def gives_logits(model: Any, windows: Tensor) -> bool:
+    """Whether a model in memory gives logits over the vocabulary of some windows."""
+    try:
+        with torch.no_grad():
+            probe = getattr(model(input_ids=windows[:1, :8].to(model.device)), "logits", None)
+    except Exception:  # an architecture that needs other inputs fails in its own way
+        return False
+    return probe is not None and probe.dim() == 3 and probe.shape[-1] > int(windows.max())

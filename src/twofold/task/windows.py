@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
 from twofold.host.cache import cache_folder
 from twofold.host.files import write_whole
 from twofold.host.progress import say
+from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel, check_ids, need_tokenizer, positions
 from twofold.settings.recipe import Recipe
 from twofold.task.sampled import beginnings, sample_texts
@@ -164,3 +167,27 @@ def _keep_samples(ids: Tensor, path: Path) -> None:
         write_whole(path, lambda temporary: save_file({"ids": ids.contiguous()}, temporary))
     except TwofoldError as error:
         say(f"the sampled texts are not kept for another run: {error}")
+
+
+@contextmanager
+def on_text_alone(model: Any) -> Iterator[None]:
+    """Say what is wrong with a model that can't be run within the block."""
+    try:
+        yield
+    except TwofoldError:
+        raise
+    except Exception as error:  # an architecture that needs other inputs fails in its own way
+        raise TwofoldError(
+            f"{type(model).__name__} does not run on text alone, so it can't be calibrated on it ({first_line(error)}); "
+            "--objective svd --allocate uniform needs no calibration"
+        ) from error
+
+
+def few_tokens(model: nn.Module, count: int = 8) -> torch.Tensor:  # (1, count)
+    """Token ids to run a model on, always the same."""
+    table = None
+    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    return torch.randint(int(getattr(table, "num_embeddings", 256)), (1, count), generator=generator).to(device)

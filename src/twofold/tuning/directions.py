@@ -16,8 +16,9 @@ from torch import Tensor
 
 from twofold.checkpoint.peft.grow import plain_factors
 from twofold.errors import TwofoldError
-from twofold.model.weights import replace_module
-from twofold.nn import DenseColumnsLinear, FactoredLinear
+from twofold.nn.dense_columns_linear import DenseColumnsLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.places import replace_module
 
 
 @torch.no_grad()

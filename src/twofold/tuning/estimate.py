@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from twofold.errors import TwofoldError
+from twofold.host.clock import peak_memory
+from twofold.host.quiet import first_line, quiet_bars
 from twofold.model.load import load_skeleton
-from twofold.model.source import choose_device, compute_dtype, first_line, quiet_bars
-from twofold.nn import CompactLinear, IntMatrix
+from twofold.model.source import choose_device, compute_dtype
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.int_matrix import IntMatrix
 from twofold.refine.teacher import ROWS
-from twofold.report.record import peak_memory
 from twofold.tuning.head import POSITIONS, plain_head
 from twofold.tuning.methods import adapter_config, check_method, free_factors
 from twofold.tuning.optimizers import state_numbers

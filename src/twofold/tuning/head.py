@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from twofold.calibrate.sweep import no_cache
 from twofold.model.blocks import input_before
+from twofold.model.frozen import no_cache
 from twofold.model.head import find_head, output_linear
-from twofold.nn import CompactLinear
+from twofold.nn.compact_linear import CompactLinear
 from twofold.refine.teacher import divergence
 
 POSITIONS = 128  # whose logits are made at once

@@ -8,7 +8,7 @@ from typing import Any
 
 from twofold.errors import TwofoldError
 from twofold.model.load import load_skeleton, load_tokenizer, positions
-from twofold.planning.sizes import parse_budget
+from twofold.settings.sizes import parse_budget
 from twofold.tuning.estimate import TuneEstimate, choose, estimate
 from twofold.tuning.methods import check_method
 from twofold.tuning.optimizers import check_layers, check_optimizer

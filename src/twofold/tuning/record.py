@@ -9,8 +9,9 @@ from typing import Any, Literal
 import pydantic
 from matplotlib.figure import Figure
 
+from twofold.host.clock import Machine
 from twofold.report.printed import COLOURS, on_paper
-from twofold.report.record import Machine, Sample
+from twofold.report.record import Sample
 from twofold.tuning.settings import TuneSettings
 
 

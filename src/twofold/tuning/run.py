@@ -12,13 +12,15 @@ from transformers import EarlyStoppingCallback, PrinterCallback
 from trl import SFTConfig
 
 from twofold.errors import TwofoldError
+from twofold.host.clock import Stopwatch, machine, peak_memory
 from twofold.host.files import write_text
 from twofold.host.folders import check_apart, check_output, check_space, staged_folder
 from twofold.host.progress import say
+from twofold.host.quiet import quiet_bars
 from twofold.host.unfinished import BEFORE, Work, working
-from twofold.model.load import LoadedModel, cast_weights, load_model
-from twofold.model.source import quiet_bars
-from twofold.report.record import Sample, Stopwatch, machine, peak_memory
+from twofold.model.load import LoadedModel, load_model
+from twofold.nn.places import cast_weights
+from twofold.report.record import Sample
 from twofold.tuning.bar import LossBar
 from twofold.tuning.methods import Method, apply_method
 from twofold.tuning.optimizers import optimizer_arguments

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from twofold.model.source import quiet_bars
-from twofold.model.streamed import return_memory
+from twofold.host.clock import return_memory
+from twofold.host.quiet import quiet_bars
 from twofold.tuning.tokens import IGNORED, Examples
 
 COUNT, TOKENS, LONGEST = 2, 48, 256

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.model.source import first_line
+from twofold.host.quiet import first_line
 from twofold.tuning.rows import Row
 
 IGNORED = -100  # the label of a token that is not learnt

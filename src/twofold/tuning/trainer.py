@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from twofold.errors import TwofoldError
+from twofold.host.clock import return_memory
 from twofold.host.files import write_text
-from twofold.model.streamed import return_memory
 from twofold.tuning.bar import LossBar
 from twofold.tuning.head import fuse_compact_head, learnt_loss, row_head
 from twofold.tuning.tokens import Example
@@ -171,7 +171,7 @@ def quiet_libraries() -> Iterator[None]:
     """Keep the notes and bars of transformers, TRL, PEFT and datasets out of our output."""
     import datasets
 
-    from twofold.model.source import quiet_bars
+    from twofold.host.quiet import quiet_bars
 
     loggers = [logging.getLogger(name) for name in ("trl", "peft", "accelerate", "datasets")]
     levels = [logger.level for logger in loggers]

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from twofold.errors import TwofoldError
-from twofold.nn import FactoredLinear, SlicedLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.sliced_linear import SlicedLinear
 
 INSTEAD = "use `twofold export DIR --to dense`, whose output vLLM loads as any model"
 

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twofold.checkpoint.plugin import dense_module
 from twofold.errors import TwofoldError
-from twofold.linalg import plain_storage, working_dtype
-from twofold.nn import DenseColumnsLinear, FactoredLinear, IntMatrix
+from twofold.linalg.gauge import plain_storage
+from twofold.linalg.metric import working_dtype
+from twofold.nn.dense_columns_linear import DenseColumnsLinear
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.int_matrix import IntMatrix
+from twofold.nn.places import dense_module
 
 
 def plain_factors(

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.checkpoint.peft.grow import grow
 from twofold.errors import TwofoldError
-from twofold.nn import CompactLinear, SharedBasis
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.shared_linear import SharedBasis
 
 INITS = ("gaussian", "eva", "orthogonal")  # those that need no dense weight, besides True and False
 
@@ -115,10 +116,9 @@ class CompactLoraModel(LoraModel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        if has_compact(model):  # what config.json says of the ranks
-            from twofold.checkpoint.plugin import attach
-
-            attach(model)
+        quantizer = getattr(model, "hf_quantizer", None)
+        if has_compact(model) and quantizer is not None:
+            quantizer.describe(model)  # what config.json says of the ranks
         return model  # type: ignore[no-any-return]
 
 

@@ -8,7 +8,8 @@ from transformers import GenerationConfig
 
 from twofold.exports.base import Source, Written, export_format
 from twofold.exports.decoding import Decoder, ModelDecoder
-from twofold.model.load import cast_weights, load_model
+from twofold.model.load import load_model
+from twofold.nn.places import cast_weights
 
 
 @export_format("dense", integers=True)

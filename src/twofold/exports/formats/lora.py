@@ -18,9 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from twofold.errors import TwofoldError
 from twofold.exports.base import Source, Written, compact_layers, export_format, recorded_original
 from twofold.exports.decoding import Decoder, ModelDecoder
-from twofold.linalg import working_dtype
-from twofold.model.load import cast_weights, load_model
-from twofold.nn import CompactLinear, SharedBasis
+from twofold.linalg.metric import working_dtype
+from twofold.model.load import load_model
+from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.places import cast_weights
+from twofold.nn.shared_linear import SharedBasis
 
 
 @dataclass(frozen=True)

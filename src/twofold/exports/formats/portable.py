@@ -21,7 +21,7 @@ from twofold.exports.base import Source, Written, compact_layers, export_format
 from twofold.exports.decoding import Decoder
 from twofold.exports.formats.dense import save_beside
 from twofold.exports.other_process import OtherProcess
-from twofold.model.load import cast_weights
+from twofold.nn.places import cast_weights
 
 FILE = "modeling_twofold"
 OWN = ("model_type", "quantization_config", "architectures", "auto_map", "transformers_version", "dtype")

@@ -18,16 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from twofold.calibrate import Moments
-from twofold.calibrate.sweep import no_cache
+from twofold.calibrate.moments import Moments
+from twofold.decompose.decompose import layer_problem
 from twofold.decompose.spectra import Spectra
-from twofold.factor.apply import layer_problem
 from twofold.host.progress import progress
-from twofold.linalg import Spectrum, smaller_side
 from twofold.linalg.metric import Metric, metric_product
-from twofold.model.frozen import frozen, start_graph
+from twofold.linalg.spectrum import Spectrum, smaller_side
+from twofold.model.frozen import frozen, no_cache, start_graph
 from twofold.model.weights import Target, dense_weight
-from twofold.objectives import Objective
+from twofold.objectives.base import Objective
 
 
 def component_scores(

@@ -10,9 +10,9 @@ import numpy as np
 import pydantic
 from torch import Tensor
 
-from twofold.allocate import Evidence, get_allocation
+from twofold.allocate.base import get_allocation
 from twofold.allocate.sensitivity import GRID
-from twofold.calibrate import Moments
+from twofold.calibrate.moments import Moments
 from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
 from twofold.host.cache import cache_folder
@@ -20,7 +20,8 @@ from twofold.host.files import write_text
 from twofold.host.progress import say
 from twofold.model.load import LoadedModel
 from twofold.model.weights import Target
-from twofold.objectives import Objective
+from twofold.objectives.base import Objective
+from twofold.planning.evidence.base import Evidence
 from twofold.planning.evidence.first_order import component_scores
 from twofold.planning.evidence.rounding import measure_rounding
 from twofold.planning.evidence.second_order import rank_losses

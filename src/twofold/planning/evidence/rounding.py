@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from twofold.calibrate import Moments
+from twofold.calibrate.moments import Moments
 from twofold.decompose.spectra import Spectra
 from twofold.host.progress import progress
-from twofold.linalg import Spectrum
+from twofold.linalg.spectrum import Spectrum
 from twofold.model.weights import Target, dense_weight
-from twofold.nn import IntLinear
-from twofold.objectives import LayerMoments, Objective, Problem
+from twofold.nn.int_matrix import IntLinear
+from twofold.objectives.base import LayerMoments, Objective, Problem
 from twofold.planning.bits import AUTO_BITS, Rounding
 from twofold.quantize.factors import integer_factors, integer_form
 from twofold.quantize.loss import error_loss, factors_loss, far_diagonal
@@ -33,7 +33,7 @@ def measure_rounding(
     quiet: bool = False,
 ) -> dict[str, Rounding]:
     """Round every weight at each number of bits, whole and in factors of some ranks, and measure what that loses."""
-    from twofold.factor.apply import layer_problem
+    from twofold.decompose.decompose import layer_problem
 
     found: dict[str, Rounding] = {}
     with progress("Rounding", len(targets), unit="weights", quiet=quiet) as tick:

@@ -16,16 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from twofold.calibrate import Moments
-from twofold.calibrate.sweep import no_cache
+from twofold.calibrate.moments import Moments
+from twofold.decompose.decompose import layer_problem
 from twofold.decompose.spectra import Spectra
-from twofold.factor.apply import layer_problem
 from twofold.host.progress import progress
 from twofold.linalg.metric import metric_product
-from twofold.model.frozen import frozen, start_graph
+from twofold.model.frozen import frozen, no_cache, start_graph
 from twofold.model.weights import Target, dense_weight
-from twofold.objectives import Objective
-from twofold.task.curvature import Curvature, loss_gradient, stream
+from twofold.objectives.base import Objective
+from twofold.settings.recipe import Curvature
+from twofold.task.curvature import loss_gradient, stream
 
 
 def rank_losses(

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from twofold.allocate.sensitivity import GRID
-from twofold.calibrate import Moments
+from twofold.calibrate.moments import Moments
+from twofold.decompose.decompose import layer_problem
 from twofold.decompose.spectra import Spectra
-from twofold.factor.apply import layer_problem
 from twofold.host.progress import progress
-from twofold.linalg import gauge_rank, truncate
+from twofold.linalg.gauge import gauge_rank
+from twofold.linalg.spectrum import truncate
 from twofold.model.weights import Target, dense_weight
-from twofold.objectives import Objective
+from twofold.objectives.base import Objective
 from twofold.task.quality import Logits, quality, score
 
 

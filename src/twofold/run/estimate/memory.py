@@ -14,23 +14,23 @@ from pathlib import Path
 import psutil
 import torch
 
-from twofold.allocate import get_allocation
+from twofold.allocate.base import get_allocation
 from twofold.allocate.sensitivity import GRID
-from twofold.calibrate.moments import request_statistics
+from twofold.calibrate.request import request_statistics
+from twofold.decompose.decompose import BATCH, BATCH_NUMBERS
 from twofold.errors import TwofoldError
-from twofold.factor.apply import BATCH, BATCH_NUMBERS
 from twofold.host import processes
 from twofold.model.blocks import Chain
 from twofold.model.load import LoadedModel, load_skeleton
-from twofold.model.skeleton import survey
 from twofold.model.source import choose_device, compute_dtype
 from twofold.model.streamed import LARGE, PART
+from twofold.model.survey import survey
 from twofold.model.weights import Target, list_weights
-from twofold.objectives import get_objective
+from twofold.objectives.base import get_objective
 from twofold.planning.plan import Estimate
-from twofold.planning.sizes import parse_budget
 from twofold.run.estimate.probe import Speeds, probe
 from twofold.settings.recipe import Recipe
+from twofold.settings.sizes import parse_budget
 from twofold.task.windows import held_out_windows
 
 PART_OF_FREE = 0.85  # of the memory that is free, what is used unless --memory says otherwise

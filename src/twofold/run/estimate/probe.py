@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twofold.calibrate.moments import request_statistics
-from twofold.calibrate.sweep import BACKWARD, FORWARD, Accumulator, no_cache
-from twofold.factor.apply import BATCH, BATCH_NUMBERS
-from twofold.linalg import decompose, gauge_rank, gram, smaller_side, truncate, truncation_loss
+from twofold.calibrate.accumulate import BACKWARD, FORWARD, Accumulator
+from twofold.calibrate.request import request_statistics
+from twofold.decompose.decompose import BATCH, BATCH_NUMBERS
+from twofold.linalg.gauge import gauge_rank
+from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate, truncation_loss
 from twofold.model.blocks import Chain, Stretch, run_stretch
+from twofold.model.frozen import no_cache
 from twofold.model.load import LoadedModel
 from twofold.model.skeleton import empty_model
 from twofold.model.streamed import Resident
 from twofold.model.weights import Target
-from twofold.nn import FactoredLinear
-from twofold.objectives import get_objective
+from twofold.nn.factored_linear import FactoredLinear
+from twofold.objectives.base import get_objective
 from twofold.settings.recipe import Recipe
 from twofold.task.curvature import loss_gradient
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import StaticCache
 
 from twofold.errors import TwofoldError
+from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel
-from twofold.model.source import first_line
 from twofold.speed.runtimes.base import Settings, register
 from twofold.speed.runtimes.eager import Eager, TorchSession
 

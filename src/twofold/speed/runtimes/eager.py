@@ -13,11 +13,11 @@ from transformers import DynamicCache
 
 from twofold.errors import TwofoldError
 from twofold.evaluation.size import disk_bytes, memory_bytes
-from twofold.inference import Optimized, optimize
+from twofold.host.quiet import first_line
+from twofold.inference.form import Optimized, optimize
 from twofold.model.load import LoadedModel, load_model, positions
-from twofold.model.source import first_line
 from twofold.model.work import Work, work_of
-from twofold.nn import CompactLinear
+from twofold.nn.compact_linear import CompactLinear
 from twofold.speed.runtimes.base import Runtime, Settings, State, greedy, register
 
 

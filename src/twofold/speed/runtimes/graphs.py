@@ -11,15 +11,16 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from twofold.errors import TwofoldError
-from twofold.exports import Exported
 from twofold.exports.base import check_plain, get_format
+from twofold.exports.carry_out import Exported
 from twofold.exports.formats import register as register_formats
 from twofold.exports.graph import need_exporters
 from twofold.exports.runtimes import DECODERS, GRAPHS
 from twofold.host.folders import EXPORTED
 from twofold.host.progress import say
+from twofold.host.quiet import first_line
 from twofold.model.load import load_skeleton, positions
-from twofold.model.source import choose_device, first_line
+from twofold.model.source import choose_device
 from twofold.model.work import Work
 from twofold.speed.exports import export_all
 from twofold.speed.runtimes.base import Runtime, Settings, State, greedy

@@ -1,0 +1,96 @@
+"""Which moments are collected: the cheapest ones that serve the objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from twofold.model.weights import Target
+from twofold.objectives.base import Statistic
+
+SQUARE = ("input", "output", "gradient", "input_gradient")  # kinds of moments that are (k, k)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to collect, and from where: statistic → target name → size of the moment."""
+
+    sizes: dict[str, dict[str, int]]  # "input" → {leader: n}, …
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are needed."""
+        return any(self.sizes.get(kind) for kind in ("gradient", "input_gradient", "gradient_square", "fisher_rows"))
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the moments hold."""
+        return sum(self.numbers_of(kind) for kind in self.sizes)
+
+    def names(self) -> list[str]:
+        """The names of the moments, as they are kept."""
+        return [f"{kind}/{name}" for kind, owners in self.sizes.items() for name in owners]
+
+    def numbers_of(self, kind: str, targets: Iterable[str] | None = None) -> int:
+        """How many numbers the moments of one kind hold, of all targets or of some."""
+        owners = self.sizes[kind]
+        chosen = owners if targets is None else owners.keys() & set(targets)
+        return sum(owners[name] ** 2 if kind in SQUARE else owners[name] for name in chosen)
+
+
+def request_statistics(
+    targets: Iterable[Target],
+    groups: dict[str, str],
+    needs: Iterable[Statistic],
+    *,
+    both_sides: bool = False,
+) -> Request:
+    """Choose the cheapest moments that serve the objectives.
+
+    Args:
+        groups: target → the first target with the same input.
+        needs: what the objectives ask for.
+        both_sides: collect C and G themselves for every target, whatever their size (to check the others against).
+    """
+    needs = set(needs)
+    sizes: dict[str, dict[str, int]] = {}
+
+    def ask(kind: str, name: str, size: int) -> None:
+        sizes.setdefault(kind, {})[name] = size
+
+    members: dict[str, list[Target]] = {}
+    for target in targets:
+        members.setdefault(groups.get(target.name, target.name), []).append(target)
+    for leader, group in members.items():
+        n = group[0].in_features
+        if "input" in needs:
+            products = sum(t.out_features**2 for t in group)
+            whole = any(t.out_features > n for t in group) or n * n <= products
+            if whole or both_sides:
+                ask("input", leader, n)
+            else:
+                for target in group:
+                    ask("output", target.name, target.out_features)
+            ask("input_trace", leader, 1)
+        if "whole_input" in needs:
+            ask("input", leader, n)
+        if "input_mean" in needs:
+            ask("input_mean", leader, n)
+        if "input_abs" in needs:
+            ask("input_abs", leader, n)
+        if "input_square" in needs:
+            ask("input_square", leader, n)
+        for target in group:
+            ask("rows", target.name, 1)
+            if "gradient" in needs:
+                if target.out_features <= n or both_sides:
+                    ask("gradient", target.name, target.out_features)
+                else:
+                    ask("input_gradient", target.name, n)
+                ask("gradient_trace", target.name, 1)
+            if "gradient_square" in needs:
+                ask("gradient_square", target.name, target.out_features)
+                ask("gradient_trace", target.name, 1)
+            if "fisher_rows" in needs:
+                ask("fisher_rows", target.name, target.out_features)
+    return Request(sizes)
