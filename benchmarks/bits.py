@@ -76,11 +76,11 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
     from twofold.model.load import need_tokenizer
     from twofold.nn.places import dense_again
     from twofold.planning.make import make_plan
+    from twofold.recipe import make_recipe
     from twofold.run.open import open_for
     from twofold.run.prepare import prepare
-    from twofold.settings.recipe import make_recipe
-    from twofold.task.held_out import evaluation_windows
     from twofold.task.quality import measure_quality
+    from twofold.task.text.held_out import evaluation_windows
 
     settings: dict[str, Any] = {
         "model": str(folder), "calibration": [str(given.train)], "tokens": given.tokens, "window": given.window,

@@ -63,8 +63,8 @@ def build_large(folder: Path, shape: argparse.Namespace) -> tuple[Path, Path]:
 
 def build_builtin(folder: Path, keep: float) -> Path:
     """The built-in model factored by plain SVD with uniform ranks, in a folder; if it is there already it is taken."""
+    from twofold.recipe import Recipe
     from twofold.run.compress import compress
-    from twofold.settings.recipe import Recipe
 
     out = folder / f"smollm2-keep-{keep}"
     if not out.is_dir():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twofold.allocate.base import ALLOCATIONS, Candidate, cheapest, get_allocation
+from twofold.allocate import ALLOCATIONS, Candidate, cheapest
 from twofold.allocate.effective_rank import entropy_rank
 from twofold.allocate.sensitivity import GRID
 from twofold.allocate.svd_llm_v2 import removal_factors
@@ -20,7 +20,7 @@ from twofold.planning.sizes import ModelSize, target_budget
 from twofold.settings.sizes import parse_budget
 
 
-def candidates_of(shapes, seed):
+def candidates_of(shapes, seed, allocate="global"):
     generator = np.random.default_rng(seed)
     made = []
     for i, (m, n) in enumerate(shapes):
@@ -29,7 +29,7 @@ def candidates_of(shapes, seed):
         ranks = np.arange(1, min(m, n) + (m != n))
         costs = np.array([gauge_storage(m, n, int(r)) for r in ranks], dtype=float)
         perplexities = 20 + np.sort(generator.exponential(size=len(GRID)) * 10 ** generator.uniform(-2, 2))[::-1]
-        kept = {"kind": "qkv"[i % 3], "tokens": 4096, "perplexities": perplexities}
+        kept = {"kind": "qkv"[i % 3], "tokens": 4096}
         scores = generator.normal(size=min(m, n)) * np.sqrt(values)
         curve = tails / 2 * generator.uniform(0.5, 2, size=len(tails))  # measured, so it may rise
         made.append(
@@ -42,8 +42,7 @@ def candidates_of(shapes, seed):
                 float(m * n),
                 values,
                 **kept,
-                scores=scores,
-                curve=curve,
+                measured={"sensitivity": perplexities, "zero-sum": scores, "measured": curve}.get(allocate),
             )
         )
     return made
@@ -62,8 +61,8 @@ SHAPES = st.lists(st.tuples(st.integers(3, 30), st.integers(3, 30)), min_size=1,
 def test_global_meets_the_budget_and_beats_uniform(shapes, seed, keep):
     candidates = candidates_of(shapes, seed)
     budget = max(keep * sum(c.full_cost for c in candidates), sum(c.costs.min() for c in candidates))
-    cost, loss = totals(candidates, get_allocation("global")(candidates, budget))
-    uniform_cost, uniform_loss = totals(candidates, get_allocation("uniform")(candidates, budget))
+    cost, loss = totals(candidates, ALLOCATIONS.get("global")(candidates, budget))
+    uniform_cost, uniform_loss = totals(candidates, ALLOCATIONS.get("uniform")(candidates, budget))
     assert cost <= budget * (1 + 1e-9)
     assert uniform_cost <= budget * (1 + 1e-9)
     assert loss <= uniform_loss * (1 + 1e-9) + 1e-12
@@ -72,8 +71,8 @@ def test_global_meets_the_budget_and_beats_uniform(shapes, seed, keep):
 def test_global_beats_uniform_by_far_when_layers_differ():
     candidates = candidates_of([(30, 40)] * 12, 3)
     budget = 0.6 * sum(c.full_cost for c in candidates)
-    _, loss = totals(candidates, get_allocation("global")(candidates, budget))
-    _, uniform_loss = totals(candidates, get_allocation("uniform")(candidates, budget))
+    _, loss = totals(candidates, ALLOCATIONS.get("global")(candidates, budget))
+    _, uniform_loss = totals(candidates, ALLOCATIONS.get("uniform")(candidates, budget))
     assert loss < 0.7 * uniform_loss
 
 
@@ -81,7 +80,7 @@ def test_global_beats_uniform_by_far_when_layers_differ():
 def test_global_is_close_to_the_best_of_all(seed):
     candidates = candidates_of([(4, 5), (5, 4), (4, 6)], seed)
     budget = 0.7 * sum(c.full_cost for c in candidates)
-    cost, loss = totals(candidates, get_allocation("global")(candidates, budget))
+    cost, loss = totals(candidates, ALLOCATIONS.get("global")(candidates, budget))
     options = [[(float(c.full_cost), 0.0), *zip(c.costs, c.losses, strict=True)] for c in candidates]
     best = min(sum(x[1] for x in pick) for pick in itertools.product(*options) if sum(x[0] for x in pick) <= budget)
     assert cost <= budget
@@ -93,39 +92,39 @@ def test_global_is_close_to_the_best_of_all(seed):
     assert loss <= min(cheaper) + 1e-9
 
 
-@pytest.mark.parametrize("name", sorted(ALLOCATIONS))
+@pytest.mark.parametrize("name", ALLOCATIONS.names())
 @pytest.mark.parametrize(("smallest", "multiple"), [(1, 1), (6, 1), (1, 4), (8, 8)])
 def test_smallest_ranks_and_multiples_keep_the_budget(name, smallest, multiple):
     made = []
-    for c in candidates_of([(30, 40), (12, 50), (20, 20), (9, 30)], 7):
+    for c in candidates_of([(30, 40), (12, 50), (20, 20), (9, 30)], 7, name):
         allowed = (c.ranks >= smallest) & (c.ranks % multiple == 0)
         made.append(replace(c, ranks=c.ranks[allowed], costs=c.costs[allowed], losses=c.losses[allowed]))
     for keep in (0.62, 0.7, 0.8):
         budget = keep * sum(c.full_cost for c in made)
-        cost, _ = totals(made, get_allocation(name)(made, budget))
+        cost, _ = totals(made, ALLOCATIONS.get(name)(made, budget))
         assert cost <= budget * (1 + 1e-9)
 
 
 def test_a_weight_with_nothing_to_lose_pays():
     flat, steep = candidates_of([(20, 20), (20, 20)], 0)
     flat = Candidate("flat", flat.ranks, flat.costs, np.zeros_like(flat.losses), flat.dense_cost, flat.full_cost)
-    first, second = get_allocation("global")([flat, steep], 1.2 * 400)
+    first, second = ALLOCATIONS.get("global")([flat, steep], 1.2 * 400)
     assert first.cost(flat) < second.cost(steep)
     assert second.index is None  # all of the steep one fits
 
 
 def test_full_budget_keeps_all_dense():
     candidates = candidates_of([(8, 12), (9, 9)], 1)
-    assert all(x.index is None for x in get_allocation("global")(candidates, 96 + 81))
+    assert all(x.index is None for x in ALLOCATIONS.get("global")(candidates, 96 + 81))
 
 
 def test_names():
-    assert set(ALLOCATIONS) == {
+    assert set(ALLOCATIONS.names()) == {
         "uniform", "global", "energy", "effective-rank", "svd-llm-v2", "sensitivity", "zero-sum", "measured",
         "global-iterated",
     }  # fmt: skip
     with pytest.raises(TwofoldError, match="no allocation 'even'"):
-        get_allocation("even")
+        ALLOCATIONS.get("even")
 
 
 @pytest.mark.parametrize(
@@ -176,21 +175,21 @@ def test_impossible_budgets_say_what_is_possible(keep, budget, message):
         target_budget(keep, budget, SIZE)
 
 
-@pytest.mark.parametrize("name", sorted(ALLOCATIONS))
+@pytest.mark.parametrize("name", ALLOCATIONS.names())
 @settings(max_examples=40, deadline=None)
 @given(shapes=SHAPES, seed=st.integers(0, 10**6), keep=st.floats(0.35, 1.0))
 def test_every_allocation_meets_the_budget(name, shapes, seed, keep):
-    candidates = candidates_of(shapes, seed)
+    candidates = candidates_of(shapes, seed, name)
     least = sum(cheapest(c).cost(c) for c in candidates)  # below it make_plan refuses
     budget = max(keep * sum(c.full_cost for c in candidates), least)
-    cost, _ = totals(candidates, get_allocation(name)(candidates, budget))
+    cost, _ = totals(candidates, ALLOCATIONS.get(name)(candidates, budget))
     assert cost <= budget * (1 + 1e-9)
 
 
 def test_energy_keeps_the_same_share_of_each():
     candidates = candidates_of([(20, 25), (25, 20), (24, 30)], 3)
     budget = 0.5 * sum(c.full_cost for c in candidates)
-    choices = get_allocation("energy")(candidates, budget)
+    choices = ALLOCATIONS.get("energy")(candidates, budget)
     kept, next_up = [], []
     for candidate, choice in zip(candidates, choices, strict=True):
         rank = candidate.ranks[choice.index]
@@ -216,7 +215,7 @@ def test_effective_rank_gives_ranks_in_proportion():
         Candidate(name, ranks, costs, np.append(np.cumsum(v[::-1])[::-1], 0.0)[ranks], 1600.0, 1600.0, v)
         for name, v in (("flat", flat), ("steep", steep))
     ]
-    choices = get_allocation("effective-rank")(made, 900.0)
+    choices = ALLOCATIONS.get("effective-rank")(made, 900.0)
     first, second = (int(ranks[c.index]) for c in choices)
     assert first / second == pytest.approx(entropy_rank(flat) / entropy_rank(steep), rel=0.35)
     assert sum(c.cost(m) for c, m in zip(choices, made, strict=True)) <= 900
@@ -252,7 +251,7 @@ def test_svd_llm_v2_follows_algorithm_1_of_the_paper(keep):
         for i in members:
             removed[str(i)] = len(members) * (1 / logs[i]) / sum(1 / logs[j] for j in members)
     assert removal_factors(candidates, keep) == pytest.approx(removed, rel=1e-9)
-    choices = get_allocation("svd-llm-v2")(candidates, keep * sum(c.full_cost for c in candidates))
+    choices = ALLOCATIONS.get("svd-llm-v2")(candidates, keep * sum(c.full_cost for c in candidates))
     # One R gives every rank: that of the largest share not above 1 − R · factor. It is the target, but for whole ranks.
     low, high = 0.0, 1.0
     for candidate, choice in zip(candidates, choices, strict=True):
@@ -266,7 +265,7 @@ def test_svd_llm_v2_follows_algorithm_1_of_the_paper(keep):
 def test_svd_llm_v2_removes_most_where_truncation_loses_least():
     candidates, _ = plain_candidates([(40, 60)] * 3, ["q"] * 3, 80, 0)
     scaled = [replace(c, losses=c.losses * 100.0**i) for i, c in enumerate(candidates)]
-    choices = get_allocation("svd-llm-v2")(scaled, 0.5 * 3 * 2400)
+    choices = ALLOCATIONS.get("svd-llm-v2")(scaled, 0.5 * 3 * 2400)
     assert scaled[0].ranks[choices[0].index] < scaled[1].ranks[choices[1].index] < scaled[2].ranks[choices[2].index]
     flat = [replace(c, losses=0 * c.losses) for c in candidates]  # log L has no meaning there, so all give up the same
     assert removal_factors(flat, 0.5) == {c.name: 1.0 for c in flat}
@@ -275,13 +274,13 @@ def test_svd_llm_v2_removes_most_where_truncation_loses_least():
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("keep", [0.3, 0.55, 0.8, 0.97])
 def test_sensitivity_is_the_best_of_all_thresholds(seed, keep):
-    candidates = candidates_of([(20, 30), (30, 20), (24, 24), (12, 40)], seed)
+    candidates = candidates_of([(20, 30), (30, 20), (24, 24), (12, 40)], seed, "sensitivity")
     budget = keep * sum(c.full_cost for c in candidates)
     best = None
-    for threshold in sorted({0.0, *(float(p) for c in candidates for p in c.perplexities)}):
+    for threshold in sorted({0.0, *(float(p) for c in candidates for p in c.measured)}):
         cost, picked = 0.0, []
         for candidate in candidates:
-            shares = [share for share, p in zip(GRID, candidate.perplexities, strict=True) if p <= threshold]
+            shares = [share for share, p in zip(GRID, candidate.measured, strict=True) if p <= threshold]
             allowed = min(shares, default=1.0) * candidate.full_cost
             ranks = [r for r, c in zip(candidate.ranks, candidate.costs, strict=True) if c <= allowed + 1e-6]
             rank = None if not shares else max(ranks, default=1)
@@ -289,7 +288,7 @@ def test_sensitivity_is_the_best_of_all_thresholds(seed, keep):
             cost += candidate.full_cost if rank is None else candidate.costs[rank - candidate.ranks[0]]
         if cost <= budget and best is None:
             best = picked
-    choices = get_allocation("sensitivity")(candidates, budget)
+    choices = ALLOCATIONS.get("sensitivity")(candidates, budget)
     found = [None if x.index is None else c.ranks[x.index] for x, c in zip(choices, candidates, strict=True)]
     assert found == best
 
@@ -297,7 +296,7 @@ def test_sensitivity_is_the_best_of_all_thresholds(seed, keep):
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("keep", [0.4, 0.7, 0.9])
 def test_zero_sum_takes_the_components_that_a_slow_search_takes(seed, keep):
-    candidates = candidates_of([(10, 14), (14, 10), (12, 12)], seed)
+    candidates = candidates_of([(10, 14), (14, 10), (12, 12)], seed, "zero-sum")
     budget = keep * sum(c.full_cost for c in candidates)
 
     def stored(candidate, rank):  # of the smallest allowed rank that is not below it, or dense
@@ -307,10 +306,10 @@ def test_zero_sum_takes_the_components_that_a_slow_search_takes(seed, keep):
 
     left, drift = [len(c.values) for c in candidates], 0.0
     while sum(stored(c, r) for c, r in zip(candidates, left, strict=True)) > budget:
-        offered = [(c.scores[r - 1], i) for i, (c, r) in enumerate(zip(candidates, left, strict=True)) if r > 1]
+        offered = [(c.measured[r - 1], i) for i, (c, r) in enumerate(zip(candidates, left, strict=True)) if r > 1]
         wanted = [one for one in offered if (one[0] >= 0) == (drift <= 0)] or offered
         change, i = min(wanted, key=lambda one: abs(one[0]))
         drift, left[i] = drift + change, left[i] - 1
-    choices = get_allocation("zero-sum")(candidates, budget)
+    choices = ALLOCATIONS.get("zero-sum")(candidates, budget)
     for candidate, choice, rank in zip(candidates, choices, left, strict=True):
         assert choice.cost(candidate) == stored(candidate, rank)

@@ -28,22 +28,24 @@ from conftest import ARCHITECTURES, TEXT, VOCABULARY, make_model, make_tokenizer
 from twofold.adapters.extract import extract
 from twofold.calibrate.moments import Moments
 from twofold.checkpoint.plugin import FORMAT_VERSION
+from twofold.decompose.decompose import Decomposition
 from twofold.decompose.spectra import Spectra
 from twofold.factor.apply import apply_plan
 from twofold.model.load import load_model
+from twofold.model.settings import Override
 from twofold.model.weights import Target, Targets, find_targets
 from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.places import put_back
 from twofold.nn.shared_linear import BASES, SharedBasis, SharedLinear, hold_bases
-from twofold.objectives.base import get_objective
+from twofold.objectives import OBJECTIVES
 from twofold.planning.make import make_plan
 from twofold.planning.plan import Plan
 from twofold.planning.structures import structure_candidate
-from twofold.refine.base import REFINEMENTS, Refined, Refinement
-from twofold.refine.training import trainable
+from twofold.recipe import make_recipe
+from twofold.refine import REFINEMENTS, Refined
+from twofold.refine.steps.training import trainable
 from twofold.run.factorize import plan_model
 from twofold.run.inspect import inspect_model
-from twofold.settings.recipe import Override, make_recipe
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.sharing import UNSHARED, alone_notes, share_bases, sharing
 from twofold.tuning.estimate import estimate
@@ -221,7 +223,7 @@ def test_without_a_bounded_form_plain_factors_take_no_more_storage():
     plan = make_plan("m", targets, None, UNIFORM, 8)
     assert {(entry.rank, entry.form) for entry in plan.entries} == {(9, "shared-columns")}
     done, replaced = apply_plan(
-        block, plan, Spectra(), moments, get_objective("basis-sharing"), DAMPING, torch.float64,
+        block, plan, Decomposition(moments, OBJECTIVES.get("basis-sharing"), DAMPING, Spectra()), torch.float64,
         structures=targets.structures, quiet=True,
     )  # fmt: skip
     assert {(e.rank, e.form) for e in done.entries} == {(5, "shared-plain")} and len(
@@ -640,7 +642,7 @@ def spoil(task):
 
 
 def test_what_does_harm_is_taken_back_with_the_bases(tmp_path, monkeypatch):
-    monkeypatch.setitem(REFINEMENTS, "distill", Refinement("distill", frozenset(), spoil))
+    monkeypatch.setitem(REFINEMENTS._methods, "distill", replace(REFINEMENTS.get("distill"), run=spoil))
     plain, model = cut(), cut(refine=["distill"])
     assert torch.equal(logits(model), logits(plain))
     for layer in shared_layers(model).values():

@@ -29,7 +29,7 @@ from twofold.host.cache import cache_folder
 from twofold.model.weights import find_targets
 from twofold.nn.places import put_back
 from twofold.run.compress import compress
-from twofold.task.texts import read_texts
+from twofold.task.text.texts import read_texts
 
 NO_TORCHAO = "torchao is not installed: pip install 'twofold[quantize]'"
 FILES = ("compare.csv", "compare.json", "compare.md", "compare.png", "compare.svg")
@@ -135,7 +135,9 @@ def test_a_cell_is_what_compress_and_eval_give(settings, objective, allocate, ch
 
 def test_moments_are_collected_once_and_texts_read_once(settings, tmp_path, monkeypatch):
     reads = []
-    monkeypatch.setattr("twofold.task.windows.read_texts", lambda *a, **k: (reads.append(a), read_texts(*a, **k))[1])
+    monkeypatch.setattr(
+        "twofold.task.text.windows.read_texts", lambda *a, **k: (reads.append(a), read_texts(*a, **k))[1]
+    )
     decomposed = []
     once = Ground.decomposed
     monkeypatch.setattr(Ground, "decomposed", lambda self, o: (decomposed.append(o.name), once(self, o))[1])

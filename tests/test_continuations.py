@@ -12,12 +12,12 @@ from transformers import AlbertConfig, AlbertForMaskedLM
 from conftest import TEXT, make_tokenizer
 from twofold import TwofoldError
 from twofold.model.load import LoadedModel, load_model, load_skeleton
+from twofold.recipe import Recipe
 from twofold.run.compress import compress
-from twofold.run.estimate.memory import estimate_run
+from twofold.run.estimate.estimate import estimate_run
 from twofold.run.estimate.probe import probe
-from twofold.settings.recipe import Recipe
-from twofold.task import windows as places
-from twofold.task.windows import calibration_windows
+from twofold.task.text import windows as places
+from twofold.task.text.windows import calibration_windows
 
 
 def asked(checkpoint: Any, text_file: Any, **settings: Any) -> Recipe:
@@ -96,7 +96,7 @@ def test_what_does_not_go_with_it_is_refused(checkpoint, text_file, tmp_path):
 def test_they_are_estimated(checkpoint, text_file, monkeypatch):
     speeds: list[Any] = []
     monkeypatch.setattr(
-        "twofold.run.estimate.memory.probe", lambda *a: speeds[0] if speeds else speeds.append(probe(*a)) or speeds[0]
+        "twofold.run.estimate.estimate.probe", lambda *a: speeds[0] if speeds else speeds.append(probe(*a)) or speeds[0]
     )
     skeleton = load_skeleton(str(checkpoint))
     found = [

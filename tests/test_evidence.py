@@ -10,25 +10,25 @@ import pytest
 import torch
 
 import twofold
-import twofold.planning.evidence.truncated as truncated
+import twofold.evidence.truncated as truncated
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.allocate.sensitivity import GRID
 from twofold.comparison.arena import compare
 from twofold.comparison.grid import make_grid
-from twofold.decompose.decompose import layer_problem
 from twofold.errors import TwofoldError
+from twofold.evidence.base import Measurement
+from twofold.evidence.first_order import component_scores
 from twofold.factor.prepared import carry_out
 from twofold.host.clock import Stopwatch
 from twofold.linalg.gauge import gauge_rank
 from twofold.linalg.spectrum import truncate
 from twofold.model.weights import dense_weight
-from twofold.planning.evidence.first_order import component_scores
 from twofold.planning.plan import Plan
+from twofold.recipe import make_recipe
 from twofold.run.compress import compress
 from twofold.run.factorize import plan_model
 from twofold.run.open import open_for
 from twofold.run.prepare import prepare
-from twofold.settings.recipe import make_recipe
 from twofold.task.curvature import loss_gradient
 
 SMALL = {"tokens": 128, "window": 32, "quiet": True}
@@ -62,8 +62,8 @@ def test_scores_are_the_gradient_times_each_component(architecture, objective, t
     for target in prepared.targets.targets:
         module = modules[target.name]
         gradient = (module.weight.grad.T if target.transposed else module.weight.grad).detach()
-        problem = layer_problem(model, target, prepared.moments, prepared.objective, recipe.damping)
-        spectrum = prepared.spectra.get(target, torch.float64, torch.device("cpu"))
+        problem = prepared.made.problem(model, target)
+        spectrum = prepared.made.spectrum(target, problem)
         sides.add(spectrum.side)
         weight, before = dense_weight(module).detach(), 0.0
         expected = []
@@ -72,7 +72,7 @@ def test_scores_are_the_gradient_times_each_component(architecture, objective, t
             now = float((gradient * (left @ right)).sum())
             expected.append(before - now)
             before = now
-        found = prepared.evidence.scores[target.name]
+        found = prepared.evidence.measured[target.name]
         scale = max(map(abs, expected))
         assert len(found) == len(spectrum.values)
         assert found[: len(expected)] == pytest.approx(expected, abs=1e-4 * scale)
@@ -85,8 +85,8 @@ def test_a_score_tells_the_change_of_the_loss(tmp_path, text_file):
     _, prepared = prepared_of("llama", tmp_path, text_file, objective="svd-llm", allocate="zero-sum")
     model, windows = prepared.loaded.model, prepared.windows.ids
     target = prepared.targets.targets[0]
-    problem = layer_problem(model, target, prepared.moments, prepared.objective, 1e-2)
-    spectrum = prepared.spectra.get(target, torch.float64, torch.device("cpu"))
+    problem = prepared.made.problem(model, target)
+    spectrum = prepared.made.spectrum(target, problem)
     module = model.get_submodule(target.name)
     one = torch.matmul(*truncate(module.weight.detach(), spectrum, problem.metric, 1))
     with torch.no_grad():
@@ -95,17 +95,15 @@ def test_a_score_tells_the_change_of_the_loss(tmp_path, text_file):
         less = mean_loss(model, windows)
         module.weight.add_(2 * step * one)
         more = mean_loss(model, windows)
-    assert float(less - more) / (2 * step) == pytest.approx(prepared.evidence.scores[target.name][0], rel=0.02)
+    assert float(less - more) / (2 * step) == pytest.approx(prepared.evidence.measured[target.name][0], rel=0.02)
 
 
 def test_the_model_is_left_as_it_was(tmp_path, text_file):
-    _, prepared = prepared_of("llama", tmp_path, text_file, allocate="uniform")
+    recipe, prepared = prepared_of("llama", tmp_path, text_file, allocate="uniform")
     model = prepared.loaded.model
     before = {name: p.clone() for name, p in model.named_parameters()}
     model.train()
-    moments, objective = prepared.moments, prepared.objective
-    spectra, targets = prepared.spectra, prepared.targets.targets
-    component_scores(model, targets, prepared.windows.ids, spectra, moments, objective, 1e-2, quiet=True)
+    component_scores(Measurement(model, prepared.targets.targets, prepared.windows, prepared.made, recipe, quiet=True))
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not any(m._forward_hooks for m in model.modules())
@@ -120,11 +118,11 @@ def test_sensitivities_are_the_perplexities_of_truncated_weights(form, tmp_path,
     assert all(torch.equal(p, dict(fresh.named_parameters())[name]) for name, p in model.named_parameters())
     for target in (prepared.targets.targets[0], prepared.targets.targets[-1]):
         m, n = target.out_features, target.in_features
-        problem = layer_problem(model, target, prepared.moments, prepared.objective, recipe.damping)
-        spectrum = prepared.spectra.get(target, torch.float64, torch.device("cpu"))
+        problem = prepared.made.problem(model, target)
+        spectrum = prepared.made.spectrum(target, problem)
         module = fresh.get_submodule(target.name)
         weight = dense_weight(module).detach().clone()
-        for share, found in zip(GRID, prepared.evidence.perplexities[target.name], strict=True):
+        for share, found in zip(GRID, prepared.evidence.measured[target.name], strict=True):
             rank = max(int(share * m * n / (m + n)) if form == "plain" else gauge_rank(m, n, share * m * n), 1)
             left, right = truncate(weight, spectrum, problem.metric, rank)
             with torch.no_grad():
@@ -194,13 +192,13 @@ def test_what_can_not_be_measured_is_refused(allocate, checkpoint, text_file, tm
 
 
 def test_overflow_counts_as_the_worst():
-    from twofold.allocate.base import Candidate
+    from twofold.allocate import Candidate
     from twofold.allocate.sensitivity import within
 
     ranks, values = np.arange(1, 40), np.ones(40)
     costs = ranks * (80.0 - ranks)
     table = np.array([math.inf, 9.0, 8, 7, 6, 5, 4, 3, 2])
-    candidate = Candidate("a", ranks, costs, 40.0 - ranks, 1600.0, 1600.0, values, perplexities=table)
+    candidate = Candidate("a", ranks, costs, 40.0 - ranks, 1600.0, 1600.0, values, measured=table)
     assert 160 < within(candidate, 9.0).cost(candidate) <= 320 < within(candidate, 8.5).cost(candidate)
     assert within(candidate, 1.0).index is None
 
@@ -237,11 +235,11 @@ def test_losses_by_rank_are_those_of_the_truncated_weight_token_by_token(archite
     sides = set()
     for target in prepared.targets.targets:
         x, g = found[target.name]
-        problem = layer_problem(model, target, prepared.moments, prepared.objective, recipe.damping)
-        spectrum = prepared.spectra.get(target, torch.float64, torch.device("cpu"))
+        problem = prepared.made.problem(model, target)
+        spectrum = prepared.made.spectrum(target, problem)
         sides.add(spectrum.side)
         weight = dense_weight(model.get_submodule(target.name)).detach()
-        curve = prepared.evidence.curves[target.name]
+        curve = prepared.evidence.measured[target.name]
         for rank in (0, 3, 15, len(curve) - 1):
             left, right = (
                 truncate(weight, spectrum, problem.metric, rank) if rank else (torch.zeros(len(weight), 1),) * 2
@@ -261,7 +259,7 @@ def test_measured_losses_decide_the_ranks(tmp_path, text_file):
 
     def lost(plan):
         ranks = {e.name: e.rank for e in plan.entries if e.rank is not None}
-        return sum(np.minimum.accumulate(prepared.evidence.curves[name])[rank] for name, rank in ranks.items())
+        return sum(np.minimum.accumulate(prepared.evidence.measured[name])[rank] for name, rank in ranks.items())
 
     assert lost(prepared.plan) < lost(plain.plan)
 
@@ -275,7 +273,7 @@ def test_moments_are_measured_again_on_the_factored_model(architecture, tmp_path
     for name, module in dict(twice.loaded.model.named_modules()).items():
         if name in weights:  # the model is dense again
             torch.testing.assert_close(dense_weight(module), weights[name], rtol=0, atol=0)
-    carry_out(once, recipe, quiet=True)
+    carry_out(once, quiet=True)
     found = gradients(model, list(weights), windows)
     for name, weight in weights.items():
         x, g = found[name]

@@ -18,13 +18,13 @@ from conftest import TEXT, make_model, make_tokenizer
 from twofold.evaluation.reference import Reference
 from twofold.host.unfinished import work_folder
 from twofold.planning.plan import Plan
+from twofold.recipe import Recipe, make_recipe
 from twofold.report.record import Probe, Run
 from twofold.run.compress import compress
 from twofold.run.factorize import plan_model
 from twofold.run.search import TOLERANCE, smallest
 from twofold.run.status import status_of
 from twofold.settings.goal import parse_perplexity
-from twofold.settings.recipe import Recipe, make_recipe
 from twofold.task.quality import measure_quality
 
 SMALL = {"tokens": 256, "window": 32, "eval_windows": 4}

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from twofold.nn.bits import BITS
 from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.int_matrix import IntLinear, IntMatrix, groups, int_bytes
-from twofold.nn.packing import BITS, pack, row_bytes, unpack
+from twofold.nn.packing import pack, row_bytes, unpack
 from twofold.nn.quantized_embedding import QuantizedEmbedding
 from twofold.nn.quantized_linear import CorrectedLinear, QuantizedLinear
 from twofold.quantize.rounding import round_matrix

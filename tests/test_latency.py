@@ -18,8 +18,8 @@ from twofold.cli import app
 from twofold.inference import latency
 from twofold.inference.latency import DECODE, PREFILL, Latencies, Table, Times, measured_ranks, time_shape, times_of
 from twofold.model.weights import list_weights
+from twofold.recipe import Recipe, make_recipe
 from twofold.run.factorize import plan_model
-from twofold.settings.recipe import Recipe, make_recipe
 
 
 def made_up(m: int, n: int, form: str, tokens: int) -> Times:

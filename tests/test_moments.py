@@ -19,11 +19,11 @@ from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel
 from twofold.model.streamed import Resident
 from twofold.model.weights import dense_weight, find_groups, find_targets
-from twofold.settings.recipe import Recipe
+from twofold.recipe import Recipe
 from twofold.task.curvature import loss_gradient
-from twofold.task.sampled import beginnings, draw, sample_texts, user_turn_prefix
-from twofold.task.texts import spread, token_windows, wikitext_rows
-from twofold.task.windows import calibration_windows
+from twofold.task.text.sampled import beginnings, draw, sample_texts, user_turn_prefix
+from twofold.task.text.texts import spread, token_windows, wikitext_rows
+from twofold.task.text.windows import calibration_windows
 
 NEEDS = {"input", "gradient", "input_abs", "input_square", "gradient_square", "fisher_rows"}
 

@@ -23,16 +23,16 @@ from twofold.model.load import LoadedModel, load_model, load_skeleton
 from twofold.model.weights import find_targets
 from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.places import replace_module
-from twofold.objectives.base import get_objective
+from twofold.objectives import OBJECTIVES
+from twofold.recipe import make_recipe
 from twofold.refine import natural_gradient as ng
-from twofold.refine.base import Task
-from twofold.refine.gradient import sum_half
-from twofold.refine.likeness import Likeness
-from twofold.refine.training import training
+from twofold.refine.steps.gradient import sum_half
+from twofold.refine.steps.job import Job
+from twofold.refine.steps.likeness import Likeness
+from twofold.refine.steps.training import training
 from twofold.run.compress import compress
 from twofold.run.estimate.probe import probe
 from twofold.run.factorize import factorize, plan_model
-from twofold.settings.recipe import make_recipe
 
 
 def spd(k: int) -> Tensor:
@@ -151,7 +151,7 @@ def test_the_search_finds_the_lowest_step():
     assert ng.search(lambda size: float("nan"), 1.0, 1.0) == (0.0, 1.0)
 
 
-def small_task(dtype: torch.dtype = torch.float32, **settings: Any) -> Task:
+def small_task(dtype: torch.dtype = torch.float32, **settings: Any) -> Job:
     dense = make_model(dtype=dtype)
     windows = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
     small = factorize(
@@ -160,8 +160,8 @@ def small_task(dtype: torch.dtype = torch.float32, **settings: Any) -> Task:
     replaced = {e.name: dense.get_submodule(e.name) for e in small.twofold_plan.entries if e.rank is not None}
     recipe = make_recipe({"model": "x", "keep": 0.5, **settings})
     loaded = LoadedModel(small, None, "x", None, dtype)
-    objective = get_objective("two-sided")
-    return Task(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], recipe, quiet=True)
+    objective = OBJECTIVES.get("two-sided")
+    return Job(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], recipe, quiet=True)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
@@ -372,7 +372,7 @@ def test_the_estimate_counts_it(checkpoint, monkeypatch):
     speeds = functools.cache(lambda: probe(*seen[0]))
     seen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
-        "twofold.run.estimate.memory.probe", lambda *a: seen.append(a) or speeds()
+        "twofold.run.estimate.estimate.probe", lambda *a: seen.append(a) or speeds()
     )  # once, so that they are the same
     found = {}
     for rounds in (0, 1, 3):

@@ -14,11 +14,11 @@ import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.factor.apply import factor_layer
 from twofold.linalg.spectrum import decompose, truncate, truncation_loss
-from twofold.objectives.base import OBJECTIVES, LayerMoments, get_objective
+from twofold.objectives import OBJECTIVES, LayerMoments
 from twofold.planning.plan import PlanEntry
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
-ALONE = sorted(name for name, one in OBJECTIVES.items() if one.build is not None)  # the others: test_structures.py
+ALONE = [one.name for one in OBJECTIVES.all() if one.build is not None]  # the others: test_structures.py
 
 
 def outlier(matrix, scale=1e4):
@@ -81,7 +81,7 @@ def test_finite_and_as_predicted(kind, inputs, gradients):
         moments = moments_of(weight, x, g)
         # The moments are summed in float32.
         moments = LayerMoments(**{k: v.float() if isinstance(v, torch.Tensor) else v for k, v in vars(moments).items()})
-        problem = get_objective(name).build(weight, moments, 1e-2)
+        problem = OBJECTIVES.get(name).build(weight, moments, 1e-2)
         spectrum = decompose(problem.metric, problem.gram, problem.side)
         spectrum = replace(spectrum, basis=spectrum.basis.float())  # as it is kept
         module = torch.nn.Linear(n, m, bias=False)
@@ -138,7 +138,7 @@ def test_noise_in_a_deficient_metric_is_not_inverted(shape):
         moments = LayerMoments(input=c, gradient=gg if m <= n else None,
                                input_gradient=(weight.T @ gg.double() @ weight).float() if m > n else None,
                                input_trace=float(c.trace()), gradient_trace=float(gg.trace()))  # fmt: skip
-        problem = get_objective("two-sided").build(weight, moments, 0.0)
+        problem = OBJECTIVES.get("two-sided").build(weight, moments, 0.0)
         spectrum = decompose(problem.metric, problem.gram, problem.side, torch.finfo(torch.float32).eps)
         for rank in range(1, spectrum.numerical_rank + 1):
             left, right = truncate(weight, spectrum, problem.metric, rank)
@@ -159,7 +159,7 @@ def test_any_shape_rank_dtype_and_metric(m, n, seed, bias, dtype, name, form, da
     x, g = torch.randn(60, n).double(), torch.randn(60, m).double()
     weight = module.weight.detach().to(dtype).float()
     module.weight.data = weight
-    problem = get_objective(name).build(weight.double(), moments_of(weight.double(), x, g), 1e-2)
+    problem = OBJECTIVES.get(name).build(weight.double(), moments_of(weight.double(), x, g), 1e-2)
     spectrum = decompose(problem.metric, problem.gram, problem.side)
     spectrum = replace(spectrum, basis=spectrum.basis.float())
     entry = entry_of(m, n, rank).model_copy(update={"form": form, "bias": bias})

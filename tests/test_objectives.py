@@ -7,7 +7,7 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.linalg.spectrum import decompose, gram, truncate
-from twofold.objectives.base import OBJECTIVES, LayerMoments, get_objective
+from twofold.objectives import OBJECTIVES, LayerMoments
 
 SHAPES = [(9, 16), (16, 9), (12, 12)]
 DAMPING = 1e-3
@@ -74,10 +74,10 @@ def moments_of(weight, x, g, small):
 
 
 def test_every_objective_has_a_row():
-    assert set(ROWS) == {name for name, objective in OBJECTIVES.items() if objective.build is not None}
+    assert set(ROWS) == {one.name for one in OBJECTIVES.all() if one.build is not None}
     # Those without are in test_structures.py, test_dense_columns.py, test_basis_sharing.py and test_quantize.py.
     structural = {"modegpt", "dense-columns", "basis-sharing", "lqer", "qera-exact", "eora"}
-    assert {name for name, one in OBJECTIVES.items() if one.build is None} == structural
+    assert {one.name for one in OBJECTIVES.all() if one.build is None} == structural
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -90,7 +90,7 @@ def test_minimizes_its_own_loss(name, shape, small):
     x = torch.randn(60, n, dtype=torch.float64) * torch.linspace(0.1, 3, n, dtype=torch.float64)
     g = torch.randn(60, m, dtype=torch.float64) * torch.linspace(2, 0.2, m, dtype=torch.float64)
     left, right = metrics_of(name, x, g)
-    problem = get_objective(name).build(weight, moments_of(weight, x, g, small), DAMPING)
+    problem = OBJECTIVES.get(name).build(weight, moments_of(weight, x, g, small), DAMPING)
     spectrum = decompose(problem.metric, problem.gram, problem.side)
     # σ are the singular values of left^½ W right^½
     a, b = torch.linalg.cholesky(left), torch.linalg.cholesky(right)
@@ -104,12 +104,12 @@ def test_minimizes_its_own_loss(name, shape, small):
 
 
 def test_what_each_collects():
-    assert get_objective("svd").needs == frozenset()
-    assert get_objective("two-sided").needs == {"input", "gradient"}
-    assert {o.loss for o in OBJECTIVES.values()} == {"nats", "output", "weight"}
-    assert all(o.source for o in OBJECTIVES.values())
+    assert OBJECTIVES.get("svd").needs == frozenset()
+    assert OBJECTIVES.get("two-sided").needs == {"input", "gradient"}
+    assert {o.loss for o in OBJECTIVES.all()} == {"nats", "output", "weight"}
+    assert all(o.source for o in OBJECTIVES.all())
     with pytest.raises(TwofoldError, match="no objective 'svdllm'; choose one of asvd"):
-        get_objective("svdllm")
+        OBJECTIVES.get("svdllm")
 
 
 def test_combined_metrics_are_the_named_objectives():
@@ -118,20 +118,20 @@ def test_combined_metrics_are_the_named_objectives():
     moments = moments_of(weight, x, g, True)
     same = {"plain+plain": "svd", "abs+plain": "asvd", "plain+rows": "fwsvd", "whitened+plain": "svd-llm"}
     for name, own in {**same, "whitened+whitened": "two-sided"}.items():
-        found, expected = (get_objective(one) for one in (name, own))
+        found, expected = (OBJECTIVES.get(one) for one in (name, own))
         assert (found.loss, found.needs) == (expected.loss, expected.needs)
         first, second = (one.build(weight, moments, DAMPING) for one in (found, expected))
         torch.testing.assert_close(first.gram, second.gram)
         assert (first.metric is None) == (second.metric is None)
-    assert get_objective("diagonal+diagonal").loss == "nats"
+    assert OBJECTIVES.get("diagonal+diagonal").loss == "nats"
     for wrong in ("whitened+", "+rows", "whitened+abs", "rows+whitened", "whitened+rows+rows"):
         with pytest.raises(TwofoldError, match=r"two metrics as in whitened\+rows"):
-            get_objective(wrong)
+            OBJECTIVES.get(wrong)
 
 
 def test_layers_that_were_never_reached_still_have_a_metric():
     weight = torch.randn(4, 6, dtype=torch.float64)
     zeros = LayerMoments(output=torch.zeros(4, 4), gradient=torch.zeros(4, 4), input=None)
-    problem = get_objective("two-sided").build(weight, zeros, 0.0)
+    problem = OBJECTIVES.get("two-sided").build(weight, zeros, 0.0)
     torch.testing.assert_close(problem.gram, gram(weight, None))
     torch.testing.assert_close(problem.metric, torch.eye(4, dtype=torch.float64))

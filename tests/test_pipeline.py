@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
-from twofold.objectives.base import OBJECTIVES
+from twofold.objectives import OBJECTIVES
 from twofold.planning.plan import Plan
+from twofold.recipe import Recipe, make_recipe
 from twofold.report.record import Run
 from twofold.run.compress import compress
 from twofold.run.factorize import plan_model
-from twofold.settings.recipe import Recipe, make_recipe
 
 SMALL = {"tokens": 64, "window": 32, "quiet": True}
 
@@ -40,7 +40,7 @@ def small_recipe(checkpoint, text_file, **settings):
 @pytest.mark.parametrize(
     "name",
     [
-        *sorted(name for name, one in OBJECTIVES.items() if one.correct is None),
+        *[one.name for one in OBJECTIVES.all() if one.correct is None],
         "diagonal+whitened", "whitened+rows", "plain+diagonal",
     ],
 )  # fmt: skip

@@ -18,6 +18,7 @@ from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
 from twofold.evaluation.side_by_side import evaluate_models
 from twofold.evaluation.size import model_size
+from twofold.evidence.rounding import AUTO_BITS, Rounding
 from twofold.factor.verify import stored_bytes
 from twofold.linalg.metric import damp
 from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate, weighted_low_rank
@@ -26,13 +27,13 @@ from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.int_matrix import IntLinear, IntMatrix
 from twofold.nn.quantized_embedding import QuantizedEmbedding
 from twofold.nn.quantized_linear import CorrectedLinear, QuantizedLinear
-from twofold.objectives.base import LayerMoments, get_objective
-from twofold.planning.bits import AUTO_BITS, Option, Rounding, bit_options, pareto
+from twofold.objectives import OBJECTIVES, LayerMoments
+from twofold.planning.bits import Option, bit_options, pareto
 from twofold.quantize.factors import factor_bytes, integer_factors, integer_form
 from twofold.quantize.loss import error_loss, factors_loss, far_diagonal, rounding_needs
 from twofold.quantize.rounding import round_matrix
+from twofold.recipe import make_recipe
 from twofold.run.inspect import inspect_model
-from twofold.settings.recipe import make_recipe
 
 IDS = torch.arange(20)[None]
 SHAPES = [(48, 80), (80, 48), (56, 56)]
@@ -119,12 +120,12 @@ def test_the_loss_of_a_rounded_dense_weight_is_well_estimated(shape):
 def test_the_diagonal_of_the_far_metric_comes_from_calibration_and_is_damped():
     moments = LayerMoments(input_square=torch.arange(1.0, 7.0), gradient_square=torch.arange(1.0, 9.0))
     wide, tall = torch.zeros(4, 6, dtype=torch.float64), torch.zeros(8, 6, dtype=torch.float64)
-    two = get_objective("two-sided")
+    two = OBJECTIVES.get("two-sided")
     torch.testing.assert_close(far_diagonal(wide, moments, two, 0.1), torch.arange(1.0, 7.0).double() + 0.35)
     torch.testing.assert_close(far_diagonal(tall, moments, two, 0.0), torch.arange(1.0, 9.0).double())
-    assert torch.equal(far_diagonal(tall, moments, get_objective("svd-llm"), 0.1), torch.ones(8, dtype=torch.float64))
-    assert far_diagonal(wide, moments, get_objective("asvd"), 0.1) is None
-    assert rounding_needs(two) == {"input_square", "gradient_square"} and not rounding_needs(get_objective("svd"))
+    assert torch.equal(far_diagonal(tall, moments, OBJECTIVES.get("svd-llm"), 0.1), torch.ones(8, dtype=torch.float64))
+    assert far_diagonal(wide, moments, OBJECTIVES.get("asvd"), 0.1) is None
+    assert rounding_needs(two) == {"input_square", "gradient_square"} and not rounding_needs(OBJECTIVES.get("svd"))
 
 
 def test_calibration_sums_the_diagonals_of_the_moments_themselves():
@@ -368,7 +369,7 @@ def test_corrections_against_their_definitions_in_float64(shape):
     rank = 7
 
     def product(name):
-        left, right = get_objective(name).correct(error, moments, 0.0, rank)
+        left, right = OBJECTIVES.get(name).correct(error, moments, 0.0, rank)
         assert left.shape == (m, rank) and right.shape == (rank, n)
         return left @ right
 

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import twofold.model.builtin
 from conftest import DATA
 from twofold.planning.plan import Plan
+from twofold.recipe import make_recipe
 from twofold.report.record import Run
 from twofold.run.compress import compress
-from twofold.settings.recipe import make_recipe
-from twofold.task.held_out import evaluation_windows
 from twofold.task.quality import measure_quality
+from twofold.task.text.held_out import evaluation_windows
 
 WIKITEXT = DATA / "wikitext-2-raw"
 needs_data = pytest.mark.skipif(not WIKITEXT.is_dir(), reason="WikiText-2 is not at ../shared/data/wikitext-2-raw")

@@ -18,18 +18,19 @@ from twofold.linalg.spectrum import decompose, truncate, weighted_low_rank
 from twofold.model.head import before_head, find_head
 from twofold.model.load import LoadedModel
 from twofold.nn.places import dense_again
-from twofold.objectives.base import LayerMoments, get_objective
+from twofold.objectives import OBJECTIVES, LayerMoments
 from twofold.planning.plan import Plan
-from twofold.refine.anchored import anchored_problem
-from twofold.refine.base import REFINEMENTS, Refined, Refinement, Task
-from twofold.refine.distill import distill
-from twofold.refine.streams import Streams
-from twofold.refine.teacher import Teacher, divergence
-from twofold.refine.training import train, trainable, training
+from twofold.recipe import make_recipe
+from twofold.refine import REFINEMENTS, Refined
+from twofold.refine.steps.anchored import anchored_problem
+from twofold.refine.steps.distill import distill
+from twofold.refine.steps.job import Job
+from twofold.refine.steps.streams import Streams
+from twofold.refine.steps.teacher import Teacher, divergence
+from twofold.refine.steps.training import train, trainable, training
 from twofold.run.compress import compress
 from twofold.run.factorize import factorize
-from twofold.settings.recipe import make_recipe
-from twofold.task.windows import HELD_OUT, held_out_windows
+from twofold.task.text.settings import HELD_OUT
 
 
 def recipe_of(checkpoint, text_file, **settings):
@@ -111,8 +112,8 @@ def test_labels_teach_the_text(checkpoint):
             {"model": "x", "keep": 0.5, "refine_rate": 1e-2, "refine_passes": 10, "refine_labels": share}
         )
         loaded = LoadedModel(small, None, "x", None, torch.float32)
-        objective = get_objective("two-sided")
-        task = Task(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], recipe, quiet=True)
+        objective = OBJECTIVES.get("two-sided")
+        task = Job(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], recipe, quiet=True)
         refined[share] = distill(task)
         with torch.no_grad():
             losses[share] = float(small(input_ids=windows, labels=windows).loss)
@@ -278,8 +279,8 @@ def test_narrow_models_are_trained_in_float32(checkpoint):
     recipe = make_recipe({"model": "x", "keep": 0.5, "refine_rate": 1e-2, "refine_passes": 8})
     windows = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
     loaded = LoadedModel(small, None, "x", None, torch.bfloat16)
-    objective = get_objective("two-sided")
-    task = Task(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], recipe, quiet=True)
+    objective = OBJECTIVES.get("two-sided")
+    task = Job(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], recipe, quiet=True)
     refined = distill(task)
     assert refined.loss_after < 0.9 * refined.loss_before
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
@@ -331,14 +332,14 @@ def test_anchored_solves_the_published_problem():
     for m in (6, 14):
         weight = torch.randn(m, 9, dtype=torch.float64)
         layer = LayerMoments(input=x @ x.T / 200)
-        aim, problem = anchored_problem(weight, layer, inputs, cross, get_objective("svd-llm"), 0.0, 1.0)
+        aim, problem = anchored_problem(weight, layer, inputs, cross, OBJECTIVES.get("svd-llm"), 0.0, 1.0)
         left, right = truncate(aim, decompose(problem.metric, problem.gram, problem.side), problem.metric, 4)
         # Directly: least squares, then the best rank-4 approximation of the outputs that it gives.
         best = torch.linalg.lstsq(own.T, (weight @ x).T).solution.T
         u, s, v = torch.linalg.svd(best @ own, full_matrices=False)
         expected = torch.linalg.lstsq(own.T, ((u[:, :4] * s[:4]) @ v[:4]).T).solution.T
         assert torch.allclose(left @ right, expected, atol=1e-8)
-        same_inputs, _ = anchored_problem(weight, layer, inputs, inputs, get_objective("svd-llm"), 0.01, 1.0)
+        same_inputs, _ = anchored_problem(weight, layer, inputs, inputs, OBJECTIVES.get("svd-llm"), 0.01, 1.0)
         assert torch.allclose(same_inputs, weight)
 
 
@@ -354,7 +355,7 @@ def test_anchored_in_the_metric_of_the_gradients():
             layer = LayerMoments(input=gram_of(n), gradient=gradients, gradient_trace=trace)
         else:
             layer = LayerMoments(input_gradient=weight.T @ gradients @ weight, gradient_trace=trace)
-        aim, problem = anchored_problem(weight, layer, inputs, cross, get_objective("two-sided"), 0.0, 0.7)
+        aim, problem = anchored_problem(weight, layer, inputs, cross, OBJECTIVES.get("two-sided"), 0.0, 0.7)
         expected = weight @ (0.7 * cross @ torch.linalg.inv(inputs) + 0.3 * torch.eye(n, dtype=torch.float64))
         assert torch.allclose(aim, expected)
         found = truncate(aim, decompose(problem.metric, problem.gram, problem.side), problem.metric, 3)
@@ -437,7 +438,7 @@ def spoil(task):
 
 
 def test_what_does_harm_is_taken_back(checkpoint, text_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(REFINEMENTS, "spoil", Refinement("spoil", frozenset(), spoil))
+    monkeypatch.setitem(REFINEMENTS._methods, "spoil", replace(REFINEMENTS.get("distill"), name="spoil", run=spoil))
     plain = compress(recipe_of(checkpoint, text_file, refine=[]), tmp_path / "plain", quiet=True)
     run = compress(recipe_of(checkpoint, text_file, refine="spoil"), tmp_path / "o")
     (refined,) = run.refinement
@@ -455,7 +456,7 @@ def test_refinement_stops_on_other_windows_than_are_measured(checkpoint, text_fi
         ({"refine": "distill", "eval_windows": 9}, HELD_OUT + 9),
         ({"refine": "distill", "eval_windows": 9, "eval_text": str(text_file)}, HELD_OUT),
     ):
-        assert held_out_windows(recipe_of(checkpoint, text_file, **settings)) == count
+        assert recipe_of(checkpoint, text_file, **settings).held_out_windows == count
     # More windows to measure on than used to be set aside: some are left to stop on all the same.
     run = compress(recipe_of(checkpoint, text_file, eval_windows=9, tokens=320), tmp_path / "o", quiet=True)
     assert run.quality.windows == 9 and not any("nothing to stop" in note for note in run.notes)

@@ -17,13 +17,13 @@ import yaml
 from twofold.host.clock import Machine
 from twofold.linalg.gauge import gauge_storage
 from twofold.planning.plan import DenseEntry, Plan, PlanEntry
+from twofold.recipe import Recipe
 from twofold.report.card import write_card
 from twofold.report.formats import megabytes, number, percent
 from twofold.report.kinds import by_kind, kind_labels, loss_at_share
 from twofold.report.names import base_model, public_name, without_paths
 from twofold.report.page import write_report
 from twofold.report.record import Measured, Run, Sample
-from twofold.settings.recipe import Recipe
 
 KINDS = {"q_proj": (16, 16), "v_proj": (8, 16), "up_proj": (48, 16), "down_proj": (16, 48)}
 ATTACK = "<script>alert(1)</script>"

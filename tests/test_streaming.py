@@ -29,11 +29,13 @@ from twofold.model.streamed import EMBEDDING, HEAD, Streamed
 from twofold.model.survey import survey
 from twofold.model.weights import find_targets
 from twofold.planning.plan import Plan
+from twofold.recipe import make_recipe
 from twofold.run.compress import compress
-from twofold.run.estimate.memory import choose_way, estimate_run, memory_limit
+from twofold.run.estimate.estimate import estimate_run
+from twofold.run.estimate.limit import memory_limit
+from twofold.run.estimate.way import choose_way
 from twofold.run.factorize import plan_model
 from twofold.run.status import remove_work, status_of
-from twofold.settings.recipe import make_recipe
 
 
 def save(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Path:

@@ -24,7 +24,7 @@ from twofold.structures.mlp import CutMLP
 from twofold.structures.query_key import CutQueries
 from twofold.structures.units import unit_rows
 from twofold.structures.value_output import CutValues
-from twofold.task.windows import few_tokens
+from twofold.task.text.windows import few_tokens
 
 IDS = torch.arange(20)[None]
 KINDS = ("mlp", "value-output", "query-key")

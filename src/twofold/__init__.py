@@ -14,10 +14,10 @@ from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.shared_linear import SharedLinear
 from twofold.nn.sliced_linear import SlicedLinear
 from twofold.planning.plan import Plan
+from twofold.recipe import Recipe
 from twofold.run.compress import compress
 from twofold.run.factorize import factorize
 from twofold.scratch.optimizer import training_optimizer
-from twofold.settings.recipe import Recipe
 from twofold.version import __version__
 
 __all__ = [

@@ -61,9 +61,9 @@ def extract(
         TwofoldError: if one is not the base of the other, they do not differ, or the settings do not fit.
     """
     if (rank is None) == (energy is None):
-        raise TwofoldError("give either --rank or --energy")
+        raise TwofoldError("give either `rank` or `energy`")
     if energy is not None and not 0 < energy <= 1:
-        raise TwofoldError(f"--energy must be a share above 0 and at most 1, got {energy}")
+        raise TwofoldError(f"`energy` must be a share above 0 and at most 1, got {energy}")
     out = Path(out).expanduser().resolve()
     check_output(out, overwrite)
     first, second = load_model(base), load_model(tuned)

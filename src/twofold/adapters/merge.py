@@ -66,10 +66,10 @@ def merge(
     weights = weights or [1.0] * len(adapters)
     if len(weights) != len(adapters):
         raise TwofoldError(
-            f"there are {len(adapters)} adapters and {len(weights)} values of --weight; give one for each"
+            f"there are {len(adapters)} adapters and {len(weights)} values of `weight`; give one for each"
         )
     if recompress and adapter_rank is not None:
-        raise TwofoldError("give either --recompress or --adapter-rank")
+        raise TwofoldError("give either `recompress` or `adapter_rank`")
     out = Path(out).expanduser().resolve()
     check_output(out, overwrite)
     loaded = load_model(model)
@@ -116,13 +116,13 @@ def _check_kinds(adapted: PeftModel, record: Merge, together: bool) -> None:
         if dora and (weight != 1 or len(record.adapters) > 1):
             raise TwofoldError(
                 f"{path} is DoRA, which also sets the length of each weight: it can't count more or less than once, nor be added "
-                "to other adapters; merge it alone, without --weight"
+                "to other adapters; merge it alone, without `weight`"
             )
         more = config.bias != "none" if hasattr(config, "bias") else False
         more = more or bool(getattr(config, "lora_bias", False) or getattr(config, "modules_to_save", None))
         if together and (config.peft_type != PeftType.LORA or dora or more):
             raise TwofoldError(
-                f"{path} is no plain LoRA, and --adapter-rank puts the products of plain LoRA into one adapter; merge it without"
+                f"{path} is no plain LoRA, and `adapter_rank` puts the products of plain LoRA into one adapter; merge it without"
             )
 
 
@@ -135,7 +135,7 @@ def merge_into(adapted: PeftModel, weights: list[float]) -> Any:
                 if name in module.scaling:
                     module.scaling[name] *= weight
         elif hasattr(module, "merge") and hasattr(module, "base_layer") and any(weight != 1 for weight in weights):
-            raise TwofoldError("only LoRA adapters can count more or less than once; leave --weight out")
+            raise TwofoldError("only LoRA adapters can count more or less than once; leave `weight` out")
     return adapted.merge_and_unload(adapter_names=names)
 
 

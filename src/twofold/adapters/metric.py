@@ -15,7 +15,7 @@ from torch import Tensor
 from twofold.calibrate.moments import Moments
 from twofold.linalg.metric import Metric, damp
 from twofold.linalg.spectrum import Spectrum, decompose, gram, smaller_side, truncate
-from twofold.settings.recipe import Recipe
+from twofold.recipe import Recipe
 
 DAMPING: float = Recipe.model_fields["damping"].default
 

@@ -1,14 +1,130 @@
-"""Allocations by name, one file each: (spectra, budget) → a rank for every target."""
+"""Allocations by name, one file each: (candidates, budget) → a rank, or dense, for every weight."""
 
-from importlib import import_module
-from pkgutil import iter_modules
+from __future__ import annotations
 
-from twofold.allocate.base import ALLOCATIONS, Allocation, Candidate, Choice, allocation, get_allocation
-from twofold.inference.latency import LayerTimes
-from twofold.planning.evidence.base import Evidence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-for _module in iter_modules(__path__):
-    if _module.name != "base":
-        import_module(f"{__name__}.{_module.name}")
+from pydantic import Field
 
-__all__ = ["ALLOCATIONS", "Allocation", "Candidate", "Choice", "Evidence", "LayerTimes", "allocation", "get_allocation"]
+from twofold.registry import Registry
+from twofold.settings.base import Settings
+from twofold.settings.price import Price
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Kind: TypeAlias = Literal[
+    "ranks", "structures", "pairs"
+]  # what may be chosen: ranks, sizes of structures, ranks with bits
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One weight and what each of its ranks costs and loses.
+
+    ``ranks`` (c,) are those that may be chosen, ascending; ``costs`` (c,) what each stores and ``losses`` (c,) what each
+    loses. ``dense_cost`` is that of leaving the weight as it is, at no loss; None where that is not allowed.
+    """
+
+    name: str
+    ranks: NDArray[np.int64]
+    costs: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    dense_cost: float | None
+    full_cost: float  # m · n in the unit of the costs
+    values: NDArray[np.float64] | None = None  # σ² (k,), largest first; None if no spectrum was taken
+    kind: str = ""  # the last part of the name, as q_proj
+    tokens: int = 1  # that the losses are the mean over
+    measured: NDArray[np.float64] | None = None  # what the allocation measures of this weight
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one weight: an index into its ranks, or None for dense."""
+
+    index: int | None
+
+    def cost(self, candidate: Candidate) -> float:
+        if self.index is None:
+            assert candidate.dense_cost is not None
+            return candidate.dense_cost
+        return float(candidate.costs[self.index])
+
+    def loss(self, candidate: Candidate) -> float:
+        return 0.0 if self.index is None else float(candidate.losses[self.index])
+
+
+def cheapest(candidate: Candidate) -> Choice:
+    """The choice that stores least."""
+    smallest = int(candidate.costs.argmin()) if len(candidate.costs) else None
+    if smallest is None or (candidate.dense_cost is not None and candidate.dense_cost <= candidate.costs[smallest]):
+        return Choice(None)
+    return Choice(smallest)
+
+
+Allocate: TypeAlias = Callable[[list[Candidate], float], list[Choice]]
+Measure: TypeAlias = "Callable[[Any], Mapping[str, NDArray[np.float64]]]"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """An allocation by its name.
+
+    ``measure`` gives each weight what the allocation looks at beside its spectrum, from a ``twofold.evidence.base.Measurement``.
+    ``again``: the moments are measured once more on the model that it has planned, and it plans anew by the mean of both.
+    ``takes`` are the kinds of candidates that it knows; ``seconds`` is what its measuring takes. ``blind``: it looks at sizes
+    alone, so that it needs no losses. ``compares``: it sets the losses of one weight against those of another, so that they must
+    be on one scale.
+    """
+
+    name: str
+    choose: Allocate
+    needs: frozenset[str] = frozenset()  # capabilities, as run/check.py has them
+    takes: frozenset[Kind] = frozenset({"ranks"})
+    measure: Measure | None = None
+    again: bool = False
+    settings: type[Settings] | None = None
+    seconds: Callable[[Price, Settings], float] | None = None
+    blind: bool = False
+    compares: bool = False
+
+    def __call__(self, candidates: list[Candidate], budget: float) -> list[Choice]:
+        return self.choose(candidates, budget)
+
+
+ALLOCATIONS: Registry[Allocation] = Registry("allocation", __name__)
+
+
+class Allocating(Settings):
+    """How ranks are shared out."""
+
+    TITLE = "Method"
+
+    allocate: Annotated[str, Field(description=f"how ranks are shared out: {', '.join(ALLOCATIONS.names())}")] = (
+        "global"
+    )
+
+
+def allocation(
+    name: str,
+    *,
+    needs: Iterable[str] = (),
+    takes: Iterable[Kind] = ("ranks",),
+    measure: Measure | None = None,
+    again: bool = False,
+    settings: type[Settings] | None = None,
+    seconds: Callable[[Price, Settings], float] | None = None,
+    blind: bool = False,
+    compares: bool = False,
+) -> Callable[[Allocate], Allocate]:
+    """Register a function (candidates, budget) → choices as an allocation."""
+
+    def register(function: Allocate) -> Allocate:
+        more = (measure, again, settings, seconds, blind, compares)
+        ALLOCATIONS.add(name, Allocation(name, function, frozenset(needs), frozenset(takes), *more))
+        return function
+
+    return register

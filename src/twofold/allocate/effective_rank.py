@@ -5,7 +5,8 @@ Swift-SVD (Qi, ICML 2026) shares out ranks by it, normalized by the full rank, t
 
 import numpy as np
 
-from twofold.allocate.base import Candidate, Choice, allocation, at_least, fit
+from twofold.allocate import Candidate, Choice, allocation
+from twofold.allocate._shares import at_least, fit
 
 
 @allocation("effective-rank")

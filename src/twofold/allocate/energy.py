@@ -6,7 +6,8 @@ matters more to the model than another's.
 
 import numpy as np
 
-from twofold.allocate.base import Candidate, Choice, allocation, at_least, fit
+from twofold.allocate import Candidate, Choice, allocation
+from twofold.allocate._shares import at_least, fit
 
 
 @allocation("energy")

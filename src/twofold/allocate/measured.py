@@ -5,20 +5,35 @@ the loss of a rank is ½ E[(gᵀ ΔW x)²] over tokens, with the same components
 seem to lose more; it counts as much as the next smaller one then.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from twofold.allocate.base import Candidate, Choice, allocation
-from twofold.allocate.lagrangian import lagrangian
+from twofold.allocate import Candidate, Choice, allocation
+from twofold.allocate.global_ import lagrangian
+from twofold.settings.base import Settings
+from twofold.settings.price import Price
 
 
-@allocation("measured", needs={"curve"})
+def _measure(measurement: Any) -> Mapping[str, NDArray[np.float64]]:  # (k + 1,) of each weight, by rank from 0 on
+    from twofold.evidence.second_order import rank_losses
+
+    return rank_losses(measurement)
+
+
+def _seconds(price: Price, settings: Settings) -> float:
+    return price.sweep
+
+
+@allocation("measured", needs={"next token", "whole model"}, measure=_measure, seconds=_seconds)
 def measured(candidates: list[Candidate], budget: float) -> list[Choice]:
     return lagrangian([_with_curve(candidate) for candidate in candidates], budget)
 
 
 def _with_curve(candidate: Candidate) -> Candidate:
-    assert candidate.curve is not None
-    falling = np.minimum.accumulate(candidate.curve)
+    assert candidate.measured is not None
+    falling = np.minimum.accumulate(candidate.measured)
     return replace(candidate, losses=falling[candidate.ranks])

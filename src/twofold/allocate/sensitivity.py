@@ -5,17 +5,52 @@ model in which that weight alone is truncated to the share. Then bisection on a 
 whose perplexity does not exceed it, or stays whole where every share does. The lowest threshold that keeps the budget wins.
 """
 
-import numpy as np
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from twofold.allocate.base import Candidate, Choice, allocation, largest_within
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from twofold.allocate import Candidate, Choice, allocation
+from twofold.allocate._shares import largest_within
 from twofold.allocate.uniform import uniform
+from twofold.settings.base import Settings
+from twofold.settings.price import Price
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of one weight that are measured
 
 
-@allocation("sensitivity", needs={"perplexities"})
+class Sensitivity(Settings):
+    """How much text a weight is measured on."""
+
+    TITLE = "Method"
+
+    sensitivity_windows: Annotated[
+        int, Field(ge=1, description="calibration windows that each weight is measured on at each share")
+    ] = 1
+
+
+def _measure(measurement: Any) -> Mapping[str, NDArray[np.float64]]:  # (grid,) of each weight
+    from twofold.evidence.truncated import perplexities
+
+    return perplexities(measurement, GRID, measurement.settings.part(Sensitivity).sensitivity_windows)
+
+
+def _seconds(price: Price, settings: Settings) -> float:
+    each = len(GRID) * settings.part(Sensitivity).sensitivity_windows * price.measure
+    return len(price.figures.targets) * each
+
+
+@allocation(
+    "sensitivity",
+    needs={"next token", "whole model", "float numbers"},
+    measure=_measure,
+    settings=Sensitivity,
+    seconds=_seconds,
+)
 def sensitivity(candidates: list[Candidate], budget: float) -> list[Choice]:
-    tables = [candidate.perplexities for candidate in candidates if candidate.perplexities is not None]
+    tables = [candidate.measured for candidate in candidates if candidate.measured is not None]
     thresholds = np.unique(np.concatenate(tables))
 
     def at(threshold: float) -> tuple[list[Choice], float]:
@@ -38,8 +73,8 @@ def sensitivity(candidates: list[Candidate], budget: float) -> list[Choice]:
 
 def within(candidate: Candidate, threshold: float) -> Choice:
     """The smallest share of the grid whose perplexity is at most the threshold; dense if there is none."""
-    assert candidate.perplexities is not None
-    allowed = np.flatnonzero(candidate.perplexities <= threshold)
+    assert candidate.measured is not None
+    allowed = np.flatnonzero(candidate.measured <= threshold)
     if not len(allowed) and candidate.dense_cost is not None:
         return Choice(None)
     return largest_within(candidate, GRID[int(allowed[0])] if len(allowed) else 1.0)

@@ -7,7 +7,8 @@ kind, as all q_proj. X holds all the calibration tokens, so L² is their number 
 
 import math
 
-from twofold.allocate.base import Candidate, Choice, allocation, fit, largest_within
+from twofold.allocate import Candidate, Choice, allocation
+from twofold.allocate._shares import fit, largest_within
 
 
 @allocation("svd-llm-v2")

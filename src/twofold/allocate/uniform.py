@@ -4,10 +4,11 @@ The share is the budget over the size of all of them; where smallest ranks, mult
 than the budget, the largest share that keeps it.
 """
 
-from twofold.allocate.base import Candidate, Choice, allocation, fit, largest_within
+from twofold.allocate import Candidate, Choice, allocation
+from twofold.allocate._shares import fit, largest_within
 
 
-@allocation("uniform")
+@allocation("uniform", takes={"ranks", "structures"}, blind=True)
 def uniform(candidates: list[Candidate], budget: float) -> list[Choice]:
     most = budget / sum(candidate.full_cost for candidate in candidates)
     return fit(candidates, budget, lambda candidate, share: largest_within(candidate, share * most))

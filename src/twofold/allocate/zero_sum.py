@@ -8,14 +8,31 @@ is not above zero the smallest abs(d) of those with d ≥ 0 goes, else the small
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.allocate.base import Candidate, Choice, allocation, at_least
+from twofold.allocate import Candidate, Choice, allocation
+from twofold.allocate._shares import at_least
+from twofold.settings.base import Settings
+from twofold.settings.price import Price
 
 
-@allocation("zero-sum", needs={"scores"})
+def _measure(
+    measurement: Any,
+) -> Mapping[str, NDArray[np.float64]]:  # (k,) of each weight, in the order of its spectrum
+    from twofold.evidence.first_order import component_scores
+
+    return component_scores(measurement)
+
+
+def _seconds(price: Price, settings: Settings) -> float:
+    return price.sweep
+
+
+@allocation("zero-sum", needs={"next token", "whole model"}, measure=_measure, seconds=_seconds)
 def zero_sum(candidates: list[Candidate], budget: float) -> list[Choice]:
     costs = [_costs(candidate) for candidate in candidates]
     left = [len(cost) - 1 for cost in costs]  # components that remain
@@ -24,7 +41,7 @@ def zero_sum(candidates: list[Candidate], budget: float) -> list[Choice]:
     falling: list[tuple[float, int]] = []  # and with d < 0
 
     def offer(i: int) -> None:
-        scores = candidates[i].scores
+        scores = candidates[i].measured
         assert scores is not None
         if left[i] > candidates[i].ranks[0]:
             change = float(scores[left[i] - 1])

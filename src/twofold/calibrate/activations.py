@@ -36,7 +36,7 @@ class Activations:
         except OSError as error:
             raise TwofoldError(
                 f"the hidden states can't be written to {self.path}: {error.strerror}; free some space, set TWOFOLD_CACHE to "
-                "another disk, or keep them in memory with --activations memory"
+                "another disk, or keep them in memory with `activations=memory`"
             ) from error
 
     def read(self, first: int, last: int) -> Tensor:  # (last − first, length, width)

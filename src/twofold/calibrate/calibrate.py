@@ -18,6 +18,7 @@ from torch import Tensor
 from twofold.calibrate.fingerprint import fingerprint, moments_path, spectra_mark
 from twofold.calibrate.moments import DESCRIPTION, Moments
 from twofold.calibrate.request import Request, request_statistics
+from twofold.calibrate.settings import Calibrating
 from twofold.calibrate.sweep import collect_moments
 from twofold.errors import TwofoldError
 from twofold.host import processes
@@ -28,17 +29,16 @@ from twofold.host.unfinished import Work
 from twofold.model.blocks import stretches
 from twofold.model.survey import survey
 from twofold.model.weights import Targets, find_groups
-from twofold.objectives.base import Statistic, get_objective
-from twofold.settings.recipe import Recipe
-from twofold.task.texts import TokenWindows
-from twofold.task.windows import on_text_alone
+from twofold.objectives import OBJECTIVES, Statistic
+from twofold.task.text.texts import TokenWindows
+from twofold.task.text.windows import on_text_alone
 
 if TYPE_CHECKING:
     from twofold.model.load import Opened
 
 
 def calibrate(
-    recipe: Recipe,
+    recipe: Calibrating,
     opened: Opened,
     targets: Targets,
     needs: frozenset[Statistic],
@@ -99,7 +99,7 @@ def used_targets(targets: Targets, moments: Moments) -> Targets:
 
 def _moments(
     opened: Opened,
-    recipe: Recipe,
+    recipe: Calibrating,
     targets: Targets,
     request: Request,
     windows: TokenWindows,
@@ -152,13 +152,13 @@ def _only_one(folder: Path, quiet: bool) -> Iterator[None]:
         lock.release()
 
 
-def _states_bytes(opened: Opened, recipe: Recipe, windows: TokenWindows) -> int:
+def _states_bytes(opened: Opened, recipe: Calibrating, windows: TokenWindows) -> int:
     """What the hidden states between stretches take on the disk."""
     if opened.blocks is None or opened.chain is None or recipe.activations != "disk":
         return 0
     config = opened.loaded.model.config.get_text_config()
     width = int(getattr(config, "hidden_size", 0) or 0)
-    kept = len(stretches(opened.chain, opened.blocks)) if "gradient" in get_objective(recipe.objective).needs else 2
+    kept = len(stretches(opened.chain, opened.blocks)) if "gradient" in OBJECTIVES.get(recipe.objective).needs else 2
     return kept * windows.ids.numel() * width * opened.loaded.residence.dtype.itemsize
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from twofold.calibrate.request import Request
+from twofold.calibrate.settings import Calibrating
 from twofold.checkpoint.shards import Shards
 from twofold.host.cache import cache_folder
 from twofold.host.parts import FORMAT
-from twofold.settings.recipe import Recipe
-from twofold.task.texts import TokenWindows
+from twofold.task.text.texts import TokenWindows
 from twofold.version import __version__
 
 
@@ -36,7 +36,7 @@ def model_hash(model: nn.Module, shards: Shards | None = None) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(hashed: str, windows: TokenWindows, request: Request, recipe: Recipe, dtype: torch.dtype) -> str:
+def fingerprint(hashed: str, windows: TokenWindows, request: Request, recipe: Calibrating, dtype: torch.dtype) -> str:
     """What moments belong to: the model's weights, the token ids, the seed and the settings that change them."""
     parts = {
         "format": FORMAT,
@@ -58,6 +58,6 @@ def moments_path(mark: str) -> Path:
     return cache_folder() / "moments" / mark[:24]
 
 
-def spectra_mark(hashed: str, moments: str, recipe: Recipe) -> str:
+def spectra_mark(hashed: str, moments: str, recipe: Calibrating) -> str:
     """What the spectra of a run belong to."""
     return json.dumps([FORMAT, __version__, hashed, moments, recipe.objective, recipe.damping, recipe.dtype])

@@ -31,7 +31,7 @@ from twofold.errors import TwofoldError
 from twofold.host.files import write_text
 from twofold.host.parts import FORMAT, Chosen, Parts, read_names, write_part
 from twofold.model.weights import Target
-from twofold.objectives.base import LayerMoments
+from twofold.objectives import LayerMoments
 
 DESCRIPTION = "moments.json"
 

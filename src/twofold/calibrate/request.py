@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from twofold.model.weights import Target
-from twofold.objectives.base import Statistic
+from twofold.objectives import Statistic
 
 SQUARE = ("input", "output", "gradient", "input_gradient")  # kinds of moments that are (k, k)
 

@@ -35,7 +35,7 @@ from twofold.model.blocks import Stretch, run_stretch
 from twofold.model.frozen import frozen, no_cache, start_graph
 from twofold.model.streamed import Resident, units_of
 from twofold.model.weights import Target
-from twofold.settings.recipe import Curvature
+from twofold.task import Curvature
 from twofold.task.curvature import loss_gradient, stream
 
 SAVE_SECONDS = 120.0  # how often an unfinished pass is saved
@@ -294,7 +294,7 @@ class _Sweep:
         broken = next((name for name, tensor in sums.items() if not torch.isfinite(tensor).all()), None)
         if broken is not None:
             raise TwofoldError(
-                f"the calibration gave NaN or infinity in {broken.partition('/')[2]}; try --dtype float32, or check its weights"
+                f"the calibration gave NaN or infinity in {broken.partition('/')[2]}; try `dtype=float32`, or check its weights"
             )
         if self.folder is not None and processes.is_main():
             write_part(self._part(step), sums, self.fingerprint, about)
@@ -348,11 +348,11 @@ class _Sweep:
                 logits = getattr(out, "logits", None)
                 if logits is None or logits.dim() != 3:
                     raise TwofoldError(
-                        "this model gives no token logits, which the gradient moments need; use --objective svd-llm"
+                        "this model gives no token logits, which the gradient moments need; use `objective=svd-llm`"
                     )
                 if not logits.requires_grad:
                     raise TwofoldError(
-                        f"no gradient reaches the logits of {type(model).__name__}; use --objective svd-llm"
+                        f"no gradient reaches the logits of {type(model).__name__}; use `objective=svd-llm`"
                     )
                 self._check(logits, run)
                 logits.backward(loss_gradient(logits, batch, stream(self.seed, first), self.curvature))
@@ -367,7 +367,7 @@ class _Sweep:
             return
         where = _first_broken(self.residence.model, lambda: run(False))
         raise TwofoldError(
-            f"the activations hold NaN or infinity, first in {where}; try --dtype float32, or check its weights"
+            f"the activations hold NaN or infinity, first in {where}; try `dtype=float32`, or check its weights"
         )
 
 

@@ -26,6 +26,7 @@ from twofold.cli import (
     tune,
 )
 from twofold.cli.settings import repeat_flags
+from twofold.cli.words import one_line
 
 
 def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
@@ -71,11 +72,6 @@ def _root(
     pass
 
 
-def _one_line(error: Exception) -> str:
-    """What an error says, as one line without what a terminal would obey: it may hold names from a checkpoint."""
-    return "".join(sign if sign.isprintable() else "\ufffd" for sign in " ".join(str(error).split()))
-
-
 def main() -> None:
     """Run the command; 0 if it did what was asked, 2 if the user can put something right, 1 for a failure of ours."""
     from twofold.errors import TwofoldError
@@ -83,7 +79,7 @@ def main() -> None:
     try:
         app(repeat_flags(sys.argv[1:]))
     except TwofoldError as error:
-        print(f"twofold: {_one_line(error)}", file=sys.stderr)
+        print(f"twofold: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from twofold.cli.settings import recipe_flags
-from twofold.settings.recipe import Recipe
+from twofold.recipe import Recipe
 
 
 @recipe_flags

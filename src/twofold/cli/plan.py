@@ -9,7 +9,7 @@ import typer
 
 from twofold.cli.settings import recipe_flags
 from twofold.errors import TwofoldError
-from twofold.settings.recipe import Recipe
+from twofold.recipe import Recipe
 
 
 @recipe_flags

@@ -10,9 +10,13 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from pydantic.fields import FieldInfo
 
+from twofold.cli.words import with_flags
 from twofold.comparison.grid import grid_fields, make_grid
 from twofold.errors import TwofoldError
-from twofold.settings.recipe import SIZES, Recipe, make_recipe, parse_override, read_recipe
+from twofold.model.settings import parse_override
+from twofold.planning.settings import SIZES
+from twofold.recipe import Recipe, make_recipe
+from twofold.settings.file import read_settings
 from twofold.tuning.settings import TuneSettings, make_settings
 
 
@@ -60,7 +64,7 @@ def _flags(
             if field.is_required() or field.default in (None, [], {}, [[]])
             else f"[default: {_plain(field.default)}]"
         )
-        description = f"{field.description} {shown}".strip().replace("[", "\\[")
+        description = with_flags(f"{field.description} {shown}").strip().replace("[", "\\[")
         option = typer.Option(flag, help=description, show_default=False)
         if field.annotation is bool:
             add(name, Annotated[bool, option], False)
@@ -75,7 +79,7 @@ def _flags(
     def command(**given: Any) -> None:
         rest = {name: given.pop(name) for name in own if name != first}
         file = given.pop("recipe")
-        settings = read_recipe(file) if file is not None else {}
+        settings = read_settings(file) if file is not None else {}
         for name, value in given.items():
             if value is None or value is False or value == []:
                 continue

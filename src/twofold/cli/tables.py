@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from twofold.cli.words import with_flags
 from twofold.comparison.record import Comparison
 from twofold.evaluation.side_by_side import Evaluation
 from twofold.planning.plan import Estimate, Plan, PlanEntry
@@ -131,7 +132,7 @@ def print_plan(plan: Plan) -> None:
     if plan.estimate is not None:
         print_estimate(plan.estimate)
     for note in plan.notes:
-        console.print(f"Note: {plain(note)}.")
+        console.print(f"Note: {plain(with_flags(note))}.")
 
 
 def print_estimate(estimate: Estimate) -> None:
@@ -176,7 +177,7 @@ def _loss(entry: PlanEntry) -> str:
 def print_spent(notes: list[str], seconds: dict[str, float], peak_memory: float) -> None:
     """The notes of a run, and what it took."""
     for note in notes:
-        console.print(f"Note: {plain(note)}.")
+        console.print(f"Note: {plain(with_flags(note))}.")
     spent = ", ".join(f"{name} {took:.0f} s" for name, took in seconds.items() if took >= 0.5)
     console.print(f"Time: {spent}. Peak memory: {peak_memory / 2**30:.2f} GiB.")
 
@@ -316,7 +317,7 @@ def print_comparison(comparison: Comparison, out: Path) -> None:
         "MB: the whole model, numbers in 16 bits; ×: over the dense model's; divergence: on the first text, nats per token."
     )
     for note in comparison.notes:
-        console.print(f"Note: {plain(note)}.")
+        console.print(f"Note: {plain(with_flags(note))}.")
     console.print(f"Tables and figure: {plain(str(out / 'compare.md'))}", highlight=False, soft_wrap=True)
 
 

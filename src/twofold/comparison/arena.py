@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from twofold.allocate.base import get_allocation
+from twofold.allocate import ALLOCATIONS
 from twofold.comparison.cells import only_run
 from twofold.comparison.grid import Cell, Grid, make_grid
 from twofold.comparison.ground import Ground, lay
@@ -18,8 +18,8 @@ from twofold.comparison.rows import Rows
 from twofold.errors import TwofoldError
 from twofold.host.clock import machine
 from twofold.host.progress import say
-from twofold.objectives.base import get_objective
-from twofold.refine.base import get_refinement
+from twofold.objectives import OBJECTIVES
+from twofold.refine import REFINEMENTS
 from twofold.run.check import check_methods
 from twofold.run.prepare import plan_of_shapes
 
@@ -66,12 +66,12 @@ def check_names(grid: Grid) -> dict[Cell, str]:
         TwofoldError: if a name is unknown, or a refinement goes with none of the objectives.
     """
     for name in grid.kernels:
-        get_objective(name)
+        OBJECTIVES.get(name)
     for name in grid.allocate:
-        get_allocation(name)
+        ALLOCATIONS.get(name)
     for chain in grid.chains:
         for name in chain:
-            get_refinement(name)
+            REFINEMENTS.get(name)
     reasons: dict[Cell, str] = {}
     possible = set()
     for cell in grid.cells():

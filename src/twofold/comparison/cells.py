@@ -31,7 +31,7 @@ def only_run(out: Path) -> Iterator[None]:
     if out.is_file():
         raise TwofoldError(f"the output {out} is a file; name a folder")
     if out.is_dir() and not (out / STATE).is_file() and any(out.iterdir()):
-        raise TwofoldError(f"the folder {out} was not written by twofold compare; name another one with --out")
+        raise TwofoldError(f"the folder {out} was not written by twofold compare; name another one with `out`")
     made = not out.exists()
     make_folder(out)
     name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:24]
@@ -40,7 +40,7 @@ def only_run(out: Path) -> Iterator[None]:
         lock.acquire(timeout=0.5)
     except Timeout as error:
         raise TwofoldError(
-            f"another comparison works on {out}; wait for it, stop it, or name another folder with --out"
+            f"another comparison works on {out}; wait for it, stop it, or name another folder with `out`"
         ) from error
     try:
         yield
@@ -73,7 +73,7 @@ class Cells:
             if differs:
                 raise TwofoldError(
                     f"{out} holds a comparison of another kind (it differs in: {', '.join(differs)}); name another folder "
-                    "with --out, or delete this one"
+                    "with `out`, or delete this one"
                 )
         else:
             write_text(state, json.dumps(belongs, indent=1) + "\n")

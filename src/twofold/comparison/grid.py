@@ -11,7 +11,9 @@ import pydantic
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
-from twofold.settings.recipe import SIZES, Recipe, checked, make_recipe
+from twofold.planning.settings import SIZES
+from twofold.recipe import Recipe, make_recipe
+from twofold.settings.base import checked
 
 OWN = (
     *SIZES,
@@ -83,7 +85,7 @@ class Grid(pydantic.BaseModel, extra="forbid"):
         Field(
             min_length=1,
             description="objectives, with commas between: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns, "
-            "basis-sharing, anchored (or aa-svd: svd-llm, then --refine anchored), or two metrics as in whitened+rows",
+            "basis-sharing, anchored (or aa-svd: svd-llm, then `refine=anchored`), or two metrics as in whitened+rows",
         ),
     ] = ["two-sided"]
     allocate: Annotated[
@@ -134,7 +136,7 @@ class Grid(pydantic.BaseModel, extra="forbid"):
         own = {**given}
         for other in SIZES:
             if other != "keep" and own.pop(other, None) is not None:
-                raise ValueError(f"a comparison goes by keep ratios, not by {other}: name them with --keep 0.8,0.6")
+                raise ValueError(f"a comparison goes by keep ratios, not by {other}: name them with `keep=0.8,0.6`")
         single = own.pop("objective", None)
         if single is not None:
             own.setdefault("objectives", single)

@@ -13,13 +13,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from twofold.allocate.base import get_allocation
+from twofold.allocate import ALLOCATIONS
 from twofold.calibrate.calibrate import calibrate, used_targets
 from twofold.calibrate.fingerprint import model_hash, spectra_mark
 from twofold.calibrate.moments import Moments
 from twofold.calibrate.request import request_statistics
 from twofold.comparison.grid import Cell, Grid
 from twofold.comparison.record import Text
+from twofold.decompose.decompose import Decomposition, decompose
 from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
 from twofold.host.clock import Stopwatch
@@ -28,14 +29,15 @@ from twofold.host.quiet import first_line
 from twofold.model.blocks import plain_chain
 from twofold.model.load import LoadedModel, Opened, check_ids, need_tokenizer, positions
 from twofold.model.weights import Targets, find_targets
-from twofold.objectives.base import Objective, Statistic, get_objective
-from twofold.run.check import check_refinements
+from twofold.objectives import OBJECTIVES, Objective, Statistic
+from twofold.recipe import Recipe
+from twofold.run.check import check_methods
 from twofold.run.open import open_for
-from twofold.run.prepare import RESIDENT_BLOCKS, decompose, with_structures
-from twofold.settings.recipe import Recipe
-from twofold.task.held_out import evaluation_windows
-from twofold.task.texts import TokenWindows
-from twofold.task.windows import calibration_windows, fit_window
+from twofold.run.prepare import RESIDENT_BLOCKS, with_structures
+from twofold.task.text.held_out import evaluation_windows
+from twofold.task.text.settings import HELD_OUT
+from twofold.task.text.texts import TokenWindows
+from twofold.task.text.windows import calibration_windows, fit_window
 from twofold.version import __version__
 
 APART = {  # settings that a row does not depend on, or whose tokens and weights are hashed in their place
@@ -53,10 +55,8 @@ def ids_hash(ids: Tensor) -> str:
 class Decomposed:
     """What the cells of one objective share."""
 
-    objective: Objective
     targets: Targets  # without those that its moments say nothing about
-    moments: Moments | None
-    spectra: Spectra
+    made: Decomposition
     seconds: dict[str, float]  # of the decompositions, and of the calibration if this run did it
 
 
@@ -134,24 +134,17 @@ class Ground:
             targets = used_targets(with_structures(self.loaded, targets, recipe), moments)
         watch = Stopwatch()
         with watch.stage("decompose"):
-            spectra = decompose(
-                self.loaded.residence,
-                targets,
-                moments,
-                objective,
-                recipe.damping,
-                Spectra(None, spectra_mark(self.hashed, self.fingerprint, recipe)),
-                chain=plain_chain(self.model),
-                blocks=RESIDENT_BLOCKS,
-                quiet=self.quiet,
-            )
+            spectra = Spectra(None, spectra_mark(self.hashed, self.fingerprint, recipe))
+            made = Decomposition(moments, objective, recipe.damping, spectra)
+            chain = plain_chain(self.model)
+            decompose(self.loaded.residence, targets, made, chain=chain, blocks=RESIDENT_BLOCKS, quiet=self.quiet)
         shared = {name: spent for name, spent in self.watch.seconds.items() if name == "calibrate" and objective.needs}
-        return Decomposed(objective, targets, moments, spectra, {**shared, **watch.seconds})
+        return Decomposed(targets, made, {**shared, **watch.seconds})
 
 
 def union_of_needs(grid: Grid) -> frozenset[Statistic]:
     """What the objectives of a grid ask for, together."""
-    return frozenset().union(*(get_objective(name).needs for name in grid.kernels))
+    return frozenset().union(*(OBJECTIVES.get(name).needs for name in grid.kernels))
 
 
 def _heaviest(grid: Grid, recipe: Recipe) -> Recipe:
@@ -159,7 +152,7 @@ def _heaviest(grid: Grid, recipe: Recipe) -> Recipe:
     for chain in sorted(grid.chains, key=len, reverse=True):
         refined = recipe.model_copy(update={"refine": list(chain)})
         with suppress(TwofoldError):
-            check_refinements(refined)
+            check_methods(refined)
             return refined
     return recipe
 
@@ -175,7 +168,7 @@ def lay(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False) -
     """
     watch = Stopwatch()
     possible = [cell for cell in grid.cells() if cell not in impossible] or list(grid.cells())
-    most = max(possible, key=lambda cell: (len(get_objective(cell.objective).needs), cell.keep))
+    most = max(possible, key=lambda cell: (len(OBJECTIVES.get(cell.objective).needs), cell.keep))
     recipe = grid.recipe(replace(most, refine=()))
     with watch.stage("load"):
         opened = open_for(_heaviest(grid, recipe), quiet=True)
@@ -183,7 +176,7 @@ def lay(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False) -
     if loaded.residence.streamed:
         raise TwofoldError(
             "a comparison holds the model whole in memory, and this one would be worked through block by block; "
-            "give it more with --memory, or compress it to one size at a time: twofold compress"
+            "give it more with `memory`, or compress it to one size at a time: twofold compress"
         )
     if getattr(loaded.model.config, "is_encoder_decoder", False):
         raise TwofoldError(
@@ -197,16 +190,15 @@ def lay(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False) -
     with watch.stage("hash"):
         hashed = model_hash(loaded.model, loaded.shards)
     windows: TokenWindows | None = None
-    measuring = any(get_allocation(name).needs for name in grid.allocate)
+    measuring = any(ALLOCATIONS.get(name).measure is not None for name in grid.allocate)
     # Texts that need no sampling are read all the same, so that a cell that is added later finds the same ones.
     named = recipe.calibration != ["self"] and not recipe.continuations
     calibrated = bool(union_of_needs(grid)) or any(grid.chains) or measuring
     if named or calibrated or recipe.eval_text is None:
         with watch.stage("texts"):
-            refined = recipe.model_copy(
-                update={"refine": ["distill"]}
-            )  # windows to stop on are set aside for all cells
-            windows = calibration_windows(loaded, refined, hashed, quiet=quiet)
+            # Windows to stop on are set aside for all cells.
+            aside = HELD_OUT + (recipe.eval_windows if recipe.eval_text is None else 0)
+            windows = calibration_windows(loaded, recipe, hashed, held_out=aside, quiet=quiet)
         if windows.tokens < windows.asked - recipe.window:
             notes.append(f"the calibration text gives {windows.tokens:,} tokens of the {windows.asked:,} asked for")
             if not quiet:
@@ -216,7 +208,7 @@ def lay(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False) -
         held_out = windows.held_out[: recipe.eval_windows]
         if not len(held_out):
             raise TwofoldError(
-                "the calibration text is too short to hold some of it out to measure on; name a text with --eval-text"
+                "the calibration text is too short to hold some of it out to measure on; name a text with `eval_text`"
             )
         texts.insert(0, _text(f"held-out {windows.source}", "in", held_out))
     _check_logits(loaded, texts[0][1])

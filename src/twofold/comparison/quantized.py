@@ -49,7 +49,7 @@ def choose_baselines(named: list[str] | None) -> tuple[list[str], str | None]:
         return (list(BITS) if named is None else named), None
     if named:
         raise TwofoldError(
-            f"the baselines {', '.join(named)} need torchao, which is not installed: {INSTALL}, or leave --baselines out"
+            f"the baselines {', '.join(named)} need torchao, which is not installed: {INSTALL}, or leave `baselines` out"
         )
     return [], None if named == [] else f"no quantized baselines: torchao is not installed ({INSTALL})"
 

@@ -7,7 +7,7 @@ from typing import Literal
 import pydantic
 
 from twofold.host.clock import Machine
-from twofold.refine.base import Refined
+from twofold.refine import Refined
 from twofold.version import __version__
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from twofold.allocate.base import get_allocation
+from twofold.allocate import ALLOCATIONS
 from twofold.comparison.cells import Cells
 from twofold.comparison.grid import Cell
 from twofold.comparison.ground import Decomposed, Ground
@@ -19,18 +19,18 @@ from twofold.comparison.quantized import quantized
 from twofold.comparison.record import Row
 from twofold.errors import TwofoldError
 from twofold.evaluation.reference import Reference
+from twofold.evidence.base import Measurement
 from twofold.factor.prepared import Prepared, carry_out
 from twofold.factor.recalibrate import recalibrate
 from twofold.host.clock import Stopwatch
 from twofold.host.progress import say
 from twofold.nn.places import dense_again, put_back
-from twofold.objectives.base import get_objective
-from twofold.planning.evidence.base import Evidence
-from twofold.planning.evidence.gather import gather
+from twofold.objectives import OBJECTIVES
+from twofold.planning.evidence import Evidence, gather
 from twofold.planning.make import make_plan
 from twofold.quantize.rounding import torchao_version
-from twofold.refine.series import refine
-from twofold.settings.recipe import Recipe
+from twofold.recipe import Recipe
+from twofold.refine.steps.series import refine
 from twofold.task.quality import measure_quality
 
 
@@ -59,7 +59,7 @@ class Rows:
             missing = [cell for cell in group if found[cell] is None and cell not in self.impossible]
             of, reason = None, ""
             try:
-                of = self.ground.decomposed(get_objective(objective)) if missing else None
+                of = self.ground.decomposed(OBJECTIVES.get(objective)) if missing else None
             except TwofoldError as error:  # this objective does not go with the model; the others may
                 reason = str(error)
                 self._say(number + 1, f"{objective} skipped: {reason}")
@@ -150,15 +150,14 @@ class Rows:
         ground, watch, recipe = self.ground, Stopwatch(), self.ground.recipe_of(cell)
         with watch.stage("plan"):
             evidence = self._evidence_of(cell, of, recipe)
-            plan = make_plan(ground.loaded.name, of.targets, of.spectra.values, recipe, ground.element_bytes, evidence)
-        prepared = Prepared(
-            ground.loaded, of.targets, of.objective, ground.windows, of.moments, True, of.spectra, evidence, plan
-        )
-        if get_allocation(recipe.allocate).again:
+            values = of.made.spectra.values
+            plan = make_plan(ground.loaded.name, of.targets, values, recipe, ground.element_bytes, evidence)
+        prepared = Prepared(ground.loaded, of.targets, ground.windows, True, of.made, evidence, plan)
+        if ALLOCATIONS.get(recipe.allocate).again:
             with watch.stage("recalibrate"):
                 recalibrate(prepared, recipe, folder=work / "recalibrated", quiet=ground.quiet)
         with watch.stage("factorize"):
-            replaced = carry_out(prepared, recipe, quiet=ground.quiet)
+            replaced = carry_out(prepared, quiet=ground.quiet)
         refined = []
         if recipe.refine:
             with watch.stage("refine"):
@@ -177,7 +176,7 @@ class Rows:
             predicted_divergence=plan.predicted_divergence,
             seconds={**of.seconds, **watch.seconds},
             refinement=refined,
-            fingerprint=of.moments.fingerprint if of.moments is not None else "",
+            fingerprint=of.made.moments.fingerprint if of.made.moments is not None else "",
             notes=plan.notes,
             **self._figures(perplexity),
         )
@@ -224,10 +223,9 @@ class Rows:
         """What an allocation measures, once for all cells of an objective."""
         key = cell.objective, cell.allocate
         if key not in self._evidence:
-            ground, targets = self.ground, of.targets.targets
-            self._evidence[key] = gather(
-                ground.loaded, recipe, targets, ground.windows, of.spectra, of.moments, of.objective, quiet=ground.quiet
-            )
+            ground = self.ground
+            work = Measurement(ground.model, of.targets.targets, ground.windows, of.made, recipe, ground.quiet)
+            self._evidence[key] = gather(work, cell.allocate)
         return self._evidence[key]
 
 

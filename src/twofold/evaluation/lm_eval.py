@@ -18,7 +18,7 @@ from twofold.host.progress import say
 from twofold.host.quiet import first_line, quiet_bars, silence
 from twofold.model.load import LoadedModel, load_model, need_tokenizer
 
-MISSING = "--tasks needs lm-eval, which is not installed; install it with: pip install 'twofold[lm-eval]'"
+MISSING = "`tasks` needs lm-eval, which is not installed; install it with: pip install 'twofold[lm-eval]'"
 BOOTSTRAP = 1000  # draws for the standard error of metrics that have no formula for it
 FIRST = ("acc", "exact_match", "f1")  # the metric that stands for a task, where it has one of these
 
@@ -83,9 +83,9 @@ def evaluate_tasks(
     if importlib.util.find_spec("lm_eval") is None:
         raise TwofoldError(MISSING)
     if not tasks:
-        raise TwofoldError("--tasks names no task; give some with commas between, as arc_easy,piqa")
+        raise TwofoldError("`tasks` names no task; give some with commas between, as arc_easy,piqa")
     if task_folder is not None and not Path(task_folder).is_dir():
-        raise TwofoldError(f"there is no folder {task_folder}; --task-folder names one with the YAML files of tasks")
+        raise TwofoldError(f"there is no folder {task_folder}; `task_folder` names one with the YAML files of tasks")
     with silence(), _quiet():
         import lm_eval
 
@@ -119,7 +119,7 @@ def _manager(tasks: Sequence[str], folder: str | None) -> Any:
         if not absent:
             return manager
     raise TwofoldError(
-        f"lm-eval has no task {absent}; list them with: lm-eval ls tasks, or give your own with --task-folder"
+        f"lm-eval has no task {absent}; list them with: lm-eval ls tasks, or give your own with `task_folder`"
     )
 
 
@@ -152,7 +152,7 @@ def _score(
     except Exception as error:  # a data set that is not on disk, a package that a task needs, an architecture …
         raise TwofoldError(
             f"lm-eval could not measure {loaded.name} on {', '.join(tasks)} ({type(error).__name__}: {first_line(error)}); most "
-            "tasks fetch a data set from the hub: see that it can be reached, or give tasks on local files with --task-folder"
+            "tasks fetch a data set from the hub: see that it can be reached, or give tasks on local files with `task_folder`"
         ) from error
     scores = [_task(name, found) for name in dict.fromkeys(tasks)]
     comparable = all(score.higher_is_better for score in scores)

@@ -14,8 +14,8 @@ from twofold.errors import TwofoldError
 from twofold.evaluation.size import disk_bytes, model_size
 from twofold.host.quiet import first_line
 from twofold.model.load import check_ids, load_model, need_tokenizer, positions
-from twofold.task.held_out import evaluation_windows
 from twofold.task.quality import measure_quality
+from twofold.task.text.held_out import evaluation_windows
 
 
 class EvaluatedModel(pydantic.BaseModel, extra="forbid"):
@@ -72,7 +72,7 @@ def evaluate_models(
     added = disk_bytes(Path(adapter).expanduser()) if adapter is not None else None
     longest = min((p for p in (positions(one.model) for one in loaded) if p is not None), default=window)
     if window > longest:
-        raise TwofoldError(f"--window {window} is longer than this model's {longest} positions; use --window {longest}")
+        raise TwofoldError(f"`window={window}` is longer than this model's {longest} positions; use `window={longest}`")
     if getattr(loaded[-1].model.config, "is_encoder_decoder", False):
         raise TwofoldError(f"{model} is an encoder-decoder model, which can't be evaluated on a text yet")
     sizes = {getattr(one.model.config.get_text_config(), "vocab_size", None) for one in loaded}

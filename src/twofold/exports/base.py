@@ -67,7 +67,7 @@ class Format:
         missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if missing:
             raise TwofoldError(
-                f"--to {self.name} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+                f"`to={self.name}` needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
                 f"installed: {EXTRA}"
             )
 
@@ -109,7 +109,7 @@ def recorded_original(loaded: LoadedModel) -> str:
         return str(json.loads(record.read_text(encoding="utf-8"))["recipe"]["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TwofoldError(
-            f"{loaded.name} has no run.json that says what it was made from; name the original with --base"
+            f"{loaded.name} has no run.json that says what it was made from; name the original with `base`"
         ) from error
 
 
@@ -122,7 +122,7 @@ def check_plain(model: Any, name: str, integers: bool = False) -> None:
     """Refuse factors that are quantized: an export holds numbers.
 
     Args:
-        integers: whether the format merges them, so that integers of ours (--bits) will do.
+        integers: whether the format merges them, so that integers of ours (``bits``) will do.
 
     Raises:
         TwofoldError: naming the first one.
@@ -130,8 +130,8 @@ def check_plain(model: Any, name: str, integers: bool = False) -> None:
     for key, module in model.named_modules():
         if isinstance(module, IntMatrix) and not integers:
             raise TwofoldError(
-                f"{key} of {name} is kept in integers (--bits), which this format does not hold; use --to dense, or export the "
-                "checkpoint that was compressed without --bits"
+                f"{key} of {name} is kept in integers (`bits`), which this format does not hold; use `to=dense`, or export the "
+                "checkpoint that was compressed without `bits`"
             )
         if isinstance(module, CompactLinear | SharedBasis):
             for child in module.CHILDREN:
@@ -139,5 +139,5 @@ def check_plain(model: Any, name: str, integers: bool = False) -> None:
                 if type(weight.data) is not torch.Tensor or not weight.is_floating_point():
                     raise TwofoldError(
                         f"the factor {key}.{child} of {name} is quantized, and exports are made from factors that are "
-                        "not; export the checkpoint that was compressed without --bits"
+                        "not; export the checkpoint that was compressed without `bits`"
                     )

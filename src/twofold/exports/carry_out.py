@@ -87,7 +87,7 @@ def export_model(
     kind.check()
     if (rank is not None and to != "lora") or (base is not None and to not in ("lora", "gguf")):
         raise TwofoldError(
-            f"--rank is of --to lora, --base of --to lora and --to gguf, and this is --to {to}; leave them out"
+            f"`rank` is of `to=lora`, `base` of `to=lora` and `to=gguf`, and this is `to={to}`; leave them out"
         )
     check_output(folder, overwrite)
     with progress("Loading", 1, quiet=quiet) as tick:
@@ -134,8 +134,8 @@ def _check_kind(kind: Format, loaded: LoadedModel) -> None:
     if kind.factored and not compact_layers(loaded.model):
         others = ", ".join(sorted(name for name, other in FORMATS.items() if not other.factored))
         raise TwofoldError(
-            f"--to {kind.name} takes a factored model, and {loaded.name} has no factored layer; "
-            f"name the --out of twofold compress, or use one of {others}"
+            f"`to={kind.name}` takes a factored model, and {loaded.name} has no factored layer; "
+            f"name the `out` of twofold compress, or use one of {others}"
         )
 
 
@@ -143,9 +143,9 @@ def _dtype(name: str, loaded: LoadedModel, kind: Format) -> torch.dtype:
     if name != "auto":
         found: torch.dtype | None = getattr(torch, name, None)
         if found is None or found not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TwofoldError(f"--dtype must be auto, float32, bfloat16 or float16, got {name!r}")
+            raise TwofoldError(f"`dtype` must be auto, float32, bfloat16 or float16, got {name!r}")
         if kind.name in ("onnx", "openvino") and found != torch.float32:
-            raise TwofoldError(f"--to {kind.name} writes float32, got --dtype {name}; leave it out")
+            raise TwofoldError(f"`to={kind.name}` writes float32, got `dtype={name}`; leave it out")
         return found
     return torch.float32 if kind.name in ("onnx", "openvino") else loaded.stored_dtype
 

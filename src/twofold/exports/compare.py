@@ -136,7 +136,7 @@ def check(comparison: Comparison, dtype: torch.dtype, exact: bool, what: str) ->
     if exact and not comparison.relative <= limit:  # NaN is not below it either
         raise TwofoldError(
             f"the logits of the export {what} differ from the model's by {comparison.relative:.1e} (relative), more than "
-            f"rounding explains ({limit:.0e}), so it was not kept; use another --to, and please report it"
+            f"rounding explains ({limit:.0e}), so it was not kept; use another `to`, and please report it"
         )
 
 

@@ -34,8 +34,8 @@ def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
     """
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         raise TwofoldError(
-            f"--to {kind} takes models that decode one token after another, and {name} ({type(model).__name__}) does not; "
-            "use --to dense or --to portable"
+            f"`to={kind}` takes models that decode one token after another, and {name} ({type(model).__name__}) does not; "
+            "use `to=dense` or `to=portable`"
         )
     samples = torch.tensor(
         [[3, 4, 5, 6, 7], [7, 6, 5, 4, 3]]
@@ -57,7 +57,7 @@ def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
             deepest = deepest.__cause__
         reason = first_line(deepest if isinstance(deepest, Exception) else error)
         raise TwofoldError(
-            f"{name} ({type(model).__name__}) can't be exported to {kind}: {reason}; use --to dense or --to portable"
+            f"{name} ({type(model).__name__}) can't be exported to {kind}: {reason}; use `to=dense` or `to=portable`"
         ) from error
 
 
@@ -71,7 +71,7 @@ def need_exporters(kind: str) -> None:
         from transformers.exporters import ExportedModel, OpenVINOExporter  # noqa: F401
     except ImportError as error:
         raise TwofoldError(
-            f"--to {kind} is written by exporters that this transformers does not have ({error}); install 5.23 or newer"
+            f"`to={kind}` is written by exporters that this transformers does not have ({error}); install 5.23 or newer"
         ) from error
 
 

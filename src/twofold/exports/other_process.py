@@ -68,7 +68,7 @@ class OtherProcess:
             self._process.wait()
             raise TwofoldError(
                 f"plain transformers can't read the portable checkpoint ({said[-1] if said else 'it said nothing'}); "
-                "use --to dense, and please report it"
+                "use `to=dense`, and please report it"
             )
         return dict(json.loads(line))
 

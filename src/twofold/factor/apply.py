@@ -8,9 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from twofold.calibrate.moments import Moments
-from twofold.decompose.decompose import layer_problem
-from twofold.decompose.spectra import Spectra
+from twofold.decompose.decompose import Decomposition
 from twofold.factor.corrected import corrected_layer
 from twofold.factor.integers import integer_dense, integer_layer, round_rest
 from twofold.factor.structures import cut_entries
@@ -24,7 +22,7 @@ from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.places import replace_module
 from twofold.nn.quantized_linear import QuantizedLinear
 from twofold.nn.shared_linear import hold_bases
-from twofold.objectives.base import LayerMoments, Objective, Problem
+from twofold.objectives import Problem
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.quantize.loss import far_diagonal
 
@@ -73,62 +71,50 @@ def target_of(entry: PlanEntry) -> Target:
 
 
 def factor_entries(
-    model: nn.Module,
-    entries: list[PlanEntry],
-    spectra: Spectra,
-    moments: Moments | None,
-    objective: Objective,
-    damping: float,
-    stored_dtype: torch.dtype,
-    tick: Tick,
+    model: nn.Module, entries: list[PlanEntry], made: Decomposition, stored_dtype: torch.dtype, tick: Tick
 ) -> Iterator[tuple[PlanEntry, FactoredLinear | QuantizedLinear | None, str | None]]:
     """Factor weights that are in memory, or round them, one after another."""
     for entry in entries:
-        if not entry.replaced:
-            yield entry, None, None
-        elif objective.correct is not None:
-            module = model.get_submodule(entry.name)
-            corrected, entry = corrected_layer(
-                dense_weight(module),
-                getattr(module, "bias", None),
-                entry,
-                objective.correct,
-                moments.layer(entry.name) if moments is not None else LayerMoments(),
-                damping,
-                stored_dtype,
-            )
-            corrected.requires_grad_(any(p.requires_grad for p in module.parameters()))
-            yield entry, corrected, None
+        if entry.replaced:
+            yield _factor_entry(model, entry, made, stored_dtype)
         else:
-            module = model.get_submodule(entry.name)
-            target = target_of(entry)
-            problem = layer_problem(model, target, moments, objective, damping)
-            spectrum = spectra.get(target, problem.gram.dtype, problem.gram.device)
-            weight = dense_weight(module).detach()
-            bias = getattr(module, "bias", None)
-            layer: FactoredLinear | QuantizedLinear
-            note = None
-            if entry.bits is None:
-                layer, done, note = factor_layer(weight, bias, entry, spectrum, problem, stored_dtype)
-            else:
-                sides = moments.layer(entry.name) if moments is not None else LayerMoments()
-                far = far_diagonal(weight.to(problem.gram.dtype), sides, objective, damping)
-                if entry.rank is None:
-                    layer, done = integer_dense(weight, bias, entry, problem, far, stored_dtype)
-                else:
-                    layer, done, note = integer_layer(weight, bias, entry, spectrum, problem, far, stored_dtype)
-            layer.requires_grad_(any(p.requires_grad for p in module.parameters()))
-            yield done, layer, note
+            yield entry, None, None
         tick()
+
+
+def _factor_entry(
+    model: nn.Module, entry: PlanEntry, made: Decomposition, stored_dtype: torch.dtype
+) -> tuple[PlanEntry, FactoredLinear | QuantizedLinear, str | None]:
+    """Factor or round one weight; give its entry as it was carried out, the layer, and a note."""
+    module = model.get_submodule(entry.name)
+    bias = getattr(module, "bias", None)
+    layer: FactoredLinear | QuantizedLinear
+    note = None
+    if made.objective.correct is not None:
+        correct, moments = made.objective.correct, made.layer(entry.name)
+        layer, done = corrected_layer(dense_weight(module), bias, entry, correct, moments, made.damping, stored_dtype)
+    else:
+        target = target_of(entry)
+        problem = made.problem(model, target)
+        spectrum = made.spectrum(target, problem)
+        weight = dense_weight(module).detach()
+        if entry.bits is None:
+            layer, done, note = factor_layer(weight, bias, entry, spectrum, problem, stored_dtype)
+        else:
+            sides = made.layer(entry.name)
+            far = far_diagonal(weight.to(problem.gram.dtype), sides, made.objective, made.damping)
+            if entry.rank is None:
+                layer, done = integer_dense(weight, bias, entry, problem, far, stored_dtype)
+            else:
+                layer, done, note = integer_layer(weight, bias, entry, spectrum, problem, far, stored_dtype)
+    layer.requires_grad_(any(p.requires_grad for p in module.parameters()))
+    return done, layer, note
 
 
 def apply_plan(
     model: nn.Module,
     plan: Plan,
-    spectra: Spectra,
-    moments: Moments | None,
-    objective: Objective,
-    damping: float,
+    made: Decomposition,
     stored_dtype: torch.dtype,
     *,
     structures: Sequence[Structure] = (),
@@ -146,13 +132,13 @@ def apply_plan(
     notes = list(plan.notes)
     replaced: dict[str, nn.Module] = {}
     with progress("Factorizing", len(plan.entries), unit="weights", quiet=quiet) as tick:
-        made: Iterable[tuple[PlanEntry, CompactLinear | None, str | None]]
+        layers: Iterable[tuple[PlanEntry, CompactLinear | None, str | None]]
         if structures:
-            assert moments is not None
-            made = cut_entries(model, plan.entries, structures, moments, damping, stored_dtype, tick)
+            assert made.moments is not None
+            layers = cut_entries(model, plan.entries, structures, made.moments, made.damping, stored_dtype, tick)
         else:
-            made = factor_entries(model, plan.entries, spectra, moments, objective, damping, stored_dtype, tick)
-        for entry, layer, note in made:
+            layers = factor_entries(model, plan.entries, made, stored_dtype, tick)
+        for entry, layer, note in layers:
             done[entry.name] = entry
             notes += [note] if note is not None else []
             if layer is not None:

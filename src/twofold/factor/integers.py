@@ -15,7 +15,7 @@ from twofold.nn.int_matrix import IntLinear, IntMatrix
 from twofold.nn.places import replace_module
 from twofold.nn.quantized_embedding import QuantizedEmbedding, TiedLinear
 from twofold.nn.quantized_linear import QuantizedLinear
-from twofold.objectives.base import Problem
+from twofold.objectives import Problem
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.quantize.factors import factor_bytes, integer_factors
 from twofold.quantize.loss import error_loss, factors_loss

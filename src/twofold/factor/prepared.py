@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from twofold.calibrate.moments import Moments
+from twofold.decompose.decompose import Decomposition
 from twofold.decompose.spectra import Spectra
 from twofold.factor.apply import apply_plan
 from twofold.model.load import LoadedModel
 from twofold.model.weights import Targets
-from twofold.objectives.base import Objective
-from twofold.planning.evidence.base import Evidence
+from twofold.objectives import Objective
+from twofold.planning.evidence import Evidence
 from twofold.planning.plan import Plan
-from twofold.settings.recipe import Recipe
-from twofold.task.texts import TokenWindows
+from twofold.task.text.texts import TokenWindows
 
 
 @dataclass
@@ -24,26 +24,35 @@ class Prepared:
 
     loaded: LoadedModel
     targets: Targets
-    objective: Objective
     windows: TokenWindows | None
-    moments: Moments | None
-    reused: bool
-    spectra: Spectra
+    reused: bool  # whether the moments are those of an earlier run
+    made: Decomposition
     evidence: Evidence
     plan: Plan
 
+    @property
+    def objective(self) -> Objective:
+        return self.made.objective
 
-def carry_out(prepared: Prepared, recipe: Recipe, *, quiet: bool = False) -> dict[str, nn.Module]:
+    @property
+    def moments(self) -> Moments | None:
+        return self.made.moments
+
+    @property
+    def spectra(self) -> Spectra:
+        return self.made.spectra
+
+    def apply(self, plan: Plan, *, quiet: bool = False) -> tuple[Plan, dict[str, nn.Module]]:
+        """Put the factored layers of a plan in the place of the dense ones of a model in memory.
+
+        Returns:
+            The plan as it was carried out, and the dense modules that were replaced.
+        """
+        stored, structures = self.loaded.stored_dtype, self.targets.structures
+        return apply_plan(self.loaded.model, plan, self.made, stored, structures=structures, quiet=quiet)
+
+
+def carry_out(prepared: Prepared, *, quiet: bool = False) -> dict[str, nn.Module]:
     """Factorize a model in memory by its plan; gives the dense modules that were replaced."""
-    prepared.plan, replaced = apply_plan(
-        prepared.loaded.model,
-        prepared.plan,
-        prepared.spectra,
-        prepared.moments,
-        prepared.objective,
-        recipe.damping,
-        prepared.loaded.stored_dtype,
-        structures=prepared.targets.structures,
-        quiet=quiet,
-    )
+    prepared.plan, replaced = prepared.apply(prepared.plan, quiet=quiet)
     return replaced

@@ -6,28 +6,24 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from twofold.calibrate.calibrate import reuse
 from twofold.calibrate.request import request_statistics
 from twofold.calibrate.sweep import collect_moments
 from twofold.decompose.decompose import decompose_targets
 from twofold.decompose.spectra import Spectra
-from twofold.factor.apply import apply_plan
 from twofold.factor.integers import rest_names
+from twofold.factor.prepared import Prepared
 from twofold.model.blocks import plain_chain
 from twofold.model.weights import dense_weight
 from twofold.nn.places import put_back
 from twofold.planning.make import make_plan
-from twofold.settings.recipe import Recipe
-
-if TYPE_CHECKING:
-    from twofold.factor.prepared import Prepared
+from twofold.planning.settings import Planning
 
 SHARE = 1 / 3  # what the moments of the factored model weigh; measured, docs/experiments.md
 
 
-def recalibrate(prepared: Prepared, recipe: Recipe, *, folder: Path | None = None, quiet: bool = False) -> None:
+def recalibrate(prepared: Prepared, recipe: Planning, *, folder: Path | None = None, quiet: bool = False) -> None:
     """Measure the moments again on the model as its plan makes it, and decompose and plan anew by the mean of both.
 
     The moments are those of the dense weights, with the inputs and gradients that the factored model gives: the curvature between
@@ -46,16 +42,7 @@ def recalibrate(prepared: Prepared, recipe: Recipe, *, folder: Path | None = Non
     if found is None:
         weights = {target.name: dense_weight(model.get_submodule(target.name)).detach() for target in targets}
         with put_back(model, [*weights, *rest_names(prepared.plan, model)]):
-            apply_plan(
-                model,
-                prepared.plan,
-                prepared.spectra,
-                moments,
-                prepared.objective,
-                recipe.damping,
-                element,
-                quiet=quiet,
-            )
+            prepared.apply(prepared.plan, quiet=quiet)
             found = collect_moments(
                 loaded.residence, targets, request, windows.ids,
                 empty=replace(moments, sums={}, fingerprint=mark), seed=recipe.seed, curvature=recipe.curvature,
@@ -65,11 +52,10 @@ def recalibrate(prepared: Prepared, recipe: Recipe, *, folder: Path | None = Non
     mixed = dict(old) | {
         name: old[name] + SHARE * (found.sums[name].to(old[name]) - old[name]) for name in request.names()
     }
-    prepared.moments = replace(moments, sums=mixed, fingerprint=mark)
-    prepared.spectra = decompose_targets(
-        loaded.residence, targets, prepared.moments, prepared.objective, recipe.damping, Spectra(None, mark),
-        chain=plain_chain(model), quiet=quiet,
-    )  # fmt: skip
+    prepared.made = replace(
+        prepared.made, moments=replace(moments, sums=mixed, fingerprint=mark), spectra=Spectra(None, mark)
+    )
+    decompose_targets(loaded.residence, targets, prepared.made, chain=plain_chain(model), quiet=quiet)
     prepared.plan = make_plan(
         loaded.name, prepared.targets, prepared.spectra.values, recipe, element.itemsize, prepared.evidence
     )

@@ -40,7 +40,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise TwofoldError(
-            f"{path} can't be written: {error}; free some space, or name another place (--out, --moments, TWOFOLD_CACHE)"
+            f"{path} can't be written: {error}; free some space, or name another place (`out`, `moments`, TWOFOLD_CACHE)"
         ) from error
     finally:
         with contextlib.suppress(OSError):

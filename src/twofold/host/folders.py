@@ -33,7 +33,7 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise TwofoldError(f"the output {out} is a file; name a folder")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
-            raise TwofoldError(f"the output folder {out} exists; name another one, or replace it with --overwrite")
+            raise TwofoldError(f"the output folder {out} exists; name another one, or replace it with `overwrite`")
         if not _is_ours(out):
             raise TwofoldError(
                 f"the output folder {out} was not written by Twofold, so it is not replaced; name another"

@@ -20,7 +20,7 @@ from twofold.nn.compact_linear import CompactLinear
 from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.grouped_linear import ColumnsLinear, GroupedLinear, InputGroup, Part
 from twofold.nn.places import dense_module, replace_module
-from twofold.task.windows import few_tokens
+from twofold.task.text.windows import few_tokens
 
 # Of the outputs, relative: what stops a mistake of ours, as a wrong order, which changes them by their own size. A deep model
 # amplifies the rounding of its layers, and norms are taken in float32 whatever the dtype.

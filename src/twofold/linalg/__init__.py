@@ -1,38 +1,21 @@
-"""Matrices only: weighted low-rank approximation, spectra, and the gauge form. Knows no model."""
+"""Matrices only: weighted low-rank approximation, spectra, and the gauge form. Knows no model.
 
-from twofold.linalg.gauge import GaugeForm, gauge_form, gauge_rank, gauge_storage, plain_storage
-from twofold.linalg.metric import Metric, damp, is_full, metric_product, roots, working_dtype
-from twofold.linalg.spectrum import (
-    KnownRoots,
-    Side,
-    Spectrum,
-    decompose,
-    gram,
-    smaller_side,
-    truncate,
-    truncation_loss,
-    weighted_low_rank,
-)
+The names that a method is written with are loaded when they are first asked for, so that a file that only declares a method needs
+no PyTorch.
+"""
 
-__all__ = [
-    "GaugeForm",
-    "KnownRoots",
-    "Metric",
-    "Side",
-    "Spectrum",
-    "damp",
-    "decompose",
-    "gauge_form",
-    "gauge_rank",
-    "gauge_storage",
-    "gram",
-    "is_full",
-    "metric_product",
-    "plain_storage",
-    "roots",
-    "smaller_side",
-    "truncate",
-    "truncation_loss",
-    "weighted_low_rank",
-    "working_dtype",
-]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from twofold.host.lazy import lazily
+
+if TYPE_CHECKING:
+    from twofold.linalg.metric import damp as damp
+    from twofold.linalg.spectrum import eigen_low_rank as eigen_low_rank
+    from twofold.linalg.spectrum import gram as gram
+    from twofold.linalg.spectrum import smaller_side as smaller_side
+    from twofold.linalg.spectrum import weighted_low_rank as weighted_low_rank
+
+_PLACES = {"metric": ("damp",), "spectrum": ("eigen_low_rank", "gram", "smaller_side", "weighted_low_rank")}
+__getattr__ = lazily(__name__, {name: f"{__name__}.{module}" for module, names in _PLACES.items() for name in names})

@@ -237,3 +237,17 @@ def weighted_low_rank(
     far = None if far is None else far.double()
     near = None if near is None else near.double()
     return truncate(weight, decompose(near, gram(weight, far), side), near, rank)
+
+
+def eigen_low_rank(
+    weight: Tensor,  # (m, n)
+    rank: int,
+    metric: Tensor,  # over n, (n, n)
+) -> tuple[Tensor, Tensor]:  # (m, rank), (rank, n)
+    """The best approximation in the norm ‖(W − W′) metric^½‖_F, by an SVD of W Q Λ^½ where metric = Q Λ Qᵀ."""
+    values, vectors = eigen(metric)  # Λ, Q
+    kept = values > values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
+    root = torch.where(kept, values, 0).sqrt()
+    inverse = torch.where(kept, 1 / root.clamp_min(torch.finfo(values.dtype).tiny), 0)
+    left, sizes, right = torch.linalg.svd((weight @ vectors) * root, full_matrices=False)
+    return left[:, :rank] * sizes[:rank], (right[:rank] * inverse) @ vectors.T

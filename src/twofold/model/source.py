@@ -126,7 +126,7 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except Exception as error:
-        raise TwofoldError(f"there is no device {device!r} here; use --device cpu") from error
+        raise TwofoldError(f"there is no device {device!r} here; use `device=cpu`") from error
     return chosen
 
 

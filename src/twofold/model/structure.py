@@ -8,7 +8,6 @@ from typing import Literal
 
 from twofold.nn.shared_linear import SharedForm
 from twofold.nn.sliced_linear import SlicedForm
-from twofold.objectives.base import StructureKind
 
 Pairing = Literal["single", "halves", "neighbours"]  # of the dimensions of a head that rotary embeddings turn together
 
@@ -31,7 +30,7 @@ class Structure:
     weights with a common basis it is a rank. The last member gives the structure its name, and the plan's losses stand with it.
     """
 
-    kind: StructureKind
+    kind: str
     members: tuple[Member, ...]
     units: int
     heads: int = 0  # query heads of an attention

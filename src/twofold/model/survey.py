@@ -43,6 +43,6 @@ def survey(loaded: LoadedModel, targets: list[Target], length: int = 8) -> Surve
     except Exception as error:  # an architecture that needs other inputs, or looks at its numbers, fails in its own way
         raise TwofoldError(
             f"{type(loaded.model).__name__} can't be run block by block ({first_line(error)}); "
-            "give it the memory to be loaded whole, with --memory"
+            "give it the memory to be loaded whole, with `memory`"
         ) from error
     return Survey(watch.chain(), watch.before(), groups)

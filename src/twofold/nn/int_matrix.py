@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twofold.nn.packing import BITS, pack, row_bytes, unpack
+from twofold.nn.bits import BITS
+from twofold.nn.packing import pack, row_bytes, unpack
 
 Kind = TypeVar("Kind", bound="IntMatrix")
 GROUP = 64  # inputs that share a scale, below eight bits; why: docs/quantize.md

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BITS = range(2, 9)  # that a code may have
-
 
 def row_bytes(columns: int, bits: int) -> int:
     """The bytes that a row of codes takes; each row begins with a byte of its own.

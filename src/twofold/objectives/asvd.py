@@ -1,10 +1,14 @@
 """Activation-aware scaling: C = diag(E|x|^α)², α = 0.5. Source: Yuan et al., 2023 (arXiv 2312.05821)."""
 
-from torch import Tensor
+from __future__ import annotations
 
-from twofold.linalg.metric import damp
-from twofold.linalg.spectrum import gram, smaller_side
-from twofold.objectives.base import LayerMoments, Problem, objective
+from typing import TYPE_CHECKING
+
+from twofold import linalg
+from twofold.objectives import LayerMoments, Problem, objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALPHA = 0.5
 
@@ -12,12 +16,12 @@ ALPHA = 0.5
 def scaled_columns(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:  # (n,)
     """The damped diagonal of C."""
     assert moments.input_abs is not None
-    return damp(moments.input_abs.to(weight).pow(2 * ALPHA), damping, full=False)
+    return linalg.damp(moments.input_abs.to(weight).pow(2 * ALPHA), damping, full=False)
 
 
 @objective("asvd", source="Yuan et al. 2023 (arXiv 2312.05821)", needs={"input_abs"}, loss="weight")
 def asvd(weight: Tensor, moments: LayerMoments, damping: float) -> Problem:
     columns = scaled_columns(weight, moments, damping)
-    if smaller_side(*weight.shape) == "rows":
-        return Problem(None, gram(weight, columns), "rows")
-    return Problem(columns, gram(weight, None), "columns")
+    if linalg.smaller_side(*weight.shape) == "rows":
+        return Problem(None, linalg.gram(weight, columns), "rows")
+    return Problem(columns, linalg.gram(weight, None), "columns")

@@ -3,7 +3,19 @@
 The closed form is in twofold.structures. Source: Basis Sharing, Wang et al., ICLR 2025 (arXiv 2410.03765).
 """
 
-from twofold.objectives.base import structural_objective
+from typing import Annotated
+
+from pydantic import Field
+
+from twofold.objectives import structural_objective
+from twofold.settings.base import Settings
+
+
+class Sharing(Settings):
+    """Which blocks share a basis."""
+
+    share_blocks: Annotated[int, Field(ge=1, description="blocks in a row whose weights of one kind share a basis")] = 2
+
 
 structural_objective(
     "basis-sharing",
@@ -11,4 +23,6 @@ structural_objective(
     needs={"whole_input"},
     loss="output",
     structures={"shared-basis"},
+    settings=Sharing,
+    together=lambda settings: settings.part(Sharing).share_blocks,
 )

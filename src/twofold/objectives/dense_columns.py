@@ -3,7 +3,7 @@
 The closed form is in twofold.structures. Source: CPSVD, Xv et al., 2025 (arXiv 2510.19385).
 """
 
-from twofold.objectives.base import structural_objective
+from twofold.objectives import structural_objective
 
 structural_objective(
     "dense-columns",

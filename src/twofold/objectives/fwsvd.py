@@ -3,22 +3,26 @@
 Here F is summed token by token with labels sampled from the model; the paper takes it from a task's own labels.
 """
 
-from torch import Tensor
+from __future__ import annotations
 
-from twofold.linalg.metric import damp
-from twofold.linalg.spectrum import gram, smaller_side
-from twofold.objectives.base import LayerMoments, Problem, objective
+from typing import TYPE_CHECKING
+
+from twofold import linalg
+from twofold.objectives import LayerMoments, Problem, objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def fisher_rows(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:  # (m,)
     """The damped diagonal of G."""
     assert moments.fisher_rows is not None
-    return damp(moments.fisher_rows.to(weight), damping, full=False)
+    return linalg.damp(moments.fisher_rows.to(weight), damping, full=False)
 
 
 @objective("fwsvd", source="Hsu et al., ICLR 2022 (arXiv 2207.00112)", needs={"fisher_rows"}, loss="weight")
 def fwsvd(weight: Tensor, moments: LayerMoments, damping: float) -> Problem:
     rows = fisher_rows(weight, moments, damping)
-    if smaller_side(*weight.shape) == "rows":
-        return Problem(rows, gram(weight, None), "rows")
-    return Problem(None, gram(weight, rows), "columns")
+    if linalg.smaller_side(*weight.shape) == "rows":
+        return Problem(rows, linalg.gram(weight, None), "rows")
+    return Problem(None, linalg.gram(weight, rows), "columns")

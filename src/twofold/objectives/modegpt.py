@@ -4,7 +4,7 @@ The closed forms of the three kinds are in twofold.structures. The paper's share
 are left to the allocations. Source: MoDeGPT, Lin et al., ICLR 2025 (arXiv 2408.09632).
 """
 
-from twofold.objectives.base import structural_objective
+from twofold.objectives import structural_objective
 
 structural_objective(
     "modegpt",

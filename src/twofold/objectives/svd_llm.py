@@ -3,15 +3,23 @@
 The optimum of DRONE (Chen 2021), SVD-LLM (Wang, ICLR 2025) and Swift-SVD (Qi, ICML 2026).
 """
 
-from torch import Tensor
+from __future__ import annotations
 
-from twofold.linalg.spectrum import gram, smaller_side
-from twofold.objectives.base import LayerMoments, Problem, input_side, objective
+from typing import TYPE_CHECKING
+
+from twofold import linalg
+from twofold.objectives import LayerMoments, Problem, objective
+from twofold.objectives._sides import input_side
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@objective("svd-llm", source="Wang et al., ICLR 2025 (arXiv 2403.07378)", needs={"input"}, loss="output")
+@objective(
+    "svd-llm", source="Wang et al., ICLR 2025 (arXiv 2403.07378)", needs={"input"}, loss="output", full={"input"}
+)
 def svd_llm(weight: Tensor, moments: LayerMoments, damping: float) -> Problem:
     near = input_side(weight, moments, damping)
-    if smaller_side(*weight.shape) == "rows":
+    if linalg.smaller_side(*weight.shape) == "rows":
         return Problem(None, near, "rows")
-    return Problem(near, gram(weight, None), "columns")
+    return Problem(near, linalg.gram(weight, None), "columns")

@@ -4,16 +4,28 @@
 Source: the K-FAC metric (Martens & Grosse 2015); OBD-LLM (arXiv 2604.00821), GFWSVD, IO-SVD, 2025–26.
 """
 
-from torch import Tensor
+from __future__ import annotations
 
-from twofold.linalg.spectrum import smaller_side
-from twofold.objectives.base import LayerMoments, Problem, gradient_side, input_side, objective
+from typing import TYPE_CHECKING
+
+from twofold import linalg
+from twofold.objectives import LayerMoments, Problem, objective
+from twofold.objectives._sides import gradient_side, input_side
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@objective("two-sided", source="K-FAC metric; arXiv 2604.00821", needs={"input", "gradient"}, loss="nats")
+@objective(
+    "two-sided",
+    source="K-FAC metric; arXiv 2604.00821",
+    needs={"input", "gradient"},
+    loss="nats",
+    full={"input", "gradient"},
+)
 def two_sided(weight: Tensor, moments: LayerMoments, damping: float) -> Problem:
     inputs = input_side(weight, moments, damping)
     gradients = gradient_side(weight, moments, damping)
-    if smaller_side(*weight.shape) == "rows":
+    if linalg.smaller_side(*weight.shape) == "rows":
         return Problem(gradients, inputs, "rows")
     return Problem(inputs, gradients, "columns")

@@ -8,43 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.allocate.base import Candidate
+from twofold.allocate import Candidate
 from twofold.errors import TwofoldError
+from twofold.evidence.rounding import AUTO_BITS, Rounding
 from twofold.linalg.gauge import gauge_rank
+from twofold.model.settings import Override
 from twofold.model.weights import Target, Targets, last_match
-from twofold.planning.evidence.base import Evidence
+from twofold.planning.evidence import Evidence
+from twofold.planning.settings import Planning
 from twofold.planning.storage import Storage, dense_integers
-from twofold.settings.recipe import Override, Recipe
 
-AUTO_BITS = (2, 3, 4, 5, 6, 8)
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """What rounding one weight loses, in the unit of its spectrum.
-
-    ``dense`` is the loss of the whole weight at each number of bits. ``shares`` (c,) are what the factors lose by rounding at
-    some ranks, ``ranks`` (c,), as a share of what those ranks keep: it changes slowly with the rank, so that others are
-    interpolated.
-    """
-
-    dense: Mapping[int, float]
-    ranks: NDArray[np.int64]
-    shares: Mapping[int, NDArray[np.float64]]
-
-    def added(
-        self,
-        bits: int,
-        ranks: NDArray[np.int64],  # (r,)
-        kept: NDArray[np.float64],  # (r,), the loss that these ranks save
-    ) -> NDArray[np.float64]:  # (r,)
-        """What rounding the factors of some ranks loses."""
-        found: NDArray[np.float64] = np.interp(np.log(ranks), np.log(self.ranks), self.shares[bits]) * kept
-        return found
+P = TypeVar("P", bound=Planning)
 
 
 @dataclass(frozen=True)
@@ -70,7 +49,7 @@ def bit_options(
     target: Target,
     rounding: Rounding,
     tails: NDArray[np.float64],  # (k + 1,), the loss of each rank from 0 on
-    recipe: Recipe,
+    recipe: Planning,
     element: int,
     override: Override | None,
 ) -> list[Option]:
@@ -99,7 +78,7 @@ def bit_options(
     return pareto(options)
 
 
-def _ranks(forced: int | None, largest: int, recipe: Recipe) -> NDArray[np.int64]:
+def _ranks(forced: int | None, largest: int, recipe: Planning) -> NDArray[np.int64]:
     """The ranks that may be chosen."""
     if forced is not None:
         return np.array([min(max(forced, 1), largest)])
@@ -146,7 +125,7 @@ def _candidate(
 def bit_candidates(
     targets: Targets,
     spectra: Mapping[str, NDArray[np.float64]],
-    recipe: Recipe,
+    recipe: Planning,
     element: int,
     relative: bool,
     evidence: Evidence,
@@ -168,3 +147,10 @@ def bit_candidates(
         pairs[target.name] = found
         candidates.append(_candidate(target, found, element, weight, forced=override is not None))
     return candidates, tails_of, pairs
+
+
+def stand_in(recipe: P) -> P:
+    """Return settings whose ranks need no measuring: with the fewest bits in the place of those that are to be chosen."""
+    if recipe.bits != "auto":
+        return recipe
+    return recipe.model_copy(update={"bits": str(AUTO_BITS[0]), "dense_bits": str(recipe.rest_bits or "none")})

@@ -8,21 +8,22 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.allocate.base import Candidate, Choice, cheapest, get_allocation
+from twofold.allocate import ALLOCATIONS, Candidate, Choice, cheapest
 from twofold.errors import TwofoldError
 from twofold.linalg.gauge import gauge_rank, plain_storage
+from twofold.model.settings import Override
 from twofold.model.weights import DenseWeight, Target, Targets, last_match, matches
 from twofold.nn.int_matrix import int_bytes
-from twofold.objectives.base import get_objective
+from twofold.objectives import OBJECTIVES
+from twofold.objectives._correction import Correction
 from twofold.planning.bits import Option, bit_candidates
-from twofold.planning.evidence.base import Evidence
+from twofold.planning.evidence import Evidence
 from twofold.planning.plan import DenseEntry, Plan, PlanEntry
+from twofold.planning.settings import Planning
 from twofold.planning.sizes import Budget, ModelSize, target_budget
 from twofold.planning.storage import Storage, dense_integers
-from twofold.planning.structures import check_structural, forced_size, sizes_at, structure_candidate
+from twofold.planning.structures import forced_size, sizes_at, structure_candidate
 from twofold.planning.time import in_time, time_budget, time_note, timed
-from twofold.settings.recipe import Override, Recipe
-from twofold.settings.sizes import parse_budget
 from twofold.structures.sharing import alone_notes
 
 CORRECTION_RANK = 32  # where none is given
@@ -54,7 +55,7 @@ def make_plan(
     model_name: str,
     targets: Targets,
     spectra: Mapping[str, NDArray[np.float64]] | None,  # σ² (k,), largest first
-    recipe: Recipe,
+    recipe: Planning,
     element_bytes: int,
     evidence: Evidence | None = None,
 ) -> Plan:
@@ -69,15 +70,13 @@ def make_plan(
     """
     notes = alone_notes(targets.structures)
     allocate = recipe.allocate
-    check_structural(recipe, bool(targets.structures))
     if recipe.corrects:
         return _correction_plan(model_name, targets, recipe, element_bytes)
-    if spectra is None and allocate != "uniform":
-        raise TwofoldError(
-            f"the allocation {allocate!r} needs spectra; use --allocate uniform or give a calibration text"
-        )
-    unit_loss = get_objective(recipe.objective).loss
-    relative = spectra is not None and allocate == "global" and unit_loss != "nats"
+    allocation = ALLOCATIONS.get(allocate)
+    if spectra is None and not allocation.blind:
+        raise TwofoldError(f"the allocation {allocate!r} needs spectra; give a calibration text")
+    unit_loss = OBJECTIVES.get(recipe.objective).loss
+    relative = spectra is not None and allocation.compares and unit_loss != "nats"
     if relative:
         notes.append(
             f"the losses of {recipe.objective} differ in scale from layer to layer, so the global allocation compares "
@@ -100,7 +99,7 @@ def make_plan(
                 f"the override {pattern!r} matches no weight that is factorized; list them with: twofold inspect"
             )
 
-    bytes_budget = recipe.budget is not None and _is_bytes(recipe.budget)
+    bytes_budget = recipe.in_bytes
     scale = element_bytes if bytes_budget else 1
     fixed = sum(overrides[c.name].cost(c) for c in candidates if c.name in overrides)
     free = [c for c in candidates if c.name not in overrides]
@@ -122,7 +121,7 @@ def make_plan(
         amount = budget.amount
     choices = dict(overrides)
     if free:
-        picked = get_allocation(allocate)(free, amount - fixed)
+        picked = allocation(free, amount - fixed)
         choices |= {c.name: choice for c, choice in zip(free, picked, strict=True)}
     measured = spectra is not None
     if targets.structures:
@@ -160,7 +159,7 @@ def make_plan(
     )
 
 
-def least_keep(targets: Targets, spectra: Mapping[str, NDArray[np.float64]], recipe: Recipe) -> float:
+def least_keep(targets: Targets, spectra: Mapping[str, NDArray[np.float64]], recipe: Planning) -> float:
     """The smallest share of the factorized weights that the settings of a recipe allow, rounded up to four digits."""
     options = _structure_options if targets.structures else _options
     candidates, overrides, _ = options(targets, spectra, recipe.at(1.0), 1, False, Evidence())
@@ -171,7 +170,7 @@ def least_keep(targets: Targets, spectra: Mapping[str, NDArray[np.float64]], rec
 def _options(
     targets: Targets,
     spectra: Mapping[str, NDArray[np.float64]] | None,
-    recipe: Recipe,
+    recipe: Planning,
     element_bytes: int,
     relative: bool,
     evidence: Evidence,
@@ -186,7 +185,7 @@ def _options(
     candidates: list[Candidate] = []
     overrides: dict[str, Choice] = {}
     tails_of: dict[str, NDArray[np.float64]] = {}
-    bytes_budget = recipe.budget is not None and _is_bytes(recipe.budget)
+    bytes_budget = recipe.in_bytes
     scale = element_bytes if bytes_budget else 1
     for target in targets.targets:
         values = None if spectra is None else np.asarray(spectra[target.name], dtype=np.float64)
@@ -214,18 +213,12 @@ def _options(
             values,
             target.kind,
             evidence.tokens,
-            evidence.perplexities.get(target.name),
-            evidence.scores.get(target.name),
-            evidence.curves.get(target.name),
+            evidence.measured.get(target.name),
         )
         candidates.append(candidate)
         if override is not None:
             overrides[target.name] = _forced(target, override, candidate, storage)
     return candidates, overrides, tails_of
-
-
-def _is_bytes(budget: str) -> bool:
-    return parse_budget(budget)[1] == "bytes"
 
 
 def _forced(target: Target, override: Override, candidate: Candidate, storage: Storage) -> Choice:
@@ -252,7 +245,7 @@ def _entry(
     choice: Choice,
     tails: NDArray[np.float64],
     forced: bool,
-    recipe: Recipe,
+    recipe: Planning,
     targets: Targets,
     measured: bool,
     element: int,
@@ -279,11 +272,11 @@ def _entry(
     return entry.model_copy(update={"bits": bits, "scale_group": group, "quantized_bytes": size})
 
 
-def _correction_plan(model_name: str, targets: Targets, recipe: Recipe, element: int) -> Plan:
+def _correction_plan(model_name: str, targets: Targets, recipe: Planning, element: int) -> Plan:
     """The plan that keeps every target whole in integers, with a correction of one rank."""
     bits = recipe.fixed_bits
     assert bits is not None
-    group, asked = recipe.group(bits), recipe.rank or CORRECTION_RANK
+    group, asked = recipe.group(bits), recipe.part(Correction).rank or CORRECTION_RANK
     entries = []
     for target in targets.targets:
         rank = min(asked, target.out_features, target.in_features)
@@ -296,14 +289,14 @@ def _correction_plan(model_name: str, targets: Targets, recipe: Recipe, element:
         model=model_name,
         objective=recipe.objective,
         allocate=recipe.allocate,
-        loss_unit=get_objective(recipe.objective).loss,
+        loss_unit=OBJECTIVES.get(recipe.objective).loss,
         element_bytes=element,
         entries=entries,
         dense=[_dense_entry(one, recipe, element) for one in targets.dense],
     )
 
 
-def _dense_entry(weight: DenseWeight, recipe: Recipe, element: int) -> DenseEntry:
+def _dense_entry(weight: DenseWeight, recipe: Planning, element: int) -> DenseEntry:
     """What is done with a parameter that is no target: nothing, or it is rounded to integers."""
     entry = DenseEntry(name=weight.name, shape=list(weight.shape), numbers=weight.size, reason=weight.reason)
     bits = recipe.rest_bits
@@ -319,7 +312,7 @@ def _dense_entry(weight: DenseWeight, recipe: Recipe, element: int) -> DenseEntr
 def _structure_options(
     targets: Targets,
     spectra: Mapping[str, NDArray[np.float64]] | None,
-    recipe: Recipe,
+    recipe: Planning,
     element_bytes: int,
     relative: bool,
     evidence: Evidence,
@@ -328,7 +321,7 @@ def _structure_options(
     candidates: list[Candidate] = []
     overrides: dict[str, Choice] = {}
     tails_of: dict[str, NDArray[np.float64]] = {}
-    in_bytes = recipe.budget is not None and _is_bytes(recipe.budget)
+    in_bytes = recipe.in_bytes
     for structure in targets.structures:
         length = structure.units * structure.members[-1].per_unit
         values = np.zeros(length) if spectra is None else np.asarray(spectra[structure.name], dtype=np.float64)
@@ -350,7 +343,7 @@ def _structure_entries(
     choices: dict[str, Choice],
     tails_of: dict[str, NDArray[np.float64]],
     overrides: dict[str, Choice],
-    recipe: Recipe,
+    recipe: Planning,
     measured: bool,
 ) -> list[PlanEntry]:
     """The entries of weights that are cut together, in the order of the targets; the last of a structure has its loss."""
@@ -368,7 +361,7 @@ def _structure_entries(
     return [found[target.name] for target in targets.targets]
 
 
-def _reason(rank: int | None, forced: bool, recipe: Recipe, bits: int | None = None) -> str:
+def _reason(rank: int | None, forced: bool, recipe: Planning, bits: int | None = None) -> str:
     """Why a weight has its rank, or is dense."""
     if recipe.bits == "auto" and bits is not None:
         kept = "at full rank" if rank is None else "by rank and bits"
@@ -377,7 +370,7 @@ def _reason(rank: int | None, forced: bool, recipe: Recipe, bits: int | None = N
         return "an override says so" if forced else f"{recipe.allocate} allocation"
     if forced:
         return "dense: an override asks for as much"
-    if recipe.allocate != "uniform":
+    if not ALLOCATIONS.get(recipe.allocate).blind:
         return "dense: at this budget every rank that saves numbers would lose more here than elsewhere"
     return "dense: full rank stores as much"
 

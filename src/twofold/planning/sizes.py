@@ -1,4 +1,4 @@
-"""Budgets: a share of the targeted weights (--keep), or a size of the whole model (--budget 90M, 180MB, 70%)."""
+"""Budgets: a share of the targeted weights (``keep``), or a size of the whole model (``budget``: 90M, 180MB, 70%)."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def target_budget(keep: float | None, budget: str | None, size: ModelSize, order
         TwofoldError: if the budget is below what the dense parts and the smallest ranks need; it says the smallest possible.
     """
     if (keep is None) == (budget is None):
-        raise TwofoldError("give either --keep (share of the factorized weights) or --budget (size of the whole model)")
+        raise TwofoldError("give either `keep` (share of the factorized weights) or `budget` (size of the whole model)")
     if keep is not None:
         if not 0 < keep <= 1:
-            raise TwofoldError(f"--keep must be above 0 and at most 1, got {keep:g}")
+            raise TwofoldError(f"`keep` must be above 0 and at most 1, got {keep:g}")
         allowed = keep * size.target_numbers
         if allowed < size.smallest:
             least = size.smallest / size.target_numbers
             raise TwofoldError(
-                f"--keep {keep:g} is below the smallest possible, {_up(least, 4):g}: every weight keeps rank 1 at least"
+                f"`keep={keep:g}` is below the smallest possible, {_up(least, 4):g}: every weight keeps rank 1 at least"
             )
         return Budget(allowed, "parameters")
     assert budget is not None

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from twofold.linalg.storage import Shaped, order_integers, rank_numbers
 from twofold.nn.int_matrix import int_bytes
+from twofold.planning.settings import Planning
 from twofold.quantize.factors import factor_bytes, integer_form
-from twofold.settings.recipe import Recipe
 
 ORDER_BYTES = 4  # of each integer of an order
 
@@ -16,7 +16,7 @@ ORDER_BYTES = 4  # of each integer of an order
 class Storage:
     """How the factors of a recipe are stored: in floating point, or in integers of so many bits."""
 
-    recipe: Recipe
+    recipe: Planning
     element: int  # bytes of a number of floating point
     bits: int | None
 

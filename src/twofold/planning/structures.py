@@ -8,29 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.allocate.base import Candidate, Choice
+from twofold.allocate import Candidate, Choice
 from twofold.errors import TwofoldError
 from twofold.linalg.gauge import gauge_storage, plain_storage
+from twofold.model.settings import Override
 from twofold.model.structure import Member, Structure
 from twofold.model.weights import Target, Targets, matches
 from twofold.nn.shared_linear import SharedBasis
-from twofold.settings.recipe import Override, Recipe
+from twofold.planning.settings import Planning
 from twofold.structures.units import even_shares
-
-ALLOCATIONS = ("global", "uniform")
-
-
-def check_structural(recipe: Recipe, structural: bool) -> None:
-    """Refuse settings that are for weights that are treated alone.
-
-    Raises:
-        TwofoldError: naming the first of them.
-    """
-    if structural and recipe.allocate not in ALLOCATIONS:
-        raise TwofoldError(
-            f"--allocate {recipe.allocate} looks at the spectrum of each weight alone, and {recipe.objective} has none; "
-            "use --allocate global or uniform"
-        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +67,7 @@ def structure_candidate(
     targets: Targets,
     structure: Structure,
     tails: NDArray[np.float64],  # (rows or columns of the last member + 1,), what keeping so many loses
-    recipe: Recipe,
+    recipe: Planning,
     element: int,  # the unit of the costs: 1, or the bytes of a number
     in_bytes: bool,
     weight: float,

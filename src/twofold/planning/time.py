@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from twofold.allocate.base import Candidate
+from twofold.allocate import Candidate
 from twofold.errors import TwofoldError
 from twofold.inference.latency import LayerTimes
-from twofold.planning.evidence.base import Evidence
+from twofold.planning.evidence import Evidence
 
 
 def in_time(candidate: Candidate, evidence: Evidence) -> Candidate:
@@ -33,7 +33,7 @@ def time_budget(latency: float, candidates: list[Candidate], least: float) -> fl
     if latency * dense < least:
         smallest = math.ceil(1e3 * least / dense) / 1e3
         raise TwofoldError(
-            f"--latency {latency:g} can't be met on this machine: the smallest possible is {smallest:g} of the time of the "
+            f"`latency={latency:g}` can't be met on this machine: the smallest possible is {smallest:g} of the time of the "
             "dense layers; allow more"
         )
     return latency * dense

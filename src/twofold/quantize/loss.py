@@ -12,15 +12,13 @@ from torch import Tensor
 
 from twofold.linalg.metric import Metric, metric_product
 from twofold.linalg.spectrum import Side, smaller_side, solve_overlap
-from twofold.objectives.base import LayerMoments, Objective, Statistic
+from twofold.objectives import LayerMoments, Objective, Statistic
 from twofold.quantize.factors import IntFactors
-
-MEASURED = {"two-sided": {"input", "gradient"}, "svd-llm": {"input"}, "svd": set[str]()}  # objective → its full metrics
 
 
 def rounding_needs(objective: Objective) -> frozenset[Statistic]:
     """What calibration must collect beside the objective's own moments, so that rounding can be measured."""
-    full = MEASURED.get(objective.name, set())
+    full = objective.full or frozenset()
     wanted: set[Statistic] = set()
     if "input" in full:
         wanted.add("input_square")
@@ -36,7 +34,7 @@ def far_diagonal(
     damping: float,
 ) -> Tensor | None:  # (p,), p = max(m, n)
     """The diagonal of the damped metric over the larger side; None for an objective that it is not known of."""
-    full = MEASURED.get(objective.name)
+    full = objective.full
     if full is None:
         return None
     rows = smaller_side(*weight.shape) == "rows"

@@ -32,14 +32,16 @@ def torchao_version() -> str | None:
     return importlib.metadata.version("torchao") if importlib.util.find_spec("torchao") is not None else None
 
 
-def need_torchao(flag: str) -> None:
+def need_torchao(setting: str, value: str) -> None:
     """Refuse what needs torchao, before any work.
 
     Raises:
         TwofoldError: if it is not installed.
     """
     if torchao_version() is None:
-        raise TwofoldError(f"{flag} needs torchao, which is not installed: {INSTALL}, or leave {flag.split()[0]} out")
+        raise TwofoldError(
+            f"`{setting}={value}` needs torchao, which is not installed: {INSTALL}, or leave `{setting}` out"
+        )
 
 
 @torch.no_grad()

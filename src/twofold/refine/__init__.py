@@ -1,25 +1,138 @@
-"""The refinements by name, one file each: they train what the closed form has made, on the same calibration tokens."""
+"""The refinements by name, one file each: they better what the closed form has made, on the same calibration tokens."""
 
-from importlib import import_module
-from pkgutil import iter_modules
+from __future__ import annotations
 
-from twofold.refine.base import REFINEMENTS, Refined, Refinement, Task, get_refinement, refinement
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
 
-for _module in iter_modules(__path__):
-    if _module.name not in ("base", "gradient", "kept", "likeness", "series", "streams", "teacher", "training"):
-        import_module(f"{__name__}.{_module.name}")
+import pydantic
+from pydantic import Field
 
-from twofold.refine.series import refine
-from twofold.run.check import check_refinable, check_refinements
+from twofold.planning.settings import Planning
+from twofold.registry import Registry
+from twofold.settings.base import Settings, split_names
+from twofold.settings.price import Price
 
-__all__ = [
-    "REFINEMENTS",
-    "Refined",
-    "Refinement",
-    "Task",
-    "check_refinable",
-    "check_refinements",
-    "get_refinement",
-    "refine",
-    "refinement",
-]
+
+class Refined(pydantic.BaseModel, extra="forbid"):
+    """What one refinement did."""
+
+    method: str
+    steps: int  # of the optimizer
+    planned: int  # steps, which the rates of all steps follow
+    tokens: int  # seen in training, repeats counted
+    parameters: int  # trained
+    seconds: float
+    unit: str  # of the two losses, which are of held-out calibration text
+    loss_before: float
+    loss_after: float
+    ended: str  # why it ended, in words
+
+    @property
+    def words(self) -> str:
+        """What it did, in a sentence without its full stop."""
+        return (
+            f"refined by {self.method}: {self.steps:,} of {self.planned:,} steps over {self.tokens:,} tokens "
+            f"in {self.seconds / 60:.1f} minutes changed {self.parameters:,} parameters; on held-out calibration text "
+            f"the loss went from {self.loss_before:.4f} to {self.loss_after:.4f} {self.unit} ({self.ended})"
+        )
+
+
+Refine: TypeAlias = Callable[[Any], Refined]  # takes a twofold.refine.steps.job.Job
+Cost: TypeAlias = Callable[[Price, Settings], float]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A refinement by its name.
+
+    ``needs`` are capabilities, as run/check.py has them. ``trains``: it learns the windows by steps, and so may learn them by
+    heart. ``seconds`` is what it takes, ``memory`` the bytes that it holds beside the model and its factors, ``disk`` those of its
+    unfinished state.
+    """
+
+    name: str
+    run: Refine
+    needs: frozenset[str]
+    trains: bool
+    settings: type[Settings] | None
+    seconds: Cost
+    memory: Cost
+    disk: Cost
+
+
+REFINEMENTS: Registry[Refinement] = Registry("refinement", __name__)
+
+
+class Refining(Settings):
+    """How the factors are bettered after the closed form."""
+
+    TITLE = "Refinement"
+
+    refine: Annotated[
+        list[str],
+        pydantic.BeforeValidator(split_names),
+        Field(description=f"better the factors after the closed form, in turn: {', '.join(REFINEMENTS.names())}"),
+    ] = []
+    minutes: Annotated[float | None, Field(gt=0, description="that all refinements together may take")] = None
+    refine_passes: Annotated[
+        float, Field(gt=0, description="times that a refinement sees each window, if the minutes suffice")
+    ] = 4
+    refine_rate: Annotated[
+        float, Field(gt=0, lt=1, description="how much of its own size a weight changes in a step of refinement")
+    ] = 2e-4
+    refine_labels: Annotated[
+        float, Field(ge=0, le=1, description="share of the text's own next tokens in a refinement's loss of likeness")
+    ] = 0.0
+    refine_batch: Annotated[int, Field(ge=1, description="windows in a step of refinement")] = 2
+    refine_steps: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="steps in the place of passes and minutes; those that a run.json says are planned repeat that run",
+        ),
+    ] = None
+
+
+class Stages(Planning, Refining):
+    """The settings of all stages, from the calibration to the refinement."""
+
+
+TRAINED = (
+    24  # bytes of a trained number beside itself: gradient, two moments, the best, what stood before, one more at work
+)
+
+
+def training_memory(price: Price, settings: Settings) -> float:
+    """Return what a training of all factors holds beside them, in bytes."""
+    return price.trained * TRAINED
+
+
+def nothing(price: Price, settings: Settings) -> float:
+    """Return that it takes none."""
+    return 0.0
+
+
+def refinement(
+    name: str,
+    *,
+    seconds: Cost,
+    needs: Iterable[str] = (),
+    trains: bool = True,
+    settings: type[Settings] | None = None,
+    memory: Cost = training_memory,
+    disk: Cost = nothing,
+) -> Callable[[Refine], Refine]:
+    """Register a function that refines a model in place.
+
+    Every refinement works on a whole model with factors of floating point, and is judged by the outputs that the task gives.
+    """
+    always = ("whole model", "float factors", "token logits")
+
+    def register(function: Refine) -> Refine:
+        of = (frozenset((*needs, *always)), trains, settings, seconds, memory, disk)
+        REFINEMENTS.add(name, Refinement(name, function, *of))
+        return function
+
+    return register

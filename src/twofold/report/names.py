@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from twofold.model.builtin import ALIAS
-from twofold.settings.recipe import Recipe
+from twofold.recipe import Recipe
 
 ALIAS_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ALIAS_LICENSE = "apache-2.0"

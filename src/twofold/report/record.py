@@ -5,8 +5,8 @@ from __future__ import annotations
 import pydantic
 
 from twofold.host.clock import Machine
-from twofold.refine.base import Refined
-from twofold.settings.recipe import Recipe
+from twofold.recipe import Recipe
+from twofold.refine import Refined
 from twofold.task.quality import Quality
 
 

@@ -1,64 +1,151 @@
-"""What goes with integers and what does not, refused before any work."""
+"""What does not go together, refused before any work: what a method needs, and what the settings, the model or the way lack."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from twofold.allocate.base import get_allocation
+from twofold.allocate import ALLOCATIONS, Allocating, Allocation
 from twofold.errors import TwofoldError
-from twofold.model.load import LoadedModel
-from twofold.model.survey import survey
-from twofold.objectives.base import Objective, get_objective
-from twofold.planning.bits import AUTO_BITS
-from twofold.planning.structures import check_structural
-from twofold.quantize.loss import MEASURED
-from twofold.quantize.rounding import need_torchao
-from twofold.refine.base import get_refinement
-from twofold.run.estimate.memory import Way
-from twofold.settings.recipe import Recipe
-from twofold.task.held_out import gives_logits
+from twofold.objectives import OBJECTIVES
+from twofold.recipe import Recipe
+from twofold.refine import REFINEMENTS
+from twofold.registry import Registry
+
+NEEDS = {  # capability → what a method that needs it does
+    "whole model": "works on a model that is whole in memory",
+    "token logits": "is measured by what the model predicts",
+    "next token": "measures how well the next token is predicted",
+    "chain": "goes from block to block",
+    "whole inputs": "looks at whole inputs",
+    "two factors": "works on weights that are products of two of their own",
+    "float factors": "works on factors of floating point",
+    "float layers": "works on layers of floating point",
+    "float numbers": "counts numbers of floating point",
+    "nats": "compares losses in nats",
+    "size": "measures the model at its size",
+    "weights alone": "treats each weight alone",
+    "measured times": "goes by measured times",
+    "rounding": "measures what rounding loses",
+}
 
 
-def check_bits(recipe: Recipe, objective: Objective) -> None:
-    """Refuse settings that integers do not go with.
+@dataclass(frozen=True)
+class User:
+    """A setting that needs something.
+
+    Args:
+        instead: what to do without it.
+    """
+
+    who: str
+    needs: frozenset[str]
+    instead: str
+
+
+Missing = Mapping[str, str]  # capability → why it is not there, as the end of a sentence
+
+
+def refuse(users: Iterable[User], missing: Missing, remedy: str = "") -> None:
+    """Refuse the first setting that needs what is not there.
+
+    Args:
+        remedy: what else would help.
 
     Raises:
-        TwofoldError: naming the first of them.
+        TwofoldError: with what it needs, why that is not there, and what to do.
     """
-    if objective.correct is not None and recipe.bits is None:  # the recipe says so first
-        raise TwofoldError(f"--objective {objective.name} needs --bits")
-    flag = f"--bits {recipe.bits}" if recipe.bits is not None else f"--dense-bits {recipe.dense_bits}"
-    if recipe.bits is None and recipe.kept_bits is None:
-        return
-    need_torchao(flag)
+    for user in users:
+        for need in sorted(user.needs & missing.keys()):
+            raise TwofoldError(f"{user.who} {NEEDS[need]}, {missing[need]}; {user.instead}{remedy}")
+
+
+def missing_of(recipe: Recipe) -> dict[str, str]:
+    """Return the capabilities that the settings of a recipe take away, whatever the model is."""
+    objective = OBJECTIVES.get(recipe.objective)
+    of = f"`objective={recipe.objective}`"
+    missing: dict[str, str] = {}
     if objective.structures:
-        raise TwofoldError(
-            f"{flag} rounds factors of weights that are treated alone, and --objective {objective.name} cuts weights together; "
-            "use another objective"
+        missing |= {"two factors": f"and those of {of} are not", "weights alone": f"and {of} cuts weights together"}
+    if "input" not in objective.needs:
+        missing["whole inputs"] = f"and {of} does not"
+    if objective.loss != "nats" or objective.build is None:
+        missing["nats"] = f"which {of} does not give"
+    if objective.full is None and objective.correct is None:
+        missing["rounding"] = f"which is not known for {of}"
+    if recipe.bits is not None:
+        missing |= dict.fromkeys(
+            ("float factors", "float numbers"), f"and `bits={recipe.bits}` rounds them to integers"
         )
+    if recipe.bits is not None or recipe.kept_bits is not None:
+        rounds = f"`bits={recipe.bits}`" if recipe.bits is not None else f"`dense_bits={recipe.dense_bits}`"
+        missing["float layers"] = f"and {rounds} rounds some to integers"
+        missing["measured times"] = f"and layers of {rounds} have none"
     if recipe.latency is not None:
-        raise TwofoldError(
-            f"{flag} turns integers into numbers whenever a layer is called, which --latency has no measured times of; give "
-            "--budget or --keep"
-        )
-    if recipe.bits == "auto" and objective.name not in MEASURED:
-        raise TwofoldError(
-            f"--bits auto measures what rounding loses, which is not known for --objective {objective.name}; use one of "
-            f"{', '.join(sorted(MEASURED))}, or give a number of bits"
-        )
-    if recipe.bits == "auto" and recipe.allocate != "global":
-        raise TwofoldError(
-            f"--allocate {recipe.allocate} chooses ranks alone; use --allocate global with --bits auto, or give a number of bits"
-        )
+        missing["float numbers"] = "which a budget in time does not count by"
+    if recipe.goal is not None:
+        missing["size"] = f"which {recipe.goal.setting} does not say"
+    return missing
 
 
-def stand_in(recipe: Recipe) -> Recipe:
-    """A recipe whose ranks need no measuring: with the fewest bits in the place of those that are to be chosen."""
-    if recipe.bits != "auto":
-        return recipe
-    return recipe.model_copy(update={"bits": str(AUTO_BITS[0]), "dense_bits": str(recipe.rest_bits or "none")})
+def users_of(recipe: Recipe, missing: Missing) -> Iterator[User]:
+    """Yield the settings of a recipe that need something.
+
+    Args:
+        missing: what is not there, so that what would do instead can be named.
+    """
+    objective = OBJECTIVES.get(recipe.objective)
+    for name in recipe.refine:
+        yield User(
+            f"`refine={name}`",
+            REFINEMENTS.get(name).needs,
+            instead(REFINEMENTS, "refine", missing, "leave `refine` out"),
+        )
+    allocation = ALLOCATIONS.get(recipe.allocate)
+    others = instead(ALLOCATIONS, "allocate", missing, "leave `allocate` out", takes=candidates_of(recipe))
+    yield User(f"`allocate={recipe.allocate}`", allocation.needs, others)
+    if recipe.bits is not None or recipe.kept_bits is not None:
+        setting = "bits" if recipe.bits is not None else "dense_bits"
+        value = recipe.bits or recipe.dense_bits
+        needs = {"whole model", "weights alone"} | ({"rounding"} if recipe.bits == "auto" else set())
+        yield User(f"`{setting}={value}`", frozenset(needs), f"leave `{setting}` out")
+    if recipe.latency is not None:
+        needs = {"weights alone", "measured times"}
+        yield User(f"`latency={recipe.latency:g}`", frozenset(needs), "give `keep` or `budget`")
+    if objective.structures:
+        others = instead(OBJECTIVES, "objective", {"structures": ""}, "use another objective")
+        yield User(f"`objective={recipe.objective}`", frozenset({"whole model"}), others)
+    if objective.needs and (recipe.calibration == ["self"] or recipe.continuations):
+        texts = recipe.calibration == ["self"]
+        who = "sampling texts to calibrate on" if texts else f"`continuations={recipe.continuations}`"
+        do = "name some with `calibration=FILE`" if texts else "leave `continuations` out"
+        yield User(who, frozenset({"whole model"}), do)
+    if recipe.goal is not None:
+        yield User(recipe.goal.setting, frozenset({"whole model", "token logits"}), "give `keep` or `budget`")
+
+
+def instead(methods: Registry[Any], setting: str, missing: Missing, otherwise: str, *, takes: str = "") -> str:
+    """Name the methods that need nothing of what is missing, or say what to do where there is none."""
+    able = [
+        name
+        for name in methods.names()
+        if not _lacks(methods.get(name), missing) and (not takes or takes in methods.get(name).takes)
+    ]
+    return f"use {' or '.join(f'`{setting}={name}`' for name in able[:3])}" if able else otherwise
+
+
+def _lacks(method: Any, missing: Missing) -> bool:
+    if "structures" in missing:
+        return bool(method.structures) or method.correct is not None
+    return bool(method.needs & missing.keys())
+
+
+def candidates_of(recipe: Recipe) -> str:
+    """Return the kind of candidates that ranks are chosen of."""
+    if recipe.bits == "auto":
+        return "pairs"
+    return "structures" if OBJECTIVES.get(recipe.objective).structures else "ranks"
 
 
 def check_methods(recipe: Recipe) -> None:
@@ -67,117 +154,67 @@ def check_methods(recipe: Recipe) -> None:
     Raises:
         TwofoldError: naming the first of them.
     """
-    check_refinements(recipe)
-    check_bits(recipe, get_objective(recipe.objective))
-    check_structural(recipe, bool(get_objective(recipe.objective).structures))
-    check_recalibrated(recipe)
-    if "perplexities" in get_allocation(recipe.allocate).needs and (
-        recipe.latency is not None or recipe.bits is not None
-    ):
+    missing = missing_of(recipe)
+    objective, allocation = OBJECTIVES.get(recipe.objective), ALLOCATIONS.get(recipe.allocate)
+    if objective.correct is not None:
+        _check_correction(recipe)
+    elif recipe.model_dump().get("rank") is not None:
+        corrections = [name for name in OBJECTIVES.names() if OBJECTIVES.get(name).correct is not None]
         raise TwofoldError(
-            f"--allocate {recipe.allocate} measures shares of numbers stored as floating point, which a budget in time and "
-            "--bits do not count by; use --allocate global"
+            f"`rank` is that of a correction ({', '.join(corrections)}); force one with `override=PATTERN=rank:64`"
+        )
+    refuse(users_of(recipe, missing), missing)
+    kind = candidates_of(recipe)
+    if kind not in allocation.takes:
+        raise TwofoldError(_not_taken(recipe, allocation, kind))
+    if recipe.bits is not None or recipe.kept_bits is not None:
+        from twofold.quantize.rounding import need_torchao
+
+        setting = "bits" if recipe.bits is not None else "dense_bits"
+        need_torchao(setting, str(getattr(recipe, setting)))
+
+
+def _not_taken(recipe: Recipe, allocation: Allocation, kind: str) -> str:
+    able = instead(ALLOCATIONS, "allocate", missing_of(recipe), "leave `allocate` out", takes=kind)
+    if kind == "pairs":
+        return f"`allocate={allocation.name}` chooses ranks alone, and `bits=auto` ranks and bits together; {able}"
+    return (
+        f"`allocate={allocation.name}` looks at the spectrum of each weight alone, and `objective={recipe.objective}` has none; "
+        f"{able}"
+    )
+
+
+def _check_correction(recipe: Recipe) -> None:
+    """Refuse settings that a correction of integers does not go with."""
+    of = f"`objective={recipe.objective}`"
+    if recipe.fixed_bits is None:
+        raise TwofoldError(f"{of} corrects weights of integers: give `bits`, as in `bits=4` (a comparison has none)")
+    if recipe.overrides or recipe.allocate != Allocating.model_fields["allocate"].default:
+        raise TwofoldError(
+            f"{of} gives every weight the same rank; leave `allocate` and `override` out, and take weights out with `exclude`"
         )
 
 
-def _check_streamed(recipe: Recipe, way: Way) -> None:
+def check_streamed(recipe: Recipe, resident: float) -> None:
     """Refuse what needs the whole model in memory, where it is worked through block by block.
+
+    Args:
+        resident: the bytes that the whole model would take.
 
     Raises:
         TwofoldError: with the memory that it would take.
     """
-    objective = get_objective(recipe.objective)
-    if objective.structures:
-        raise TwofoldError(
-            f"--objective {recipe.objective} works on a model that is whole in memory, and this one is worked through "
-            f"block by block; use another objective, or give it {way.resident / 1e9:.1f} GB with --memory"
-        )
-    if objective.needs and (recipe.calibration == ["self"] or recipe.continuations):
-        put_right = (
-            "name some with --calibration FILE" if recipe.calibration == ["self"] else "leave --continuations out"
-        )
-        raise TwofoldError(
-            "texts to calibrate on can't be sampled from a model that is worked through block by block (each token would read "
-            f"all of its weights); {put_right}, or give it {way.resident / 1e9:.1f} GB with --memory"
-        )
-    if recipe.bits is not None or recipe.kept_bits is not None:
-        raise TwofoldError(
-            "a model that is worked through block by block can't be rounded to integers yet; leave --bits and --dense-bits out, "
-            f"or give it {way.resident / 1e9:.1f} GB with --memory"
-        )
-    if recipe.refine:
-        raise TwofoldError(
-            "a model that is worked through block by block can't be refined yet; leave --refine out, or give it "
-            f"{way.resident / 1e9:.1f} GB with --memory"
-        )
-    if get_allocation(recipe.allocate).needs or get_allocation(recipe.allocate).again:
-        raise TwofoldError(
-            f"--allocate {recipe.allocate} measures the whole model, and this one is worked through block by block; use "
-            f"--allocate global, or give {way.resident / 1e9:.1f} GB with --memory"
-        )
-    if recipe.goal is not None:
-        raise TwofoldError(
-            f"{recipe.goal.flag} is searched for on the whole model, and this one is worked through block by block; give "
-            f"--keep or --budget, or {way.resident / 1e9:.1f} GB with --memory"
-        )
+    missing = {"whole model": "and this one is worked through block by block"}
+    refuse(users_of(recipe, missing), missing, f", or give it {resident / 1e9:.1f} GB with `memory`")
 
 
-def check_recalibrated(recipe: Recipe) -> None:
-    """Refuse to measure the moments again where there are none, or no size to do it at.
+def check_model(recipe: Recipe, lacks: Missing) -> None:
+    """Refuse what needs more than a model gives.
+
+    Args:
+        lacks: what the model does not give, and why.
 
     Raises:
-        TwofoldError: with what to do in its place.
+        TwofoldError: naming the first setting.
     """
-    objective = get_objective(recipe.objective)
-    if not get_allocation(recipe.allocate).again:
-        return
-    if recipe.goal is not None:
-        raise TwofoldError(
-            f"--allocate {recipe.allocate} measures the model at its size, which {recipe.goal.flag} does not say; give --keep "
-            "or --budget, or use --allocate global"
-        )
-    if objective.loss != "nats" or objective.build is None:
-        raise TwofoldError(
-            f"--allocate {recipe.allocate} compares losses in nats, which {recipe.objective} does not give; use --objective "
-            "two-sided, or --allocate global"
-        )
-
-
-def check_refinements(recipe: Recipe) -> None:
-    """Refuse refinements that there are not, or that do not go with the objective.
-
-    Raises:
-        TwofoldError: naming the first of them.
-    """
-    objective = get_objective(recipe.objective)
-    for name in recipe.refine:
-        needs = get_refinement(name).needs
-        if objective.structures and name != "distill":
-            raise TwofoldError(
-                f"{name} works on weights that are products of two of their own, and those of {recipe.objective} are not; "
-                "use --refine distill"
-            )
-        if "inputs" in needs and "input" not in objective.needs:
-            raise TwofoldError(
-                f"the objective {recipe.objective} does not look at whole inputs, so it can't be {name}; "
-                "use two-sided or svd-llm"
-            )
-
-
-def check_refinable(recipe: Recipe, loaded: LoadedModel) -> None:
-    """Refuse a model in memory that the refinements of a recipe can't work on.
-
-    Raises:
-        TwofoldError: if it gives no token logits, or its blocks do not follow one another and a refinement needs that.
-    """
-    if not recipe.refine:
-        return
-    model: Any = loaded.model
-    if not gives_logits(model, torch.zeros(1, 2, dtype=torch.int64)):
-        raise TwofoldError(f"{type(model).__name__} gives no token logits, so it can't be refined; leave --refine out")
-    for name in recipe.refine:
-        if "chain" in get_refinement(name).needs and survey(loaded, []).chain is None:
-            raise TwofoldError(
-                f"{type(model).__name__} is not one block after another, so it can't be refined by {name}; "
-                "use --refine distill"
-            )
+    refuse(users_of(recipe, lacks), lacks)

@@ -31,16 +31,16 @@ from twofold.nn.compact_linear import CompactLinear
 from twofold.nn.places import cast_weights, dense_again
 from twofold.nn.shared_linear import BASES
 from twofold.planning.plan import Plan, PlanEntry
-from twofold.refine.base import Refined
-from twofold.refine.series import refine
+from twofold.recipe import Recipe
+from twofold.refine import Refined
+from twofold.refine.steps.series import refine
 from twofold.report.record import Measured, Run, Sample
 from twofold.run.open import open_for
 from twofold.run.prepare import prepare
 from twofold.run.sizing import Sizing
-from twofold.settings.recipe import Recipe
-from twofold.task.held_out import evaluation_text, gives_logits
 from twofold.task.quality import Logits, measure_quality
-from twofold.task.windows import fit_window
+from twofold.task.text.held_out import evaluation_text, gives_logits
+from twofold.task.text.windows import fit_window
 
 SAMPLE_TOKENS = 32
 QUESTION = "What is the capital of France, and why is it famous?"
@@ -186,7 +186,7 @@ class _Resident:
 
     def factorize(self, *, quiet: bool) -> None:
         if processes.is_main():
-            self.replaced = carry_out(self.prepared, self.recipe, quiet=quiet)
+            self.replaced = carry_out(self.prepared, quiet=quiet)
 
     def refine(self, folder: Path, *, quiet: bool) -> list[Refined]:
         return refine(self.prepared, self.replaced, self.recipe, folder=folder, quiet=quiet)
@@ -233,16 +233,7 @@ class _Streaming:
         with progress("Factorizing", len(prepared.plan.entries), unit="weights", quiet=quiet) as tick:
 
             def factor(entries: list[PlanEntry]) -> Iterator[tuple[PlanEntry, CompactLinear | None, str | None]]:
-                return factor_entries(
-                    loaded.model,
-                    entries,
-                    prepared.spectra,
-                    prepared.moments,
-                    prepared.objective,
-                    self.recipe.damping,
-                    loaded.stored_dtype,
-                    tick,
-                )
+                return factor_entries(loaded.model, entries, prepared.made, loaded.stored_dtype, tick)
 
             prepared.plan, units = write_units(self.work.checkpoint, self.residence, prepared.plan, factor, tick)
         self.work.update(units=units)

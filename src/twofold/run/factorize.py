@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from twofold.allocate.base import get_allocation
+from twofold.allocate import ALLOCATIONS
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.factor.prepared import carry_out
@@ -16,18 +16,18 @@ from twofold.host.clock import Stopwatch
 from twofold.model.load import LoadedModel, load_skeleton
 from twofold.model.weights import find_targets
 from twofold.nn.places import cast_weights
-from twofold.objectives.base import get_objective
+from twofold.objectives import OBJECTIVES
 from twofold.planning.plan import Plan
-from twofold.refine.series import refine
+from twofold.recipe import Recipe, make_recipe
+from twofold.refine.steps.series import refine
 from twofold.run.check import check_methods
-from twofold.run.estimate.memory import estimate_run
+from twofold.run.estimate.estimate import estimate_run
 from twofold.run.open import given_model, open_for
 from twofold.run.prepare import layer_times, plan_of_shapes, prepare, with_structures
 from twofold.run.sizing import Sizing
 from twofold.scratch.start import factorize_start
-from twofold.settings.recipe import Recipe, make_recipe
-from twofold.task.held_out import evaluation_text
-from twofold.task.windows import fit_window
+from twofold.task.text.held_out import evaluation_text
+from twofold.task.text.windows import fit_window
 
 
 def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bool = True, quiet: bool = False) -> Plan:
@@ -41,18 +41,18 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
     Raises:
         TwofoldError: for whatever the user can put right.
     """
-    needs = get_objective(recipe.objective).needs
-    get_allocation(recipe.allocate)
+    needs = OBJECTIVES.get(recipe.objective).needs
+    ALLOCATIONS.get(recipe.allocate)
     check_methods(recipe)
     if needs and "calibration" not in recipe.model_fields_set and moments_file is None:
         if recipe.bits == "auto":
             raise TwofoldError(
-                "--bits auto measures what rounding loses: name --calibration FILE, or --calibration self; or give a number "
+                "`bits=auto` measures what rounding loses: name `calibration=FILE`, or `calibration=self`; or give a number "
                 "of bits"
             )
         if recipe.goal is not None:
             raise TwofoldError(
-                f"{recipe.goal.flag} needs measuring: name --calibration FILE, or --calibration self; or give --keep or --budget"
+                f"{recipe.goal.setting} needs measuring: name `calibration=FILE`, or `calibration=self`; or give `keep` or `budget`"
             )
         loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         recipe = fit_window(recipe, loaded, quiet=True)
@@ -61,7 +61,7 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
         plan = plan_of_shapes(loaded, found, recipe, layer_times(loaded, found, recipe, quiet=quiet))
         note = (
             f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "
-            f"the {recipe.allocate} plan needs the moments: name --calibration FILE, or --calibration self"
+            f"the {recipe.allocate} plan needs the moments: name `calibration=FILE`, or `calibration=self`"
         )
         given, notes = None, [*plan.notes, note]
         try:
@@ -145,7 +145,7 @@ def factorize(
     prepared = prepare(recipe, opened, watch, texts=texts, sizing=sizing, quiet=quiet)
     if sizing is not None:
         sizing.find(prepared)
-    replaced = carry_out(prepared, recipe, quiet=quiet)
+    replaced = carry_out(prepared, quiet=quiet)
     refine(prepared, replaced, recipe, quiet=quiet)
     result = loaded.model
     cast_weights(result, loaded.stored_dtype)

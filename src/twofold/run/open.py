@@ -10,14 +10,17 @@ from torch import nn
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.model.load import LoadedModel, Opened, check_finite, load_model, load_streamed
+from twofold.model.survey import survey
 from twofold.nn.places import cast_weights
+from twofold.recipe import Recipe
+from twofold.refine import REFINEMENTS
 from twofold.run.check import (
-    _check_streamed,
     check_methods,
-    check_refinable,
+    check_model,
+    check_streamed,
 )
-from twofold.run.estimate.memory import choose_way
-from twofold.settings.recipe import Recipe
+from twofold.run.estimate.way import choose_way
+from twofold.task.text.held_out import gives_logits
 
 
 def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
@@ -36,11 +39,11 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
             revision=recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
         )
-        check_refinable(recipe, loaded)
+        check_model(recipe, lacks_of(recipe, loaded))
         return Opened(loaded)
-    _check_streamed(recipe, way)
+    check_streamed(recipe, way.resident)
     if not quiet:
-        why = f"{way.limit / 1e9:.1f} GB may be used" if recipe.stream == "auto" else "--stream always asks for it"
+        why = f"{way.limit / 1e9:.1f} GB may be used" if recipe.stream == "auto" else "`stream=always` asks for it"
         say(
             f"worked through {'block by block' if way.blocks == 1 else f'{way.blocks} blocks at a time'}, with about "
             f"{way.streamed / 1e9:.1f} GB: whole in memory it takes {way.resident / 1e9:.1f} GB, and {why}"
@@ -70,5 +73,20 @@ def given_model(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
         cast_weights(model, torch.float32)
     loaded = LoadedModel(model, tokenizer, recipe.model, None, stored)
     check_methods(recipe)
-    check_refinable(recipe, loaded)
+    check_model(recipe, lacks_of(recipe, loaded))
     return Opened(loaded)
+
+
+def lacks_of(recipe: Recipe, loaded: LoadedModel) -> dict[str, str]:
+    """Find what a model in memory does not give of what the methods need, and why."""
+    lacks = {}
+    name = type(loaded.model).__name__
+    if not getattr(loaded.model, "can_generate", lambda: False)():
+        lacks["next token"] = f"which {name} does not do"
+    if not recipe.refine:
+        return lacks
+    if not gives_logits(loaded.model, torch.zeros(1, 2, dtype=torch.int64)):
+        lacks["token logits"] = f"and {name} gives no token logits"
+    if any("chain" in REFINEMENTS.get(one).needs for one in recipe.refine) and survey(loaded, []).chain is None:
+        lacks["chain"] = f"and {name} is not one block after another"
+    return lacks

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from twofold.allocate.base import get_allocation
+from twofold.allocate import ALLOCATIONS
 from twofold.calibrate.calibrate import calibrate, used_targets
 from twofold.calibrate.fingerprint import model_hash, spectra_mark
 from twofold.calibrate.moments import Moments
-from twofold.decompose.decompose import decompose_targets
+from twofold.decompose.decompose import Decomposition, decompose
 from twofold.decompose.spectra import Spectra
-from twofold.decompose.structures import measure_structures
 from twofold.errors import TwofoldError
+from twofold.evidence.base import Measurement
 from twofold.factor.prepared import Prepared
 from twofold.factor.recalibrate import recalibrate
 from twofold.host import processes
@@ -25,23 +25,22 @@ from twofold.host.folders import check_space
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
 from twofold.inference.latency import times_of
-from twofold.model.blocks import Chain, plain_chain
+from twofold.model.blocks import plain_chain
 from twofold.model.load import LoadedModel, Opened
 from twofold.model.source import choose_device, compute_dtype
-from twofold.model.streamed import Resident, Streamed
+from twofold.model.streamed import Streamed
 from twofold.model.weights import Targets, find_targets
-from twofold.objectives.base import Objective, get_objective
-from twofold.planning.evidence.base import Evidence
-from twofold.planning.evidence.gather import gather
+from twofold.objectives import OBJECTIVES
+from twofold.planning.bits import stand_in
+from twofold.planning.evidence import Evidence, gather
 from twofold.planning.make import make_plan
 from twofold.planning.plan import Plan
 from twofold.quantize.loss import rounding_needs
-from twofold.run.check import stand_in
+from twofold.recipe import Recipe
 from twofold.run.sizing import Sizing
-from twofold.settings.recipe import Recipe
 from twofold.structures.find import find_structures
-from twofold.task.texts import TokenWindows
-from twofold.task.windows import calibration_windows, few_tokens, on_text_alone
+from twofold.task.text.texts import TokenWindows
+from twofold.task.text.windows import calibration_windows, few_tokens, on_text_alone
 
 RESIDENT_BLOCKS = 4  # blocks of a model in memory that are decomposed, and kept, together
 
@@ -69,14 +68,15 @@ def prepare(
     """
     loaded, chain = opened.loaded, opened.chain
     model, residence = loaded.model, loaded.residence
-    objective = get_objective(recipe.objective)
+    objective = OBJECTIVES.get(recipe.objective)
     targets = with_structures(loaded, find_targets(model, recipe.include, recipe.exclude), recipe)
-    measured, again = get_allocation(recipe.allocate).needs, get_allocation(recipe.allocate).again
+    allocation = ALLOCATIONS.get(recipe.allocate)
+    measured, again = allocation.measure is not None, allocation.again
     times = layer_times(loaded, targets, recipe, quiet=quiet)
     plan_of_shapes(loaded, targets, recipe, times)  # an impossible budget or override is refused before any work
     if objective.needs and getattr(model.config, "is_encoder_decoder", False):
         raise TwofoldError(
-            f"{type(model).__name__} is an encoder-decoder model, which can't be calibrated yet; use --objective svd"
+            f"{type(model).__name__} is an encoder-decoder model, which can't be calibrated yet; use `objective=svd`"
         )
     if isinstance(residence, Streamed):
         fused = {t.name: "fused with others in the checkpoint" for t in targets.targets if residence.fused(t.name)}
@@ -89,7 +89,11 @@ def prepare(
     reused = False
     if objective.needs or recipe.refine or measured or (recipe.goal is not None and recipe.eval_text is None):
         with watch.stage("texts"):
-            windows = processes.same(lambda: calibration_windows(loaded, recipe, hashed, texts, quiet=quiet))
+            windows = processes.same(
+                lambda: calibration_windows(
+                    loaded, recipe, hashed, texts, held_out=recipe.held_out_windows, quiet=quiet
+                )
+            )
     if sizing is not None:
         with watch.stage("measure"):
             processes.same(partial(sizing.begin, windows, hashed))
@@ -112,31 +116,20 @@ def prepare(
         folder = work.spectra if work is not None else None
         if folder is not None and not targets.structures:
             check_space(folder, 4 * sum(min(t.out_features, t.in_features) ** 2 for t in targets.targets))
-        spectra = decompose(
-            residence,
-            targets,
-            moments,
-            objective,
-            recipe.damping,
-            Spectra(
-                folder,
-                spectra_mark(hashed, mark, recipe),
-                bases=bases or bool(measured) or again or recipe.bits == "auto",
-            ),
-            chain=chain or plain_chain(model),
-            blocks=opened.blocks or RESIDENT_BLOCKS,
-            quiet=quiet,
-        )
+        bases = bases or measured or again or recipe.bits == "auto"
+        spectra = Spectra(folder, spectra_mark(hashed, mark, recipe), bases=bases)
+        made = Decomposition(moments, objective, recipe.damping, spectra)
+        chain = chain or plain_chain(model)
+        decompose(residence, targets, made, chain=chain, blocks=opened.blocks or RESIDENT_BLOCKS, quiet=quiet)
     if measured and work is not None:
         work.update(stage=f"measuring for the allocation {recipe.allocate}")
     with watch.stage("sensitivities" if measured else "plan"):
-        evidence = processes.same(
-            lambda: gather(loaded, recipe, targets.targets, windows, spectra, moments, objective, quiet=quiet)
-        )
+        measurement = Measurement(model, targets.targets, windows, made, recipe, quiet)
+        evidence = processes.same(lambda: gather(measurement, recipe.allocate))
     evidence = replace(evidence, times=times.times, times_of=times.times_of)
     with watch.stage("plan"):
         plan = make_plan(loaded.name, targets, spectra.values, recipe.at(1.0), loaded.stored_dtype.itemsize, evidence)
-    prepared = Prepared(loaded, targets, objective, windows, moments, reused, spectra, evidence, plan)
+    prepared = Prepared(loaded, targets, windows, reused, made, evidence, plan)
     if again:
         if work is not None:
             work.update(stage="measuring the moments again")
@@ -151,7 +144,7 @@ def with_structures(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Ta
     Raises:
         TwofoldError: if there are none, or the model does not run on text alone.
     """
-    model, kinds = loaded.model, get_objective(recipe.objective).structures
+    model, kinds = loaded.model, OBJECTIVES.get(recipe.objective).structures
     if not kinds:
         return targets
     run = None
@@ -159,35 +152,13 @@ def with_structures(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Ta
         run = partial(model, input_ids=few_tokens(model))
         with on_text_alone(model), torch.no_grad():
             run()
-    return find_structures(model, targets, kinds, run, recipe.form, recipe.share_blocks, recipe.overrides)
-
-
-def decompose(
-    residence: Resident,
-    targets: Targets,
-    moments: Moments | None,
-    objective: Objective,
-    damping: float,
-    spectra: Spectra,
-    *,
-    chain: Chain,
-    blocks: int,
-    quiet: bool = False,
-) -> Spectra:
-    """What every rank of every target loses, or every size of those that are cut together."""
-    if objective.correct is not None:
-        return spectra  # nothing is truncated
-    if targets.structures:
-        assert moments is not None
-        return measure_structures(residence.model, targets.structures, moments, damping, spectra, quiet=quiet)
-    return decompose_targets(
-        residence, targets.targets, moments, objective, damping, spectra, chain=chain, blocks=blocks, quiet=quiet
-    )
+    return find_structures(model, targets, kinds, run, recipe)
 
 
 def plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe, times: Evidence | None = None) -> Plan:
     """The uniform plan, which needs the shapes alone, and their times where the budget is in time."""
-    uniform = stand_in(recipe.at(1.0)).model_copy(update={"allocate": "uniform"})
+    blind = next(allocation.name for allocation in ALLOCATIONS.all() if allocation.blind)
+    uniform = stand_in(recipe.at(1.0)).model_copy(update={"allocate": blind})
     return make_plan(loaded.name, targets, None, uniform, loaded.stored_dtype.itemsize, times)
 
 
@@ -201,7 +172,7 @@ def layer_times(loaded: LoadedModel, targets: Targets, recipe: Recipe, *, quiet:
         return Evidence()
     if targets.structures:
         raise TwofoldError(
-            f"--latency is for objectives that treat each weight alone, not for {recipe.objective}; give --keep or --budget"
+            f"`latency` is for objectives that treat each weight alone, not for {recipe.objective}; give `keep` or `budget`"
         )
     device = loaded.residence.device
     if device.type == "meta":  # no weights are here yet

@@ -9,30 +9,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.evaluation.reference import Reference
-from twofold.factor.apply import apply_plan
 from twofold.factor.integers import rest_names
+from twofold.factor.prepared import Prepared
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
 from twofold.model.load import LoadedModel
 from twofold.nn.places import dense_again, put_back
 from twofold.planning.make import least_keep, make_plan
 from twofold.planning.plan import Plan
+from twofold.recipe import Recipe
 from twofold.report.record import Probe
 from twofold.run.search import TOLERANCE, smallest
-from twofold.settings.recipe import Recipe
-from twofold.task.held_out import gives_logits
 from twofold.task.quality import Quality
-from twofold.task.texts import TokenWindows
-
-if TYPE_CHECKING:
-    from twofold.factor.prepared import Prepared
+from twofold.task.text.held_out import gives_logits
+from twofold.task.text.texts import TokenWindows
 
 STEPS = 9  # halvings of the share when the plan's prediction is inverted; they measure nothing
 
@@ -71,12 +68,12 @@ class Sizing:
             self.windows = calibration.held_out[: self.recipe.eval_windows]
         if self.windows is None:
             raise TwofoldError(
-                f"{self.goal.flag} needs a text to measure on, and no calibration text is left over for it; "
-                "give more text, or name one with --eval-text FILE"
+                f"{self.goal.setting} needs a text to measure on, and no calibration text is left over for it; "
+                "give more text, or name one with `eval_text=FILE`"
             )
         if not gives_logits(self.loaded.model, self.windows):
             raise TwofoldError(
-                f"{self.goal.flag} can't be measured: this model gives no logits over its vocabulary; give --keep or --budget"
+                f"{self.goal.setting} can't be measured: this model gives no logits over its vocabulary; give `keep` or `budget`"
             )
         if self.work is not None:
             self.work.update(stage="measuring the original")
@@ -90,8 +87,8 @@ class Sizing:
             self.reference = Reference(self._logits, self.windows, folder, mark, quiet=self.quiet)
         if not self.goal.met(self.dense, replace(self.dense, divergence=0.0)):
             raise TwofoldError(
-                f"{self.goal.flag} can't be met: the dense model itself has a perplexity of {self.dense.perplexity:.4g} on "
-                f"{self.source}; allow more than that, or a multiple of it, as in --perplexity-at-most 1.1x"
+                f"{self.goal.setting} can't be met: the dense model itself has a perplexity of {self.dense.perplexity:.4g} on "
+                f"{self.source}; allow more than that, or a multiple of it, as in `perplexity_at_most=1.1x`"
             )
 
     @property
@@ -114,7 +111,7 @@ class Sizing:
         if not met:
             best = max(self.probes, key=lambda probe: probe.keep)
             raise TwofoldError(
-                f"no model that is smaller by more than {TOLERANCE:.1%} meets {self.goal.flag}: keep {best.keep:.4g} gives "
+                f"no model that is smaller by more than {TOLERANCE:.1%} meets {self.goal.setting}: keep {best.keep:.4g} gives "
                 f"{_numbers(best)}; allow more"
             )
         chosen = min(met, key=lambda probe: probe.keep)
@@ -180,17 +177,7 @@ class Sizing:
         found, model = self.prepared, self.loaded.model
         places = [target.name for target in found.targets.targets] + rest_names(plan, model)
         with put_back(model, places), _as_measured(model):
-            _, replaced = apply_plan(
-                model,
-                plan,
-                found.spectra,
-                found.moments,
-                found.objective,
-                self.recipe.damping,
-                self.loaded.stored_dtype,
-                structures=found.targets.structures,
-                quiet=self.quiet,
-            )
+            _, replaced = found.apply(plan, quiet=self.quiet)
 
             def original(ids: Tensor) -> Tensor:
                 with dense_again(model, replaced):

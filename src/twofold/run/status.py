@@ -55,7 +55,7 @@ def status_of(out: Path) -> Status:
     state = read_state(work)
     if state is None:
         if not finished:
-            raise TwofoldError(f"there is neither a finished nor an unfinished run in {out}; name the --out of a run")
+            raise TwofoldError(f"there is neither a finished nor an unfinished run in {out}; name the `out` of a run")
         tuned = tuned_record(out)
         if tuned is not None:
             return tuned

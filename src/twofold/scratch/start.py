@@ -24,7 +24,7 @@ from twofold.nn.int_matrix import IntMatrix
 from twofold.nn.places import replace_module
 from twofold.planning.make import make_plan
 from twofold.planning.plan import Plan
-from twofold.settings.recipe import Recipe, make_recipe
+from twofold.recipe import Recipe, make_recipe
 
 KEEP = 0.5  # where none is given
 SETTINGS = ("keep", "include", "exclude", "overrides", "rank_multiple", "min_rank", "seed")

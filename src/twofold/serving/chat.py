@@ -37,7 +37,7 @@ class Conversation:
             )
         self.templated = getattr(self.tokenizer, "chat_template", None) is not None
         if system is not None and not self.templated:
-            raise TwofoldError(f"{loaded.name} has no chat template, so it can't be told a --system; leave it out")
+            raise TwofoldError(f"{loaded.name} has no chat template, so it can't be told a `system`; leave it out")
         self.opening = [] if system is None else [{"role": "system", "content": system}]
         self.max_tokens, self.temperature = max_tokens, temperature
         self.longest = positions(loaded.model)
@@ -80,7 +80,7 @@ class Conversation:
                     said, add_generation_prompt=True, return_tensors="pt", return_dict=True
                 )
             except Exception as error:  # a template is data, and may refuse anything
-                rest = "; leave --system out" if self.opening else ""
+                rest = "; leave `system` out" if self.opening else ""
                 raise TwofoldError(
                     f"the chat template of {self.loaded.name} refuses the conversation ({first_line(error)}){rest}"
                 ) from error

@@ -136,5 +136,5 @@ def listen(host: str, port: int) -> socket.socket:
         place.listen(128)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise TwofoldError(f"can't listen at {host}:{port} ({reason}); name another --port or --host") from error
+        raise TwofoldError(f"can't listen at {host}:{port} ({reason}); name another `port` or `host`") from error
     return place

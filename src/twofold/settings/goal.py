@@ -1,4 +1,4 @@
-"""Goals: how good a model must stay, where its size is what is asked for (--perplexity-at-most 1.1x, --kl-at-most 0.05)."""
+"""Goals: how good a model must stay, where its size is what is asked for: perplexity_at_most 1.1x, kl_at_most 0.05."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Goal:
     limit: float
 
     @property
-    def flag(self) -> str:
+    def setting(self) -> str:
         """How it is asked for."""
         if self.kind == "divergence":
-            return f"--kl-at-most {self.limit:g}"
-        return f"--perplexity-at-most {self.limit:g}{'x' if self.kind == 'times' else ''}"
+            return f"`kl_at_most={self.limit:g}`"
+        return f"`perplexity_at_most={self.limit:g}{'x' if self.kind == 'times' else ''}`"
 
     def most(self, dense: Quality) -> float:
         """The largest perplexity (or divergence) that meets it."""

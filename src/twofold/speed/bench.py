@@ -165,7 +165,7 @@ def _able(names: list[str], chosen: list[Runtime], settings: Settings) -> tuple[
         if all(reason is not None for reason in reasons.values()):
             why = "; ".join(f"{runtime}: {reason}" for runtime, reason in reasons.items())
             raise TwofoldError(
-                f"{name} is run by none of the runtimes that are named ({why}); name one for it with --runtime"
+                f"{name} is run by none of the runtimes that are named ({why}); name one for it with `runtime`"
             )
     return notes, able
 
@@ -207,13 +207,13 @@ def _check_lengths(name: str, most: int | None, lengths: Lengths) -> None:
         return
     if lengths.prompt + lengths.new > most:
         raise TwofoldError(
-            f"--prompt {lengths.prompt} and --new {lengths.new} are longer than the context of {name}, {most} tokens; "
+            f"`prompt={lengths.prompt}` and `new={lengths.new}` are longer than the context of {name}, {most} tokens; "
             "give fewer"
         )
     if lengths.prefill + 1 > most:
         raise TwofoldError(
-            f"--prefill {lengths.prefill} and the token behind it are longer than the context of {name}, {most} tokens; "
-            f"use --prefill {most - 1}"
+            f"`prefill={lengths.prefill}` and the token behind it are longer than the context of {name}, {most} tokens; "
+            f"use `prefill={most - 1}`"
         )
 
 

@@ -35,7 +35,7 @@ def export_all(models: dict[str, Path], to: str, trust_remote_code: bool, quiet:
         said = [line for text in (done.stdout, done.stderr) for line in (text or "").strip().splitlines()[-1:]]
         killed = done.returncode < 0 or done.returncode == 137
         how = "was killed, as for lack of memory" if killed else f"failed (exit code {done.returncode})"
-        raise TwofoldError(said[0] if said else f"the export to {to} {how}; leave {to} out of --runtime")
+        raise TwofoldError(said[0] if said else f"the export to {to} {how}; leave {to} out of `runtime`")
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
         except TwofoldError as error:
             print(
                 f"{name} can't be exported to be timed in {asked['format']} ({error}); or leave {asked['format']} out of "
-                "--runtime"
+                "`runtime`"
             )
             sys.exit(2)
 

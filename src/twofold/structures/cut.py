@@ -8,7 +8,6 @@ from torch import nn
 from twofold.calibrate.moments import Moments
 from twofold.errors import TwofoldError
 from twofold.model.structure import Structure
-from twofold.objectives.base import StructureKind
 from twofold.structures.base import Cut, Prepare
 from twofold.structures.dense_columns import CutColumns
 from twofold.structures.mlp import CutMLP
@@ -16,7 +15,7 @@ from twofold.structures.query_key import CutQueries
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.value_output import CutValues
 
-KINDS: dict[StructureKind, Prepare] = {
+KINDS: dict[str, Prepare] = {
     "mlp": CutMLP, "value-output": CutValues, "query-key": CutQueries, "dense-columns": CutColumns,
     "shared-basis": CutShared,
 }  # fmt: skip

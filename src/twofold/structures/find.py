@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Literal
 
 from torch import nn
 
 from twofold.errors import TwofoldError
+from twofold.model.settings import Weights
 from twofold.model.structure import Structure
 from twofold.model.weights import Targets
-from twofold.objectives.base import StructureKind
-from twofold.settings.recipe import Override
+from twofold.objectives.basis_sharing import Sharing
+from twofold.quantize.settings import Integers
+from twofold.settings.base import Settings
 from twofold.structures.check import confirm
 from twofold.structures.roles import alone, candidates
 from twofold.structures.sharing import share_bases
@@ -21,19 +22,16 @@ from twofold.structures.sharing import share_bases
 def find_structures(
     model: nn.Module,
     targets: Targets,
-    kinds: Collection[StructureKind],
+    kinds: Collection[str],
     run: Callable[[], object] | None,
-    form: Literal["gauge", "plain"] = "gauge",
-    blocks: int = 2,
-    overrides: Mapping[str, Override] | None = None,
+    settings: Settings,
 ) -> Targets:
     """The targets that can be cut together, with their structures; the others are dense, each with the reason.
 
     Args:
-        form: how weights that are factored store a rank.
         run: runs the model on a few tokens; None for a model without weights, whose structures can't be confirmed.
-        blocks: so many in a row share a basis.
-        overrides: by pattern; weights that are treated in different ways share none.
+        settings: of the run: how a rank is stored, how many blocks share a basis, and the overrides by pattern; weights that are
+            treated in different ways share none.
 
     Raises:
         TwofoldError: if no weight belongs to a structure.
@@ -44,9 +42,10 @@ def find_structures(
     model.eval()
     try:
         if "dense-columns" in kinds:
-            structures += alone(targets.targets, form)
+            structures += alone(targets.targets, settings.part(Integers).form)
         if "shared-basis" in kinds:
-            structures += share_bases(targets, form, blocks, overrides or {})
+            blocks = settings.part(Sharing).share_blocks
+            structures += share_bases(targets, settings.part(Integers).form, blocks, settings.part(Weights).overrides)
         for candidate in candidates(model, targets.targets, kinds):
             structure, reason = (candidate, None) if run is None else confirm(model, candidate, run)
             if reason is None:

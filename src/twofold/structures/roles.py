@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.model.structure import Member, Structure
 from twofold.model.weights import Target, dense_weight
-from twofold.objectives.base import StructureKind
 
 # Names in one parent module. A row more serves another family; what does not fit fails the check and stays dense.
 MLP = (  # the weights that make the hidden units, and the one that reads them
@@ -38,7 +37,7 @@ class _Heads:
     value_dim: int
 
 
-def candidates(model: nn.Module, targets: Iterable[Target], kinds: Iterable[StructureKind]) -> list[Structure]:
+def candidates(model: nn.Module, targets: Iterable[Target], kinds: Iterable[str]) -> list[Structure]:
     """The structures of targets that the names and shapes of the model's layers allow; each target is in one at the most."""
     siblings: dict[str, dict[str, tuple[int, int]]] = {}
     for name, module in model.named_modules():

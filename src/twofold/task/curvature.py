@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twofold.settings.recipe import Curvature
-from twofold.task.sampled import draw
+from twofold.task import Curvature
+from twofold.task.text.sampled import draw
 
 ROWS = 128  # token positions that are worked on at once
 TOP = 256  # most likely tokens that gauss-newton looks at

@@ -55,7 +55,7 @@ def split_directions(model: Any, names: list[str], count: int, *, leading: bool)
         replace_module(model, name, rest)
     if not trained:
         raise TwofoldError(
-            "no factored layer of this model has two directions, so none can be trained alone; take --method factors"
+            "no factored layer of this model has two directions, so none can be trained alone; take `method=factors`"
         )
     config = LoraConfig(
         r=count, lora_alpha=count, target_modules=list(trained), task_type="CAUSAL_LM",

@@ -23,7 +23,7 @@ from twofold.model.load import load_skeleton
 from twofold.model.source import choose_device, compute_dtype
 from twofold.nn.compact_linear import CompactLinear
 from twofold.nn.int_matrix import IntMatrix
-from twofold.refine.teacher import ROWS
+from twofold.refine.steps.teacher import ROWS
 from twofold.tuning.head import POSITIONS, plain_head
 from twofold.tuning.methods import adapter_config, check_method, free_factors
 from twofold.tuning.optimizers import state_numbers
@@ -90,7 +90,7 @@ def estimate(
         raise
     except Exception as error:  # an architecture that needs other inputs, or looks at its numbers
         raise TwofoldError(
-            f"{settings.model} can't be estimated ({first_line(error)}); run without --memory and --dry-run"
+            f"{settings.model} can't be estimated ({first_line(error)}); run without `memory` and `dry_run`"
         ) from error
     parameters = sum(p.numel() for p in skeleton.model.parameters())
     trainable = _trainable(settings, ready)
@@ -163,7 +163,7 @@ def choose(
     assert smallest is not None
     raise TwofoldError(
         f"{memory / 1e9:.2f} GB are too little: the smallest way takes {smallest.memory / 1e9:.2f} GB ({smallest.method}, one "
-        f"row at a time of {longest} tokens); give more with --memory, or a smaller --length"
+        f"row at a time of {longest} tokens); give more with `memory`, or a smaller `length`"
     )
 
 

@@ -79,7 +79,7 @@ def chosen_layers(model: nn.Module, settings: TuneSettings) -> list[str]:
         if (not settings.include or matches(name, settings.include)) and not matches(name, settings.exclude)
     ]
     if not chosen:
-        raise TwofoldError("no layer is left to train; see --include and --exclude")
+        raise TwofoldError("no layer is left to train; see `include` and `exclude`")
     return chosen
 
 
@@ -91,20 +91,20 @@ def check_method(model: nn.Module, settings: TuneSettings) -> list[str]:
     """
     if settings.method not in BESIDE and any(isinstance(module, IntMatrix) for module in model.modules()):
         raise TwofoldError(
-            f"{settings.model} is kept in integers (--bits), and --method {settings.method} can't train these; take "
-            f"{', '.join(BESIDE[:-1])} or {BESIDE[-1]}, or train the checkpoint that was compressed without --bits"
+            f"{settings.model} is kept in integers (`bits`), and `method={settings.method}` can't train these; take "
+            f"{', '.join(BESIDE[:-1])} or {BESIDE[-1]}, or train the checkpoint that was compressed without `bits`"
         )
     names = chosen_layers(model, settings)
     compact = [name for name in names if isinstance(model.get_submodule(name), CompactLinear)]
     if settings.method.startswith("factors") and not compact:
         raise TwofoldError(
-            f"--method {settings.method} trains the layers of a factorized model, and {settings.model} has none; factorize it "
-            "first (twofold compress), or take --method lora"
+            f"`method={settings.method}` trains the layers of a factorized model, and {settings.model} has none; factorize it "
+            "first (twofold compress), or take `method=lora`"
         )
     if settings.method in DENSE and compact:
         raise TwofoldError(
-            f"--method {settings.method} needs the dense weight, and {compact[0]} is kept in its factors; take lora, rslora, "
-            "eva, factors, factors-top or factors-tail, or leave such layers out with --exclude"
+            f"`method={settings.method}` needs the dense weight, and {compact[0]} is kept in its factors; take lora, rslora, "
+            "eva, factors, factors-top or factors-tail, or leave such layers out with `exclude`"
         )
     return compact if settings.method.startswith("factors") else names
 

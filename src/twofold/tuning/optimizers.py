@@ -26,7 +26,7 @@ def check_optimizer(settings: TuneSettings) -> None:
     for name in (package, "bitsandbytes") if package else ():
         if importlib.util.find_spec(name) is None:
             raise TwofoldError(
-                f"--optimizer {settings.optimizer} needs the package {name.replace('_', '-')}, which is not installed; "
+                f"`optimizer={settings.optimizer}` needs the package {name.replace('_', '-')}, which is not installed; "
                 "install it with: pip install 'twofold[low-rank-optimizers]'"
             )
 
@@ -56,13 +56,13 @@ def check_layers(model: nn.Module, settings: TuneSettings) -> None:
         return
     if any(isinstance(module, Conv1D) for module in model.modules()):
         raise TwofoldError(
-            f"--optimizer {settings.optimizer} projects the gradients of nn.Linear, and this model's layers are GPT-2's Conv1D; "
+            f"`optimizer={settings.optimizer}` projects the gradients of nn.Linear, and this model's layers are GPT-2's Conv1D; "
             "take adamw or adafactor"
         )
     if not projected_layers(model, settings):
         raise TwofoldError(
-            f"no layer is larger than the rank {settings.projected_rank} that --optimizer {settings.optimizer} projects to; "
-            "take a smaller --optimizer-rank, or adamw"
+            f"no layer is larger than the rank {settings.projected_rank} that `optimizer={settings.optimizer}` projects to; "
+            "take a smaller `optimizer_rank`, or adamw"
         )
 
 

@@ -94,7 +94,7 @@ def read_bytes(text: str) -> float:
     """
     size, unit = parse_budget(text)
     if unit != "bytes":
-        raise TwofoldError(f"--memory must be a size in bytes, such as 4GB, got {text!r}")
+        raise TwofoldError(f"`memory` must be a size in bytes, such as 4GB, got {text!r}")
     return size
 
 
@@ -106,7 +106,7 @@ def summary(rows: Rows, examples: Examples) -> str:
     if examples.refused:
         parts.append(f"{examples.refused:,} refused by the chat template skipped (first: {examples.first_refused})")
     if examples.cut:
-        parts.append(f"{examples.cut:,} cut to --length")
+        parts.append(f"{examples.cut:,} cut to `length`")
     if examples.left_out:
         parts.append(f"{examples.left_out:,} left out that are longer")
     return "; ".join(parts)

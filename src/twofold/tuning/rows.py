@@ -65,7 +65,7 @@ def read_rows(
             except BadRowError as error:
                 if not skip_bad:
                     raise TwofoldError(
-                        f"{where}: {error}; mend the row, or leave out such rows with --skip-bad"
+                        f"{where}: {error}; mend the row, or leave out such rows with `skip_bad`"
                     ) from error
                 skipped += 1
                 first = first or f"{where}: {error}"

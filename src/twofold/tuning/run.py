@@ -210,7 +210,7 @@ class _Tuning:
             self.loaded.tokenizer.save_pretrained(good)
         raise TwofoldError(
             f"{error.what} at step {error.step}, so the training stopped; the state of step {error.step - 1} is kept in {good}: "
-            f"take a smaller --learning-rate than {self.settings.rate:g} and another --out, or look at the rows"
+            f"take a smaller `learning_rate` than {self.settings.rate:g} and another `out`, or look at the rows"
         ) from error
 
     def _record(

@@ -8,7 +8,7 @@ import pydantic
 from pydantic import Field
 
 from twofold.errors import TwofoldError
-from twofold.settings.recipe import checked
+from twofold.settings.base import checked
 
 Method = Literal[
     "lora", "rslora", "dora", "pissa", "olora", "corda", "eva", "vera", "adalora",
@@ -69,7 +69,7 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
     weight_decay: Annotated[float, Field(ge=0, description="weight decay of AdamW")] = 0.0
     optimizer: Annotated[
         Literal["adamw", "adafactor", "galore", "apollo"],
-        Field(description="adamw; with a smaller state: adafactor, and for --method full galore, apollo"),
+        Field(description="adamw; with a smaller state: adafactor, and for `method=full` galore, apollo"),
     ] = "adamw"
     optimizer_rank: Annotated[
         int | None, Field(ge=1, description="galore, apollo: rank of the projected gradients [default: 128]")
@@ -102,20 +102,20 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
     @pydantic.model_validator(mode="after")
     def _fit(self) -> TuneSettings:
         if self.batch % self.micro_batch:
-            raise ValueError(f"--micro-batch must divide --batch, got {self.micro_batch} and {self.batch}")
+            raise ValueError(f"`micro_batch` must divide `batch`, got {self.micro_batch} and {self.batch}")
         if self.held_out > 1 and not float(self.held_out).is_integer():
-            raise ValueError(f"--held-out must be a share below 1 or a whole number of rows, got {self.held_out}")
+            raise ValueError(f"`held_out` must be a share below 1 or a whole number of rows, got {self.held_out}")
         if self.optimizer in PROJECTED and self.method != "full":
             raise ValueError(
-                f"--optimizer {self.optimizer} keeps the state of whole weights small, so it goes with --method full alone, got "
-                f"--method {self.method}"
+                f"`optimizer={self.optimizer}` keeps the state of whole weights small, so it goes with `method=full` alone, got "
+                f"`method={self.method}`"
             )
         if self.optimizer == "adafactor" and self.method == "factors":
-            raise ValueError("--method factors bounds the steps of AdamW; leave --optimizer out, or take factors-top")
+            raise ValueError("`method=factors` bounds the steps of AdamW; leave `optimizer` out, or take factors-top")
         if self.save_every is not None and not self.keeps_checkpoints:
-            raise ValueError(f"{self._without} keeps no checkpoints, so there is nothing to --save-every; leave it out")
+            raise ValueError(f"{self._without} keeps no checkpoints, so there is nothing to `save_every`; leave it out")
         if self.optimizer_rank is not None and self.optimizer not in PROJECTED:
-            raise ValueError(f"--optimizer-rank is for {' and '.join(PROJECTED)}; leave it out for {self.optimizer}")
+            raise ValueError(f"`optimizer_rank` is for {' and '.join(PROJECTED)}; leave it out for {self.optimizer}")
         if self.steps is not None:
             self.intervals(self.steps)
         return self
@@ -131,10 +131,10 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
         save = self.save_every or (look if self.patience else often)
         if self.patience and (not self.held_out or save % look):
             raise TwofoldError(
-                "--patience needs held-out rows, and a --save-every that is a multiple of --evaluate-every"
+                "`patience` needs held-out rows, and a `save_every` that is a multiple of `evaluate_every`"
             )
         if self.patience and not self.keeps_checkpoints:
-            raise TwofoldError(f"--patience takes the best checkpoint, and {self._without} keeps none; leave it out")
+            raise TwofoldError(f"`patience` takes the best checkpoint, and {self._without} keeps none; leave it out")
         return look, save
 
     @property
@@ -146,7 +146,7 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
     @property
     def _without(self) -> str:
         """The setting for whose sake there are no checkpoints, in words."""
-        return f"--optimizer {self.optimizer}" if self.optimizer in PROJECTED else f"--method {self.method}"
+        return f"`optimizer={self.optimizer}`" if self.optimizer in PROJECTED else f"`method={self.method}`"
 
     @property
     def projected_rank(self) -> int:

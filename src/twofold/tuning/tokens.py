@@ -14,7 +14,7 @@ from twofold.host.quiet import first_line
 from twofold.tuning.rows import Row
 
 IGNORED = -100  # the label of a token that is not learnt
-MEND = "mend the row, or leave out such rows with --skip-bad"
+MEND = "mend the row, or leave out such rows with `skip_bad`"
 
 
 class RefusedRowError(TwofoldError):
@@ -100,8 +100,8 @@ def encode_rows(
         where, size = too_long[0]
         longest = max(size for _, size in too_long)
         raise TwofoldError(
-            f"{where} has {size} tokens, more than the {length} of --length, and so have {len(too_long) - 1} more rows (the "
-            f"longest {longest}); raise --length, cut such rows with --long cut, or leave them out with --long skip"
+            f"{where} has {size} tokens, more than the {length} of `length`, and so have {len(too_long) - 1} more rows (the "
+            f"longest {longest}); raise `length`, cut such rows with `long=cut`, or leave them out with `long=skip`"
         )
     if refused and not examples:
         raise TwofoldError(f"no row is left to learn from: {len(refused)} bad ones were skipped, first {refused[0]}")
@@ -116,7 +116,7 @@ def _split(examples: list[Example], held_out: float, seed: int, cut: int, left_o
     if len(examples) - count < 1:
         raise TwofoldError(
             f"of {len(examples)} rows that can be used {count} would be held out, and none is left to train on; "
-            "use a smaller --held-out, or more data"
+            "use a smaller `held_out`, or more data"
         )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     aside = set(order[:count])
@@ -196,7 +196,7 @@ def _conversation(
         if start < len(before) - 1 or stop < len(after) - 1 or stop <= start:
             raise TwofoldError(
                 f"{where}: the chat template renders the beginning of a conversation otherwise than the whole, so the answers in "
-                "it can't be told; learn all of it with --loss all, or give one answer a row"
+                "it can't be told; learn all of it with `loss=all`, or give one answer a row"
             )
         learnt[start:stop] = [True] * (stop - start)
     return ids, learnt

@@ -208,5 +208,5 @@ def disk_errors(folder: Path) -> Iterator[None]:
         rest = f"the state of {kept.name} is kept" if kept is not None else "no checkpoint was kept"
         raise TwofoldError(
             f"no space for a checkpoint in {folder}; {rest}: free some space and run the same command again, or save less often "
-            "with --save-every"
+            "with `save_every`"
         ) from error

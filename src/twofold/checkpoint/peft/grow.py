@@ -62,7 +62,7 @@ def grow(
         )
     if any(isinstance(part, IntMatrix) for part in layer.modules()):
         raise TwofoldError(
-            "an adapter can't be merged into factors that are integers (--bits), they would become floating point; keep it "
+            "an adapter can't be merged into factors that are integers (`bits`), they would become floating point; keep it "
             "beside the model, or make the model dense first (twofold export --to dense)"
         )
     if bias is not None and layer.bias is None:

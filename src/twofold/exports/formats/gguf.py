@@ -22,7 +22,7 @@ from twofold.model.load import load_model
 
 FILE = "model.gguf"
 Turn = Callable[[np.ndarray], np.ndarray]
-CONVERTER = "without one, use --to dense and then llama.cpp's own convert_hf_to_gguf.py, which no package has"
+CONVERTER = "without one, use `to=dense` and then llama.cpp's own convert_hf_to_gguf.py, which no package has"
 
 
 @export_format("gguf", integers=True)
@@ -36,7 +36,7 @@ def write_gguf(source: Source, folder: Path) -> Written:
 
     if source.base is None or not source.base.endswith(".gguf") or not Path(source.base).expanduser().is_file():
         raise TwofoldError(
-            f"--to gguf takes the tokenizer and the layout from a GGUF file of the original: name it with --base model.gguf; "
+            f"`to=gguf` takes the tokenizer and the layout from a GGUF file of the original: name it with `base=model.gguf`; "
             f"{CONVERTER}"
         )
     original = load_model(source.base, device="cpu").model
@@ -102,7 +102,7 @@ def _check_same(before: dict[str, Tensor], after: dict[str, Tensor], source: Sou
         if key not in after or after[key].shape != value.shape:
             raise TwofoldError(
                 f"{source.base} has the weight {key} {tuple(value.shape)}, and {source.loaded.name} has none of that shape; "
-                "name a GGUF file of its original with --base"
+                "name a GGUF file of its original with `base`"
             )
 
 

@@ -37,7 +37,7 @@ class Residual:
 
 @export_format("lora", factored=True, needs=("peft",))
 def write_lora(source: Source, folder: Path) -> Written:
-    """An adapter of the rank that each layer takes, or of ``--rank`` at the most.
+    """An adapter of the rank that each layer takes, or of ``rank`` at the most.
 
     Raises:
         TwofoldError: if there is no original to be found, or it is not the one that the model was made from.
@@ -102,7 +102,7 @@ def _adapt(model: Any, residuals: dict[str, Residual], name: str) -> Any:
     most = max(ranks.values())
     transposed = {isinstance(model.get_submodule(key), Conv1D) for key in residuals}
     if len(transposed) > 1:
-        raise TwofoldError(f"{name} has weights of both orders, which one adapter can't have; use --to dense")
+        raise TwofoldError(f"{name} has weights of both orders, which one adapter can't have; use `to=dense`")
     config = LoraConfig(
         r=most,
         lora_alpha=most,
@@ -142,14 +142,14 @@ def _check_original(source: Source, original: Any, layers: dict[str, CompactLine
         if other is None or other.shape != value.shape or not torch.equal(other.to(value.dtype), value):
             raise TwofoldError(
                 f"{key} of {source.loaded.name} is not that of {name}, and an adapter holds differences of factored "
-                "weights alone; name the original with --base, or use --to dense"
+                "weights alone; name the original with `base`, or use `to=dense`"
             )
     for key, layer in layers.items():
         if f"{key}.weight" not in theirs or _dense(original.get_submodule(key)).shape != (
             layer.out_features,
             layer.in_features,
         ):
-            raise TwofoldError(f"{name} has no weight of the shape of {key}; name the original with --base")
+            raise TwofoldError(f"{name} has no weight of the shape of {key}; name the original with `base`")
 
 
 def _notes(name: str, residuals: dict[str, Residual], rank: int | None) -> list[str]:

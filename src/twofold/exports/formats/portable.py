@@ -56,8 +56,8 @@ def write_portable(source: Source, folder: Path) -> Written:
     native = type(model)
     if not native.__module__.startswith("transformers."):
         raise TwofoldError(
-            f"{source.loaded.name} has an architecture of its own, {native.__name__}, and --to portable takes those of "
-            "transformers; use --to dense"
+            f"{source.loaded.name} has an architecture of its own, {native.__name__}, and `to=portable` takes those of "
+            "transformers; use `to=dense`"
         )
     base = modeling_auto.MODEL_MAPPING.get(type(model.config), None)
     base = base if isinstance(base, type) else native

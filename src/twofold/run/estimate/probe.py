@@ -6,7 +6,6 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,27 +23,15 @@ from twofold.model.skeleton import empty_model
 from twofold.model.streamed import Resident
 from twofold.model.weights import Target
 from twofold.nn.factored_linear import FactoredLinear
-from twofold.objectives.base import get_objective
-from twofold.settings.recipe import Recipe
+from twofold.objectives import OBJECTIVES
+from twofold.recipe import Recipe
+from twofold.settings.price import Speeds
 from twofold.task.curvature import loss_gradient
 
 LARGEST_BLOCK = 300_000_000  # numbers of a block that is tried as it is
 LARGEST_SIDE = 768  # of a weight that is decomposed as it is; larger ones are told from one of this side
 GROWTH = 2.8  # the power of its side with which the time of a decomposition grows
 TRIES = 3
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """Seconds on this machine."""
-
-    forward: float  # one block, one batch, with the moments of its inputs
-    both: float  # the same, forward and backward, with all moments
-    head: float  # the output head and the sampled labels, forward and backward, one batch
-    head_forward: float  # the logits of one window
-    decompose: float  # the weights of one block
-    factorize: float
-    batch: int  # tokens
 
 
 class _Stands(Resident):
@@ -83,7 +70,7 @@ def probe(
         targets: those of one block.
         table: numbers of the output head.
     """
-    objective = get_objective(recipe.objective)
+    objective = OBJECTIVES.get(recipe.objective)
     batch = recipe.batch_size * recipe.window
     request = request_statistics(targets, groups, objective.needs)
     vocabulary = int(getattr(loaded.model.config.get_text_config(), "vocab_size", 0) or 0)

@@ -121,7 +121,7 @@ def get_runtime(name: str) -> Runtime:
     if missing:
         raise TwofoldError(
             f"the runtime {name} needs {' and '.join(missing)}, not installed: pip install 'twofold[{found.extra}]', or leave "
-            "it out of --runtime"
+            "it out of `runtime`"
         )
     return found
 

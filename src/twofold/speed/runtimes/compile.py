@@ -50,7 +50,7 @@ class CompiledSession(TorchSession):
         except Exception as error:  # no compiler, or a forward that it can't follow
             raise TwofoldError(
                 f"torch.compile can't run {self.name} here ({first_line(error)}); it needs a C++ compiler on a processor; "
-                "install one, or leave compile out of --runtime"
+                "install one, or leave compile out of `runtime`"
             ) from error
 
 

@@ -116,18 +116,18 @@ class Graphs(Runtime):
         try:
             check_plain(skeleton, model)
         except TwofoldError:
-            return f"its factors are quantized, and {self.name} runs exports, which hold numbers; it takes one without --bits"
+            return f"its factors are quantized, and {self.name} runs exports, which hold numbers; it takes one without `bits`"
         return None
 
     def check(self, models: list[str], settings: Settings) -> None:
         for flag, given, able in (
-            ("--dtype", settings.dtype, ("auto", "float32")),
-            ("--device", settings.device, ("auto", "cpu")),
+            ("dtype", settings.dtype, ("auto", "float32")),
+            ("device", settings.device, ("auto", "cpu")),
         ):
             if given not in able:
                 raise TwofoldError(
-                    f"the runtime {self.name} runs in float32 on the processor, got {flag} {given}; leave {flag} out, or "
-                    f"{self.name} out of --runtime"
+                    f"the runtime {self.name} runs in float32 on the processor, got `{flag}={given}`; leave `{flag}` out, or "
+                    f"{self.name} out of `runtime`"
                 )
         if all(self._is_export(model) for model in models):
             return

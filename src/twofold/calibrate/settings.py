@@ -1,0 +1,28 @@
+"""How moments are collected."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from twofold.model.settings import Loading
+from twofold.objectives import Method
+from twofold.settings.base import Settings
+from twofold.task import Curvature
+from twofold.task.text.settings import Measuring, Texts
+
+
+class Moment(Settings):
+    """How the moments of inputs and gradients are estimated."""
+
+    TITLE = "Calibration"
+
+    batch_size: Annotated[int, Field(ge=1, description="windows in a calibration batch; more takes more memory")] = 1
+    curvature: Annotated[
+        Curvature, Field(description="how the gradients' moments are estimated: sampled, gauss-newton, empirical")
+    ] = "sampled"
+
+
+class Calibrating(Loading, Texts, Measuring, Method, Moment):
+    """All that the moments of a model depend on."""

@@ -1,0 +1,118 @@
+"""The perplexity of a model in which one weight alone is truncated, at each share of a grid: ASVD's sensitivities."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pydantic
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from twofold.errors import TwofoldError
+from twofold.evidence.base import Measurement
+from twofold.host.cache import cache_folder
+from twofold.host.files import write_text
+from twofold.host.progress import progress, say
+from twofold.linalg.gauge import gauge_rank
+from twofold.linalg.spectrum import truncate
+from twofold.model.frozen import frozen
+from twofold.model.weights import Target, dense_weight
+from twofold.task.quality import Logits, quality, score
+
+
+class _Table(pydantic.BaseModel, extra="forbid", ser_json_inf_nan="constants"):
+    """Perplexities by the name of the weight, in the order of the grid, and what they belong to; kept in the cache."""
+
+    mark: str
+    perplexities: dict[str, list[float]] = {}
+
+    @classmethod
+    def of(cls, work: Measurement, grid: Sequence[float], windows: int) -> _Table:
+        """Take up what an earlier run, or one that was stopped, has measured."""
+        assert work.windows is not None
+        settings = work.settings
+        told = [
+            work.made.spectra.mark, work.windows.sha256, windows, settings.form, settings.dtype, settings.device, list(grid)
+        ]  # fmt: skip
+        table = cls(mark=hashlib.sha256(json.dumps(told).encode()).hexdigest())
+        try:
+            found = cls.model_validate_json(table.path.read_text(encoding="utf-8"))
+            if found.mark == table.mark and all(len(row) == len(grid) for row in found.perplexities.values()):
+                return found
+        except (OSError, ValueError):  # none, or none that can be read
+            pass
+        return table
+
+    @property
+    def path(self) -> Path:
+        return cache_folder() / "sensitivity" / f"{self.mark[:24]}.json"
+
+    def keep(self) -> bool:
+        """Write the table for another run; say so where the disk does not take it."""
+        try:
+            write_text(self.path, self.model_dump_json())
+            return True
+        except TwofoldError as error:
+            say(f"the sensitivities are not kept for another run: {error}")
+            return False
+
+
+@torch.no_grad()
+def perplexities(
+    work: Measurement, grid: Sequence[float], windows: int
+) -> dict[str, NDArray[np.float64]]:  # (grid,) of each weight
+    """Measure every weight at every share of the grid; one forward pass over some windows each."""
+    assert work.windows is not None
+    table, ids = _Table.of(work, grid, windows), work.windows.ids[:windows]
+    model, known = work.model, table.perplexities
+    missing = [target for target in work.targets if target.name not in known]
+    total, done = len(work.targets) * len(grid), (len(work.targets) - len(missing)) * len(grid)
+    kept = True
+
+    def logits(ids: Tensor) -> Tensor:
+        return model(input_ids=ids.to(model.device)).logits  # type: ignore[no-any-return]
+
+    with (
+        frozen(model),
+        progress("Truncating one weight at a time", total, done=done, unit="measurements", quiet=work.quiet) as tick,
+    ):
+        for target in missing:
+            module = model.get_submodule(target.name)
+            problem = work.made.problem(model, target)
+            spectrum = work.made.spectrum(target, problem)
+            weight = dense_weight(module).detach()
+            row = []
+            for share in grid:
+                left, right = truncate(weight, spectrum, problem.metric, rank_within(target, share, work.settings.form))
+                truncated = (left @ right).to(weight)
+                row.append(_perplexity(module, truncated, target.transposed, logits, ids))
+                tick()
+            known[target.name] = row
+            kept = kept and table.keep()
+    return {target.name: np.array(known[target.name]) for target in work.targets}
+
+
+def rank_within(target: Target, share: float, form: str) -> int:
+    """The largest rank that stores at most a share of a weight; at least 1."""
+    m, n = target.out_features, target.in_features
+    allowed = share * target.size * (1 + 1e-9)
+    return max(int(allowed / (m + n)) if form == "plain" else gauge_rank(m, n, allowed), 1)
+
+
+def _perplexity(module: nn.Module, weight: Tensor, transposed: bool, logits: Logits, windows: Tensor) -> float:
+    """The perplexity with another weight (out, in) in a layer, which then gets its own back."""
+    parameter = module.weight
+    assert isinstance(parameter, Tensor)
+    own = parameter.data
+    parameter.data = (weight.T if transposed else weight).contiguous()
+    try:
+        loss = sum(score(logits(ids), ids)[0] for ids in windows[:, None])
+    finally:
+        parameter.data = own
+    return math.inf if math.isnan(loss) else quality(loss, windows).perplexity

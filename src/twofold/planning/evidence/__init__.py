@@ -1,1 +1,0 @@
-"""What an allocation asks to be measured on the model."""

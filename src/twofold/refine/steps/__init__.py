@@ -1,0 +1,1 @@
+"""How the refinements work; each is declared in the folder above."""

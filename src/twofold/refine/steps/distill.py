@@ -1,0 +1,59 @@
+"""Train all factors on the divergence from the dense model."""
+
+from __future__ import annotations
+
+import time
+
+from twofold.refine import Refined
+from twofold.refine.steps.job import Job
+from twofold.refine.steps.likeness import Likeness
+from twofold.refine.steps.training import round_to, train, trainable, training
+
+
+def distill(job: Job) -> Refined:
+    """Train the factors on the divergence from the dense model, and on the labels as far as the recipe says.
+
+    The two together are the loss that is judged, too.
+
+    Raises:
+        TwofoldError: if the model gives no token logits.
+    """
+    began = time.monotonic()
+    model, recipe = job.model, job.recipe
+    parameters = trainable(model)
+    loss = Likeness(job)
+    with training(model, parameters):
+        start = time.monotonic()
+        before = loss.held_out()
+        judging = time.monotonic() - start  # which the end takes once more
+        trained = train(
+            parameters,
+            loss,
+            loss.held_out,
+            windows=len(job.windows),
+            batch=recipe.refine_batch,
+            together=loss.together,
+            before=before,
+            passes=recipe.refine_passes,
+            rate=recipe.refine_rate,
+            steps=recipe.refine_steps,
+            seconds=None if job.seconds is None else max(job.seconds - (time.monotonic() - began) - judging, 1.0),
+            seed=recipe.seed,
+            path=None if job.folder is None else job.folder / "distill.safetensors",
+            mark=f"{job.mark} {recipe.refine_labels}",
+            title="Distilling",
+            quiet=job.quiet,
+        )
+    round_to(parameters, job.loaded.stored_dtype)
+    return Refined(
+        method="distill",
+        steps=trained.steps,
+        planned=trained.planned,
+        tokens=trained.windows * job.windows.shape[1],
+        parameters=sum(p.numel() for p in parameters.values()),
+        seconds=time.monotonic() - began,
+        unit="nats",
+        loss_before=before,
+        loss_after=loss.held_out(),
+        ended=trained.ended,
+    )

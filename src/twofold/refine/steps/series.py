@@ -1,0 +1,119 @@
+"""Refinements one after another on one model: what can't be done is refused before any work, what does harm is taken back."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from twofold.host.progress import say
+from twofold.nn.places import replace_module
+from twofold.nn.shared_linear import hold_bases
+from twofold.refine import REFINEMENTS, Refined, Stages
+from twofold.refine.steps.job import Job
+from twofold.settings.base import Settings
+
+if TYPE_CHECKING:
+    from twofold.factor.prepared import Prepared
+
+MANY = 2000  # trained numbers for each calibration token: twice what the measured runs had (docs/experiments.md)
+
+
+def refine(
+    prepared: Prepared,
+    replaced: dict[str, nn.Module],
+    recipe: Stages,
+    *,
+    folder: Path | None = None,
+    quiet: bool = False,
+) -> list[Refined]:
+    """Better the factors of a model in memory, by each of the recipe's refinements in turn.
+
+    One that makes the model worse on held-out text is taken back.
+
+    Args:
+        replaced: the dense layers that the factored ones took the place of.
+        folder: where what took long is kept, so that a killed run goes on from it; in memory if it is None.
+    """
+    windows = prepared.windows
+    if not recipe.refine or not replaced:
+        return []
+    assert windows is not None
+    began = time.monotonic()
+    model = prepared.loaded.model
+    # Not the losses, which another number of threads rounds otherwise.
+    losses = {"predicted_loss", "total_loss", "measured_loss"}
+    told = prepared.plan.model_dump_json(exclude={"notes": True, "entries": {"__all__": losses}})
+    made = hashlib.sha256(told.encode()).hexdigest()
+    # What the quality is measured on is not looked at before.
+    held_out = windows.held_out[recipe.eval_windows :] if recipe.eval_text is None else windows.held_out
+    stopped_on = hashlib.sha256(held_out.contiguous().numpy().tobytes()).hexdigest()
+    own = sorted(recipe.model_dump_json(include=set(kind.model_fields)) for kind in _own_settings(recipe))
+    belongs = f"{prepared.spectra.mark} {made} {windows.sha256} {stopped_on} {recipe.minutes} {own}"
+    # What a refinement begins from depends on how those before it were asked to work.
+    before_it = recipe.model_dump_json(
+        include={name for name in type(recipe).model_fields if name.startswith("refine_")}
+    )
+    prepared.plan.notes += _warnings(prepared, recipe, len(held_out), quiet)
+    done: list[Refined] = []
+    for i, name in enumerate(recipe.refine):
+        seconds = None
+        if recipe.minutes is not None:
+            seconds = max(60 * recipe.minutes - (time.monotonic() - began), 1.0) / (len(recipe.refine) - i)
+        job = Job(
+            prepared.loaded,
+            replaced,
+            prepared.plan,
+            prepared.moments,
+            prepared.objective,
+            windows.ids,
+            held_out,
+            recipe,
+            seconds,
+            folder / f"{i}-{name}" if folder is not None else None,
+            f"{belongs} {recipe.refine[: i + 1]} {before_it if i else ''}",
+            quiet,
+        )
+        # In one call, so that layers that share a basis share its copy.
+        before = copy.deepcopy({name: model.get_submodule(name) for name in replaced})
+        entries, notes = list(prepared.plan.entries), list(prepared.plan.notes)
+        refined = REFINEMENTS.get(name).run(job)
+        if not math.isfinite(refined.loss_after) or refined.loss_after > refined.loss_before:
+            for place, module in before.items():
+                replace_module(model, place, module)
+            hold_bases(model)
+            prepared.plan.entries[:], prepared.plan.notes[:] = entries, notes
+            refined = refined.model_copy(update={"ended": f"{refined.ended}; it was taken back, since it did harm"})
+            if not quiet:
+                say(refined.words)
+        done.append(refined)
+    return done
+
+
+def _own_settings(recipe: Stages) -> list[type[Settings]]:
+    """The settings that the refinements of a recipe bring."""
+    brought = [REFINEMENTS.get(name).settings for name in recipe.refine]
+    return [settings for settings in brought if settings is not None]
+
+
+def _warnings(prepared: Prepared, recipe: Stages, held_out: int, quiet: bool) -> list[str]:
+    """What a reader should know before a training: too few tokens, or none to stop on."""
+    found = []
+    numbers = sum(entry.numbers_after for entry in prepared.plan.entries if entry.rank is not None)
+    windows = prepared.windows
+    assert windows is not None
+    if any(REFINEMENTS.get(name).trains for name in recipe.refine) and numbers > MANY * windows.tokens:
+        found.append(
+            f"{numbers:,} numbers are trained on {windows.tokens:,} calibration tokens, {numbers / windows.tokens:,.0f} each; "
+            "a training may learn so few by heart: give more with `tokens`"
+        )
+    if not held_out:
+        found.append("the calibration text left nothing to stop the refinement on, so its first window was taken")
+    for note in found if not quiet else []:
+        say(note)
+    return found

@@ -1,0 +1,68 @@
+"""What a run will take: memory and disk from the shapes, time from a short probe of this machine."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+
+from twofold.errors import TwofoldError
+from twofold.model.blocks import Chain
+from twofold.model.load import LoadedModel
+from twofold.model.survey import survey
+from twofold.model.weights import Target, list_weights
+from twofold.planning.plan import Estimate
+from twofold.recipe import Recipe
+from twofold.refine import REFINEMENTS
+from twofold.run.estimate.figures import figures_of
+from twofold.run.estimate.limit import memory_limit
+from twofold.run.estimate.memory import memory_of, price_of
+from twofold.run.estimate.probe import probe
+from twofold.run.estimate.seconds import read_speed, seconds_of
+from twofold.run.estimate.way import way_of
+
+
+def estimate_run(loaded: LoadedModel, recipe: Recipe, output_bytes: int) -> Estimate:
+    """What a run of a recipe will take: memory and disk from the shapes, time from a probe of some seconds.
+
+    Args:
+        loaded: the model without weights.
+        output_bytes: of the factored checkpoint.
+
+    Raises:
+        TwofoldError: if it can't be done in the memory that may be used.
+    """
+    limit = memory_limit(recipe)
+    way = way_of(loaded, recipe, limit)
+    found = list_weights(loaded.model, recipe.include, recipe.exclude)
+    groups: dict[str, str] = {}
+    chain: Chain | None = way.chain if len(way.chain) else None
+    try:
+        surveyed = survey(loaded, found.targets)
+        groups, chain = surveyed.groups, surveyed.chain
+    except TwofoldError:  # a model that does not run on token ids alone is estimated as one piece
+        pass
+    f = figures_of(loaded, chain, groups, recipe)
+    memory = memory_of(f, recipe, way.blocks)
+    speeds = probe(loaded, chain, [t for t in f.block_targets if isinstance(t, Target)], groups, recipe, f.table)
+    seconds = seconds_of(f, speeds, recipe, way.blocks, read_speed(loaded))
+    states = 0
+    if way.blocks is not None and recipe.activations == "disk":
+        stretch_count = ceil(f.blocks / way.blocks)
+        kept = stretch_count if f.backward else 2
+        states = kept * recipe.all_tokens * (f.table // max(f.vocabulary, 1)) * f.element
+    bases = 4 * sum(min(t.out_features, t.in_features) ** 2 for t in f.targets)
+    if way.blocks is None:
+        states += int(sum(REFINEMENTS.get(name).disk(price_of(f, recipe), recipe) for name in recipe.refine))
+    return Estimate(
+        blocks_at_once=way.blocks,
+        peak_memory=int(max(memory.values())),
+        memory_limit=int(limit),
+        memory={name: int(value) for name, value in memory.items()},
+        seconds={name: round(value, 1) for name, value in seconds.items()},
+        total_seconds=round(sum(seconds.values()), 1),
+        moments_bytes=4 * sum(f.request.values()),
+        work_bytes=bases + states + (output_bytes if way.blocks is not None else 0),
+        output_bytes=output_bytes,
+        threads=torch.get_num_threads(),
+    )

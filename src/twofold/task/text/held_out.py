@@ -1,0 +1,79 @@
+"""Windows to measure on, by the protocol that published WikiText-2 figures use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twofold.errors import TwofoldError
+from twofold.model.load import LoadedModel, need_tokenizer, positions
+from twofold.task.text.settings import Measuring
+from twofold.task.text.texts import CHARACTERS_PER_TOKEN, read_texts
+
+
+def evaluation_windows(
+    source: str | Path | Iterable[str | Path],
+    tokenizer: Any,
+    *,
+    window: int = 1024,
+    windows: int | None = 16,
+    dataset_config: str | None = None,
+    dataset_split: str = "test",
+    text_column: str = "text",
+) -> Tensor:  # (windows, window), int64
+    """Non-overlapping windows of a text, tokenized without special tokens.
+
+    Args:
+        source: text files or a data set name; wiki.*.raw files are joined row by row as the published tables do.
+        windows: how many; None for all. A text that is shorter gives what it has, at least one.
+
+    Raises:
+        TwofoldError: if the text is empty or shorter than one window.
+    """
+    names = [str(source)] if isinstance(source, str | Path) else [str(one) for one in source]
+    limit = None if windows is None else windows * window * CHARACTERS_PER_TOKEN
+    text = "\n\n".join(
+        read_texts(
+            names,
+            characters=limit,
+            tokenizer=tokenizer,
+            dataset_config=dataset_config,
+            dataset_split=dataset_split,
+            text_column=text_column,
+        )
+    )
+    if not text.strip():
+        raise TwofoldError(f"the evaluation text is empty ({', '.join(names)})")
+    # So many characters hold the windows in any natural text; one that they do not is tokenized as far as it was read.
+    ids = tokenizer(text if limit is None else text[:limit], add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(ids) // window
+    if windows is not None:
+        count = min(count, windows)
+    if count == 0:
+        raise TwofoldError(
+            f"the evaluation text has {len(ids)} tokens, fewer than one window of {window} ({', '.join(names)}); "
+            "give more text, or measure in smaller windows"
+        )
+    return torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
+
+
+def evaluation_text(loaded: LoadedModel, recipe: Measuring) -> Tensor | None:  # (windows, window)
+    """The windows of a recipe's evaluation text, read before any work so that a text that can't be used is refused at once."""
+    if recipe.eval_text is None or recipe.eval_windows == 0:
+        return None
+    window = min(1024, positions(loaded.model) or 1024)
+    return evaluation_windows(recipe.eval_text, need_tokenizer(loaded), window=window, windows=recipe.eval_windows)
+
+
+def gives_logits(model: Any, windows: Tensor) -> bool:
+    """Whether a model in memory gives logits over the vocabulary of some windows."""
+    try:
+        with torch.no_grad():
+            probe = getattr(model(input_ids=windows[:1, :8].to(model.device)), "logits", None)
+    except Exception:  # an architecture that needs other inputs fails in its own way
+        return False
+    return probe is not None and probe.dim() == 3 and probe.shape[-1] > int(windows.max())

@@ -1,0 +1,234 @@
+"""Texts from files, a datasets name or a Python iterable, cut into windows of tokens."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twofold.errors import TwofoldError
+
+CHARACTERS_PER_TOKEN = (
+    16  # a generous bound: texts are read up to this many characters for each token that is asked for
+)
+WIKITEXT = re.compile(r"wiki\..*\.raw$")
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Windows of token ids to calibrate on, and those that follow, to measure on."""
+
+    ids: Tensor  # (windows, window), int64
+    held_out: Tensor  # (some windows, window), int64; may be empty
+    source: str  # where the text came from, in words
+    asked: int  # the tokens that were asked for
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the token ids that are calibrated on."""
+        return hashlib.sha256(self.ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+
+
+def wikitext_rows(text: str) -> str:
+    """WikiText's raw file as the published tables read it: a lone space becomes an empty row, rows joined by two newlines."""
+    rows = text.split("\n")
+    if rows and rows[-1] == "":
+        rows.pop()
+    return "\n\n".join("" if row == " " else row + "\n" for row in rows)
+
+
+def read_texts(
+    sources: str | Path | Iterable[str | Path],
+    *,
+    characters: int | None = None,
+    tokenizer: Any = None,
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
+    text_column: str = "text",
+) -> Iterator[str]:
+    """Read texts from files or from a data set of the hub.
+
+    Args:
+        sources: paths of text files (.txt, .raw, .md, …: one text each) or of .jsonl files (one text a row, from "text",
+            "messages", or "prompt" and "completion"), or else names for ``datasets.load_dataset``.
+            WikiText's raw files (wiki.*.raw) are joined the way the published tables read them.
+        characters: stop after about this many.
+        tokenizer: renders "messages" through its chat template.
+
+    Raises:
+        TwofoldError: if a source can't be read, or is neither a file nor a data set.
+    """
+    left = characters if characters is not None else float("inf")
+    for source in _expand([sources] if isinstance(sources, str | Path) else sources):
+        for text in _read_one(source, left, tokenizer, dataset_config, dataset_split, text_column):
+            yield text
+            left -= len(text)
+            if left <= 0:
+                return
+
+
+def _expand(sources: Iterable[str | Path]) -> Iterator[str]:
+    """Each source, and the files that a pattern such as texts/*.txt stands for, in order."""
+    for source in map(str, sources):
+        if not any(sign in source for sign in "*?[") or Path(source).exists():
+            yield source
+            continue
+        found = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (patterns may be absolute)
+        if not found:
+            raise TwofoldError(f"no file matches {source}; check the path")
+        yield from found
+
+
+def _read_one(source: str, limit: float, tokenizer: Any, config: str | None, split: str, column: str) -> Iterator[str]:
+    path = Path(source)
+    if path.is_dir() and not (path / "dataset_info.json").exists() and not any(path.glob("*.parquet")):
+        raise TwofoldError(f"{source} is a folder: name the text files in it, as in {source.rstrip('/')}/*.txt")
+    if path.is_file():
+        try:
+            if path.suffix in (".jsonl", ".json"):
+                with path.open(encoding="utf-8") as lines:
+                    for number, line in enumerate(lines, 1):
+                        if line.strip():
+                            yield _row_text(line, f"{source}, line {number}", tokenizer, column)
+            else:
+                with path.open(encoding="utf-8") as file:
+                    text = file.read(int(limit) if limit != float("inf") else -1)
+                yield wikitext_rows(text) if WIKITEXT.search(path.name) else text
+        except UnicodeDecodeError as error:
+            raise TwofoldError(f"{source} is not a text file in UTF-8; convert it first") from error
+        except OSError as error:
+            raise TwofoldError(f"{source} can't be read: {error.strerror}") from error
+        return
+    if not path.exists() and (
+        path.suffix in (".txt", ".raw", ".md", ".jsonl", ".json") or source.startswith((".", "/", "~"))
+    ):
+        raise TwofoldError(f"there is no file {source}; check the path")
+    yield from _read_dataset(source, config, split, column, tokenizer)
+
+
+def _row_text(line: str, where: str, tokenizer: Any, column: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # beside no JSON: a number of too many digits, too much nesting
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise TwofoldError(f"{where} is not JSON: {reason}; a .jsonl file has one JSON object on each line") from error
+    text = _text_of(row, where, tokenizer, column)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # "\ud800" in JSON: half of a character
+        raise TwofoldError(f"{where} holds half of a character (a lone surrogate); convert it first") from error
+    return text
+
+
+def _text_of(row: Any, where: str, tokenizer: Any, column: str) -> str:
+    if isinstance(row, dict):
+        if isinstance(row.get(column), str):
+            return str(row[column])
+        if isinstance(row.get("messages"), list):
+            if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+                return "\n\n".join(str(m.get("content", "")) for m in row["messages"] if isinstance(m, dict))
+            try:
+                return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+            except Exception as error:  # a template may refuse a role or an order
+                raise TwofoldError(f"the chat template refuses {where}: {error}") from error
+        for answer in ("completion", "response"):
+            if isinstance(row.get("prompt"), str) and isinstance(row.get(answer), str):
+                return str(row["prompt"]) + str(row[answer])
+    raise TwofoldError(f"{where} has no text: it needs a field {column!r}, 'messages', or 'prompt' and 'completion'")
+
+
+def _read_dataset(name: str, config: str | None, split: str, column: str, tokenizer: Any) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise TwofoldError(
+            f"{name} is not a file; to read a data set of that name, install the library: pip install datasets"
+        ) from error
+    try:
+        for row in datasets.load_dataset(name, config, split=split, streaming=True):
+            text = _text_of(row, f"the data set {name}", tokenizer, column)
+            if text.strip():
+                yield text
+    except TwofoldError:
+        raise
+    except Exception as error:  # the library raises many kinds
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TwofoldError(f"{name} is neither a file nor a data set that can be read: {first}") from error
+
+
+def token_windows(
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    tokens: int,
+    window: int,
+    held_out: int = 0,
+    source: str = "texts",
+) -> TokenWindows:
+    """Tokenize texts without special tokens, join them, and cut the first ``tokens`` into windows.
+
+    Args:
+        tokens: how many tokens to calibrate on; rounded down to whole windows.
+        window: tokens in a window.
+        held_out: how many windows to set aside for measuring, spread evenly over as many tokens after those as there are, up to
+            ``tokens``: the text goes on with what it was about, and what comes right after flatters a training.
+
+    Raises:
+        TwofoldError: if the texts hold less than one window.
+    """
+    needed = tokens_needed(tokens, held_out * window)
+    ids: list[int] = []
+    empty = True
+    for text in [texts] if isinstance(texts, str) else texts:
+        if not text.strip():
+            continue
+        empty = False
+        # Texts that are cut by a window all the same are joined as paragraphs.
+        piece = tokenizer(("\n\n" if ids else "") + text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids.extend(piece)
+        if len(ids) >= needed:
+            break
+    if empty:
+        raise TwofoldError(f"the calibration text is empty ({source}); give a text with some thousand words")
+    windows = len(ids) // window
+    if windows == 0:
+        raise TwofoldError(
+            f"the calibration text has {len(ids)} tokens, fewer than one window of {window} ({source}); "
+            "give more text, or a smaller `window`"
+        )
+    calibrated = max(1, min(windows, tokens // window))
+    spare = min(held_out, windows - calibrated)
+    if held_out and not spare and windows > 1:  # a short text: keep the last tenth to measure on
+        spare = min(held_out, max(1, windows // 10))
+        calibrated = windows - spare
+    table = torch.tensor(ids[: windows * window], dtype=torch.int64).view(windows, window)
+    after = table[calibrated:][: (needed - tokens) // window]
+    return TokenWindows(table[:calibrated].clone(), after[spread(len(after))[:spare]], source, tokens)
+
+
+def spread(count: int) -> list[int]:
+    """The places 0 to ``count`` − 1 in an order whose every beginning is spread over them: the middle, the quarters, the eighths.
+
+    So those that are measured are the same, however many are set aside beside them.
+    """
+    bits = max(count - 1, 0).bit_length()
+    # Van der Corput's sequence: the bits of 1, 2, 3, … and at last of 0 in reverse, as a fraction.
+    reverse = [int(f"{i:0{bits}b}"[::-1], 2) for i in (*range(1, 1 << bits), 0)]
+    return list(dict.fromkeys((place * count) >> bits for place in reverse))[:count]
+
+
+def tokens_needed(tokens: int, held_out: int) -> int:
+    """The tokens to read for so many to calibrate on and so many to set aside."""
+    return tokens + (max(held_out, tokens) if held_out else 0)
