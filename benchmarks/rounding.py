@@ -58,8 +58,8 @@ def main() -> None:
     given = parser.parse_args()
     from twofold.linalg.gauge import gauge_rank
     from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate
-    from twofold.nn.factored_linear import FactoredLinear
     from twofold.nn.int_matrix import IntLinear, int_bytes
+    from twofold.nn.layers.factored import FactoredLinear
     from twofold.quantize.factors import factor_bytes, integer_factors
     from twofold.quantize.rounding import round_matrix
 

@@ -32,7 +32,7 @@ from transformers.trainer_callback import PrinterCallback
 import twofold
 from twofold.host.clock import machine
 from twofold.host.files import write_text
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.report.printed import COLOURS, on_paper, save_printed
 
 BAR = 1.0  # factorized over dense, held-out loss at equal time

@@ -33,7 +33,7 @@ def build_large(folder: Path, shape: argparse.Namespace) -> tuple[Path, Path]:
     from twofold.checkpoint.plugin import attach
     from twofold.linalg.gauge import gauge_rank
     from twofold.model.weights import list_weights
-    from twofold.nn.factored_linear import FactoredLinear
+    from twofold.nn.layers.factored import FactoredLinear
     from twofold.nn.places import replace_module
 
     config = LlamaConfig(

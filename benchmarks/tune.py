@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import twofold
 from twofold.model.load import load_tokenizer
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.tuning.prepare import prepare
 from twofold.tuning.settings import make_settings
 from twofold.tuning.tokens import Example, Examples

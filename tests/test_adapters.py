@@ -22,18 +22,18 @@ from twofold.adapters.folder import write_adapter
 from twofold.adapters.merge import merge, recompress_to
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import by_budget, by_energy
-from twofold.checkpoint.peft.grow import grow, plain_factors
+from twofold.checkpoint.peft.grow import grow
 from twofold.checkpoint.peft.lora import CompactLora, whole_layers
 from twofold.checkpoint.peft.register import need, register
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.linalg.spectrum import weighted_low_rank
 from twofold.model.weights import dense_weight, find_targets
-from twofold.nn.dense_columns_linear import DenseColumnsLinear
-from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.int_matrix import IntLinear
+from twofold.nn.layers.dense_columns import DenseColumnsLinear
+from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.sliced import SlicedLinear
 from twofold.nn.places import replace_module
-from twofold.nn.sliced_linear import SlicedLinear
 from twofold.quantize.rounding import round_matrix
 
 IDS = torch.arange(24)[None]
@@ -181,7 +181,7 @@ def test_growing_is_exact(m: int, n: int, r: int, k: int, form: str, bias: bool)
         for shape in ((m, r), (r, n), (m, k), (k, n), (5, n))
     )
     layer = FactoredLinear.from_factors(left, right, torch.randn(m, dtype=torch.float64) if bias else None, form=form)  # type: ignore[arg-type]
-    torch.testing.assert_close(torch.linalg.multi_dot(plain_factors(layer)), left @ right)
+    torch.testing.assert_close(torch.linalg.multi_dot(layer.factors()), left @ right)
     grown = grow(layer, up, down)
     torch.testing.assert_close(grown(x), layer(x) + x @ (up @ down).T, rtol=1e-8, atol=1e-8)
     if r + k < min(m, n) and isinstance(grown, FactoredLinear):

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,9 +35,10 @@ from twofold.factor.apply import apply_plan
 from twofold.model.load import load_model
 from twofold.model.settings import Override
 from twofold.model.weights import Target, Targets, find_targets
-from twofold.nn.factored_linear import FactoredLinear
-from twofold.nn.places import put_back
-from twofold.nn.shared_linear import BASES, SharedBasis, SharedLinear, hold_bases
+from twofold.nn.layers._basis import SharedBasis
+from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.shared import SharedLinear
+from twofold.nn.places import BASES, hold_bases, put_back
 from twofold.objectives import OBJECTIVES
 from twofold.planning.make import make_plan
 from twofold.planning.plan import Plan

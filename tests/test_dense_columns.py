@@ -15,8 +15,8 @@ from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
 from twofold.calibrate.moments import Moments
 from twofold.linalg.gauge import gauge_storage, plain_storage
 from twofold.model.structure import Member, Structure
-from twofold.nn.dense_columns_linear import DenseColumnsLinear
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.dense_columns import DenseColumnsLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.structures.dense_columns import CutColumns
 
 IDS = torch.arange(20)[None]

@@ -28,11 +28,12 @@ from twofold.exports.graph import trace
 from twofold.exports.runtimes import open_export
 from twofold.model.load import LoadedModel, load_model, load_skeleton
 from twofold.model.survey import survey
-from twofold.nn.dense_columns_linear import DenseColumnsLinear
-from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.int_matrix import IntMatrix
-from twofold.nn.shared_linear import SharedBasis, SharedLinear
-from twofold.nn.sliced_linear import SlicedLinear
+from twofold.nn.layers._basis import SharedBasis
+from twofold.nn.layers.dense_columns import DenseColumnsLinear
+from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.shared import SharedLinear
+from twofold.nn.layers.sliced import SlicedLinear
 
 IDS = torch.tensor([[84, 104, 101, 32, 99, 97, 115, 116, 108, 101]])
 register()

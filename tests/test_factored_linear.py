@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear
 
 FORMS = ["plain", "rows", "columns"]
 

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twofold.nn.bits import BITS
-from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.int_matrix import IntLinear, IntMatrix, groups, int_bytes
+from twofold.nn.layers.corrected import CorrectedLinear
+from twofold.nn.layers.embedding import QuantizedEmbedding
+from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.quantized import QuantizedLinear
 from twofold.nn.packing import pack, row_bytes, unpack
-from twofold.nn.quantized_embedding import QuantizedEmbedding
-from twofold.nn.quantized_linear import CorrectedLinear, QuantizedLinear
 from twofold.quantize.rounding import round_matrix
 
 sizes = st.integers(1, 70)

@@ -21,7 +21,7 @@ from twofold import TwofoldError
 from twofold.linalg import natural_step as nl
 from twofold.model.load import LoadedModel, load_model, load_skeleton
 from twofold.model.weights import find_targets
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import replace_module
 from twofold.objectives import OBJECTIVES
 from twofold.recipe import make_recipe

@@ -23,10 +23,11 @@ from twofold.factor.verify import stored_bytes
 from twofold.linalg.metric import damp
 from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate, weighted_low_rank
 from twofold.model.weights import Target
-from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.int_matrix import IntLinear, IntMatrix
-from twofold.nn.quantized_embedding import QuantizedEmbedding
-from twofold.nn.quantized_linear import CorrectedLinear, QuantizedLinear
+from twofold.nn.layers.corrected import CorrectedLinear
+from twofold.nn.layers.embedding import QuantizedEmbedding
+from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.quantized import QuantizedLinear
 from twofold.objectives import OBJECTIVES, LayerMoments
 from twofold.planning.bits import Option, bit_options, pareto
 from twofold.quantize.factors import factor_bytes, integer_factors, integer_form

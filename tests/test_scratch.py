@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 import twofold
 from conftest import CONFIGS, TEXT, make_model, make_tokenizer
 from twofold.model.weights import dense_weight, find_targets
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.scratch.optimizer import ProductDecay
 from twofold.scratch.start import STARTS, factorize_start
 from twofold.scratch.steps import DIRECTION, matrix_norm

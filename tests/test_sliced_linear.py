@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from twofold.nn.sliced_linear import SlicedLinear
+from twofold.nn.layers.sliced import SlicedLinear
 
 FORMS = ["kept-rows", "kept-columns"]
 INDEX = torch.tensor([1, 4, 5, 9])

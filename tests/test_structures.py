@@ -17,7 +17,7 @@ from conftest import CONFIGS, TEXT, VOCABULARY, make_model, make_tokenizer
 from twofold.calibrate.moments import Moments
 from twofold.model.structure import Member, Structure
 from twofold.model.weights import find_targets
-from twofold.nn.sliced_linear import SlicedLinear
+from twofold.nn.layers.sliced import SlicedLinear
 from twofold.run.factorize import plan_model
 from twofold.structures.find import find_structures
 from twofold.structures.mlp import CutMLP

@@ -22,10 +22,10 @@ from conftest import TEXT, make_model, make_tokenizer
 from test_adapters import factored_model, with_lora
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_output
-from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.int_matrix import IntLinear
-from twofold.nn.quantized_embedding import TiedLinear
-from twofold.nn.quantized_linear import QuantizedLinear
+from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.quantized import QuantizedLinear
+from twofold.nn.layers.tied import TiedLinear
 from twofold.run.factorize import factorize
 from twofold.scratch.bound import BoundedUpdate, product_norm, spectral_norm
 from twofold.tuning.directions import split_directions

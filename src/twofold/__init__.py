@@ -9,10 +9,10 @@ from twofold.errors import TwofoldError
 from twofold.inference.form import optimize
 from twofold.model.load import load_model
 from twofold.model.weights import find_targets
-from twofold.nn.dense_columns_linear import DenseColumnsLinear
-from twofold.nn.factored_linear import FactoredLinear
-from twofold.nn.shared_linear import SharedLinear
-from twofold.nn.sliced_linear import SlicedLinear
+from twofold.nn.layers.dense_columns import DenseColumnsLinear
+from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.shared import SharedLinear
+from twofold.nn.layers.sliced import SlicedLinear
 from twofold.planning.plan import Plan
 from twofold.recipe import Recipe
 from twofold.run.compress import compress

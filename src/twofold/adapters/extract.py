@@ -18,7 +18,7 @@ from twofold.host.progress import progress
 from twofold.linalg.metric import working_dtype
 from twofold.model.load import LoadedModel, load_model
 from twofold.model.weights import dense_weight
-from twofold.nn.shared_linear import SharedBasis
+from twofold.nn.layers._basis import SharedBasis
 
 FAR = 0.5  # a tuned weight differs from its base by much less than this share of its norm
 DEEP = 8  # ranks that are kept at hand, times the mean rank of a budget

@@ -16,7 +16,7 @@ from twofold.checkpoint.peft.register import register
 from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel
-from twofold.nn.factored_linear import balanced
+from twofold.nn.layers.factored import balanced
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

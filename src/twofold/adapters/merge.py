@@ -20,8 +20,8 @@ from twofold.host.quiet import quiet_bars
 from twofold.linalg.metric import working_dtype
 from twofold.model.load import LoadedModel, load_model
 from twofold.model.weights import dense_weight
-from twofold.nn.dense_columns_linear import DenseColumnsLinear
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.dense_columns import DenseColumnsLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import cast_weights, replace_module
 
 

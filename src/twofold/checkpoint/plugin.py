@@ -1,55 +1,47 @@
 """The plug-in by which transformers loads and saves factored models: ``quant_method: twofold`` in config.json.
 
 It serves every architecture and Auto class: before the weights are loaded, the linear layers that the configuration names are
-replaced, on the meta device, by ``FactoredLinear``, ``SlicedLinear`` or ``SharedLinear`` of the stored size and form.
+replaced, on the meta device, by storage layers of the stored kind, size and form.
 """
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from twofold.checkpoint.integers import check_loaded, integer_layer, integers_of, mind_ties
+from twofold.checkpoint.integers import check_loaded, mind_ties
+from twofold.checkpoint.kinds import kind_of
 from twofold.checkpoint.peft.register import register
 from twofold.errors import TwofoldError
 from twofold.host.quiet import silence
-from twofold.nn.compact_linear import CompactLinear
-from twofold.nn.dense_columns_linear import DenseColumnsLinear
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.compact import LAYERS, Compact
 from twofold.nn.int_matrix import IntMatrix
-from twofold.nn.places import dense_module, replace_module
-from twofold.nn.quantized_embedding import QuantizedEmbedding, TiedLinear
-from twofold.nn.shared_linear import SharedBasis, SharedLinear, hold_bases
-from twofold.nn.sliced_linear import SlicedLinear
+from twofold.nn.places import hold_bases, replace_module
 from twofold.version import __version__
 
 with silence():
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 METHOD = "twofold"
-FORMAT_VERSION = 4  # 2: sliced layers, and dense columns; 3: shared bases; 4: integers
+FORMAT_VERSION = 5  # 2: sliced layers, and dense columns; 3: shared bases; 4: integers; 5: kinds by name
 
 
 @register_quantization_config(METHOD)
 class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Which modules are smaller, and how: name → {"rank": r, "form": "rows" | "columns" | "plain"} for factored ones ("columns"
-    too if some are dense), {"kept": k, "form": "kept-rows" | "kept-columns"} for sliced ones, and {"rank": r, "form":
-    "shared-plain" | "shared-columns", "basis": name} for those that share a basis with others. "bits" and "group" beside these
-    say that the numbers are integers; with them "form" may be "dense", "corrected" (with a "rank") or "embedding", and "tied"
-    is the output layer of such an embedding.
+    """Which modules are smaller, and how: name → settings of its storage layer, as {"kind": "factored", "rank": r, "form": "rows"}.
+
+    The kinds and what each says are those of twofold.nn.layers. "bits" and "group" say that numbers are integers.
     """
 
     def __init__(
         self,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
-        twofold_version: str | None = None,
+        twofold_version: str | None = __version__,
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
@@ -101,7 +93,7 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
             getattr(model.config, "architectures", None) or ()
         )  # the class that was saved
         found = 0
-        bases: dict[str, SharedBasis] = {}
+        shared: dict[str, Any] = {}
         stored_modules = self.quantization_config.modules.items()
         for stored, settings in sorted(stored_modules, key=lambda item: not item[0].startswith(f"{prefix}.")):
             name = _find(stored, modules, prefix)
@@ -112,11 +104,10 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"the checkpoint factorizes {stored}, which {type(model).__name__} does not have; "
                     "its config.json does not fit this model"
                 )
-            replace_module(model, name, _skeleton(modules[name], name, settings, bases, model))
+            replace_module(model, name, _skeleton(modules[name], name, settings, shared, model))
             found += 1
         hold_bases(model)
-        if any(isinstance(module, TiedLinear) for module in model.modules()):
-            mind_ties(model)
+        mind_ties(model)
         register()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -127,7 +118,7 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             TwofoldError: naming the first one.
         """
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, CompactLinear | SharedBasis)}
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, Compact)}
         children = {
             f"{name}.{child}": getattr(layer, child) for name, layer in layers.items() for child in layer.CHILDREN
         }
@@ -156,14 +147,9 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def describe(self, model: Any) -> None:
         """Write down which layers of a model are factored, and how: what its config.json will say."""
-        kinds = CompactLinear | QuantizedEmbedding
-        modules = {name: module.settings() for name, module in model.named_modules() if isinstance(module, kinds)}
-        said = {key for settings in modules.values() for key in settings}
-        # The oldest version that can read it.
-        version = 4 if "bits" in said else 3 if "basis" in said else 2 if said & {"kept", "columns"} else 1
-        self.quantization_config = TwofoldConfig(modules, version, __version__)
-        if any(isinstance(module, TiedLinear) for module in model.modules()):
-            mind_ties(model)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, Compact) and module.KIND}
+        self.quantization_config = TwofoldConfig({name: layer.settings() for name, layer in layers.items()})
+        mind_ties(model)
         model.config.quantization_config = self.quantization_config
         model.hf_quantizer = self
         model.is_quantized = True
@@ -191,12 +177,10 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         if isinstance(dtype, str):  # a saved model's config holds the name
             dtype = getattr(torch, dtype.removeprefix("torch."))
         for name, module in list(model.named_modules()):
-            if isinstance(module, CompactLinear):
-                replace_module(model, name, dense_module(module, dtype))  # type: ignore[arg-type]
-            elif isinstance(module, QuantizedEmbedding):
-                replace_module(model, name, module.dense(dtype))  # type: ignore[arg-type]
+            if isinstance(module, Compact) and module.KIND:
+                replace_module(model, name, module.dense_module(dtype))  # type: ignore[arg-type]
         hold_bases(model)
-        mind_ties(model)
+        mind_ties(model, dense=True)
         return model
 
 
@@ -211,83 +195,18 @@ def _find(stored: str, modules: dict[str, nn.Module], prefix: str) -> str | None
     return None
 
 
-def _skeleton(
-    module: nn.Module, name: str, settings: dict[str, Any], bases: dict[str, SharedBasis], model: nn.Module
-) -> CompactLinear | QuantizedEmbedding:
-    """An empty smaller layer in the place of a dense one, on its device.
+def _skeleton(module: nn.Module, name: str, settings: Any, shared: dict[str, Any], model: nn.Module) -> Compact:
+    """Make the empty storage layer that takes the place of a dense one, on its device.
 
     Args:
-        bases: by their names, those of the layers before; one that is not among them is added.
-        model: whose input embedding an output layer may share.
+        shared: by names, what the layers before refer to.
     """
     try:
-        made = integer_layer(module, settings, model)
+        if not isinstance(settings, dict):
+            raise TypeError(f"it must be a mapping, got {reprlib.repr(settings)}")
+        return LAYERS.get(kind_of(settings)).empty(module, settings, model, shared)
     except (ValueError, TypeError) as error:
         raise TwofoldError(f"the plan of {name} in the checkpoint does not fit: {error}") from error
-    if made is not None:
-        return made
-    if isinstance(module, Conv1D):
-        in_features, out_features = module.weight.shape
-    elif isinstance(module, nn.Linear):
-        out_features, in_features = module.weight.shape
-    else:
-        raise TwofoldError(f"the checkpoint factorizes {name}, which is a {type(module).__name__} and no linear layer")
-    stored = settings if isinstance(settings, dict) else {}
-    kept: dict[str, Any] = {"bias": module.bias is not None, "transposed": isinstance(module, Conv1D)}
-    kept |= {"device": module.weight.device, "dtype": module.weight.dtype}
-    try:
-        if "basis" in stored:
-            basis = _basis(in_features, stored, bases, module.weight)
-            return SharedLinear(basis, out_features, **kept)
-        sliced = stored.get("form") in SlicedLinear.FORMS
-        size, what = ("kept", "how much it keeps") if sliced else ("rank", "its rank")
-        kind: type[CompactLinear] = SlicedLinear if sliced else FactoredLinear
-        columns: dict[str, Any] = {}
-        if "columns" in stored and not sliced:
-            kind, columns = DenseColumnsLinear, {"columns": stored["columns"]}
-        _check_settings(settings, what, {size, *columns}, {"form", "bits", "group"})
-        form = settings.get("form", "plain")
-        layer = kind(in_features, out_features, settings[size], form=form, **kept, **columns)  # type: ignore[call-arg]
-        if "bits" in stored or "group" in stored:
-            layer.hold_integers(*integers_of(stored))
-        return layer
-    except (ValueError, TypeError) as error:
-        raise TwofoldError(f"the plan of {name} in the checkpoint does not fit: {error}") from error
-
-
-def _check_settings(settings: Any, what: str, numbers: Set[str], others: Set[str]) -> None:
-    """Refuse settings of a layer whose numbers are none, or that there are not.
-
-    Raises:
-        TypeError: with what it must have.
-    """
-    stored = settings if isinstance(settings, dict) else {}
-    if any(type(stored.get(key)) is not int for key in numbers) or stored.keys() - numbers - others:
-        raise TypeError(f"it must have a whole number as {what}, and a form, got {reprlib.repr(settings)}")
-
-
-def _basis(
-    in_features: int, settings: dict[str, Any], bases: dict[str, SharedBasis], weight: torch.Tensor
-) -> SharedBasis:
-    """The empty basis that a layer names, made if it is the first one to, on the device of a weight.
-
-    Raises:
-        TypeError: if it names none.
-        ValueError: if the rank does not fit, or a layer before it says otherwise.
-    """
-    _check_settings(settings, "its rank", {"rank"}, {"form", "basis"})
-    name, form = settings["basis"], settings.get("form")
-    if type(name) is not str or not name or "." in name:
-        raise TypeError(f"it must have the name of its basis, without dots, got {reprlib.repr(name)}")
-    if name not in bases:
-        bases[name] = SharedBasis(name, in_features, settings["rank"], form, weight.device, weight.dtype)  # type: ignore[arg-type]
-    basis = bases[name]
-    if (in_features, settings["rank"], form) != (basis.in_features, basis.rank, basis.form):
-        raise ValueError(
-            f"the basis {reprlib.repr(name)} has {basis.in_features} inputs, rank {basis.rank} and the form {basis.form} in "
-            f"another layer, here it has {in_features} inputs, rank {settings['rank']} and the form {reprlib.repr(form)}"
-        )
-    return basis
 
 
 def attach(model: Any) -> None:

@@ -14,9 +14,8 @@ import torch
 from twofold.errors import TwofoldError
 from twofold.exports.decoding import Decoder
 from twofold.model.load import LoadedModel
-from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.compact import Compact, CompactLinear
 from twofold.nn.int_matrix import IntMatrix
-from twofold.nn.shared_linear import SharedBasis
 
 EXTRA = "pip install 'twofold[export]'"
 NAMES = {"lm_eval": "lm-eval"}  # of packages, where they differ from those of their modules
@@ -133,7 +132,7 @@ def check_plain(model: Any, name: str, integers: bool = False) -> None:
                 f"{key} of {name} is kept in integers (`bits`), which this format does not hold; use `to=dense`, or export the "
                 "checkpoint that was compressed without `bits`"
             )
-        if isinstance(module, CompactLinear | SharedBasis):
+        if isinstance(module, Compact):
             for child in module.CHILDREN:
                 weight = getattr(module, child).weight
                 if type(weight.data) is not torch.Tensor or not weight.is_floating_point():

@@ -17,11 +17,10 @@ from twofold.linalg.spectrum import Spectrum, truncate, truncation_loss
 from twofold.linalg.storage import rank_numbers
 from twofold.model.structure import Structure
 from twofold.model.weights import Target, dense_weight
-from twofold.nn.compact_linear import CompactLinear
-from twofold.nn.factored_linear import FactoredLinear
-from twofold.nn.places import replace_module
-from twofold.nn.quantized_linear import QuantizedLinear
-from twofold.nn.shared_linear import hold_bases
+from twofold.nn.compact import CompactLinear
+from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.quantized import QuantizedLinear
+from twofold.nn.places import hold_bases, replace_module
 from twofold.objectives import Problem
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.quantize.loss import far_diagonal

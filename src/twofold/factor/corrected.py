@@ -7,7 +7,7 @@ from torch import Tensor
 
 from twofold.linalg.metric import damp, working_dtype
 from twofold.nn.int_matrix import IntLinear
-from twofold.nn.quantized_linear import CorrectedLinear
+from twofold.nn.layers.corrected import CorrectedLinear
 from twofold.objectives import Correct, LayerMoments
 from twofold.planning.plan import PlanEntry
 from twofold.quantize.rounding import round_matrix

@@ -10,11 +10,12 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.linalg.spectrum import Spectrum
 from twofold.linalg.storage import rank_numbers
-from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.int_matrix import IntLinear, IntMatrix
+from twofold.nn.layers.embedding import QuantizedEmbedding
+from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.quantized import QuantizedLinear
+from twofold.nn.layers.tied import TiedLinear
 from twofold.nn.places import replace_module
-from twofold.nn.quantized_embedding import QuantizedEmbedding, TiedLinear
-from twofold.nn.quantized_linear import QuantizedLinear
 from twofold.objectives import Problem
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.quantize.factors import factor_bytes, integer_factors

@@ -23,9 +23,8 @@ from twofold.host import processes
 from twofold.host.files import write_text, write_whole
 from twofold.host.progress import Tick
 from twofold.model.streamed import EMBEDDING, HEAD, Streamed
-from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.compact import CompactLinear
 from twofold.planning.plan import Plan, PlanEntry
-from twofold.version import __version__
 
 Factor = Callable[[list[PlanEntry]], Iterable[tuple[PlanEntry, CompactLinear | None, str | None]]]
 
@@ -86,6 +85,7 @@ def _write_unit(
     tensors: dict[str, Tensor] = {}
     entries: list[PlanEntry] = []
     notes: list[str] = []
+    layers: dict[str, Any] = {}
     replaced: set[str] = set()
     for entry, layer, note in made:
         entries.append(entry)
@@ -97,13 +97,14 @@ def _write_unit(
             for name, tensor in layer.state_dict().items():
                 if name != "bias":
                     tensors[stem + name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            layers[entry.name] = layer.settings()
             replaced.add(key)
     for key, tensor in residence.shards.read([key for key in keys if key not in replaced]):
         check_finite(key, tensor, residence.shards.folder)
         tensors[key] = tensor.contiguous()
     path.with_suffix(".json").unlink(missing_ok=True)  # it told of the part that is replaced now
     write_whole(path, lambda place: save_file(tensors, place, {"format": "pt"}))
-    record = {"mark": mark, "entries": [entry.model_dump(mode="json") for entry in entries], "notes": notes}
+    record = {"mark": mark, "entries": [e.model_dump(mode="json") for e in entries], "notes": notes, "layers": layers}
     write_text(path.with_suffix(".json"), json.dumps(record))
 
 
@@ -114,12 +115,13 @@ def _made(path: Path, mark: str) -> tuple[list[PlanEntry], list[str]] | None:
         if record["mark"] != mark:
             return None
         with safe_open(path, "pt"):  # its header agrees with its length
+            dict(record["layers"])  # parts of an earlier version do not say how their layers are stored
             return [PlanEntry.model_validate(entry) for entry in record["entries"]], list(record["notes"])
-    except (SafetensorError, OSError, ValueError, KeyError):
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def finish(folder: Path, source: Path, residence: Streamed, plan: Plan, stored: torch.dtype) -> None:
+def finish(folder: Path, source: Path, residence: Streamed, stored: torch.dtype) -> None:
     """Put the parts in a checkpoint's folder, with the index and the configuration that load it."""
     weight_map: dict[str, str] = {}
     total = 0
@@ -136,8 +138,10 @@ def finish(folder: Path, source: Path, residence: Streamed, plan: Plan, stored: 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     model: Any = residence.model
     config = copy.deepcopy(model.config)
-    factored = {e.name: {"rank": e.rank, "form": e.form} for e in plan.entries if e.rank is not None}
-    config.quantization_config = TwofoldConfig(factored, twofold_version=__version__)
+    layers: dict[str, Any] = {}
+    for path in sorted(source.glob("model-*.json")):
+        layers |= json.loads(path.read_text(encoding="utf-8"))["layers"]
+    config.quantization_config = TwofoldConfig(layers)
     config.dtype = stored
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)

@@ -11,10 +11,10 @@ from torch import nn
 from twofold.calibrate.moments import Moments
 from twofold.host.progress import Tick
 from twofold.model.structure import Structure
-from twofold.nn.compact_linear import CompactLinear
-from twofold.nn.dense_columns_linear import DenseColumnsLinear
-from twofold.nn.factored_linear import FactoredLinear
-from twofold.nn.shared_linear import SharedLinear
+from twofold.nn.compact import CompactLinear
+from twofold.nn.layers.dense_columns import DenseColumnsLinear
+from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.shared import SharedLinear
 from twofold.planning.plan import PlanEntry
 from twofold.structures.cut import prepare
 from twofold.structures.units import even_shares

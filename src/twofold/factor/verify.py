@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import nn
 
 from twofold.checkpoint.headers import Stored
-from twofold.nn.quantized_embedding import TiedLinear
+from twofold.nn.layers.tied import TiedLinear
 from twofold.planning.plan import Plan
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from twofold.linalg.gauge import gauge_form
 from twofold.linalg.metric import working_dtype
-from twofold.nn.factored_linear import FactoredLinear, Form
+from twofold.nn.layers.factored import FactoredLinear, Form, unfolded
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,7 @@ class Draft:
             return self
         assert self.order is not None
         wide = working_dtype(self.reduce.device)
-        right = torch.empty(self.rank, self.in_features, dtype=wide, device=self.reduce.device)
-        eye = torch.eye(self.rank, dtype=wide, device=self.reduce.device)
-        right[:, self.order] = torch.cat([eye, self.reduce.to(wide)], 1)
-        found = gauge_form(self.expand.to(wide), right, "rows")
+        found = gauge_form(self.expand.to(wide), unfolded(self.reduce.to(wide), self.order), "rows")
         if found is None:
             return None
         dtype, device = self.reduce.dtype, self.reduce.device

@@ -16,10 +16,10 @@ from twofold.inference.draft import Draft, why_not
 from twofold.inference.latency import Latencies
 from twofold.inference.neighbours import called_in_turn, find_pairs, fold
 from twofold.model.weights import Target, find_groups
-from twofold.nn.compact_linear import CompactLinear
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.compact import CompactLinear
 from twofold.nn.grouped_linear import ColumnsLinear, GroupedLinear, InputGroup, Part
-from twofold.nn.places import dense_module, replace_module
+from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.places import replace_module
 from twofold.task.text.windows import few_tokens
 
 # Of the outputs, relative: what stops a mistake of ours, as a wrong order, which changes them by their own size. A deep model
@@ -134,7 +134,7 @@ def _merged(free: Mapping[str, FactoredLinear], done: Optimized, latencies: Late
     for name, layer in free.items():
         slower = latencies.slower(layer.out_features, layer.in_features, layer.rank)
         if slower is not None:
-            made[name] = dense_module(layer).requires_grad_(False)
+            made[name] = layer.dense_module().requires_grad_(False)
             done.merged[name] = slower
     return made
 

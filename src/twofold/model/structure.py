@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from twofold.nn.shared_linear import SharedForm
-from twofold.nn.sliced_linear import SlicedForm
+from twofold.nn.layers._basis import SharedForm
+from twofold.nn.layers.sliced import SlicedForm
 
 Pairing = Literal["single", "halves", "neighbours"]  # of the dimensions of a head that rotary embeddings turn together
 

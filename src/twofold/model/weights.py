@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
-from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.compact import Compact, CompactLinear
 from twofold.nn.int_matrix import IntMatrix
-from twofold.nn.shared_linear import SharedBasis
 
 if TYPE_CHECKING:
     from twofold.model.structure import Structure
@@ -191,7 +190,7 @@ def list_weights(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    factored = {name for name, module in model.named_modules() if isinstance(module, CompactLinear | SharedBasis)}
+    factored = {name for name, module in model.named_modules() if isinstance(module, Compact)}
     for pattern in [*include, *exclude]:
         if not any(matches(name, [pattern]) for name in linear):
             raise TwofoldError(

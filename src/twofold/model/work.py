@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.nn.int_matrix import IntMatrix
-from twofold.nn.shared_linear import SharedLinear
+from twofold.nn.layers.shared import SharedLinear
 
 
 class Work(pydantic.BaseModel, extra="forbid"):

@@ -1,28 +1,37 @@
 """The layers that take the place of dense ones."""
 
-from twofold.nn.bits import default_group
-from twofold.nn.compact_linear import CompactLinear
-from twofold.nn.dense_columns_linear import DenseColumnsLinear
-from twofold.nn.factored_linear import FactoredLinear
-from twofold.nn.int_matrix import IntLinear, IntMatrix, int_bytes
-from twofold.nn.quantized_embedding import QuantizedEmbedding, TiedLinear
-from twofold.nn.quantized_linear import CorrectedLinear, QuantizedLinear
-from twofold.nn.shared_linear import SharedBasis, SharedLinear
-from twofold.nn.sliced_linear import SlicedLinear
+from __future__ import annotations
 
-__all__ = [
-    "CompactLinear",
-    "CorrectedLinear",
-    "DenseColumnsLinear",
-    "FactoredLinear",
-    "IntLinear",
-    "IntMatrix",
-    "QuantizedEmbedding",
-    "QuantizedLinear",
-    "SharedBasis",
-    "SharedLinear",
-    "SlicedLinear",
-    "TiedLinear",
-    "default_group",
-    "int_bytes",
-]
+from typing import TYPE_CHECKING
+
+from twofold.host.lazy import lazily
+
+if TYPE_CHECKING:
+    from twofold.nn.compact import Compact as Compact
+    from twofold.nn.compact import CompactLinear as CompactLinear
+    from twofold.nn.layers._basis import SharedBasis as SharedBasis
+    from twofold.nn.layers.corrected import CorrectedLinear as CorrectedLinear
+    from twofold.nn.layers.dense_columns import DenseColumnsLinear as DenseColumnsLinear
+    from twofold.nn.layers.embedding import QuantizedEmbedding as QuantizedEmbedding
+    from twofold.nn.layers.factored import FactoredLinear as FactoredLinear
+    from twofold.nn.layers.quantized import QuantizedLinear as QuantizedLinear
+    from twofold.nn.layers.shared import SharedLinear as SharedLinear
+    from twofold.nn.layers.sliced import SlicedLinear as SlicedLinear
+    from twofold.nn.layers.tied import TiedLinear as TiedLinear
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Compact": "twofold.nn.compact",
+        "CompactLinear": "twofold.nn.compact",
+        "CorrectedLinear": "twofold.nn.layers.corrected",
+        "DenseColumnsLinear": "twofold.nn.layers.dense_columns",
+        "FactoredLinear": "twofold.nn.layers.factored",
+        "QuantizedEmbedding": "twofold.nn.layers.embedding",
+        "QuantizedLinear": "twofold.nn.layers.quantized",
+        "SharedBasis": "twofold.nn.layers._basis",
+        "SharedLinear": "twofold.nn.layers.shared",
+        "SlicedLinear": "twofold.nn.layers.sliced",
+        "TiedLinear": "twofold.nn.layers.tied",
+    },
+)

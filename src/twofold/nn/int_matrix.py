@@ -12,12 +12,6 @@ from twofold.nn.bits import BITS
 from twofold.nn.packing import pack, row_bytes, unpack
 
 Kind = TypeVar("Kind", bound="IntMatrix")
-GROUP = 64  # inputs that share a scale, below eight bits; why: docs/quantize.md
-
-
-def default_group(bits: int) -> int | None:
-    """The inputs that share a scale; None: all of an output."""
-    return None if bits == 8 else GROUP
 
 
 def int_bytes(rows: int, columns: int, bits: int, group: int | None) -> int:

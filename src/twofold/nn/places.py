@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from twofold.nn.compact_linear import CompactLinear
-from twofold.nn.shared_linear import hold_bases
+from twofold.nn.layers.shared import SharedLinear
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
@@ -48,23 +46,6 @@ def dense_again(model: nn.Module, replaced: dict[str, nn.Module]) -> Iterator[No
             replace_module(model, name, module)
 
 
-def dense_module(layer: CompactLinear, dtype: torch.dtype | None = None) -> nn.Module:
-    """The dense layer that computes the same, of the kind that the architecture has at that place."""
-    weight = layer.to_dense().to(dtype or layer.weight.dtype)
-    dense: nn.Module
-    if layer.transposed:
-        dense = Conv1D(layer.out_features, layer.in_features).to(weight.device, weight.dtype)
-        dense.weight = nn.Parameter(weight.T.contiguous())
-        if layer.bias is not None:
-            dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
-        return dense
-    dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=weight.dtype)
-    dense.weight = nn.Parameter(weight)
-    if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
-    return dense
-
-
 def cast_weights(model: Any, dtype: torch.dtype) -> None:
     """Cast what a checkpoint stores, in place: parameters and persistent buffers of floating point.
 
@@ -77,3 +58,25 @@ def cast_weights(model: Any, dtype: torch.dtype) -> None:
     for name, buffer in model.named_buffers():
         if name in stored and buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype)
+
+
+BASES = "twofold_bases"  # where a model holds its bases
+
+
+def hold_bases(model: nn.Module) -> None:
+    """Make a model hold the bases that its layers refer to, and no others.
+
+    They stand in the base model, so that a checkpoint has them under a name that serves every head.
+
+    Raises:
+        ValueError: if layers refer to two bases of one name, as when one layer was copied alone.
+    """
+    home = getattr(model, "base_model", model)
+    found: dict[str, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, SharedLinear) and found.setdefault(module.basis.name, module.basis) is not module.basis:
+            raise ValueError(f"the layers of the model refer to two bases that are called {module.basis.name}")
+    if found:
+        setattr(home, BASES, nn.ModuleDict(found))
+    elif hasattr(home, BASES):
+        delattr(home, BASES)

@@ -9,7 +9,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from twofold.errors import TwofoldError
-from twofold.nn.shared_linear import SharedBasis, basis_storage
+from twofold.nn.layers._basis import SharedBasis, basis_storage
 
 
 class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):

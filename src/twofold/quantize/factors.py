@@ -23,8 +23,8 @@ from torch import Tensor
 from twofold.linalg.gauge import gauge_form
 from twofold.linalg.metric import Metric, metric_product
 from twofold.linalg.spectrum import Spectrum, smaller_side, solve_overlap
-from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.int_matrix import IntLinear, int_bytes
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.quantize.rounding import round_matrix
 
 GAUGE_BITS = 8  # from which the gauge form pays

@@ -27,9 +27,8 @@ from twofold.host.quiet import quiet_bars
 from twofold.host.unfinished import Work, working
 from twofold.model.load import LoadedModel, load_streamed
 from twofold.model.streamed import Streamed
-from twofold.nn.compact_linear import CompactLinear
-from twofold.nn.places import cast_weights, dense_again
-from twofold.nn.shared_linear import BASES
+from twofold.nn.compact import CompactLinear
+from twofold.nn.places import BASES, cast_weights, dense_again
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.recipe import Recipe
 from twofold.refine import Refined
@@ -249,7 +248,7 @@ class _Streaming:
         """The original and the factored model; each is worked through once, and its last hidden states are kept."""
         folder = self.work.folder / "factored"
         folder.mkdir(exist_ok=True)
-        finish(folder, self.work.checkpoint, self.residence, self.prepared.plan, self.prepared.loaded.stored_dtype)
+        finish(folder, self.work.checkpoint, self.residence, self.prepared.loaded.stored_dtype)
         smaller = load_streamed(
             str(folder),
             self.residence.chain,
@@ -267,7 +266,7 @@ class _Streaming:
         return []
 
     def write(self, folder: Path) -> None:
-        finish(folder, self.work.checkpoint, self.residence, self.prepared.plan, self.prepared.loaded.stored_dtype)
+        finish(folder, self.work.checkpoint, self.residence, self.prepared.loaded.stored_dtype)
 
 
 def _files_read(recipe: Recipe, moments_file: Path | None) -> list[Path]:

@@ -11,9 +11,7 @@ from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel, load_skeleton
 from twofold.model.survey import survey
 from twofold.model.weights import Targets, find_groups, list_weights
-from twofold.nn.compact_linear import CompactLinear
-from twofold.nn.quantized_embedding import QuantizedEmbedding
-from twofold.nn.shared_linear import SharedBasis
+from twofold.nn.compact import Compact, CompactLinear
 
 
 class Weight(pydantic.BaseModel, extra="forbid"):
@@ -40,16 +38,16 @@ class Inspection(pydantic.BaseModel, extra="forbid"):
 
 
 def inspect_model(
-    name: str, include: Iterable[str] = (), exclude: Iterable[str] = (), *, trust_remote_code: bool = False
+    model_name: str, include: Iterable[str] = (), exclude: Iterable[str] = (), *, trust_remote_code: bool = False
 ) -> Inspection:
     """List the weights of a model from its configuration; none is loaded.
 
     Raises:
         TwofoldError: if it can't be read, or a pattern matches nothing.
     """
-    loaded = load_skeleton(name, trust_remote_code=trust_remote_code)
+    loaded = load_skeleton(model_name, trust_remote_code=trust_remote_code)
     model = loaded.model
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, CompactLinear) and m.CHILDREN}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Compact) and m.CHILDREN}
     weights: list[Weight] = []
     targets = list_weights(model, include, exclude)
     groups = _groups(loaded, targets)
@@ -69,34 +67,12 @@ def inspect_model(
         )
     numbers = targets.target_numbers
     shared = {", ".join(kinds): None for kinds in members.values() if len(kinds) > 1}
-    for layer_name, layer in layers.items():
-        weights.append(
-            Weight(
-                name=layer_name,
-                kind=layer_name.rpartition(".")[2],
-                shape=[layer.out_features, layer.in_features],
-                numbers=layer.numbers,
-                what=f"{layer.words}, keeps {layer.keep:.1%}",
-                group=None,
-            )
-        )
-        numbers += layer.numbers
-    bases = {n: m for n, m in model.named_modules() if isinstance(m, SharedBasis)}
-    for basis_name, basis in bases.items():
-        shape = [basis.rank, basis.in_features]
-        weights.append(
-            Weight(name=basis_name, kind="basis", shape=shape, numbers=basis.numbers, what=basis.words, group=None)
-        )
-        numbers += basis.numbers
-    for table_name, table in model.named_modules():
-        if isinstance(table, QuantizedEmbedding):
-            shape = [table.num_embeddings, table.embedding_dim]
-            kind = table_name.rpartition(".")[2]
-            weights.append(
-                Weight(name=table_name, kind=kind, shape=shape, numbers=table.numbers, what=table.words, group=None)
-            )
-    factors = tuple(f"{n}.{child}." for n, layer in layers.items() for child in layer.CHILDREN)
-    factors += tuple(f"{n}.{child}." for n, basis in bases.items() for child in basis.CHILDREN)
+    for name, layer in layers.items():
+        what = f"{layer.words}, keeps {layer.keep:.1%}" if isinstance(layer, CompactLinear) else layer.words
+        kind = name.rpartition(".")[2] if layer.KIND else "basis"
+        weights.append(Weight(name=name, kind=kind, shape=layer.shape, numbers=layer.numbers, what=what, group=None))
+        numbers += layer.numbers if hasattr(layer, "in_features") else 0
+    factors = tuple(f"{name}.{child}." for name, layer in layers.items() for child in layer.CHILDREN)
     for entry in targets.dense:
         if entry.name.startswith(factors):
             continue
@@ -107,11 +83,11 @@ def inspect_model(
             )
         )
     return Inspection(
-        model=name,
+        model=model_name,
         architecture=type(model).__name__,
         weights=weights,
         shared=list(shared),
-        factored=len(layers),
+        factored=sum(isinstance(layer, CompactLinear) for layer in layers.values()),
         target_numbers=numbers,
         total_numbers=sum(w.numbers for w in weights),
     )

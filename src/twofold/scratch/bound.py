@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear
 
 ROUNDS, WIDTH = 4, 4  # of subspace iteration, and its directions; the norm is then right to some percent
 

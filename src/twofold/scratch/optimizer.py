@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
-from twofold.nn.factored_linear import FactoredLinear
 from twofold.nn.int_matrix import IntMatrix
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.scratch.steps import BoundedSteps, ScaledSteps
 
 Scale = Literal["product", "bound", "none"]

@@ -18,9 +18,9 @@ from twofold.model.load import check_finite
 from twofold.model.skeleton import model_from_config
 from twofold.model.source import model_class_of
 from twofold.model.weights import dense_weight, find_targets
-from twofold.nn.compact_linear import CompactLinear
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.compact import CompactLinear
 from twofold.nn.int_matrix import IntMatrix
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import replace_module
 from twofold.planning.make import make_plan
 from twofold.planning.plan import Plan

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.scratch.bound import BoundedUpdate, last_step, spectral_norm
 
 DIRECTION = "twofold_direction_"  # in the optimizer's state of a weight: of the weight, or its product

@@ -20,7 +20,7 @@ from twofold.inference.latency import DECODE, PREFILL, time_shape
 from twofold.inference.timing import timed
 from twofold.model.load import load_skeleton
 from twofold.model.source import choose_device
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.speed.memory import peak_of, random_ids
 from twofold.speed.record import Bench, Layer, Ratio, Row, Timing
 from twofold.speed.roofs import measure_roofs

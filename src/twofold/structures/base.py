@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold.model.structure import Structure
-from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.compact import CompactLinear
 
 if TYPE_CHECKING:
     from twofold.calibrate.moments import Moments

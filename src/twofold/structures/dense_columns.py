@@ -18,8 +18,8 @@ from twofold.calibrate.moments import Moments
 from twofold.linalg.gauge import gauge_rank, gauge_storage, plain_storage
 from twofold.linalg.spectrum import Spectrum, decompose, gram, smaller_side, truncate
 from twofold.model.structure import Structure
-from twofold.nn.dense_columns_linear import DenseColumnsLinear
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.dense_columns import DenseColumnsLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.structures.weights import definite, is_transposed, wide, working
 
 GRID = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # shares of the columns that may be dense, beside none

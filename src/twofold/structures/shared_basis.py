@@ -20,9 +20,10 @@ from twofold.linalg.metric import damp
 from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate
 from twofold.model.structure import Structure
 from twofold.model.weights import dense_weight
-from twofold.nn.compact_linear import CompactLinear
-from twofold.nn.factored_linear import FactoredLinear
-from twofold.nn.shared_linear import SharedBasis, SharedLinear
+from twofold.nn.compact import CompactLinear
+from twofold.nn.layers._basis import SharedBasis
+from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.shared import SharedLinear
 from twofold.structures.weights import is_transposed, wide, working
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from twofold.model.settings import Override
 from twofold.model.structure import Member, Structure
 from twofold.model.weights import BLOCK, Target, Targets, block_of, last_match
-from twofold.nn.shared_linear import SharedForm, basis_storage
+from twofold.nn.layers._basis import SharedForm, basis_storage
 from twofold.structures.roles import ATTENTION, MLP
 
 # What gives the output of a part of a block.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from twofold.calibrate.moments import Moments
 from twofold.linalg.spectrum import decompose, truncate
 from twofold.model.structure import Structure
-from twofold.nn.sliced_linear import SlicedLinear
+from twofold.nn.layers.sliced import SlicedLinear
 from twofold.structures.units import unit_rows
 from twofold.structures.weights import part_of, wide, with_bias, with_one
 

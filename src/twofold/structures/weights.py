@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.linalg.metric import damp, working_dtype
 from twofold.model.weights import dense_weight
-from twofold.nn.sliced_linear import SlicedForm, SlicedLinear
+from twofold.nn.layers.sliced import SlicedForm, SlicedLinear
 from twofold.objectives import LayerMoments
 
 LEAST_DAMPING = 1e-6  # of a moment that is inverted; below it, one that was summed in float32 is noise

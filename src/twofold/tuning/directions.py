@@ -14,10 +14,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from twofold.checkpoint.peft.grow import plain_factors
 from twofold.errors import TwofoldError
-from twofold.nn.dense_columns_linear import DenseColumnsLinear
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.dense_columns import DenseColumnsLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import replace_module
 
 
@@ -36,7 +35,7 @@ def split_directions(model: Any, names: list[str], count: int, *, leading: bool)
         layer = model.get_submodule(name)
         if not isinstance(layer, FactoredLinear) or isinstance(layer, DenseColumnsLinear) or layer.rank < 2:
             continue
-        left, values, right = product_svd(*plain_factors(layer))
+        left, values, right = product_svd(*layer.factors())
         k = min(count, layer.rank - 1)
         moved = torch.arange(layer.rank, device=values.device)
         moved = moved[:k] if leading else moved[-k:]

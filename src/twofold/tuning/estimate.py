@@ -21,7 +21,7 @@ from twofold.host.clock import peak_memory
 from twofold.host.quiet import first_line, quiet_bars
 from twofold.model.load import load_skeleton
 from twofold.model.source import choose_device, compute_dtype
-from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.compact import CompactLinear
 from twofold.nn.int_matrix import IntMatrix
 from twofold.refine.steps.teacher import ROWS
 from twofold.tuning.head import POSITIONS, plain_head

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from twofold.model.blocks import input_before
 from twofold.model.frozen import no_cache
 from twofold.model.head import find_head, output_linear
-from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.compact import CompactLinear
 from twofold.refine.steps.teacher import divergence
 
 POSITIONS = 128  # whose logits are made at once

@@ -28,9 +28,9 @@ from transformers import TrainerCallback
 from twofold.checkpoint.peft.lora import has_compact, whole_layers
 from twofold.errors import TwofoldError
 from twofold.model.weights import matches
-from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.compact import CompactLinear
 from twofold.nn.int_matrix import IntMatrix
-from twofold.nn.shared_linear import SharedLinear
+from twofold.nn.layers.shared import SharedLinear
 from twofold.scratch.bound import BoundedUpdate
 from twofold.tuning.allocation import AdaLoraSteps
 from twofold.tuning.directions import split_directions

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from twofold.nn.factored_linear import ordered
+from twofold.nn.layers.factored import ordered
 from twofold.vllm_plugin.stores import Stores
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from twofold.errors import TwofoldError
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.vllm_plugin.supported import INSTEAD
 
 Form = Literal["dense", "plain", "rows", "columns"]

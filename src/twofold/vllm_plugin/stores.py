@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
-from twofold.nn.factored_linear import is_order
+from twofold.nn.layers.factored import is_order
 from twofold.vllm_plugin.shards import Shard, shard_index
 
 

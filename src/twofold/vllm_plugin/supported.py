@@ -6,9 +6,9 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from twofold.checkpoint.kinds import kind_of
 from twofold.errors import TwofoldError
-from twofold.nn.factored_linear import FactoredLinear
-from twofold.nn.sliced_linear import SlicedLinear
+from twofold.nn.layers.factored import FactoredLinear
 
 INSTEAD = "use `twofold export DIR --to dense`, whose output vLLM loads as any model"
 
@@ -28,15 +28,11 @@ def check_modules(modules: Mapping[str, Any]) -> None:
 def _reason(name: str, settings: Any) -> str | None:
     if not isinstance(settings, Mapping):
         return f"its settings in config.json must be a mapping, got {reprlib.repr(settings)}"
-    form = settings.get("form", "plain")
+    kind, form = kind_of(settings), settings.get("form", "plain")
     if "bits" in settings or "group" in settings:
-        return "its numbers are integers (--bits)"
-    if "basis" in settings:
-        return "it shares its basis with other layers"
-    if "kept" in settings or form in SlicedLinear.FORMS:
-        return "it is sliced"
-    if "columns" in settings:
-        return "some of its columns are dense"
+        return "its numbers are integers"
+    if kind != FactoredLinear.KIND:
+        return f"it is stored as a layer of the kind {reprlib.repr(kind)}"
     if form not in FactoredLinear.FORMS:
         return f"its form {reprlib.repr(form)} is none of {', '.join(FactoredLinear.FORMS)}"
     if type(settings.get("rank")) is not int:

@@ -11,26 +11,10 @@ from transformers.pytorch_utils import Conv1D
 from twofold.errors import TwofoldError
 from twofold.linalg.gauge import plain_storage
 from twofold.linalg.metric import working_dtype
-from twofold.nn.dense_columns_linear import DenseColumnsLinear
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.compact import dense_linear
 from twofold.nn.int_matrix import IntMatrix
-from twofold.nn.places import dense_module
-
-
-def plain_factors(
-    layer: FactoredLinear, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:  # (m, r), (r, n'): n' are the inputs that are factored
-    """The two factors of a layer in any of its forms, in the given dtype or the widest of the device."""
-    dtype = dtype or working_dtype(layer.weight.device)
-    reduce, expand = layer.reduce.weight.detach().to(dtype), layer.expand.weight.detach().to(dtype)
-    one = torch.eye(layer.rank, dtype=dtype, device=reduce.device)
-    if layer.order is None:
-        return expand, reduce
-    if layer.form == "rows":
-        return torch.cat([one, expand]).index_select(0, layer.order), reduce
-    right = reduce.new_empty(layer.rank, layer.factored_inputs)
-    right[:, layer.order.long()] = torch.cat([one, reduce], 1)
-    return expand, right
+from twofold.nn.layers.dense_columns import DenseColumnsLinear
+from twofold.nn.layers.factored import FactoredLinear
 
 
 @torch.no_grad()
@@ -80,7 +64,7 @@ def grow(
         right = right.index_select(1, split)
         columns = layer.dense.weight.detach().to(wide) + left @ right[:, : layer.columns]
         right = right[:, layer.columns :]
-    old_left, old_right = plain_factors(layer, wide)
+    old_left, old_right = layer.factors(wide)
     whole_left, whole_right = torch.cat([old_left, left], 1), torch.cat([old_right, right])
     m, r = whole_left.shape
     n = whole_right.shape[1]
@@ -98,17 +82,4 @@ def grow(
         whole = weight.new_empty(m, layer.in_features)
         whole[:, split.long()] = torch.cat([columns, weight], 1)
         weight = whole
-    return dense_module(_Dense(layer, weight.to(dtype), total))  # type: ignore[arg-type]
-
-
-class _Dense:
-    """What ``dense_module`` asks of a layer, with another weight."""
-
-    def __init__(self, layer: FactoredLinear, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = self.weight = weight
-        self.bias = bias
-        self.transposed = layer.transposed
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-
-    def to_dense(self) -> Tensor:
-        return self._weight
+    return dense_linear(weight.to(dtype), total, layer.transposed)

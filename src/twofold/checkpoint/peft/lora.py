@@ -16,8 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.checkpoint.peft.grow import grow
 from twofold.errors import TwofoldError
-from twofold.nn.compact_linear import CompactLinear
-from twofold.nn.shared_linear import SharedBasis
+from twofold.nn.compact import Compact, CompactLinear
 
 INITS = ("gaussian", "eva", "orthogonal")  # those that need no dense weight, besides True and False
 
@@ -136,7 +135,7 @@ def whole_layers(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if name.startswith(inside) and inside:
             continue
-        if isinstance(module, CompactLinear | SharedBasis | BaseTunerLayer):
+        if isinstance(module, Compact | BaseTunerLayer):
             inside = (*inside, f"{name}.")
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(base, CompactLinear | nn.Linear | Conv1D) and base is not output:

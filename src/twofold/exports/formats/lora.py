@@ -20,9 +20,9 @@ from twofold.exports.base import Source, Written, compact_layers, export_format,
 from twofold.exports.decoding import Decoder, ModelDecoder
 from twofold.linalg.metric import working_dtype
 from twofold.model.load import load_model
-from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.compact import CompactLinear
+from twofold.nn.layers._basis import SharedBasis
 from twofold.nn.places import cast_weights
-from twofold.nn.shared_linear import SharedBasis
 
 
 @dataclass(frozen=True)

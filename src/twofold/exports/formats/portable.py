@@ -139,10 +139,15 @@ def _build(file: Path, model: Any, native: type) -> Any:
     spec.loader.exec_module(module)
     settings = {key: value for key, value in model.config.to_dict().items() if key not in OWN}
     config = getattr(module, _name(type(model.config)))(
-        **settings, twofold_modules={name: layer.settings() for name, layer in compact_layers(model).items()}
+        **settings, twofold_modules={name: _settings(layer) for name, layer in compact_layers(model).items()}
     )
     with torch.device("meta"):
         mine = getattr(module, _name(native))(config)
     mine.load_state_dict(model.state_dict(), assign=True)
     mine.tie_weights()
     return mine
+
+
+def _settings(layer: CompactLinear) -> dict[str, Any]:
+    """Return what the portable code asks of a layer: it tells the kinds apart by their keys."""
+    return {name: value for name, value in layer.settings().items() if name != "kind"}

@@ -8,7 +8,7 @@ import pydantic
 
 from twofold.errors import TwofoldError
 from twofold.host.parts import Parts, read_names, write_part
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import replace_module
 from twofold.planning.plan import PlanEntry
 from twofold.refine.steps.job import Job

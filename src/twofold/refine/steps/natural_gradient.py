@@ -15,7 +15,7 @@ from twofold.host.files import make_folder
 from twofold.host.progress import progress, say
 from twofold.linalg.metric import working_dtype
 from twofold.linalg.natural_step import Basis, Step, natural_step, stepped
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import replace_module
 from twofold.planning.plan import PlanEntry
 from twofold.refine import Refined

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from twofold.host.progress import say
-from twofold.nn.places import replace_module
-from twofold.nn.shared_linear import hold_bases
+from twofold.nn.places import hold_bases, replace_module
 from twofold.refine import REFINEMENTS, Refined, Stages
 from twofold.refine.steps.job import Job
 from twofold.settings.base import Settings

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from twofold.errors import TwofoldError
 from twofold.host.parts import Parts, read_names, write_part
 from twofold.host.progress import progress, say
-from twofold.nn.compact_linear import CompactLinear
-from twofold.nn.shared_linear import SharedBasis
+from twofold.nn.compact import Compact
 
 WARM_UP = 0.05  # share of the steps in which the rate rises
 LAST_RATE = 0.05  # of the first, at the end of the cosine
@@ -46,7 +45,7 @@ class Trained:
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The factors, bases and parts, with the biases of their layers. All else is the dense model's too and stays as it is."""
-    factors = {id(p) for m in model.modules() if isinstance(m, CompactLinear | SharedBasis) for p in m.parameters()}
+    factors = {id(p) for m in model.modules() if isinstance(m, Compact) for p in m.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in factors}
 
 

@@ -22,7 +22,7 @@ from twofold.model.load import LoadedModel
 from twofold.model.skeleton import empty_model
 from twofold.model.streamed import Resident
 from twofold.model.weights import Target
-from twofold.nn.factored_linear import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear
 from twofold.objectives import OBJECTIVES
 from twofold.recipe import Recipe
 from twofold.settings.price import Speeds

@@ -17,7 +17,7 @@ from twofold.host.quiet import first_line
 from twofold.inference.form import Optimized, optimize
 from twofold.model.load import LoadedModel, load_model, positions
 from twofold.model.work import Work, work_of
-from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.compact import CompactLinear
 from twofold.speed.runtimes.base import Runtime, Settings, State, greedy, register
 
 

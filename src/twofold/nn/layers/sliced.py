@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from twofold.nn.compact_linear import CompactLinear
+from twofold.nn.compact import CompactLinear
 
 SlicedForm = Literal["kept-rows", "kept-columns"]
 
@@ -32,9 +32,12 @@ class SlicedLinear(CompactLinear):
     torch.Size([3, 6])
     """
 
+    KIND = "sliced"
     CHILDREN = ("inner",)
     FORMS = ("kept-rows", "kept-columns")
+    NUMBERS = {"kept": "how much it keeps"}
 
+    form: SlicedForm
     index: Tensor
 
     def __init__(
@@ -48,7 +51,7 @@ class SlicedLinear(CompactLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features, form, transposed)
         if form not in self.FORMS:
             raise ValueError(f"the form must be one of {', '.join(self.FORMS)}, got {form!r}")
         rows = form == "kept-rows"
@@ -58,12 +61,10 @@ class SlicedLinear(CompactLinear):
                 f"a sliced layer ({out_features}, {in_features}) keeps between 1 and {largest} "
                 f"{'rows' if rows else 'columns'}, got {kept}"
             )
-        self.in_features, self.out_features, self.kept = in_features, out_features, kept
-        self.form: SlicedForm = form
-        self.transposed = transposed
+        self.kept = kept
         shape = (in_features, kept) if rows else (kept, out_features)
         self.inner = nn.Linear(*shape, bias=False, device=device, dtype=dtype)
-        self._add_bias_and_guard(bias, device, dtype)
+        self._finish(bias, device, dtype)
         self.register_buffer("index", torch.arange(kept, device=device, dtype=torch.int32))
 
     @classmethod
@@ -82,32 +83,21 @@ class SlicedLinear(CompactLinear):
         shape = (other, size) if form == "kept-rows" else (size, other)
         dtype = dtype or part.dtype
         layer = cls(*shape, kept, form, bias is not None, transposed, device="meta", dtype=dtype)
-        layer = layer.to_empty(device=part.device)
-        with torch.no_grad():
-            layer.inner.weight.copy_(part)
-            layer.index.copy_(index)
-            layer._fill_bias_and_guard(bias)
-        return layer
+        return layer.to_empty(device=part.device)._fill(bias, inner=part, index=index)
 
     @property
     def words(self) -> str:
         size = self.out_features if self.form == "kept-rows" else self.in_features
         return f"sliced, {self.kept} of {size} {self.form.removeprefix('kept-')}"
 
-    def settings(self) -> dict[str, Any]:
-        return {"kept": self.kept, "form": self.form}
-
-    def forward(
+    def product(
         self,
         x: Tensor,  # (..., in)
     ) -> Tensor:  # (..., out)
-        y: Tensor
-        if self.form == "kept-rows":
-            part = self.inner(x)
-            y = part.new_zeros(*part.shape[:-1], self.out_features).index_copy(-1, self.index.long(), part)
-        else:
-            y = self.inner(x.index_select(-1, self.index))
-        return y if self.bias is None else y + self.bias
+        if self.form == "kept-columns":
+            return self.inner(x.index_select(-1, self.index))  # type: ignore[no-any-return]
+        part: Tensor = self.inner(x)
+        return part.new_zeros(*part.shape[:-1], self.out_features).index_copy(-1, self.index.long(), part)
 
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:  # (out, in)
@@ -126,9 +116,3 @@ class SlicedLinear(CompactLinear):
             if int(wide[0]) >= 0 and int(wide[-1]) < size and bool((wide[1:] > wide[:-1]).all()):
                 return None
         return f"index in the checkpoint does not name {self.kept} of its {size} {self.form.removeprefix('kept-')}"
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, kept={self.kept}, "
-            f"form={self.form}, bias={self.bias is not None}, keep={self.keep:.3f}"
-        )

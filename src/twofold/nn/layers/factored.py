@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from twofold.linalg.gauge import gauge_form, gauge_storage, plain_storage
 from twofold.linalg.metric import working_dtype
-from twofold.nn.compact_linear import CompactLinear, bare_linear, counted
+from twofold.nn.compact import CompactLinear, bare_linear, counted
 
 Form = Literal["plain", "rows", "columns"]
 
@@ -41,9 +42,12 @@ class FactoredLinear(CompactLinear):
     torch.Size([2, 6])
     """
 
+    KIND = "factored"
     CHILDREN: ClassVar[tuple[str, ...]] = ("reduce", "expand")
     FORMS = ("plain", "rows", "columns")
+    NUMBERS: ClassVar[Mapping[str, str]] = {"rank": "its rank"}
 
+    form: Form
     order: Tensor | None
 
     def __init__(
@@ -57,7 +61,7 @@ class FactoredLinear(CompactLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features, form, transposed)
         largest = {
             "plain": min(in_features, out_features),
             "rows": min(in_features, out_features - 1),
@@ -70,15 +74,12 @@ class FactoredLinear(CompactLinear):
                 f"the rank of a factored layer ({out_features}, {in_features}) in the form {form} "
                 f"must be between 1 and {largest}, got {rank}"
             )
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.factored_inputs = in_features
-        self.form: Form = form
-        self.transposed = transposed
+        self.rank, self.factored_inputs = rank, in_features
         inner = in_features - rank if form == "columns" else in_features
         outer = out_features - rank if form == "rows" else out_features
         self.reduce = bare_linear(inner, rank, device, dtype)
         self.expand = bare_linear(rank, outer, device, dtype)
-        self._add_bias_and_guard(bias, device, dtype)
+        self._finish(bias, device, dtype)
         permuted = {"plain": 0, "rows": out_features, "columns": in_features}[form]
         self.register_buffer("order", counted(permuted, device) if permuted else None)
 
@@ -104,18 +105,10 @@ class FactoredLinear(CompactLinear):
         dtype = dtype or left.dtype
         layer = cls(n, m, r, chosen, bias is not None, transposed, device="meta", dtype=dtype)
         layer = layer.to_empty(device=left.device)
-        with torch.no_grad():
-            if gauge is None:
-                left, right = balanced(left, right)
-                layer.reduce.weight.copy_(right)
-                layer.expand.weight.copy_(left)
-            else:
-                layer.reduce.weight.copy_(gauge.reduce)
-                layer.expand.weight.copy_(gauge.expand)
-                assert layer.order is not None
-                layer.order.copy_(gauge.order)
-            layer._fill_bias_and_guard(bias)
-        return layer
+        if gauge is None:
+            left, right = balanced(left, right)
+            return layer._fill(bias, reduce=right, expand=left)
+        return layer._fill(bias, reduce=gauge.reduce, expand=gauge.expand, order=gauge.order)
 
     @property
     def numbers(self) -> int:
@@ -127,9 +120,6 @@ class FactoredLinear(CompactLinear):
     def words(self) -> str:
         return f"factored, {self.form}, rank {self.rank}" + (f", {self.bits} bits" if self.bits else "")
 
-    def settings(self) -> dict[str, Any]:
-        return {"rank": self.rank, "form": self.form, **self.integer_settings}
-
     def index_error(self) -> str | None:
         """An order that is no permutation would read beyond the layer, or leave a part of it out."""
         order = self.order
@@ -140,20 +130,30 @@ class FactoredLinear(CompactLinear):
             return None
         return f"order in the checkpoint is no order of its {length} {self.form}"
 
-    def forward(
+    def product(
         self,
-        x: Tensor,  # (..., in)
+        x: Tensor,  # (..., n): n are the inputs that are factored
     ) -> Tensor:  # (..., out)
-        y: Tensor
         if self.order is None:
-            y = self.expand(self.reduce(x))
-        elif self.form == "rows":
+            return self.expand(self.reduce(x))  # type: ignore[no-any-return]
+        if self.form == "rows":
             pivots = self.reduce(x)
-            y = ordered(torch.cat([pivots, self.expand(pivots)], -1), self.order)
-        else:
-            x = ordered(x, self.order)
-            y = self.expand(x[..., : self.rank] + self.reduce(x[..., self.rank :]))
-        return y if self.bias is None else y + self.bias
+            return ordered(torch.cat([pivots, self.expand(pivots)], -1), self.order)
+        x = ordered(x, self.order)
+        return self.expand(x[..., : self.rank] + self.reduce(x[..., self.rank :]))  # type: ignore[no-any-return]
+
+    def factors(
+        self, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:  # (m, r), (r, n): n are the inputs that are factored
+        """Return the two factors in any of the forms, in the given dtype or the widest of the device."""
+        dtype = dtype or working_dtype(self.weight.device)
+        reduce, expand = self.reduce.weight.detach().to(dtype), self.expand.weight.detach().to(dtype)
+        if self.order is None:
+            return expand, reduce
+        if self.form == "rows":
+            one = torch.eye(self.rank, dtype=dtype, device=reduce.device)
+            return torch.cat([one, expand]).index_select(0, self.order), reduce
+        return expand, unfolded(reduce, self.order)
 
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:  # (out, in)
@@ -171,11 +171,16 @@ class FactoredLinear(CompactLinear):
             return dense.to(dtype)
         return (expand @ reduce).to(dtype)
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"form={self.form}, bias={self.bias is not None}, keep={self.keep:.3f}"
-        ) + (f", bits={self.bits}" if self.bits else "")
+
+def unfolded(
+    reduce: Tensor,  # (r, n − r)
+    order: Tensor,  # (n,), the r inputs that stand for themselves first
+) -> Tensor:  # (r, n)
+    """Return the right factor of a gauge form on columns."""
+    one = torch.eye(len(reduce), dtype=reduce.dtype, device=reduce.device)
+    whole = reduce.new_empty(len(reduce), len(order))
+    whole[:, order.long()] = torch.cat([one, reduce], 1)
+    return whole
 
 
 def balanced(

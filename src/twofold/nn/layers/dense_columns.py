@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from twofold.nn.factored_linear import FactoredLinear, Form, is_order, ordered
+from twofold.nn.layers.factored import FactoredLinear, Form, is_order, ordered
 
 
 class DenseColumnsLinear(FactoredLinear):
@@ -25,7 +23,9 @@ class DenseColumnsLinear(FactoredLinear):
     torch.Size([2, 6])
     """
 
+    KIND = "dense-columns"
     CHILDREN = ("reduce", "expand", "dense")
+    NUMBERS = {"rank": "its rank", "columns": "how many columns are dense"}
 
     split: Tensor
 
@@ -68,12 +68,7 @@ class DenseColumnsLinear(FactoredLinear):
         )  # fmt: skip
         layer = layer.to_empty(device=device)
         layer.load_state_dict(rest.state_dict(), strict=False)
-        with torch.no_grad():
-            layer.dense.weight.copy_(dense)
-            layer.split.copy_(split)
-            if layer.bias is not None and bias is not None:
-                layer.bias.copy_(bias)
-        return layer
+        return layer._fill(bias, dense=dense, split=split)
 
     @property
     def numbers(self) -> int:
@@ -83,9 +78,6 @@ class DenseColumnsLinear(FactoredLinear):
     @property
     def words(self) -> str:
         return f"{super().words}, {self.columns} columns dense"
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "columns": self.columns}
 
     def index_error(self) -> str | None:
         wrong = super().index_error()
@@ -109,6 +101,3 @@ class DenseColumnsLinear(FactoredLinear):
         dense = torch.empty(self.out_features, self.in_features, dtype=rest.dtype, device=rest.device)
         dense[:, self.split.long()] = torch.cat([self.dense.weight.to(rest.dtype), rest], 1)
         return dense
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, columns={self.columns}"

@@ -1,0 +1,75 @@
+"""An input embedding kept in integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from twofold.nn.compact import Compact, check_settings, integers_of
+from twofold.nn.int_matrix import IntMatrix
+
+
+class QuantizedEmbedding(Compact):
+    """Rows of a table (count, width) by token id; the table is an ``IntMatrix`` child named ``table``.
+
+    The guard ``weight`` also tells the dtype of the rows.
+
+    >>> import torch
+    >>> QuantizedEmbedding(10, 6, bits=8, group=None)(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 6])
+    """
+
+    KIND = "embedding"
+    CHILDREN = ("table",)
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        group: int | None,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.table = IntMatrix(num_embeddings, embedding_dim, bits, group, device)
+        self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
+
+    @property
+    def words(self) -> str:
+        return f"embedding, {self.table.bits} bits"
+
+    @property
+    def shape(self) -> list[int]:
+        return [self.num_embeddings, self.embedding_dim]
+
+    @property
+    def numbers(self) -> int:
+        return self.table.numbers
+
+    @classmethod
+    def empty(cls, module: nn.Module, settings: Mapping[str, Any], model: nn.Module, shared: dict[str, Any]) -> Self:
+        check_settings(settings, {}, {"kind", "form", "bits", "group"})
+        if type(module) is not nn.Embedding:
+            raise ValueError(f"it is no embedding but a {type(module).__name__}")
+        (count, width), (bits, group) = module.weight.shape, integers_of(settings)
+        return cls(count, width, bits, group, module.padding_idx, module.weight.device, module.weight.dtype)
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": self.KIND, "form": "embedding", "bits": self.table.bits, "group": self.table.group}
+
+    def forward(
+        self,
+        ids: Tensor,  # (...)
+    ) -> Tensor:  # (..., width)
+        return self.table.rows_at(ids).to(self.weight.dtype)
+
+    def dense_module(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        weight = self.table.weight.to(dtype or self.weight.dtype)
+        return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=weight)
