@@ -70,6 +70,7 @@ def _logits_of(name: str) -> Any:
 def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, float]:
     """All rows, and the perplexities of the model as it is named and with its noise."""
     import torch
+    from twofold.task.quality import measure_quality
 
     from twofold.factor.apply import apply_plan
     from twofold.host.clock import Stopwatch
@@ -79,7 +80,6 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
     from twofold.recipe import make_recipe
     from twofold.run.open import open_for
     from twofold.run.prepare import prepare
-    from twofold.task.quality import measure_quality
     from twofold.task.text.held_out import evaluation_windows
 
     settings: dict[str, Any] = {

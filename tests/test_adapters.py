@@ -28,7 +28,8 @@ from twofold.checkpoint.peft.register import need, register
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.linalg.spectrum import weighted_low_rank
-from twofold.model.weights import dense_weight, find_targets
+from twofold.model.weights import find_targets
+from twofold.model.kinds import dense_weight
 from twofold.nn.int_matrix import IntLinear
 from twofold.nn.layers.dense_columns import DenseColumnsLinear
 from twofold.nn.layers.factored import FactoredLinear

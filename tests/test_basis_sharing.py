@@ -34,7 +34,8 @@ from twofold.decompose.spectra import Spectra
 from twofold.factor.apply import apply_plan
 from twofold.model.load import load_model
 from twofold.model.settings import Override
-from twofold.model.weights import Target, Targets, find_targets
+from twofold.model.target import Target, Targets
+from twofold.model.weights import find_targets
 from twofold.nn.layers._basis import SharedBasis
 from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.layers.shared import SharedLinear

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from twofold.task.curvature import loss_gradient
 
 import twofold
 import twofold.evidence.truncated as truncated
@@ -22,14 +23,13 @@ from twofold.factor.prepared import carry_out
 from twofold.host.clock import Stopwatch
 from twofold.linalg.gauge import gauge_rank
 from twofold.linalg.spectrum import truncate
-from twofold.model.weights import dense_weight
+from twofold.model.kinds import dense_weight
 from twofold.planning.plan import Plan
 from twofold.recipe import make_recipe
 from twofold.run.compress import compress
 from twofold.run.factorize import plan_model
 from twofold.run.open import open_for
 from twofold.run.prepare import prepare
-from twofold.task.curvature import loss_gradient
 
 SMALL = {"tokens": 128, "window": 32, "quiet": True}
 

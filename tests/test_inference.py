@@ -17,7 +17,8 @@ from twofold import TwofoldError
 from twofold.checkpoint.plugin import attach
 from twofold.inference.draft import Draft
 from twofold.inference.latency import Latencies, Table, Times
-from twofold.model.weights import dense_weight, list_weights
+from twofold.model.weights import list_weights
+from twofold.model.kinds import dense_weight
 from twofold.nn.grouped_linear import ColumnsLinear, GroupedLinear, InputGroup, Part, laid_out
 from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import replace_module

@@ -18,7 +18,8 @@ from twofold.calibrate.sweep import collect_moments
 from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel
 from twofold.model.streamed import Resident
-from twofold.model.weights import dense_weight, find_groups, find_targets
+from twofold.model.weights import find_groups, find_targets
+from twofold.model.kinds import dense_weight
 from twofold.recipe import Recipe
 from twofold.task.curvature import loss_gradient
 from twofold.task.text.sampled import beginnings, draw, sample_texts, user_turn_prefix

@@ -22,7 +22,7 @@ from twofold.evidence.rounding import AUTO_BITS, Rounding
 from twofold.factor.verify import stored_bytes
 from twofold.linalg.metric import damp
 from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate, weighted_low_rank
-from twofold.model.weights import Target
+from twofold.model.target import Target
 from twofold.nn.int_matrix import IntLinear, IntMatrix
 from twofold.nn.layers.corrected import CorrectedLinear
 from twofold.nn.layers.embedding import QuantizedEmbedding

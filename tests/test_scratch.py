@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 import twofold
 from conftest import CONFIGS, TEXT, make_model, make_tokenizer
-from twofold.model.weights import dense_weight, find_targets
+from twofold.model.weights import find_targets
+from twofold.model.kinds import dense_weight
 from twofold.nn.layers.factored import FactoredLinear
 from twofold.scratch.optimizer import ProductDecay
 from twofold.scratch.start import STARTS, factorize_start

@@ -462,7 +462,7 @@ def test_two_processes_give_what_one_gives(text_file, tmp_path):
         for count in (1, 2):
             model = load_model(str(tmp_path / f"{stream}-{count}")).model
             products.append(
-                {e.name: twofold.model.weights.dense_weight(model.get_submodule(e.name)) for e in first.entries}
+                {e.name: twofold.model.kinds.dense_weight(model.get_submodule(e.name)) for e in first.entries}
             )
         for name, product in products[0].items():
             torch.testing.assert_close(product, products[1][name], rtol=0, atol=1e-4)

@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import ARCHITECTURES, make_model
 from twofold.errors import TwofoldError
-from twofold.model.weights import dense_weight, find_groups, find_targets, list_weights, matches
+from twofold.model.weights import find_groups, find_targets, list_weights, matches
+from twofold.model.kinds import dense_weight
 
 SHARED = {
     "gpt2": {},

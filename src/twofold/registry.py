@@ -8,6 +8,7 @@ registers it has been imported. The names alone cost no import.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
@@ -44,7 +45,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Return the names of all methods, in alphabetical order."""
-        return sorted({*self._files(), *self._methods})
+        return sorted({*self._files, *self._methods})
 
     def all(self) -> list[T]:
         """Return all methods, in the order of their names."""
@@ -56,12 +57,12 @@ class Registry(Generic[T]):
         Raises:
             TwofoldError: if there is none; it lists those that there are.
         """
-        files = self._files()
+        files = self._files
         if name not in self._methods and name in files:
             import_module(f"{self.package}.{files[name]}")
         if name in self._methods:
             return self._methods[name]
-        for module in self._modules():
+        for module in self._modules:
             if module.startswith("_"):
                 import_module(f"{self.package}.{module}")
         for find in self._families:
@@ -71,10 +72,12 @@ class Registry(Generic[T]):
         others = f", or {self.others}" if self.others else ""
         raise TwofoldError(f"there is no {self.kind} {name!r}; choose one of {', '.join(self.names())}{others}")
 
+    @cached_property
     def _files(self) -> dict[str, str]:
         """Map the names of methods to those of their files."""
-        return {m.rstrip("_").replace("_", "-"): m for m in self._modules() if not m.startswith("_")}
+        return {m.rstrip("_").replace("_", "-"): m for m in self._modules if not m.startswith("_")}
 
+    @cached_property
     def _modules(self) -> list[str]:
         spec = find_spec(self.package)
         places = spec.submodule_search_locations if spec is not None else None

@@ -16,8 +16,8 @@ from twofold.errors import TwofoldError
 from twofold.host.folders import check_apart, check_output, staged_folder
 from twofold.host.progress import progress
 from twofold.linalg.metric import working_dtype
+from twofold.model.kinds import dense_weight
 from twofold.model.load import LoadedModel, load_model
-from twofold.model.weights import dense_weight
 from twofold.nn.layers._basis import SharedBasis
 
 FAR = 0.5  # a tuned weight differs from its base by much less than this share of its norm

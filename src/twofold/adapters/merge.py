@@ -18,8 +18,8 @@ from twofold.errors import TwofoldError
 from twofold.host.folders import check_apart, check_output, staged_folder
 from twofold.host.quiet import quiet_bars
 from twofold.linalg.metric import working_dtype
+from twofold.model.kinds import dense_weight
 from twofold.model.load import LoadedModel, load_model
-from twofold.model.weights import dense_weight
 from twofold.nn.layers.dense_columns import DenseColumnsLinear
 from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import cast_weights, replace_module

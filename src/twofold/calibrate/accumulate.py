@@ -6,28 +6,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from twofold.calibrate.request import SQUARE, Request
+from twofold.calibrate.request import Request
+from twofold.calibrate.statistics import PAIRED, STATISTICS, Add, Feed, size_of
+from twofold.model.kinds import Sink, Taker, watch
 from twofold.model.streamed import Resident
-from twofold.model.weights import Target
-
-FORWARD = (
-    "rows",
-    "input",
-    "input_mean",
-    "output",
-    "input_abs",
-    "input_square",
-    "input_trace",
-)  # kinds of moments by the sweep that gives them
-
-
-BACKWARD = ("gradient", "input_gradient", "gradient_trace", "gradient_square", "fisher_rows")
+from twofold.model.target import Target
 
 
 class Accumulator:
-    """Hooks on the targets that add to the sums."""
+    """The sums of some targets, while the model is run.
+
+    Args:
+        kinds: of moments that this run gives.
+        weights: the dense weights (out, in) that the moments are of, by the names of targets in whose places other layers stand.
+        starts: whether what no gradient would reach starts a graph.
+    """
 
     def __init__(
         self,
@@ -36,98 +31,69 @@ class Accumulator:
         request: Request,
         kinds: tuple[str, ...],
         weights: Mapping[str, Tensor],
+        *,
+        starts: bool = False,
     ) -> None:
-        """
-        Args:
-            weights: (out, in), by the names of targets in whose places other weights stand.
-        """
         self.weights = weights
-        self.device = residence.device
         self.dtype = torch.float64 if residence.dtype == torch.float64 else torch.float32
         self.sums: dict[str, Tensor] = {}
-        self.squares: dict[str, list[Tensor]] = {}
+        self.handles: list[Any] = []
         here = {target.name for target in targets}
         for kind, names in request.sizes.items():
             for name, k in names.items():
-                if kind not in kinds or name not in here:
-                    continue
-                shape = (k, k) if kind in SQUARE else () if kind == "rows" or kind.endswith("trace") else (k,)
-                self.sums[f"{kind}/{name}"] = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self.handles: list[Any] = []
+                if kind in kinds and name in here:
+                    zeros = torch.zeros(size_of(kind, k), dtype=self.dtype, device=residence.device)
+                    self.sums[f"{kind}/{name}"] = zeros
         for target in targets:
-            module = residence.model.get_submodule(target.name)
-            self.handles.append(module.register_forward_hook(self._forward(target.name)))
-            if f"input_gradient/{target.name}" in self.sums and target.name not in weights:
-                self.handles.append(module.register_full_backward_hook(self._backward(target.name)))
-
-    def _add(self, key: str, rows: Tensor) -> None:  # rows (tokens, k)
-        if key in self.sums:
-            self.sums[key].addmm_(rows.T, rows)
-
-    def _flat(self, x: Tensor) -> Tensor:  # (..., k) to (tokens, k)
-        return x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
-
-    def _forward(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        wanted = [
-            "gradient",
-            "gradient_trace",
-            "gradient_square",
-            "fisher_rows",
-            *(["input_gradient"] if name in self.weights else []),
-        ]
-        wants_gradient = any(f"{kind}/{name}" in self.sums for kind in wanted)
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            with torch.no_grad():
-                if f"rows/{name}" in self.sums:
-                    self.sums[f"rows/{name}"] += args[0].numel() // max(args[0].shape[-1], 1)
-                if any(
-                    f"{kind}/{name}" in self.sums
-                    for kind in ("input", "input_mean", "input_abs", "input_square", "input_trace")
-                ) or (f"fisher_rows/{name}" in self.sums):
-                    x = self._flat(args[0])
-                    self._add(f"input/{name}", x)
-                    if f"input_trace/{name}" in self.sums:
-                        self.sums[f"input_trace/{name}"] += x.square().sum()
-                    if f"input_mean/{name}" in self.sums:
-                        self.sums[f"input_mean/{name}"] += x.sum(0)
-                    if f"input_abs/{name}" in self.sums:
-                        self.sums[f"input_abs/{name}"] += x.abs().sum(0)
-                    if f"input_square/{name}" in self.sums:
-                        self.sums[f"input_square/{name}"] += x.square().sum(0)
-                    if f"fisher_rows/{name}" in self.sums:
-                        self.squares.setdefault(name, []).append(x.square().sum(1))
-                if f"output/{name}" in self.sums:
-                    if name in self.weights:
-                        y = self._flat(args[0]) @ self.weights[name].to(self.dtype).T
-                    else:
-                        bias = module.bias
-                        y = self._flat(output - bias if isinstance(bias, Tensor) else output)
-                    self._add(f"output/{name}", y)
-            if wants_gradient and output.requires_grad:
-                output.register_hook(lambda g: self._gradient(name, g))  # type: ignore[no-untyped-call]
-
-        return hook
-
-    def _gradient(self, name: str, gradient: Tensor) -> None:
-        g = self._flat(gradient)
-        self._add(f"gradient/{name}", g)
-        if name in self.weights and f"input_gradient/{name}" in self.sums:
-            self._add(f"input_gradient/{name}", g @ self.weights[name].to(self.dtype))
-        if f"gradient_trace/{name}" in self.sums:
-            self.sums[f"gradient_trace/{name}"] += g.square().sum()
-        if f"gradient_square/{name}" in self.sums:
-            self.sums[f"gradient_square/{name}"] += g.square().sum(0)
-        if f"fisher_rows/{name}" in self.sums:
-            self.sums[f"fisher_rows/{name}"] += self.squares[name].pop() @ g.square()
-
-    def _backward(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, grad_input: tuple[Tensor | None, ...], grad_output: Any) -> None:
-            if grad_input[0] is not None:
-                self._add(f"input_gradient/{name}", self._flat(grad_input[0]))
-
-        return hook
+            sink = self._sink(target.name, starts)
+            self.handles += watch(residence.model.get_submodule(target.name), sink)
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+    def _sink(self, name: str, starts: bool) -> Sink:
+        """Return what takes what passes a weight: nothing of what no sum is fed."""
+        inputs, outputs, gradients = (self._fed(name, feed) for feed in ("inputs", "outputs", "gradients"))
+        back = self._fed(name, "input_gradients")
+        paired = self.sums.get(f"{PAIRED}/{name}")
+        # Where another layer stands, what the weight would give follows from what the layer is given.
+        weight = self.weights[name].to(self.dtype) if name in self.weights else None
+
+        def calls(x: Tensor, product: Callable[[], Tensor]) -> Taker | None:
+            rows = self._flat(x) if inputs or paired is not None or weight is not None else x
+            _add(inputs, rows)
+            if outputs:
+                _add(outputs, self._flat(product()) if weight is None else rows @ weight.T)
+            squares = rows.square().sum(1) if paired is not None else None
+
+            def take(gradient: Tensor) -> None:
+                g = self._flat(gradient)
+                _add(gradients, g)
+                if weight is not None and back:
+                    _add(back, g @ weight)
+                if paired is not None and squares is not None:
+                    paired.add_(squares @ g.square())
+
+            return take if gradients or paired is not None or (weight is not None and back) else None
+
+        def handed_back(gradient: Tensor) -> None:
+            _add(back, self._flat(gradient))
+
+        return Sink(calls, handed_back if back and weight is None else None, starts)
+
+    def _fed(self, name: str, feed: Feed) -> list[tuple[Add, Tensor]]:
+        """Return the sums of a weight that are fed so, and how a row is added."""
+        return [
+            (statistic.add, self.sums[f"{kind}/{name}"])
+            for kind, statistic in STATISTICS.items()
+            if statistic.feed == feed and f"{kind}/{name}" in self.sums
+        ]
+
+    def _flat(self, x: Tensor) -> Tensor:  # (..., k) to (rows, k)
+        return x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
+
+
+def _add(sums: list[tuple[Add, Tensor]], rows: Tensor) -> None:
+    for add, total in sums:
+        add(total, rows)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from twofold.calibrate.fingerprint import fingerprint, moments_path, spectra_mark
 from twofold.calibrate.moments import DESCRIPTION, Moments
@@ -28,13 +27,13 @@ from twofold.host.progress import say
 from twofold.host.unfinished import Work
 from twofold.model.blocks import stretches
 from twofold.model.survey import survey
-from twofold.model.weights import Targets, find_groups
-from twofold.objectives import OBJECTIVES, Statistic
-from twofold.task.text.texts import TokenWindows
-from twofold.task.text.windows import on_text_alone
+from twofold.model.target import Targets
+from twofold.model.weights import find_groups
+from twofold.objectives import OBJECTIVES, Statistic, without_data
+from twofold.task import Samples, Task, on_device
 
 if TYPE_CHECKING:
-    from twofold.model.load import Opened
+    from twofold.calibrate.opened import Opened
 
 
 def calibrate(
@@ -42,7 +41,7 @@ def calibrate(
     opened: Opened,
     targets: Targets,
     needs: frozenset[Statistic],
-    windows: TokenWindows,
+    samples: Samples,
     hashed: str,
     watch: Stopwatch,
     *,
@@ -50,7 +49,7 @@ def calibrate(
     work: Work | None = None,
     quiet: bool = False,
 ) -> tuple[Targets, Moments, bool]:
-    """The moments of a model on windows of tokens: those of an earlier run if they fit, else new ones.
+    """Collect the moments of a model on samples, or take those of an earlier run if they fit.
 
     Args:
         needs: what the objectives that they will serve ask for.
@@ -59,23 +58,23 @@ def calibrate(
     Returns:
         The targets with the groups that share an input, the moments, and whether they are those of an earlier run.
     """
-    loaded, residence = opened.loaded, opened.loaded.residence
+    loaded, residence, task = opened.loaded, opened.loaded.residence, opened.need_task()
     with watch.stage("texts"):
         before: frozenset[str] = frozenset()
         if residence.streamed:
-            found = survey(loaded, targets.targets)
+            found = survey(loaded, targets.targets, task.example(loaded.model))
             targets, before = replace(targets, groups=found.groups), found.before
         else:
-            targets = replace(targets, groups=_groups(loaded.model, targets, windows.ids[:1, :16].to(residence.device)))
+            targets = replace(targets, groups=_groups(loaded.model, targets, samples, task))
     request = request_statistics(targets.targets, targets.groups, needs)
-    mark = fingerprint(hashed, windows, request, recipe, residence.dtype)
+    mark = fingerprint(hashed, samples, request, recipe, residence.dtype)
     path = moments_folder or moments_path(mark)
     if work is not None:
         work.belongs_to(spectra_mark(hashed, mark, recipe))
         work.update(stage="calibrating", moments=str(path))
     named = moments_folder is not None
     with _only_one(path, quiet), watch.stage("calibrate"):
-        moments, reused = _moments(opened, recipe, targets, request, windows, before, mark, path, named, quiet)
+        moments, reused = _moments(opened, recipe, targets, request, samples, before, mark, path, named, quiet)
     if reused:
         watch.seconds.pop("calibrate")
         if not quiet:
@@ -102,7 +101,7 @@ def _moments(
     recipe: Calibrating,
     targets: Targets,
     request: Request,
-    windows: TokenWindows,
+    samples: Samples,
     before: frozenset[str],
     mark: str,
     path: Path,
@@ -113,13 +112,14 @@ def _moments(
     found = reuse(path, mark, request, named=named)
     if processes.agree(found is not None) and found is not None:
         return found, True
-    check_space(path, 4 * request.numbers + _states_bytes(opened, recipe, windows))
-    about = {"model": opened.loaded.name, "source": windows.source, "seed": str(recipe.seed)}
+    check_space(path, 4 * request.numbers + _states_bytes(opened, recipe, samples))
+    about = {"model": opened.loaded.name, "source": samples.source, "seed": str(recipe.seed)}
     made = collect_moments(
         opened.loaded.residence,
         targets.targets,
         request,
-        windows.ids,
+        samples,
+        opened.need_task(),
         empty=Moments({}, 0, targets.groups, mark, about),
         parts=stretches(opened.chain, opened.blocks) if opened.blocks is not None else None,
         before=before,
@@ -152,20 +152,23 @@ def _only_one(folder: Path, quiet: bool) -> Iterator[None]:
         lock.release()
 
 
-def _states_bytes(opened: Opened, recipe: Calibrating, windows: TokenWindows) -> int:
+def _states_bytes(opened: Opened, recipe: Calibrating, samples: Samples) -> int:
     """What the hidden states between stretches take on the disk."""
     if opened.blocks is None or opened.chain is None or recipe.activations != "disk":
         return 0
     config = opened.loaded.model.config.get_text_config()
     width = int(getattr(config, "hidden_size", 0) or 0)
     kept = len(stretches(opened.chain, opened.blocks)) if "gradient" in OBJECTIVES.get(recipe.objective).needs else 2
-    return kept * windows.ids.numel() * width * opened.loaded.residence.dtype.itemsize
+    return kept * samples.units(0, len(samples)) * width * opened.loaded.residence.dtype.itemsize
 
 
-def _groups(model: Any, targets: Targets, sample: Tensor) -> dict[str, str]:
-    """Which targets share an input, and whether the model runs on token ids at all."""
-    with on_text_alone(model):
-        return find_groups(model, targets.targets, lambda: model(input_ids=sample))
+def _groups(model: Any, targets: Targets, samples: Samples, task: Task) -> dict[str, str]:
+    """Find which targets share an input, and whether the model runs on the samples at all."""
+    batch = on_device(samples.small, model.device)
+    try:
+        return find_groups(model, targets.targets, lambda: task.call(model, batch))
+    except TwofoldError as error:
+        raise TwofoldError(f"{error}, so it can't be calibrated on it; {without_data()}") from error
 
 
 def reuse(path: Path, mark: str, request: Request, *, named: bool) -> Moments | None:

@@ -1,4 +1,4 @@
-"""What moments belong to: a hash of the model, the token ids, the seed and the settings that change them."""
+"""What moments belong to: a hash of the model, the samples, the seed and the settings that change them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from twofold.calibrate.settings import Calibrating
 from twofold.checkpoint.shards import Shards
 from twofold.host.cache import cache_folder
 from twofold.host.parts import FORMAT
-from twofold.task.text.texts import TokenWindows
+from twofold.task import Samples
 from twofold.version import __version__
 
 
@@ -36,13 +36,13 @@ def model_hash(model: nn.Module, shards: Shards | None = None) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(hashed: str, windows: TokenWindows, request: Request, recipe: Calibrating, dtype: torch.dtype) -> str:
-    """What moments belong to: the model's weights, the token ids, the seed and the settings that change them."""
+def fingerprint(hashed: str, samples: Samples, request: Request, recipe: Calibrating, dtype: torch.dtype) -> str:
+    """What moments belong to: the model's weights, the samples, the seed and the settings that change them."""
     parts = {
         "format": FORMAT,
         "model": hashed,
-        "ids": windows.sha256,
-        "shape": list(windows.ids.shape),
+        "ids": samples.sha256,
+        "shape": samples.shape,
         "seed": recipe.seed,
         "batch": recipe.batch_size,
         "dtype": str(dtype),

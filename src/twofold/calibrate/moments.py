@@ -30,7 +30,7 @@ from twofold.calibrate.request import Request
 from twofold.errors import TwofoldError
 from twofold.host.files import write_text
 from twofold.host.parts import FORMAT, Chosen, Parts, read_names, write_part
-from twofold.model.weights import Target
+from twofold.model.target import Target
 from twofold.objectives import LayerMoments
 
 DESCRIPTION = "moments.json"
@@ -41,20 +41,20 @@ class Moments:
     """The collected sums, and what they belong to."""
 
     sums: Mapping[str, Tensor]  # "input/LEADER" → sum over tokens, and so on
-    tokens: int
+    predictions: int
     groups: dict[str, str]
     fingerprint: str
     about: dict[str, str] = field(default_factory=dict)  # model, source, settings: for a reader
 
     def layer(self, name: str) -> LayerMoments:
-        """The moments of one target, averaged over the tokens."""
+        """The moments of one target: of inputs averaged over the rows that it was given, of gradients over the predictions."""
         leader = self.groups.get(name, name)
         rows = max(self.rows(name), 1.0)
         places = {
             "output": (name, rows), "input": (leader, rows), "input_abs": (leader, rows), "input_trace": (leader, rows),
             "input_mean": (leader, rows), "input_square": (leader, rows),
-            "gradient": (name, self.tokens), "input_gradient": (name, self.tokens), "fisher_rows": (name, self.tokens),
-            "gradient_trace": (name, self.tokens), "gradient_square": (name, self.tokens),
+            "gradient": (name, self.predictions), "input_gradient": (name, self.predictions), "fisher_rows": (name, self.predictions),
+            "gradient_trace": (name, self.predictions), "gradient_square": (name, self.predictions),
         }  # fmt: skip
         found = {
             kind: self.sums[f"{kind}/{owner}"] / count
@@ -81,7 +81,7 @@ class Moments:
 
     def rows(self, name: str) -> float:
         """How many input vectors a target was given."""
-        return float(self.sums[f"rows/{name}"]) if f"rows/{name}" in self.sums else float(self.tokens)
+        return float(self.sums[f"rows/{name}"]) if f"rows/{name}" in self.sums else float(self.predictions)
 
     def unused(self, targets: Iterable[Target]) -> dict[str, str]:
         """The targets that the calibration can say nothing about, with the reason."""
@@ -118,7 +118,7 @@ class Moments:
         description = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
-            "tokens": self.tokens,
+            "tokens": self.predictions,
             "groups": self.groups,
             "about": self.about,
             "parts": parts,
@@ -151,10 +151,10 @@ class Moments:
                 names, _ = read_names(path, mark)
                 places |= dict.fromkeys(names, path)
             about, groups = dict(description["about"]), dict(description["groups"])
-            tokens = int(description["tokens"])
-            if tokens < 1 or not places:
+            predictions = int(description["tokens"])
+            if predictions < 1 or not places:
                 raise ValueError("it holds none")
-            return cls(Parts(places), tokens, groups, mark, about)
+            return cls(Parts(places), predictions, groups, mark, about)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TwofoldError(
                 f"the moments in {folder} can't be read ({error}); delete the folder and run again"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from twofold.model.weights import Target
+from twofold.calibrate.statistics import BACKWARD, is_square
+from twofold.model.target import Target
 from twofold.objectives import Statistic
-
-SQUARE = ("input", "output", "gradient", "input_gradient")  # kinds of moments that are (k, k)
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Request:
     @property
     def backward(self) -> bool:
         """Whether gradients are needed."""
-        return any(self.sizes.get(kind) for kind in ("gradient", "input_gradient", "gradient_square", "fisher_rows"))
+        return any(self.sizes.get(kind) for kind in BACKWARD)
 
     @property
     def numbers(self) -> int:
@@ -35,7 +34,7 @@ class Request:
         """How many numbers the moments of one kind hold, of all targets or of some."""
         owners = self.sizes[kind]
         chosen = owners if targets is None else owners.keys() & set(targets)
-        return sum(owners[name] ** 2 if kind in SQUARE else owners[name] for name in chosen)
+        return sum(owners[name] ** 2 if is_square(kind) else owners[name] for name in chosen)
 
 
 def request_statistics(

@@ -9,7 +9,8 @@ from pydantic import Field
 from twofold.model.settings import Loading
 from twofold.objectives import Method
 from twofold.settings.base import Settings
-from twofold.task import Curvature
+from twofold.task import Tasked
+from twofold.task.output import Curvature
 from twofold.task.text.settings import Measuring, Texts
 
 
@@ -24,5 +25,5 @@ class Moment(Settings):
     ] = "sampled"
 
 
-class Calibrating(Loading, Texts, Measuring, Method, Moment):
+class Calibrating(Loading, Tasked, Texts, Measuring, Method, Moment):
     """All that the moments of a model depend on."""

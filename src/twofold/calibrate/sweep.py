@@ -1,11 +1,11 @@
-"""Moments from the calibration windows: forward for the inputs, backward for the gradients.
+"""Moments from the calibration samples: forward for the inputs, backward for the gradients.
 
 A model that fits in memory is one stretch: each batch goes forward and backward once. A larger one is worked through stretch
-by stretch: forward over all windows, then backward, where each stretch but the last is computed once more from its stored input.
+by stretch: forward over all samples, then backward, where each stretch but the last is computed once more from its stored input.
 The arithmetic is the same, so both ways give the same sums.
 
-The gradient at the logits is random, so that E[g gᵀ] is the curvature of the loss at the output (curvature.py). No weight gets a
-gradient: the parameters are frozen, and the embeddings' output starts the graph.
+The gradient at the outputs is random, so that E[g gᵀ] is the curvature of the loss (task/output). No weight gets a gradient: the
+parameters are frozen, and the first layer that is watched starts the graph.
 """
 
 from __future__ import annotations
@@ -22,21 +22,24 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twofold.calibrate.accumulate import BACKWARD, FORWARD, Accumulator
+from twofold.calibrate.accumulate import Accumulator
 from twofold.calibrate.activations import Activations
 from twofold.calibrate.moments import Moments
 from twofold.calibrate.request import Request
+from twofold.calibrate.statistics import BACKWARD, FORWARD
 from twofold.errors import TwofoldError
 from twofold.host import processes
 from twofold.host.files import make_folder
 from twofold.host.parts import Parts, read_names, write_part
 from twofold.host.progress import Tick, progress
 from twofold.model.blocks import Stretch, run_stretch
-from twofold.model.frozen import frozen, no_cache, start_graph
+from twofold.model.frozen import frozen
 from twofold.model.streamed import Resident, units_of
-from twofold.model.weights import Target
-from twofold.task import Curvature
-from twofold.task.curvature import loss_gradient, stream
+from twofold.model.target import Target
+from twofold.objectives import without_gradients
+from twofold.task import Samples, Task, on_device
+from twofold.task.output import Curvature
+from twofold.task.output.curvature import stream
 
 SAVE_SECONDS = 120.0  # how often an unfinished pass is saved
 OURS = re.compile(
@@ -71,7 +74,8 @@ def collect_moments(
     residence: Resident,
     targets: list[Target],
     request: Request,
-    windows: Tensor,  # (count, window), int64
+    samples: Samples,
+    task: Task,
     *,
     empty: Moments,
     parts: list[Stretch] | None = None,
@@ -84,10 +88,10 @@ def collect_moments(
     on_disk: bool = False,
     quiet: bool = False,
 ) -> Moments:
-    """Run the model over the windows and sum the moments that were asked for.
+    """Run the model over the samples and sum the moments that were asked for.
 
     Args:
-        residence: a transformers model with logits (if gradients are asked for), and where its weights are.
+        residence: a transformers model, and where its weights are; with outputs of the task, if gradients are asked for.
         empty: moments with groups, fingerprint and description but no sums yet.
         parts: the stretches of blocks that are in memory at once; the whole model if it is None.
         before: the modules that run before the first block.
@@ -105,7 +109,8 @@ def collect_moments(
         residence,
         targets,
         request,
-        windows,
+        samples,
+        task,
         steps,
         empty.fingerprint,
         seed,
@@ -118,14 +123,14 @@ def collect_moments(
     found: dict[str, Tensor] = {}
     with frozen(residence.model):
         begin = sweep.resume()
-        total = sweep.count * windows.shape[1] * len(steps)
-        done = sweep.count * windows.shape[1] * begin + sweep.done * windows.shape[1]
-        with progress("Calibrating", total, done=done, unit="tokens", quiet=quiet) as tick:
+        each = samples.units(sweep.first, sweep.last)
+        done = each * begin + samples.units(sweep.first, sweep.first + sweep.done)
+        with progress("Calibrating", each * len(steps), done=done, unit=samples.unit, quiet=quiet) as tick:
             for step in steps[begin:]:
                 sums = sweep.run(step, [t for t in targets if step.stretch.holds(t.name, before)], tick)
                 if folder is None:
                     found |= sums
-    moments = replace(empty, sums=found, tokens=windows.numel())
+    moments = replace(empty, sums=found, predictions=samples.predictions)
     if folder is None:
         return moments
     if processes.is_main():
@@ -136,14 +141,15 @@ def collect_moments(
 
 
 class _Sweep:
-    """The state of a pass over all windows, stretch by stretch."""
+    """The state of a pass over all samples, stretch by stretch."""
 
     def __init__(
         self,
         residence: Resident,
         targets: list[Target],
         request: Request,
-        windows: Tensor,
+        samples: Samples,
+        task: Task,
         steps: list[_Step],
         fingerprint: str,
         seed: int,
@@ -153,14 +159,16 @@ class _Sweep:
         folder: Path | None,
         on_disk: bool,
     ) -> None:
-        self.residence, self.request, self.windows, self.steps = residence, request, windows, steps
+        self.residence, self.request, self.samples, self.task, self.steps = residence, request, samples, task, steps
         self.seed, self.curvature, self.batch_size, self.folder = seed, curvature, batch_size, folder
         self.weights = weights
         self.fingerprint = fingerprint
         self.way = f"{processes.world()} processes" + (", hidden states on disk" if on_disk else "")
-        first, last = processes.share(-(-len(windows) // batch_size))
-        self.first, self.last = first * batch_size, min(last * batch_size, len(windows))
-        self.done = 0  # windows of the first step that are summed already
+        spans = samples.spans(batch_size)
+        first, last = processes.share(len(spans))
+        self.spans = spans[first:last]
+        self.first, self.last = (self.spans[0][0], self.spans[-1][1]) if self.spans else (0, 0)
+        self.done = 0  # samples of the first step that are summed already
         self.on_disk = on_disk and folder is not None
         self.states: dict[str, Activations] = {}
         self.resumed: dict[str, Tensor] = {}
@@ -174,7 +182,7 @@ class _Sweep:
 
     @property
     def count(self) -> int:
-        """The windows of this process."""
+        """The samples of this process."""
         return self.last - self.first
 
     def _state(self, kind: str, place: int) -> Activations:
@@ -256,20 +264,20 @@ class _Sweep:
         return [one for one in reads if one in left]
 
     def run(self, step: _Step, targets: list[Target], tick: Tick) -> dict[str, Tensor]:
-        """One step over the windows of this process; gives the sums over all processes."""
+        """One step over the samples of this process; gives the sums over all processes."""
         stretch, backward = step.stretch, step.sweep != "forward"
-        model = self.residence.model
-        accumulator = Accumulator(self.residence, targets, self.request, step.kinds, self.weights)
+        starts = backward and stretch.is_first
+        accumulator = Accumulator(self.residence, targets, self.request, step.kinds, self.weights, starts=starts)
         for name, tensor in self.resumed.items():
             accumulator.sums[name].copy_(tensor)
-        graph = start_graph(model) if backward and stretch.is_first else None
         begin, self.done, self.resumed = self.first + self.done, 0, {}
         saved_at = time.monotonic()
         about = {"way": self.way, "step": step.name, "shape": "", "dtype": ""}
         try:
             with self.residence.hold(units_of(stretch, head=backward and stretch.is_last)):
-                for first in range(begin, self.last, self.batch_size):
-                    last = min(first + self.batch_size, self.last)
+                for first, last in self.spans:
+                    if first < begin:
+                        continue
                     out = self._batch(step, first, last)
                     for kind, place in self._written(step):
                         assert out is not None
@@ -278,7 +286,7 @@ class _Sweep:
                             "shape": json.dumps(list(out.shape[1:])),
                             "dtype": str(out.dtype).removeprefix("torch."),
                         }
-                    tick((last - first) * self.windows.shape[1])
+                    tick(self.samples.units(first, last))
                     path = self._progress_file()
                     if path is not None and last < self.last and time.monotonic() - saved_at > SAVE_SECONDS:
                         write_part(
@@ -287,8 +295,6 @@ class _Sweep:
                         saved_at = time.monotonic()
         finally:
             accumulator.remove()
-            if graph is not None:
-                graph.remove()
         sums = {name: accumulator.sums[name] for name in sorted(accumulator.sums)}
         processes.add_up(sums.values())
         broken = next((name for name, tensor in sums.items() if not torch.isfinite(tensor).all()), None)
@@ -323,8 +329,8 @@ class _Sweep:
 
     def _batch(self, step: _Step, first: int, last: int) -> Tensor | None:
         """Run a stretch on one batch; gives what the step leaves for others."""
-        model, stretch = self.residence.model, step.stretch
-        batch = self.windows[first:last].to(self.residence.device)
+        model, stretch, task = self.residence.model, step.stretch, self.task
+        batch = on_device(self.samples.batch(first, last), self.residence.device)
         here, there = first - self.first, last - self.first
         hidden = None
         if not stretch.is_first:
@@ -332,7 +338,7 @@ class _Sweep:
 
         def run(whole: bool) -> Any:
             called = model if whole else self.body
-            return run_stretch(lambda: called(input_ids=batch, **no_cache(model)), model, stretch, hidden)
+            return run_stretch(lambda: task.call(called, batch), model, stretch, hidden)
 
         if step.sweep == "forward":
             with torch.no_grad():
@@ -345,17 +351,14 @@ class _Sweep:
                 hidden.requires_grad_(True)
             out = run(step.sweep == "both")
             if step.sweep == "both":
-                logits = getattr(out, "logits", None)
-                if logits is None or logits.dim() != 3:
+                outputs = task.read(out, model)
+                if not outputs.requires_grad:
                     raise TwofoldError(
-                        "this model gives no token logits, which the gradient moments need; use `objective=svd-llm`"
+                        f"no gradient reaches the outputs of {type(model).__name__}; {without_gradients()}"
                     )
-                if not logits.requires_grad:
-                    raise TwofoldError(
-                        f"no gradient reaches the logits of {type(model).__name__}; use `objective=svd-llm`"
-                    )
-                self._check(logits, run)
-                logits.backward(loss_gradient(logits, batch, stream(self.seed, first), self.curvature))
+                self._check(outputs, run)
+                generator = stream(self.seed, first)
+                outputs.backward(task.output.probe(outputs, task.labels(batch), generator, self.curvature))  # type: ignore[no-untyped-call]
             else:
                 gradient = self._state("gradient", stretch.last).read(here, there).to(out)
                 out.backward(gradient)

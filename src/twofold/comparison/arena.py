@@ -11,10 +11,10 @@ from typing import Any
 from twofold.allocate import ALLOCATIONS
 from twofold.comparison.cells import only_run
 from twofold.comparison.grid import Cell, Grid, make_grid
-from twofold.comparison.ground import Ground, lay
 from twofold.comparison.quantized import choose_baselines
 from twofold.comparison.record import Comparison, Row
 from twofold.comparison.rows import Rows
+from twofold.comparison.shared import Shared, prepare
 from twofold.errors import TwofoldError
 from twofold.host.clock import machine
 from twofold.host.progress import say
@@ -46,14 +46,14 @@ def compare(grid: Grid | Mapping[str, Any], out: Path | str, *, quiet: bool = Fa
     impossible = check_names(grid)
     baselines, note = choose_baselines(grid.baselines)
     with only_run(out):
-        ground = lay(grid, impossible, quiet=quiet)
-        impossible |= _check_sizes(ground, impossible)
+        shared = prepare(grid, impossible, quiet=quiet)
+        impossible |= _check_sizes(shared, impossible)
         if note is not None:
-            ground.notes.append(note)
+            shared.notes.append(note)
             if not quiet:
                 say(note)
-        rows = list(Rows(ground, out, impossible, baselines).all())
-        comparison = _record(ground, rows)
+        rows = list(Rows(shared, out, impossible, baselines).all())
+        comparison = _record(shared, rows)
         write_output(comparison, out)
         shutil.rmtree(out / "work", ignore_errors=True)
     return comparison
@@ -86,18 +86,18 @@ def check_names(grid: Grid) -> dict[Cell, str]:
     return reasons
 
 
-def _check_sizes(ground: Ground, impossible: Mapping[Cell, str]) -> dict[Cell, str]:
+def _check_sizes(shared: Shared, impossible: Mapping[Cell, str]) -> dict[Cell, str]:
     """The cells whose size the model can't have, with the reason.
 
     Raises:
         TwofoldError: if no cell is left.
     """
     reasons: dict[Cell, str] = {}
-    cells = list(ground.grid.cells())
-    for keep in ground.grid.keep:  # the shapes alone say it, whatever the rest of the cell is
+    cells = list(shared.grid.cells())
+    for keep in shared.grid.keep:  # the shapes alone say it, whatever the rest of the cell is
         some = [cell for cell in cells if cell.keep == keep]
         try:
-            plan_of_shapes(ground.loaded, ground.targets, ground.recipe_of(some[0]))
+            plan_of_shapes(shared.loaded, shared.targets, shared.recipe_of(some[0]))
         except TwofoldError as error:
             reasons |= dict.fromkeys(some, str(error))
     if all(cell in reasons or cell in impossible for cell in cells):
@@ -111,21 +111,21 @@ def _calibrated(rows: list[Row]) -> dict[str, float]:
     return {"calibrate": max(spent)} if spent else {}
 
 
-def _record(ground: Ground, rows: list[Row]) -> Comparison:
+def _record(shared: Shared, rows: list[Row]) -> Comparison:
     from twofold.report.names import public_name, without_paths
 
-    loaded, windows = ground.loaded, ground.windows if ground.calibrated else None
+    loaded, data = shared.loaded, shared.data if shared.calibrated else None
     return Comparison(
-        command=ground.grid.command(),
+        command=shared.grid.command(),
         model=public_name(loaded.name),
         machine=machine(loaded.residence.device, loaded.residence.dtype),
-        seed=ground.recipe.seed,
-        calibration=without_paths(windows.source) if windows is not None else "none: the weights alone are used",
-        calibration_tokens=windows.tokens if windows is not None else 0,
-        calibration_sha256=windows.sha256 if windows is not None else "",
+        seed=shared.recipe.seed,
+        calibration=without_paths(data.samples.source) if data is not None else "none: the weights alone are used",
+        calibration_tokens=data.units if data is not None else 0,
+        calibration_sha256=data.samples.sha256 if data is not None else "",
         fingerprint=next((row.fingerprint for row in rows if row.fingerprint), ""),
-        texts=[text for text, _ in ground.texts],
+        texts=[text for text, _ in shared.texts],
         rows=rows,
-        seconds={**_calibrated(rows), **ground.watch.seconds},
-        notes=ground.notes,
+        seconds={**_calibrated(rows), **shared.watch.seconds},
+        notes=shared.notes,
     )

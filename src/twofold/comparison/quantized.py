@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from twofold.errors import TwofoldError
-from twofold.model.weights import Target, dense_weight
+from twofold.model.kinds import dense_weight
+from twofold.model.target import Target
 from twofold.nn.places import replace_module
 from twofold.quantize.rounding import INSTALL, torchao_version
 

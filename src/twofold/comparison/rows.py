@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from twofold.allocate import ALLOCATIONS
 from twofold.comparison.cells import Cells
 from twofold.comparison.grid import Cell
-from twofold.comparison.ground import Decomposed, Ground
 from twofold.comparison.quantized import quantized
 from twofold.comparison.record import Row
+from twofold.comparison.shared import Decomposed, Shared
 from twofold.errors import TwofoldError
 from twofold.evaluation.reference import Reference
 from twofold.evidence.base import Measurement
@@ -31,18 +31,19 @@ from twofold.planning.make import make_plan
 from twofold.quantize.rounding import torchao_version
 from twofold.recipe import Recipe
 from twofold.refine.steps.series import refine
-from twofold.task.quality import measure_quality
+from twofold.task import Samples
+from twofold.task.output.quality import Predict, measure_quality
 
 
 class Rows:
     """The rows, each taken from the folder or else measured."""
 
-    def __init__(self, ground: Ground, out: Path, impossible: Mapping[Cell, str], baselines: list[str]) -> None:
-        self.ground, self.out, self.impossible, self.baselines = ground, out, impossible, baselines
-        self.cells = Cells(out, ground.belongs())
+    def __init__(self, shared: Shared, out: Path, impossible: Mapping[Cell, str], baselines: list[str]) -> None:
+        self.shared, self.out, self.impossible, self.baselines = shared, out, impossible, baselines
+        self.cells = Cells(out, shared.belongs())
         self._reference: Reference | None = None
         self._evidence: dict[tuple[str, str], Evidence] = {}  # of an objective and an allocation, for all keep ratios
-        self.total = 1 + len(baselines) + sum(1 for _ in ground.grid.cells())
+        self.total = 1 + len(baselines) + sum(1 for _ in shared.grid.cells())
         self.dense: Row | None = None
 
     def all(self) -> Iterator[Row]:
@@ -53,13 +54,13 @@ class Rows:
         for name in self.baselines:
             number += 1
             yield self._baseline(name, number)
-        for objective, together in groupby(self.ground.grid.cells(), key=lambda cell: cell.objective):
+        for objective, together in groupby(self.shared.grid.cells(), key=lambda cell: cell.objective):
             group = list(together)
             found = {cell: self.cells.load(cell.name) for cell in group}
             missing = [cell for cell in group if found[cell] is None and cell not in self.impossible]
             of, reason = None, ""
             try:
-                of = self.ground.decomposed(OBJECTIVES.get(objective)) if missing else None
+                of = self.shared.decomposed(OBJECTIVES.get(objective)) if missing else None
             except TwofoldError as error:  # this objective does not go with the model; the others may
                 reason = str(error)
                 self._say(number + 1, f"{objective} skipped: {reason}")
@@ -75,7 +76,7 @@ class Rows:
             self._evidence.clear()
 
     def _say(self, number: int, words: str) -> None:
-        if not self.ground.quiet:
+        if not self.shared.quiet:
             say(f"row {number} of {self.total}: {words}")
 
     def _dense(self) -> Row:
@@ -86,15 +87,15 @@ class Rows:
             with watch.stage("measure"):
                 perplexity, _ = self._measure(None)
             if not all(map(math.isfinite, perplexity)):
-                raise TwofoldError(f"the perplexity of {self.ground.loaded.name} itself is not a number on these texts")
-            numbers = self.ground.targets.total_numbers
+                raise TwofoldError(f"the perplexity of {self.shared.loaded.name} itself is not a number on these texts")
+            numbers = self.shared.targets.total_numbers
             row = Row(
                 name="dense",
                 kind="dense",
                 keep=1.0,
                 keep_model=1.0,
                 parameters=numbers,
-                bytes=numbers * self.ground.element_bytes,
+                bytes=numbers * self.shared.element_bytes,
                 bytes_16=numbers * 2,
                 perplexity=perplexity,
                 ratio=[1.0] * len(perplexity),
@@ -110,18 +111,18 @@ class Rows:
         if row is not None:
             return row
         self._say(number, name)
-        ground, watch = self.ground, Stopwatch()
-        before = {target.name: ground.model.get_submodule(target.name) for target in ground.targets.targets}
-        with quantized(ground.model, ground.targets.targets, name) as stored, watch.stage("measure"):
+        shared, watch = self.shared, Stopwatch()
+        before = {target.name: shared.model.get_submodule(target.name) for target in shared.targets.targets}
+        with quantized(shared.model, shared.targets.targets, name) as stored, watch.stage("measure"):
             perplexity, divergence = self._measure(before)
-        kept = ground.targets.total_numbers - ground.targets.target_numbers
+        kept = shared.targets.total_numbers - shared.targets.target_numbers
         row = Row(
             name=name,
             kind="quantized",
             keep=1.0,
             keep_model=1.0,
-            parameters=ground.targets.total_numbers,
-            bytes=kept * ground.element_bytes + stored.bytes(ground.element_bytes),
+            parameters=shared.targets.total_numbers,
+            bytes=kept * shared.element_bytes + stored.bytes(shared.element_bytes),
             bytes_16=kept * 2 + stored.bytes(2),
             divergence=divergence,
             seconds=watch.seconds,
@@ -134,9 +135,9 @@ class Rows:
     def cell(self, cell: Cell, of: Decomposed, number: int) -> Row:
         """Plan, factor, refine and measure; a cell that can't be done is a row with the reason."""
         self._say(number, cell.words)
-        ground, work = self.ground, self.out / "work" / cell.name
+        shared, work = self.shared, self.out / "work" / cell.name
         try:
-            with put_back(ground.model, [target.name for target in ground.targets.targets]):
+            with put_back(shared.model, [target.name for target in shared.targets.targets]):
                 row = self.factored(cell, of, work)
         except TwofoldError as error:  # what it had done is kept for another try
             row = skipped_row(cell, str(error))
@@ -147,21 +148,21 @@ class Rows:
         return row
 
     def factored(self, cell: Cell, of: Decomposed, work: Path) -> Row:
-        ground, watch, recipe = self.ground, Stopwatch(), self.ground.recipe_of(cell)
+        shared, watch, recipe = self.shared, Stopwatch(), self.shared.recipe_of(cell)
         with watch.stage("plan"):
             evidence = self._evidence_of(cell, of, recipe)
             values = of.made.spectra.values
-            plan = make_plan(ground.loaded.name, of.targets, values, recipe, ground.element_bytes, evidence)
-        prepared = Prepared(ground.loaded, of.targets, ground.windows, True, of.made, evidence, plan)
+            plan = make_plan(shared.loaded.name, of.targets, values, recipe, shared.element_bytes, evidence)
+        prepared = Prepared(shared.opened, of.targets, shared.data, True, of.made, evidence, plan)
         if ALLOCATIONS.get(recipe.allocate).again:
             with watch.stage("recalibrate"):
-                recalibrate(prepared, recipe, folder=work / "recalibrated", quiet=ground.quiet)
+                recalibrate(prepared, recipe, folder=work / "recalibrated", quiet=shared.quiet)
         with watch.stage("factorize"):
-            replaced = carry_out(prepared, quiet=ground.quiet)
+            replaced = carry_out(prepared, quiet=shared.quiet)
         refined = []
         if recipe.refine:
             with watch.stage("refine"):
-                refined = refine(prepared, replaced, recipe, folder=work, quiet=ground.quiet)
+                refined = refine(prepared, replaced, recipe, folder=work, quiet=shared.quiet)
         with watch.stage("measure"):
             perplexity, divergence = self._measure(replaced)
         plan = prepared.plan
@@ -201,30 +202,31 @@ class Rows:
         Args:
             replaced: the dense modules whose places have others now; None for the dense model itself.
         """
-        model = self.ground.model
+        model, task, quiet = self.shared.model, self.shared.opened.need_task(), self.shared.quiet
 
-        def logits(ids: Tensor) -> Tensor:  # (1, window) to (1, window, vocabulary)
-            return model(input_ids=ids.to(model.device)).logits  # type: ignore[no-any-return]
+        def predict(samples: Samples) -> Predict:
+            return lambda i: task.outputs(model, samples.batch(i, i + 1))
 
-        def dense(ids: Tensor) -> Tensor:
+        def dense(i: int) -> Tensor:
             with dense_again(model, replaced or {}):
-                return logits(ids)
+                return predict(first)(i)
 
-        (_, first), *others = self.ground.texts
-        quiet = self.ground.quiet
+        (_, first), *others = self.shared.texts
         if self._reference is None:
-            self._reference = Reference(dense, first, self.out / "work" / "dense", self.cells.mark, quiet=quiet)
+            self._reference = Reference(dense, first, task, self.out / "work" / "dense", self.cells.mark, quiet=quiet)
         reference = self._reference
-        found = reference.quality if replaced is None else reference.measure(logits, dense, quiet=quiet)
-        further = [measure_quality([logits], windows, quiet=quiet)[0].perplexity for _, windows in others]
+        found = reference.quality if replaced is None else reference.measure(predict(first), dense, quiet=quiet)
+        further = [measure_quality([predict(text)], text, task, quiet=quiet)[0].perplexity for _, text in others]
         return [found.perplexity, *further], found.divergence
 
     def _evidence_of(self, cell: Cell, of: Decomposed, recipe: Recipe) -> Evidence:
         """What an allocation measures, once for all cells of an objective."""
         key = cell.objective, cell.allocate
         if key not in self._evidence:
-            ground = self.ground
-            work = Measurement(ground.model, of.targets.targets, ground.windows, of.made, recipe, ground.quiet)
+            shared = self.shared
+            samples = None if shared.data is None else shared.data.samples
+            task, targets = shared.opened.need_task(), of.targets.targets
+            work = Measurement(shared.model, task, targets, samples, of.made, recipe, shared.quiet)
             self._evidence[key] = gather(work, cell.allocate)
         return self._evidence[key]
 

@@ -17,9 +17,10 @@ from twofold.linalg.metric import working_dtype
 from twofold.linalg.spectrum import KnownRoots, Spectrum
 from twofold.linalg.spectrum import decompose as decompose_stack
 from twofold.model.blocks import Chain, stretches
+from twofold.model.kinds import dense_weight
 from twofold.model.streamed import Resident
 from twofold.model.structure import Structure
-from twofold.model.weights import Target, Targets, dense_weight
+from twofold.model.target import Target, Targets
 from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.structures.cut import prepare
 

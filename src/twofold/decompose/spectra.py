@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from twofold.errors import TwofoldError
 from twofold.host.parts import read_names, write_part
 from twofold.linalg.spectrum import Spectrum, smaller_side
-from twofold.model.weights import Target
+from twofold.model.target import Target
 
 
 class Spectra:

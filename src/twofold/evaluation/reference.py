@@ -13,7 +13,8 @@ from twofold.errors import TwofoldError
 from twofold.host.folders import free_space
 from twofold.host.parts import read_names, write_part
 from twofold.host.progress import progress, say
-from twofold.task.quality import Logits, Quality, divergence, quality, score
+from twofold.task import Samples, Task
+from twofold.task.output.quality import Predict, Quality
 
 LIMIT = 16e9  # bytes that may be kept; beyond, the original is run again for every model
 
@@ -27,29 +28,29 @@ class Reference:
     @torch.no_grad()
     def __init__(
         self,
-        original: Logits,
-        windows: Tensor,  # (count, window)
+        original: Predict,
+        samples: Samples,
+        task: Task,
         folder: Path,
         mark: str,
         *,
         quiet: bool = False,
     ) -> None:
-        """Run the original over the windows; what the folder holds already of the same mark and windows is not done again.
+        """Run the original over the samples; what the folder holds already of the same mark and samples is not done again.
 
         Raises:
             TwofoldError: if the disk does not take it.
         """
-        self.windows, self.folder = windows, folder
+        self.samples, self.task, self.folder = samples, task, folder
         kept = True
         self._losses: dict[int, float] = {}
-        told = windows.contiguous().numpy().tobytes()
-        self.mark = hashlib.sha256(mark.encode() + told).hexdigest()
-        count = len(windows)
+        self.mark = hashlib.sha256(f"{mark} {samples.sha256}".encode()).hexdigest()
+        count = len(samples)
         missing = [i for i in range(count) if not self._whole(i)]
         self._there = set(range(count)) - set(missing)
         with progress("Measuring the original", count, done=count - len(missing), unit="windows", quiet=quiet) as tick:
             for i in missing:
-                self._losses[i], values = score(original(windows[i : i + 1]), windows[i : i + 1])
+                self._losses[i], values = self._score(original, i)
                 if i == missing[0]:
                     kept = len(missing) * values.nbytes <= min(LIMIT, free_space(folder) / 2)
                 if kept:
@@ -59,33 +60,37 @@ class Reference:
                 tick()
         if not kept and not quiet:
             say("what the original says takes too much of the disk to be kept, so it is run again for every model")
-        self.quality = quality(sum(self._loss(i) for i in range(count)), windows)
+        labels = [task.labels(batch) for batch in samples]
+        self.predictions = sum(int((some >= 0).sum()) for some in labels if some is not None)
+        self.quality = Quality.of(sum(self._loss(i) for i in range(count)), self.predictions)
 
     @torch.no_grad()
-    def measure(self, model: Logits, original: Logits, *, quiet: bool = False) -> Quality:
-        """Measure a model on the windows, against the original: the same numbers as ``measure_quality`` of both.
+    def measure(self, model: Predict, original: Predict, *, quiet: bool = False) -> Quality:
+        """Measure a model on the samples, against the original: the same numbers as ``measure_quality`` of both.
 
         Args:
             original: is asked where nothing was kept, so it must still give what the original does.
         """
         total, apart, agreed = 0.0, 0.0, 0
-        with progress("Measuring", len(self.windows), unit="windows", quiet=quiet) as tick:
-            for i in range(len(self.windows)):
-                ids = self.windows[i : i + 1]
-                loss, values = score(model(ids), ids)
+        with progress("Measuring", len(self.samples), unit="windows", quiet=quiet) as tick:
+            for i in range(len(self.samples)):
+                loss, values = self._score(model, i)
                 total += loss
-                further, same = divergence(self._values(i, original).to(values.device), values)
+                further, same = self.task.output.divergence(self._values(i, original).to(values.device), values)
                 apart, agreed = apart + further, agreed + same
                 tick()
-        return quality(total, self.windows, apart, agreed)
+        return Quality.of(total, self.predictions, apart, agreed)
+
+    def _score(self, model: Predict, i: int) -> tuple[float, Tensor]:
+        return self.task.output.score(model(i), self.task.labels(self.samples.batch(i, i + 1)))
 
     def _loss(self, i: int) -> float:
         return self._losses[i] if i in self._losses else float(self._read(i, "loss"))
 
-    def _values(self, i: int, original: Logits) -> Tensor:
+    def _values(self, i: int, original: Predict) -> Tensor:
         if i in self._there:
             return self._read(i, "values")
-        return score(original(self.windows[i : i + 1]), self.windows[i : i + 1])[1]
+        return self._score(original, i)[1]
 
     def _path(self, i: int) -> Path:
         return self.folder / f"reference-{i:04d}.safetensors"

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pydantic
-from torch import Tensor
 
 from twofold.adapters.folder import put_adapter
+from twofold.calibrate.opened import need_task
 from twofold.errors import TwofoldError
 from twofold.evaluation.size import disk_bytes, model_size
-from twofold.host.quiet import first_line
-from twofold.model.load import check_ids, load_model, need_tokenizer, positions
-from twofold.task.quality import measure_quality
+from twofold.model.load import LoadedModel, check_ids, load_model, need_tokenizer, positions
+from twofold.task.output.quality import Predict, measure_quality
 from twofold.task.text.held_out import evaluation_windows
 
 
@@ -73,14 +71,13 @@ def evaluate_models(
     longest = min((p for p in (positions(one.model) for one in loaded) if p is not None), default=window)
     if window > longest:
         raise TwofoldError(f"`window={window}` is longer than this model's {longest} positions; use `window={longest}`")
-    if getattr(loaded[-1].model.config, "is_encoder_decoder", False):
-        raise TwofoldError(f"{model} is an encoder-decoder model, which can't be evaluated on a text yet")
+    task = need_task(loaded[-1], "evaluated on a text")
     sizes = {getattr(one.model.config.get_text_config(), "vocab_size", None) for one in loaded}
     if len(sizes) > 1:
         raise TwofoldError(
             f"{names[0]} and {names[-1]} have different vocabularies, so their predictions can't be compared"
         )
-    ids = evaluation_windows(
+    samples = evaluation_windows(
         text,
         need_tokenizer(loaded[-1]),
         window=window,
@@ -89,21 +86,12 @@ def evaluate_models(
         dataset_split=dataset_split,
         text_column=text_column,
     )
-    check_ids(ids, loaded[-1])
+    check_ids(samples.ids, loaded[-1])
 
-    def logits(one: Any) -> Any:
-        def run(batch: Tensor) -> Tensor:
-            try:
-                output = one.model(input_ids=batch.to(one.model.device))
-            except Exception as error:  # an architecture that needs other inputs fails in its own way
-                raise TwofoldError(f"{one.name} does not run on text alone ({first_line(error)})") from error
-            if getattr(output, "logits", None) is None or output.logits.dim() != 3:
-                raise TwofoldError(f"{one.name} gives no token logits, so it has no perplexity")
-            return output.logits  # type: ignore[no-any-return]
+    def predict(one: LoadedModel) -> Predict:
+        return lambda i: task.outputs(one.model, samples.batch(i, i + 1))
 
-        return run
-
-    qualities = measure_quality([logits(one) for one in loaded], ids, quiet=quiet)
+    qualities = measure_quality([predict(one) for one in loaded], samples, task, quiet=quiet)
     rows = []
     for one, quality in zip(loaded, qualities, strict=True):
         size = model_size(one.model, one.source)
@@ -123,8 +111,8 @@ def evaluate_models(
     sources = [text] if isinstance(text, str) else list(text)
     return Evaluation(
         text=", ".join(Path(one).name for one in sources),
-        windows=ids.shape[0],
-        window=ids.shape[1],
+        windows=samples.shape[0],
+        window=samples.shape[1],
         predicted_tokens=qualities[0].tokens,
         models=rows,
     )

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from twofold.decompose.decompose import Decomposition
-from twofold.model.weights import Target
+from twofold.model.target import Target
 from twofold.quantize.settings import Stored
-from twofold.task.text.texts import TokenWindows
+from twofold.task import Samples, Task
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,9 @@ class Measurement:
     """What a measurement for an allocation works on: a model in memory, its weights and their decompositions."""
 
     model: Any
+    task: Task | None
     targets: list[Target]
-    windows: TokenWindows | None  # that were calibrated on
+    samples: Samples | None  # that were calibrated on
     made: Decomposition
     settings: Stored
     quiet: bool = False

@@ -22,16 +22,18 @@ from twofold.evidence.base import Measurement
 from twofold.host.progress import progress
 from twofold.linalg.metric import Metric, metric_product
 from twofold.linalg.spectrum import Spectrum, smaller_side
-from twofold.model.frozen import frozen, no_cache, start_graph
-from twofold.model.weights import Target, dense_weight
+from twofold.model.frozen import frozen
+from twofold.model.kinds import Sink, Taker, dense_weight, watch
+from twofold.model.target import Target
+from twofold.task import Samples, Task
 
 
 def component_scores(
     work: Measurement,
 ) -> dict[str, NDArray[np.float64]]:  # (k,) of each weight, in the order of its spectrum
-    """Return the first-order change of the loss, in nats per token, without each component of each weight."""
-    assert work.windows is not None
-    products = gradient_products(work.model, work.targets, work.windows.ids, quiet=work.quiet)
+    """Return the first-order change of the loss, in nats a prediction, without each component of each weight."""
+    assert work.samples is not None and work.task is not None
+    products = gradient_products(work.model, work.targets, work.samples, work.task, quiet=work.quiet)
     scores = {}
     for target in work.targets:
         problem = work.made.problem(work.model, target)
@@ -54,52 +56,46 @@ def without_each(
 
 
 def gradient_products(
-    model: Any,
-    targets: list[Target],
-    windows: Tensor,  # (count, window)
-    *,
-    quiet: bool = False,
+    model: Any, targets: list[Target], samples: Samples, task: Task, *, quiet: bool = False
 ) -> dict[str, Tensor]:  # K (k, k) of each weight
-    """K of every weight for the mean cross-entropy of the next tokens, from one pass forward and backward over the windows."""
+    """Return K of every weight for the mean loss of the samples' own labels, from one pass forward and backward."""
     wide = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    device = model.device
     sums = {}
     for target in targets:
         k = min(target.out_features, target.in_features)
-        sums[target.name] = torch.zeros(k, k, dtype=wide, device=device)
-    hooks = [model.get_submodule(t.name).register_forward_hook(_adding(sums[t.name], t)) for t in targets]
-    predicted = windows.shape[0] * (windows.shape[1] - 1)
-    hooks.append(start_graph(model))
+        sums[target.name] = torch.zeros(k, k, dtype=wide, device=model.device)
+    hooks = [hook for t in targets for hook in watch(model.get_submodule(t.name), _adding(sums[t.name], t, model))]
+    labels = [task.labels(batch) for batch in samples]
+    labelled = sum(int((some >= 0).sum()) for some in labels if some is not None)
     with (
         frozen(model, hooks),
         torch.enable_grad(),
-        progress("Gradients", windows.numel(), unit="tokens", quiet=quiet) as tick,
+        progress("Gradients", samples.units(0, len(samples)), unit=samples.unit, quiet=quiet) as tick,
     ):
-        for ids in windows[:, None].to(device):
-            logits = model(input_ids=ids, **no_cache(model)).logits[0, :-1]
-            loss = nn.functional.cross_entropy(logits.to(wide), ids[0, 1:], reduction="sum") / predicted
+        for i, batch in enumerate(samples):
+            own = labels[i]
+            assert own is not None
+            loss = task.output.loss(task.outputs(model, batch).to(wide), own) / labelled
             loss.backward()  # type: ignore[no-untyped-call]
-            tick(ids.numel())
+            tick(samples.units(i, i + 1))
     return sums
 
 
-def _adding(total: Tensor, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """A hook that adds y gᵀ, or x zᵀ, of every token to K when the gradient g reaches the output."""
+def _adding(total: Tensor, target: Target, model: nn.Module) -> Sink:
+    """Add y gᵀ, or x zᵀ, of every row to K when the gradient g reaches the output."""
+    rows = smaller_side(target.out_features, target.in_features) == "rows"
 
-    def flat(x: Tensor) -> Tensor:  # (..., k) to (tokens, k)
+    def flat(x: Tensor) -> Tensor:  # (..., k) to (rows, k)
         return x.detach().reshape(-1, x.shape[-1]).to(total)
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if not output.requires_grad:
-            return
-        rows = smaller_side(target.out_features, target.in_features) == "rows"
-        bias = getattr(module, "bias", None)
-        left = flat(args[0]) if not rows else flat(output if bias is None else output - bias)
+    def called(x: Tensor, product: Callable[[], Tensor]) -> Taker | None:
+        left = flat(product() if rows else x)
 
         def add(gradient: Tensor) -> None:
             g = flat(gradient)
-            total.addmm_(left.T, g if rows else g @ flat(dense_weight(module)))
+            weight = dense_weight(model.get_submodule(target.name))
+            total.addmm_(left.T, g if rows else g @ flat(weight))
 
-        output.register_hook(add)  # type: ignore[no-untyped-call]
+        return add
 
-    return hook
+    return Sink(called, starts=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from twofold.evidence.base import Measurement
 from twofold.host.progress import progress
 from twofold.linalg.spectrum import Spectrum
-from twofold.model.weights import dense_weight
+from twofold.model.kinds import dense_weight
 from twofold.nn.int_matrix import IntLinear
 from twofold.objectives import Problem
 from twofold.quantize.factors import integer_factors, integer_form

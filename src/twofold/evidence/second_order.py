@@ -9,26 +9,27 @@ K-FAC's Kronecker product takes g and x for independent of one another; this doe
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from twofold.evidence.base import Measurement
 from twofold.host.progress import progress
 from twofold.linalg.metric import metric_product
-from twofold.model.frozen import frozen, no_cache, start_graph
-from twofold.model.weights import dense_weight
-from twofold.task.curvature import loss_gradient, stream
+from twofold.model.frozen import frozen
+from twofold.model.kinds import Sink, Taker, dense_weight, watch
+from twofold.task.output.curvature import stream
 
 
 def rank_losses(work: Measurement) -> dict[str, NDArray[np.float64]]:  # (k + 1,) of each weight, by rank from 0 on
-    """Return ½ E[(gᵀ ΔW x)²] of every rank, in nats per token, from one pass forward and backward over the windows."""
-    assert work.windows is not None
-    model, windows = work.model, work.windows.ids
+    """Return ½ E[(gᵀ ΔW x)²] of every rank, in nats a prediction, from one pass forward and backward over the samples."""
+    assert work.samples is not None and work.task is not None
+    model, samples, task = work.model, work.samples, work.task
     sums: dict[str, Tensor] = {}
-    hooks = []
+    hooks: list[Any] = []
     for target in work.targets:
         module = model.get_submodule(target.name)
         problem = work.made.problem(model, target)
@@ -41,38 +42,36 @@ def rank_losses(work: Measurement) -> dict[str, NDArray[np.float64]]:  # (k + 1,
             left, right = basis, weight.to(basis).T @ weighed  # g · left (m, k), x · right (n, k)
         else:
             left, right = weight.to(basis) @ weighed, basis
-        sums[target.name] = torch.zeros(basis.shape[1] + 1, dtype=torch.float64, device=weight.device)
-        hooks.append(module.register_forward_hook(_adding(sums[target.name], left.to(weight), right.to(weight))))
-    hooks.append(start_graph(model))
+        total = sums[target.name] = torch.zeros(basis.shape[1] + 1, dtype=torch.float64, device=weight.device)
+        hooks += watch(module, _adding(total, left.to(weight), right.to(weight)))
     with (
         frozen(model, hooks),
         torch.enable_grad(),
-        progress("Losses by rank", windows.numel(), unit="tokens", quiet=work.quiet) as tick,
+        progress("Losses by rank", samples.units(0, len(samples)), unit=samples.unit, quiet=work.quiet) as tick,
     ):
-        for i, ids in enumerate(windows[:, None].to(model.device)):
-            logits = model(input_ids=ids, **no_cache(model)).logits
-            logits.backward(loss_gradient(logits, ids, stream(work.settings.seed, i), work.settings.curvature))
-            tick(ids.numel())
-    return {name: (total / (2 * windows.numel())).cpu().numpy() for name, total in sums.items()}
+        for i, batch in enumerate(samples):
+            outputs = task.outputs(model, batch)
+            drawn = stream(work.settings.seed, i)
+            outputs.backward(task.output.probe(outputs, task.labels(batch), drawn, work.settings.curvature))  # type: ignore[no-untyped-call]
+            tick(samples.units(i, i + 1))
+    return {name: (total / (2 * samples.predictions)).cpu().numpy() for name, total in sums.items()}
 
 
 def _adding(
     total: Tensor,  # (k + 1,)
     left: Tensor,  # (out, k)
     right: Tensor,  # (in, k)
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """A hook that adds (gᵀ ΔW x)² of every token for every rank when the gradient g reaches the output."""
+) -> Sink:
+    """Add (gᵀ ΔW x)² of every row for every rank when the gradient g reaches the output."""
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if not output.requires_grad:
-            return
-        x = args[0].detach().reshape(-1, args[0].shape[-1]) @ right
+    def called(x: Tensor, product: Callable[[], Tensor]) -> Taker:
+        along = x.detach().reshape(-1, x.shape[-1]) @ right
 
         def add(gradient: Tensor) -> None:
-            parts = x * (gradient.detach().reshape(-1, gradient.shape[-1]) @ left)  # (tokens, k)
+            parts = along * (gradient.detach().reshape(-1, gradient.shape[-1]) @ left)  # (rows, k)
             left_out = parts.flip(1).cumsum(1).flip(1)  # of rank 0, 1, …
             total[:-1] += left_out.double().square().sum(0)
 
-        output.register_hook(add)  # type: ignore[no-untyped-call]
+        return add
 
-    return hook
+    return Sink(called, starts=True)

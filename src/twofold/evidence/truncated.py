@@ -22,8 +22,10 @@ from twofold.host.progress import progress, say
 from twofold.linalg.gauge import gauge_rank
 from twofold.linalg.spectrum import truncate
 from twofold.model.frozen import frozen
-from twofold.model.weights import Target, dense_weight
-from twofold.task.quality import Logits, quality, score
+from twofold.model.kinds import dense_weight
+from twofold.model.target import Target
+from twofold.task import Samples, Task
+from twofold.task.output.quality import Predict, measure_quality
 
 
 class _Table(pydantic.BaseModel, extra="forbid", ser_json_inf_nan="constants"):
@@ -35,10 +37,10 @@ class _Table(pydantic.BaseModel, extra="forbid", ser_json_inf_nan="constants"):
     @classmethod
     def of(cls, work: Measurement, grid: Sequence[float], windows: int) -> _Table:
         """Take up what an earlier run, or one that was stopped, has measured."""
-        assert work.windows is not None
+        assert work.samples is not None
         settings = work.settings
         told = [
-            work.made.spectra.mark, work.windows.sha256, windows, settings.form, settings.dtype, settings.device, list(grid)
+            work.made.spectra.mark, work.samples.sha256, windows, settings.form, settings.dtype, settings.device, list(grid)
         ]  # fmt: skip
         table = cls(mark=hashlib.sha256(json.dumps(told).encode()).hexdigest())
         try:
@@ -68,15 +70,15 @@ def perplexities(
     work: Measurement, grid: Sequence[float], windows: int
 ) -> dict[str, NDArray[np.float64]]:  # (grid,) of each weight
     """Measure every weight at every share of the grid; one forward pass over some windows each."""
-    assert work.windows is not None
-    table, ids = _Table.of(work, grid, windows), work.windows.ids[:windows]
+    assert work.samples is not None and work.task is not None
+    table, samples, task = _Table.of(work, grid, windows), work.samples[:windows], work.task
     model, known = work.model, table.perplexities
     missing = [target for target in work.targets if target.name not in known]
     total, done = len(work.targets) * len(grid), (len(work.targets) - len(missing)) * len(grid)
     kept = True
 
-    def logits(ids: Tensor) -> Tensor:
-        return model(input_ids=ids.to(model.device)).logits  # type: ignore[no-any-return]
+    def predict(i: int) -> Tensor:
+        return task.outputs(model, samples.batch(i, i + 1))
 
     with (
         frozen(model),
@@ -91,7 +93,7 @@ def perplexities(
             for share in grid:
                 left, right = truncate(weight, spectrum, problem.metric, rank_within(target, share, work.settings.form))
                 truncated = (left @ right).to(weight)
-                row.append(_perplexity(module, truncated, target.transposed, logits, ids))
+                row.append(_perplexity(module, truncated, target.transposed, predict, samples, task))
                 tick()
             known[target.name] = row
             kept = kept and table.keep()
@@ -105,14 +107,16 @@ def rank_within(target: Target, share: float, form: str) -> int:
     return max(int(allowed / (m + n)) if form == "plain" else gauge_rank(m, n, allowed), 1)
 
 
-def _perplexity(module: nn.Module, weight: Tensor, transposed: bool, logits: Logits, windows: Tensor) -> float:
-    """The perplexity with another weight (out, in) in a layer, which then gets its own back."""
+def _perplexity(
+    module: nn.Module, weight: Tensor, transposed: bool, predict: Predict, samples: Samples, task: Task
+) -> float:
+    """Return the perplexity with another weight (out, in) in a layer, which then gets its own back."""
     parameter = module.weight
     assert isinstance(parameter, Tensor)
     own = parameter.data
     parameter.data = (weight.T if transposed else weight).contiguous()
     try:
-        loss = sum(score(logits(ids), ids)[0] for ids in windows[:, None])
+        quality = measure_quality([predict], samples, task, quiet=True)[0]
     finally:
         parameter.data = own
-    return math.inf if math.isnan(loss) else quality(loss, windows).perplexity
+    return math.inf if math.isnan(quality.loss) else quality.perplexity

@@ -15,8 +15,9 @@ from twofold.factor.structures import cut_entries
 from twofold.host.progress import Tick, progress
 from twofold.linalg.spectrum import Spectrum, truncate, truncation_loss
 from twofold.linalg.storage import rank_numbers
+from twofold.model.kinds import dense_weight
 from twofold.model.structure import Structure
-from twofold.model.weights import Target, dense_weight
+from twofold.model.target import Target
 from twofold.nn.compact import CompactLinear
 from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.layers.quantized import QuantizedLinear

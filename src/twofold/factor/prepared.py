@@ -7,28 +7,33 @@ from dataclasses import dataclass
 from torch import nn
 
 from twofold.calibrate.moments import Moments
+from twofold.calibrate.opened import Opened
 from twofold.decompose.decompose import Decomposition
 from twofold.decompose.spectra import Spectra
 from twofold.factor.apply import apply_plan
 from twofold.model.load import LoadedModel
-from twofold.model.weights import Targets
+from twofold.model.target import Targets
 from twofold.objectives import Objective
 from twofold.planning.evidence import Evidence
 from twofold.planning.plan import Plan
-from twofold.task.text.texts import TokenWindows
+from twofold.task import Data
 
 
 @dataclass
 class Prepared:
     """All that stands before the factors: the model, its targets, moments, spectra and the plan."""
 
-    loaded: LoadedModel
+    opened: Opened
     targets: Targets
-    windows: TokenWindows | None
+    data: Data | None
     reused: bool  # whether the moments are those of an earlier run
     made: Decomposition
     evidence: Evidence
     plan: Plan
+
+    @property
+    def loaded(self) -> LoadedModel:
+        return self.opened.loaded
 
     @property
     def objective(self) -> Objective:

@@ -15,7 +15,7 @@ from twofold.decompose.spectra import Spectra
 from twofold.factor.integers import rest_names
 from twofold.factor.prepared import Prepared
 from twofold.model.blocks import plain_chain
-from twofold.model.weights import dense_weight
+from twofold.model.kinds import dense_weight
 from twofold.nn.places import put_back
 from twofold.planning.make import make_plan
 from twofold.planning.settings import Planning
@@ -32,8 +32,8 @@ def recalibrate(prepared: Prepared, recipe: Planning, *, folder: Path | None = N
     Args:
         folder: where the new moments are kept, so that a killed run takes them up; in memory if it is None.
     """
-    moments, windows, loaded = prepared.moments, prepared.windows, prepared.loaded
-    assert moments is not None and windows is not None
+    moments, data, loaded = prepared.moments, prepared.data, prepared.loaded
+    assert moments is not None and data is not None
     targets, model, element = prepared.targets.targets, loaded.model, loaded.stored_dtype
     request = request_statistics(targets, prepared.targets.groups, prepared.objective.needs)
     model_of = prepared.plan.model_dump_json(include={"entries", "dense"})  # what the plan makes of the model
@@ -44,7 +44,7 @@ def recalibrate(prepared: Prepared, recipe: Planning, *, folder: Path | None = N
         with put_back(model, [*weights, *rest_names(prepared.plan, model)]):
             prepared.apply(prepared.plan, quiet=quiet)
             found = collect_moments(
-                loaded.residence, targets, request, windows.ids,
+                loaded.residence, targets, request, data.samples, prepared.opened.need_task(),
                 empty=replace(moments, sums={}, fingerprint=mark), seed=recipe.seed, curvature=recipe.curvature,
                 batch_size=recipe.batch_size, weights=weights, folder=folder, quiet=quiet,
             )  # fmt: skip

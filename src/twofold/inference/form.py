@@ -15,12 +15,13 @@ from twofold.host.progress import say
 from twofold.inference.draft import Draft, why_not
 from twofold.inference.latency import Latencies
 from twofold.inference.neighbours import called_in_turn, find_pairs, fold
-from twofold.model.weights import Target, find_groups
+from twofold.model.target import Target
+from twofold.model.weights import find_groups
 from twofold.nn.compact import CompactLinear
 from twofold.nn.grouped_linear import ColumnsLinear, GroupedLinear, InputGroup, Part
 from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import replace_module
-from twofold.task.text.windows import few_tokens
+from twofold.task import find_task, on_device
 
 # Of the outputs, relative: what stops a mistake of ours, as a wrong order, which changes them by their own size. A deep model
 # amplifies the rounding of its layers, and norms are taken in float32 whatever the dtype.
@@ -140,18 +141,20 @@ def _merged(free: Mapping[str, FactoredLinear], done: Optimized, latencies: Late
 
 
 def _runner(model: Any, done: Optimized) -> tuple[Callable[[], Any] | None, Any]:
-    """A run of the model on a few tokens, and what it gives; None if it does not run on tokens alone."""
-    ids = few_tokens(model)
+    """Return a run of the model on a small batch, and what it gives; None if it does not run."""
+    task = find_task(model)
+    if task is None:
+        done.notes.append("the model is for no task that is known, so each layer stands alone")
+        return None, None
+    batch = on_device(task.example(model), model.device)
 
     def run() -> Any:
-        return model(input_ids=ids)
+        return task.call(model, batch)
 
     try:
         return run, _first_tensor(run())
-    except Exception as error:  # an architecture that needs other inputs fails in its own way
-        done.notes.append(
-            f"the model does not run on tokens alone ({type(error).__name__}), so each layer stands alone"
-        )
+    except TwofoldError as error:
+        done.notes.append(f"{error}, so each layer stands alone")
         return None, None
 
 

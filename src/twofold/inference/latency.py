@@ -29,7 +29,7 @@ from twofold.host.files import write_text
 from twofold.host.progress import progress
 from twofold.inference.timing import in_turn, medians
 from twofold.linalg.gauge import gauge_rank
-from twofold.model.weights import Target
+from twofold.model.target import Target
 from twofold.nn.grouped_linear import InputGroup, Part, laid_out
 
 FORMAT = 1

@@ -118,6 +118,22 @@ def _hidden(output: Any) -> Tensor | None:
     return None
 
 
+def body_of(model: Any) -> Any:
+    """Return the model without its head; the model itself if it has none."""
+    return getattr(model, str(getattr(model, "base_model_prefix", "")) or "", model)
+
+
+@contextmanager
+def output_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the block the hidden states that a module gives are put into the list."""
+    kept: list[Tensor] = []
+    handle = module.register_forward_hook(lambda m, a, out: kept.append(out if isinstance(out, Tensor) else out[0]))
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
 def plain_chain(model: nn.Module) -> Chain:
     """The blocks of a model by their names alone, to do work in parts; it says nothing of how they run."""
     return Chain(tuple(block_names(model)), False)

@@ -24,11 +24,6 @@ def frozen(model: Any, hooks: Iterable[Any] = ()) -> Iterator[None]:
         model.train(was_training)
 
 
-def start_graph(model: Any) -> Any:
-    """A hook by which the output of the embeddings starts the graph."""
-    return model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_(True))
-
-
 def no_cache(model: Any) -> dict[str, bool]:
     """The argument that keeps a model from filling a cache of keys and values."""
     return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}

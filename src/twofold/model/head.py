@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -9,16 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from twofold.model.blocks import input_before
-from twofold.model.frozen import no_cache
 
 
-def before_head(
-    model: Any,
-    head: nn.Module,
-    ids: Tensor,  # (count, length)
-) -> Tensor | None:  # (count, length, width)
-    """What the head is given, with its graph; the head itself is not run. None if it is not called."""
-    return input_before(head, lambda: model(input_ids=ids.to(model.device), **no_cache(model)))
+def before_head(head: nn.Module, run: Callable[[], object]) -> Tensor | None:  # (..., width)
+    """Return what the head is given when the model is run, with its graph; the head itself is not run. None if it is not called."""
+    return input_before(head, run)
 
 
 def output_linear(model: Any) -> nn.Linear | None:
@@ -32,14 +28,15 @@ def output_linear(model: Any) -> nn.Linear | None:
 @torch.no_grad()
 def find_head(
     model: Any,
-    ids: Tensor,  # (1, length)
-    logits: Tensor,  # (1, length, vocabulary), of these tokens
+    run: Callable[[], object],
+    outputs: Tensor,  # (..., classes), of that run
     *,
     trained: bool = False,
 ) -> nn.Linear | None:
-    """The linear layer whose outputs are the logits as they are; None if something comes after it.
+    """Return the linear layer whose outputs are the model's as they are; None if something comes after it.
 
     Args:
+        run: runs the model on a small batch.
         trained: a layer that is to be trained will do, too.
     """
     head = output_linear(model)
@@ -47,12 +44,8 @@ def find_head(
         return None
     if not trained and any(parameter.requires_grad for parameter in head.parameters()):
         return None
-    states = before_head(model, head, ids)
-    if states is None or states.shape[:-1] != logits.shape[:-1] or states.shape[-1] != head.in_features:
+    states = before_head(head, run)
+    if states is None or states.shape[-1] != head.in_features:
         return None
-    own = head(states)
-    return (
-        head
-        if own.shape == logits.shape and torch.allclose(own.float(), logits.float(), rtol=1e-3, atol=1e-3)
-        else None
-    )
+    own, given = head(states).flatten(0, -2).float(), outputs.flatten(0, -2).float()
+    return head if own.shape == given.shape and torch.allclose(own, given, rtol=1e-3, atol=1e-3) else None

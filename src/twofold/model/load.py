@@ -262,16 +262,3 @@ def _check_layers(model: nn.Module, unexpected: Iterable[str], name: str) -> Non
         raise TwofoldError(
             f"the checkpoint {name} has more layers than its config.json says, first {dropped[0]}; fetch it again"
         )
-
-
-@dataclass
-class Opened:
-    """A model that is ready to be worked on, and how it is: whole in memory, or some blocks at a time."""
-
-    loaded: LoadedModel
-    blocks: int | None = None  # in memory at once; None: all
-
-    @property
-    def chain(self) -> Chain | None:
-        residence = self.loaded.residence
-        return residence.chain if isinstance(residence, Streamed) else None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from twofold.errors import TwofoldError
+from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line, quiet_bars
 from twofold.model.blocks import Chain, watch_chain
 from twofold.model.load import LoadedModel
-from twofold.model.weights import Target, find_groups
+from twofold.model.target import Target
+from twofold.model.weights import find_groups
 
 
 @dataclass(frozen=True)
@@ -23,26 +26,31 @@ class Survey:
     groups: dict[str, str]  # target → the first target with the same input
 
 
-def survey(loaded: LoadedModel, targets: list[Target], length: int = 8) -> Survey:
+def survey(loaded: LoadedModel, targets: list[Target], example: Mapping[str, Tensor]) -> Survey:
     """Run a model of the same configuration whose tensors have shapes but no numbers.
 
+    Args:
+        example: a small batch, as arguments of the model's forward.
+
     Raises:
-        TwofoldError: if it does not run on token ids alone.
+        TwofoldError: if it does not run so.
     """
-    try:
-        with quiet_bars(), FakeTensorMode():
-            # In bfloat16, the one dtype that every kernel of an expert layer takes.
-            model = type(loaded.model)._from_config(loaded.model.config, dtype=torch.bfloat16).eval()
-            ids = torch.zeros(1, length, dtype=torch.int64)
-            groups = find_groups(model, targets, lambda: model(input_ids=ids))
-            model.requires_grad_(False)
-            mark = model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))
-            with watch_chain(model) as watch, torch.enable_grad():
-                model(input_ids=ids)
-            mark.remove()
-    except Exception as error:  # an architecture that needs other inputs, or looks at its numbers, fails in its own way
-        raise TwofoldError(
+
+    def words(error: Exception) -> str:
+        return (
             f"{type(loaded.model).__name__} can't be run block by block ({first_line(error)}); "
             "give it the memory to be loaded whole, with `memory`"
-        ) from error
+        )
+
+    # An architecture that needs other inputs, or looks at its numbers, fails in its own way.
+    with models_errors(words), quiet_bars(), FakeTensorMode():
+        # In bfloat16, the one dtype that every kernel of an expert layer takes.
+        model = type(loaded.model)._from_config(loaded.model.config, dtype=torch.bfloat16).eval()
+        batch = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in example.items()}
+        groups = find_groups(model, targets, lambda: model(**batch))
+        model.requires_grad_(False)
+        mark = model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))
+        with watch_chain(model) as watch, torch.enable_grad():
+            model(**batch)
+        mark.remove()
     return Survey(watch.chain(), watch.before(), groups)

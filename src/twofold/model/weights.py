@@ -7,113 +7,22 @@ the name of an architecture. Modules that receive the same tensor form a group, 
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
+from twofold.model.kinds import Sink, Watcher, kind_of, watch
+from twofold.model.target import DenseWeight, Target, Targets
 from twofold.nn.compact import Compact, CompactLinear
 from twofold.nn.int_matrix import IntMatrix
 
-if TYPE_CHECKING:
-    from twofold.model.structure import Structure
-
 SMALLEST = 8  # a weight with fewer rows or columns is left dense
-BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")  # the number in a name that tells the block
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A weight W (m, n) of y = Wx + b that can be factorized."""
-
-    name: str
-    out_features: int  # m
-    in_features: int  # n
-    bias: bool
-    transposed: bool  # the module keeps its weight as (in, out)
-
-    @property
-    def size(self) -> int:
-        """m · n."""
-        return self.out_features * self.in_features
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the parameter, as the module keeps it."""
-        return (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
-
-    @property
-    def kind(self) -> str:
-        """The last part of the name: q_proj, fc1, …"""
-        return self.name.rpartition(".")[2]
-
-    @property
-    def layer(self) -> int | None:
-        """The first number in the name: which block the weight stands in."""
-        return block_of(self.name)
-
-
-@dataclass(frozen=True)
-class DenseWeight:
-    """A parameter that stays as it is, and why."""
-
-    name: str
-    shape: tuple[int, ...]
-    reason: str
-    layer: Literal["", "linear", "transposed", "embedding"] = ""  # that holds it, where one can be made of integers
-    tied: tuple[str, ...] = ()  # linear layers that use it too
-
-    @property
-    def size(self) -> int:
-        return int(torch.Size(self.shape).numel())
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What in a model can be factorized, and all the rest."""
-
-    targets: list[Target]
-    dense: list[DenseWeight]
-    groups: dict[str, str] = field(default_factory=dict)  # target → the first target that shares its input
-    structures: tuple[
-        Structure, ...
-    ] = ()  # targets whose sizes are chosen together; if there are any, all belong to one
-
-    def without(self, reasons: dict[str, str]) -> Targets:
-        """The same with some targets left dense, each for its reason; those that can't be cut without them stay dense too."""
-        reasons, whole = dict(reasons), []
-        for structure in self.structures:
-            names = [member.name for member in structure.members]
-            gone = [name for name in names if name in reasons]
-            rest = structure.less(gone) if gone else structure
-            if rest is not None:
-                whole.append(rest)
-            else:
-                reasons = {**dict.fromkeys(names, f"cut together with {gone[0]}, which stays dense"), **reasons}
-        left = [t for t in self.targets if t.name not in reasons]
-        dropped = [
-            DenseWeight(f"{t.name}.weight", t.shape, reasons[t.name], "transposed" if t.transposed else "linear")
-            for t in self.targets
-            if t.name in reasons
-        ]
-        return Targets(left, dropped + self.dense, self.groups, tuple(whole))
-
-    @property
-    def target_numbers(self) -> int:
-        """The parameters of the targeted weights."""
-        return sum(target.size for target in self.targets)
-
-    @property
-    def total_numbers(self) -> int:
-        """The parameters of the whole model, tied ones counted once."""
-        return self.target_numbers + sum(weight.size for weight in self.dense)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -125,23 +34,6 @@ def last_match(name: str, by_pattern: Mapping[str, T]) -> T | None:
     """What the last pattern that a module's name matches stands for; None if there is none."""
     found = [value for pattern, value in by_pattern.items() if matches(name, [pattern])]
     return found[-1] if found else None
-
-
-def block_of(name: str) -> int | None:
-    """The first number in a name, None if there is none."""
-    found = BLOCK.search(name)
-    return int(found.group(1)) if found else None
-
-
-def dense_weight(
-    module: nn.Module,
-) -> Tensor:  # (out, in)
-    """The weight of a target in the layout y = Wx, whatever layout the module keeps."""
-    if isinstance(module, CompactLinear):
-        return module.to_dense()
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def find_targets(
@@ -184,33 +76,28 @@ def list_weights(
         TwofoldError: if a pattern matches no linear layer.
     """
     include, exclude = list(include), list(exclude)
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    weighty = {name: (module, kind) for name, module in model.named_modules() if (kind := kind_of(module)) is not None}
     factored = {name for name, module in model.named_modules() if isinstance(module, Compact)}
     for pattern in [*include, *exclude]:
-        if not any(matches(name, [pattern]) for name in linear):
+        if not any(matches(name, [pattern]) for name in weighty):
             raise TwofoldError(
                 f"the pattern {pattern!r} matches no linear layer of this model; list them with: twofold inspect"
             )
 
     targets: list[Target] = []
     reasons: dict[str, str] = {}
-    for name, module in linear.items():
-        weight = dense_weight(module)
-        m, n = weight.shape
-        parent = name.rpartition(".")[0]
-        if parent in factored:
+    for name, (module, kind) in weighty.items():
+        target = kind.target(name, module)
+        m, n = target.out_features, target.in_features
+        if name.rpartition(".")[0] in factored:
             reason = "a factor: the layer is factorized already"
-        elif module is output:
-            reason = "output embedding: left dense for now"
+        elif (against := kind.reason(model, module)) is not None:
+            reason = against
         elif len(owners[id(module.weight)]) > 1:
             reason = "shared with " + next(o for o in owners[id(module.weight)] if o != f"{name}.weight")
-        elif type(module) is not nn.Linear and not isinstance(module, Conv1D):
-            reason = f"unsupported layer type {type(module).__name__}"
         elif include and not matches(name, include):
             reason = "not included"
         elif matches(name, exclude):
@@ -218,8 +105,7 @@ def list_weights(
         elif min(m, n) < SMALLEST:
             reason = f"too small: {m} × {n}"
         else:
-            bias = getattr(module, "bias", None) is not None
-            targets.append(Target(name, m, n, bias, isinstance(module, Conv1D)))
+            targets.append(target)
             continue
         reasons[f"{name}.weight"] = reason
 
@@ -284,19 +170,16 @@ def find_groups(
     """
     inputs: dict[str, list[tuple[object, ...]]] = {target.name: [] for target in targets}
     alive: list[Tensor] = []  # keeps each input, so that no address is used twice during the run
-    handles = []
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
+    def watcher(name: str) -> Watcher:
+        def called(x: Tensor, product: Callable[[], Tensor]) -> None:
             alive.append(x)
             where = (x.untyped_storage()._cdata, x.storage_offset())
             inputs[name].append((*where, tuple(x.shape), x.stride(), x._version))
 
-        return hook
+        return called
 
-    for name in inputs:
-        handles.append(model.get_submodule(name).register_forward_pre_hook(watch(name)))
+    handles = [handle for name in inputs for handle in watch(model.get_submodule(name), Sink(watcher(name)))]
     try:
         with torch.no_grad():
             run()

@@ -85,6 +85,18 @@ OBJECTIVES: Registry[Objective] = Registry(
 )
 
 
+def without_gradients() -> str:
+    """Say which objectives that look at data need no gradient."""
+    able = [one.name for one in OBJECTIVES.all() if one.needs == {"input"}]
+    return f"use `objective={able[0]}`" if able else "use another objective"
+
+
+def without_data() -> str:
+    """Say which objectives need no data."""
+    able = [one.name for one in OBJECTIVES.all() if not one.needs]
+    return f"`objective={able[0]}` needs none" if able else "no objective does without"
+
+
 class Method(Settings):
     """What a rank is chosen to preserve."""
 

@@ -18,7 +18,8 @@ from twofold.errors import TwofoldError
 from twofold.evidence.rounding import AUTO_BITS, Rounding
 from twofold.linalg.gauge import gauge_rank
 from twofold.model.settings import Override
-from twofold.model.weights import Target, Targets, last_match
+from twofold.model.target import Target, Targets
+from twofold.model.weights import last_match
 from twofold.planning.evidence import Evidence
 from twofold.planning.settings import Planning
 from twofold.planning.storage import Storage, dense_integers

@@ -30,6 +30,6 @@ def gather(work: Measurement, allocate: str) -> Evidence:
     if work.settings.bits == "auto":
         return Evidence(rounding=measure_rounding(work))
     # Losses of the unit "weight" are no means over tokens.
-    tokens = work.windows.tokens if work.windows is not None and work.made.objective.loss != "weight" else 1
+    tokens = work.samples.predictions if work.samples is not None and work.made.objective.loss != "weight" else 1
     measure = ALLOCATIONS.get(allocate).measure
     return Evidence(tokens) if measure is None else Evidence(tokens, measure(work))

@@ -12,7 +12,8 @@ from twofold.allocate import ALLOCATIONS, Candidate, Choice, cheapest
 from twofold.errors import TwofoldError
 from twofold.linalg.gauge import gauge_rank, plain_storage
 from twofold.model.settings import Override
-from twofold.model.weights import DenseWeight, Target, Targets, last_match, matches
+from twofold.model.target import DenseWeight, Target, Targets
+from twofold.model.weights import last_match, matches
 from twofold.nn.int_matrix import int_bytes
 from twofold.objectives import OBJECTIVES
 from twofold.objectives._correction import Correction

@@ -13,7 +13,8 @@ from twofold.errors import TwofoldError
 from twofold.linalg.gauge import gauge_storage, plain_storage
 from twofold.model.settings import Override
 from twofold.model.structure import Member, Structure
-from twofold.model.weights import Target, Targets, matches
+from twofold.model.target import Target, Targets
+from twofold.model.weights import matches
 from twofold.nn.layers._basis import SharedBasis
 from twofold.planning.settings import Planning
 from twofold.structures.units import even_shares

@@ -7,7 +7,7 @@ import pydantic
 from twofold.host.clock import Machine
 from twofold.recipe import Recipe
 from twofold.refine import Refined
-from twofold.task.quality import Quality
+from twofold.task.output.quality import Quality
 
 
 class Measured(pydantic.BaseModel, extra="forbid"):

@@ -9,11 +9,12 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from twofold.allocate import ALLOCATIONS
+from twofold.calibrate.opened import Opened
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.factor.prepared import carry_out
 from twofold.host.clock import Stopwatch
-from twofold.model.load import LoadedModel, load_skeleton
+from twofold.model.load import load_skeleton
 from twofold.model.weights import find_targets
 from twofold.nn.places import cast_weights
 from twofold.objectives import OBJECTIVES
@@ -26,7 +27,6 @@ from twofold.run.open import given_model, open_for
 from twofold.run.prepare import layer_times, plan_of_shapes, prepare, with_structures
 from twofold.run.sizing import Sizing
 from twofold.scratch.start import factorize_start
-from twofold.task.text.held_out import evaluation_text
 from twofold.task.text.windows import fit_window
 
 
@@ -57,7 +57,7 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
         loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         recipe = fit_window(recipe, loaded, quiet=True)
         found = find_targets(loaded.model, recipe.include, recipe.exclude)
-        found = with_structures(loaded, found, recipe)
+        found = with_structures(Opened(loaded, named=recipe.task), found, recipe)
         plan = plan_of_shapes(loaded, found, recipe, layer_times(loaded, found, recipe, quiet=quiet))
         note = (
             f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "
@@ -65,7 +65,7 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
         )
         given, notes = None, [*plan.notes, note]
         try:
-            given = estimate_run(loaded, recipe, plan.bytes_after) if estimate else None
+            given = estimate_run(Opened(loaded, named=recipe.task), recipe, plan.bytes_after) if estimate else None
         except TwofoldError as error:
             if recipe.memory is not None:
                 raise
@@ -73,7 +73,7 @@ def plan_model(recipe: Recipe, *, moments_file: Path | None = None, estimate: bo
         return plan.model_copy(update={"notes": notes, "estimate": given})
     opened = open_for(recipe, quiet=quiet)
     recipe = fit_window(recipe, opened.loaded, quiet=quiet)
-    sizing = _sizing(recipe, opened.loaded, quiet=quiet)
+    sizing = _sizing(recipe, opened, quiet=quiet)
     prepared = prepare(
         recipe,
         opened,
@@ -141,7 +141,7 @@ def factorize(
         )
     recipe = fit_window(recipe, loaded, quiet=quiet)
     watch = Stopwatch()
-    sizing = _sizing(recipe, loaded, quiet=quiet)
+    sizing = _sizing(recipe, opened, quiet=quiet)
     prepared = prepare(recipe, opened, watch, texts=texts, sizing=sizing, quiet=quiet)
     if sizing is not None:
         sizing.find(prepared)
@@ -154,8 +154,9 @@ def factorize(
     return result
 
 
-def _sizing(recipe: Recipe, loaded: LoadedModel, *, quiet: bool) -> Sizing | None:
+def _sizing(recipe: Recipe, opened: Opened, *, quiet: bool) -> Sizing | None:
     """The search for the size, if a quality is asked for in its place."""
     if recipe.goal is None:
         return None
-    return Sizing(loaded, recipe, evaluation_text(loaded, recipe), quiet=quiet)
+    measured_on = opened.need_task("measured").measured(opened.loaded, recipe)
+    return Sizing(opened, recipe, measured_on, quiet=quiet)

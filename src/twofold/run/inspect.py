@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 import pydantic
 import torch
 
 from twofold.errors import TwofoldError
+from twofold.host.faults import models_errors
 from twofold.model.load import LoadedModel, load_skeleton
 from twofold.model.survey import survey
-from twofold.model.weights import Targets, find_groups, list_weights
+from twofold.model.target import Targets
+from twofold.model.weights import find_groups, list_weights
 from twofold.nn.compact import Compact, CompactLinear
+from twofold.task import find_task
 
 
 class Weight(pydantic.BaseModel, extra="forbid"):
@@ -94,18 +98,16 @@ def inspect_model(
 
 
 def _groups(loaded: LoadedModel, targets: Targets) -> dict[str, str]:
-    """Which targets share an input; nothing if the model does not run on token ids alone, nor on its own example input."""
-    model = loaded.model
-    try:
-        return survey(loaded, targets.targets).groups
-    except TwofoldError:
-        pass
+    """Find which targets share an input; nothing if the model runs neither as its task says, nor on its own example input."""
+    model, task = loaded.model, find_task(loaded.model)
+    if task is not None:
+        with suppress(TwofoldError):
+            return survey(loaded, targets.targets, task.example(model)).groups
     example = getattr(model, "dummy_inputs", None)
     if not isinstance(example, dict):
         return {}
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in example.items() if isinstance(value, torch.Tensor)}
-    try:
+    with suppress(TwofoldError), models_errors(str):  # an architecture that needs still other inputs
         return find_groups(model, targets.targets, lambda: model(**inputs))
-    except Exception:  # an architecture with other inputs: the groups are found when it is calibrated
-        return {}
+    return {}

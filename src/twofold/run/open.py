@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from twofold.calibrate.opened import Opened
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
-from twofold.model.load import LoadedModel, Opened, check_finite, load_model, load_streamed
+from twofold.model.load import LoadedModel, check_finite, load_model, load_streamed
 from twofold.model.survey import survey
 from twofold.nn.places import cast_weights
 from twofold.recipe import Recipe
@@ -20,7 +21,7 @@ from twofold.run.check import (
     check_streamed,
 )
 from twofold.run.estimate.way import choose_way
-from twofold.task.text.held_out import gives_logits
+from twofold.task.causal_lm import writes_text
 
 
 def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
@@ -39,8 +40,9 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
             revision=recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
         )
-        check_model(recipe, lacks_of(recipe, loaded))
-        return Opened(loaded)
+        opened = Opened(loaded, named=recipe.task)
+        check_model(recipe, lacks_of(recipe, opened))
+        return opened
     check_streamed(recipe, way.resident)
     if not quiet:
         why = f"{way.limit / 1e9:.1f} GB may be used" if recipe.stream == "auto" else "`stream=always` asks for it"
@@ -56,7 +58,7 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
         revision=recipe.revision,
         trust_remote_code=recipe.trust_remote_code,
     )
-    return Opened(loaded, way.blocks)
+    return Opened(loaded, way.blocks, recipe.task)
 
 
 def given_model(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
@@ -73,20 +75,28 @@ def given_model(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
         cast_weights(model, torch.float32)
     loaded = LoadedModel(model, tokenizer, recipe.model, None, stored)
     check_methods(recipe)
-    check_model(recipe, lacks_of(recipe, loaded))
-    return Opened(loaded)
+    opened = Opened(loaded, named=recipe.task)
+    check_model(recipe, lacks_of(recipe, opened))
+    return opened
 
 
-def lacks_of(recipe: Recipe, loaded: LoadedModel) -> dict[str, str]:
+def lacks_of(recipe: Recipe, opened: Opened) -> dict[str, str]:
     """Find what a model in memory does not give of what the methods need, and why."""
-    lacks = {}
-    name = type(loaded.model).__name__
-    if not getattr(loaded.model, "can_generate", lambda: False)():
+    loaded, task = opened.loaded, opened.task
+    name, lacks = type(loaded.model).__name__, {}
+    if not writes_text(loaded.model):
         lacks["next token"] = f"which {name} does not do"
     if not recipe.refine:
         return lacks
-    if not gives_logits(loaded.model, torch.zeros(1, 2, dtype=torch.int64)):
-        lacks["token logits"] = f"and {name} gives no token logits"
-    if any("chain" in REFINEMENTS.get(one).needs for one in recipe.refine) and survey(loaded, []).chain is None:
+    try:
+        if task is None:
+            raise TwofoldError(f"{name} is for no task that is known")
+        with torch.no_grad():
+            task.outputs(loaded.model, task.example(loaded.model))
+    except TwofoldError as error:
+        lacks["token logits"] = f"and {error}"
+        return lacks
+    needs = {need for one in recipe.refine for need in REFINEMENTS.get(one).needs}
+    if "chain" in needs and survey(loaded, [], task.example(loaded.model)).chain is None:
         lacks["chain"] = f"and {name} is not one block after another"
     return lacks

@@ -13,6 +13,7 @@ from twofold.allocate import ALLOCATIONS
 from twofold.calibrate.calibrate import calibrate, used_targets
 from twofold.calibrate.fingerprint import model_hash, spectra_mark
 from twofold.calibrate.moments import Moments
+from twofold.calibrate.opened import Opened
 from twofold.decompose.decompose import Decomposition, decompose
 from twofold.decompose.spectra import Spectra
 from twofold.errors import TwofoldError
@@ -26,10 +27,11 @@ from twofold.host.progress import say
 from twofold.host.unfinished import Work
 from twofold.inference.latency import times_of
 from twofold.model.blocks import plain_chain
-from twofold.model.load import LoadedModel, Opened
+from twofold.model.load import LoadedModel
 from twofold.model.source import choose_device, compute_dtype
 from twofold.model.streamed import Streamed
-from twofold.model.weights import Targets, find_targets
+from twofold.model.target import Targets
+from twofold.model.weights import find_targets
 from twofold.objectives import OBJECTIVES
 from twofold.planning.bits import stand_in
 from twofold.planning.evidence import Evidence, gather
@@ -39,8 +41,7 @@ from twofold.quantize.loss import rounding_needs
 from twofold.recipe import Recipe
 from twofold.run.sizing import Sizing
 from twofold.structures.find import find_structures
-from twofold.task.text.texts import TokenWindows
-from twofold.task.text.windows import calibration_windows, few_tokens, on_text_alone
+from twofold.task import Data, on_device
 
 RESIDENT_BLOCKS = 4  # blocks of a model in memory that are decomposed, and kept, together
 
@@ -69,42 +70,35 @@ def prepare(
     loaded, chain = opened.loaded, opened.chain
     model, residence = loaded.model, loaded.residence
     objective = OBJECTIVES.get(recipe.objective)
-    targets = with_structures(loaded, find_targets(model, recipe.include, recipe.exclude), recipe)
+    targets = with_structures(opened, find_targets(model, recipe.include, recipe.exclude), recipe)
     allocation = ALLOCATIONS.get(recipe.allocate)
     measured, again = allocation.measure is not None, allocation.again
     times = layer_times(loaded, targets, recipe, quiet=quiet)
     plan_of_shapes(loaded, targets, recipe, times)  # an impossible budget or override is refused before any work
-    if objective.needs and getattr(model.config, "is_encoder_decoder", False):
-        raise TwofoldError(
-            f"{type(model).__name__} is an encoder-decoder model, which can't be calibrated yet; use `objective=svd`"
-        )
     if isinstance(residence, Streamed):
         fused = {t.name: "fused with others in the checkpoint" for t in targets.targets if residence.fused(t.name)}
         targets = targets.without(fused)
     with watch.stage("hash"):
         hashed = model_hash(model, loaded.shards)
     mark = ""
-    windows: TokenWindows | None = None
+    data: Data | None = None
     moments: Moments | None = None
     reused = False
     if objective.needs or recipe.refine or measured or (recipe.goal is not None and recipe.eval_text is None):
         with watch.stage("texts"):
-            windows = processes.same(
-                lambda: calibration_windows(
-                    loaded, recipe, hashed, texts, held_out=recipe.held_out_windows, quiet=quiet
-                )
-            )
+            task, aside = opened.need_task(), recipe.held_out_windows
+            data = processes.same(lambda: task.data(loaded, recipe, hashed, texts, held_out=aside, quiet=quiet))
     if sizing is not None:
         with watch.stage("measure"):
-            processes.same(partial(sizing.begin, windows, hashed))
+            processes.same(partial(sizing.begin, data, hashed))
     if objective.needs:
-        assert windows is not None
+        assert data is not None
         with watch.stage("texts"):
-            if windows.tokens < windows.asked - recipe.window and not quiet:
-                say(f"the calibration text gives {windows.tokens:,} tokens of the {windows.asked:,} asked for")
+            if data.units < data.asked - recipe.window and not quiet:
+                say(f"the calibration text gives {data.units:,} tokens of the {data.asked:,} asked for")
         asked = objective.needs | (rounding_needs(objective) if recipe.bits is not None or recipe.kept_bits else set())
         targets, moments, reused = calibrate(
-            recipe, opened, targets, asked, windows, hashed, watch,
+            recipe, opened, targets, asked, data.samples, hashed, watch,
             moments_folder=moments_folder, work=work, quiet=quiet,
         )  # fmt: skip
         mark = moments.fingerprint
@@ -124,12 +118,13 @@ def prepare(
     if measured and work is not None:
         work.update(stage=f"measuring for the allocation {recipe.allocate}")
     with watch.stage("sensitivities" if measured else "plan"):
-        measurement = Measurement(model, targets.targets, windows, made, recipe, quiet)
+        samples = None if data is None else data.samples
+        measurement = Measurement(model, opened.task, targets.targets, samples, made, recipe, quiet)
         evidence = processes.same(lambda: gather(measurement, recipe.allocate))
     evidence = replace(evidence, times=times.times, times_of=times.times_of)
     with watch.stage("plan"):
         plan = make_plan(loaded.name, targets, spectra.values, recipe.at(1.0), loaded.stored_dtype.itemsize, evidence)
-    prepared = Prepared(loaded, targets, windows, reused, made, evidence, plan)
+    prepared = Prepared(opened, targets, data, reused, made, evidence, plan)
     if again:
         if work is not None:
             work.update(stage="measuring the moments again")
@@ -138,19 +133,20 @@ def prepare(
     return prepared
 
 
-def with_structures(loaded: LoadedModel, targets: Targets, recipe: Recipe) -> Targets:
-    """The targets with those that the objective cuts together, if it does; the model is run to confirm them.
+def with_structures(opened: Opened, targets: Targets, recipe: Recipe) -> Targets:
+    """Find the targets that the objective cuts together, if it does; the model is run to confirm them.
 
     Raises:
-        TwofoldError: if there are none, or the model does not run on text alone.
+        TwofoldError: if there are none, or the model does not run.
     """
-    model, kinds = loaded.model, OBJECTIVES.get(recipe.objective).structures
+    model, kinds = opened.loaded.model, OBJECTIVES.get(recipe.objective).structures
     if not kinds:
         return targets
     run = None
     if not any(parameter.is_meta for parameter in model.parameters()):
-        run = partial(model, input_ids=few_tokens(model))
-        with on_text_alone(model), torch.no_grad():
+        task = opened.need_task()
+        run = partial(task.call, model, on_device(task.example(model), model.device))
+        with torch.no_grad():
             run()
     return find_structures(model, targets, kinds, run, recipe)
 

@@ -14,22 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twofold.calibrate.opened import Opened
 from twofold.errors import TwofoldError
 from twofold.evaluation.reference import Reference
 from twofold.factor.integers import rest_names
 from twofold.factor.prepared import Prepared
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
-from twofold.model.load import LoadedModel
 from twofold.nn.places import dense_again, put_back
 from twofold.planning.make import least_keep, make_plan
 from twofold.planning.plan import Plan
 from twofold.recipe import Recipe
 from twofold.report.record import Probe
 from twofold.run.search import TOLERANCE, smallest
-from twofold.task.quality import Quality
-from twofold.task.text.held_out import gives_logits
-from twofold.task.text.texts import TokenWindows
+from twofold.task import Data, Samples
+from twofold.task.output.quality import Quality
 
 STEPS = 9  # halvings of the share when the plan's prediction is inverted; they measure nothing
 
@@ -38,24 +37,25 @@ class Sizing:
     """The search for the size of one run. ``begin`` comes before the calibration, ``find`` after the decompositions.
 
     Args:
-        windows: (count, window), of the evaluation text; without it, held-out calibration text decides.
+        samples: of the evaluation text; without it, held-out calibration text decides.
         work: the unfinished state of the run, which keeps what was measured; in a temporary folder if it is None.
     """
 
     def __init__(
-        self, loaded: LoadedModel, recipe: Recipe, windows: Tensor | None, *, work: Work | None = None, quiet: bool
+        self, opened: Opened, recipe: Recipe, samples: Samples | None, *, work: Work | None = None, quiet: bool
     ) -> None:
         assert recipe.goal is not None
-        self.loaded, self.recipe, self.goal = loaded, recipe, recipe.goal
-        self.windows, self.source = windows, Path(recipe.eval_text or "").name
+        self.loaded, self.task = opened.loaded, opened.need_task("measured")
+        self.recipe, self.goal = recipe, recipe.goal
+        self.samples, self.source = samples, Path(recipe.eval_text or "").name
         self.work, self.quiet = work, quiet
         self._temporary = tempfile.TemporaryDirectory(prefix="twofold-") if work is None else None
         self._known: dict[str, dict[str, float | int | None]] = {} if work is None else dict(work.state.measured)
         self._plans: dict[float, Plan] = {}
         self.probes: list[Probe] = []
 
-    def begin(self, calibration: TokenWindows | None, hashed: str) -> None:
-        """Choose the windows to measure on, and measure the dense model.
+    def begin(self, calibration: Data | None, hashed: str) -> None:
+        """Choose the samples to measure on, and measure the dense model.
 
         Args:
             hashed: the hash of its configuration and weights.
@@ -63,15 +63,15 @@ class Sizing:
         Raises:
             TwofoldError: if there is nothing to measure on, or not even the dense model meets the goal.
         """
-        if self.windows is None and calibration is not None and len(calibration.held_out):
-            self.source = f"held-out {calibration.source}"
-            self.windows = calibration.held_out[: self.recipe.eval_windows]
-        if self.windows is None:
+        if self.samples is None and calibration is not None and len(calibration.held_out):
+            self.source = f"held-out {calibration.samples.source}"
+            self.samples = calibration.held_out[: self.recipe.eval_windows]
+        if self.samples is None:
             raise TwofoldError(
                 f"{self.goal.setting} needs a text to measure on, and no calibration text is left over for it; "
                 "give more text, or name one with `eval_text=FILE`"
             )
-        if not gives_logits(self.loaded.model, self.windows):
+        if not self.task.predicts(self.loaded.model, self.samples):
             raise TwofoldError(
                 f"{self.goal.setting} can't be measured: this model gives no logits over its vocabulary; give `keep` or `budget`"
             )
@@ -84,7 +84,7 @@ class Sizing:
         with _as_measured(self.loaded.model):
             residence = self.loaded.residence
             mark = f"{hashed} {residence.dtype} {residence.device}"
-            self.reference = Reference(self._logits, self.windows, folder, mark, quiet=self.quiet)
+            self.reference = Reference(self._predict, self.samples, self.task, folder, mark, quiet=self.quiet)
         if not self.goal.met(self.dense, replace(self.dense, divergence=0.0)):
             raise TwofoldError(
                 f"{self.goal.setting} can't be met: the dense model itself has a perplexity of {self.dense.perplexity:.4g} on "
@@ -119,8 +119,8 @@ class Sizing:
         prepared.plan.notes += self._notes(chosen)
 
     def _notes(self, chosen: Probe) -> list[str]:
-        assert self.windows is not None
-        count, window = self.windows.shape
+        assert self.samples is not None
+        count, window = self.samples.shape
         measured = "; ".join(f"keep {one.keep:.4f}: {_numbers(one)}{', met' if one.met else ''}" for one in self.probes)
         notes = [
             f"the size was searched for {self.goal.words(self.dense)}, measured on {self.source}, {count} windows of {window} "
@@ -179,11 +179,11 @@ class Sizing:
         with put_back(model, places), _as_measured(model):
             _, replaced = found.apply(plan, quiet=self.quiet)
 
-            def original(ids: Tensor) -> Tensor:
+            def original(i: int) -> Tensor:
                 with dense_again(model, replaced):
-                    return self._logits(ids)
+                    return self._predict(i)
 
-            return self.reference.measure(self._logits, original, quiet=self.quiet)
+            return self.reference.measure(self._predict, original, quiet=self.quiet)
 
     def _estimate(self, probes: list[Probe]) -> float | None:
         """Where the plan's predicted divergence, scaled by what the last probe measured of it, is what the goal has room for."""
@@ -214,9 +214,9 @@ class Sizing:
     def _predicted(self, keep: float) -> float | None:
         return self._plan(keep).predicted_divergence
 
-    def _logits(self, ids: Tensor) -> Tensor:
-        model = self.loaded.model
-        return model(input_ids=ids.to(model.device)).logits  # type: ignore[no-any-return]
+    def _predict(self, i: int) -> Tensor:
+        assert self.samples is not None
+        return self.task.outputs(self.loaded.model, self.samples.batch(i, i + 1))
 
 
 def _finite(number: float | None) -> float | None:

@@ -14,10 +14,11 @@ from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line, quiet_bars
 from twofold.linalg.metric import working_dtype
+from twofold.model.kinds import dense_weight
 from twofold.model.load import check_finite
 from twofold.model.skeleton import model_from_config
 from twofold.model.source import model_class_of
-from twofold.model.weights import dense_weight, find_targets
+from twofold.model.weights import find_targets
 from twofold.nn.compact import CompactLinear
 from twofold.nn.int_matrix import IntMatrix
 from twofold.nn.layers.factored import FactoredLinear

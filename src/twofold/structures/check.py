@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twofold.model.kinds import dense_weight
 from twofold.model.structure import Pairing, Structure
-from twofold.model.weights import dense_weight
 from twofold.structures.units import head_rows, unit_rows
 
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-5}  # rounding of an output, relative; narrower dtypes 0.05

@@ -10,7 +10,7 @@ from torch import nn
 from twofold.errors import TwofoldError
 from twofold.model.settings import Weights
 from twofold.model.structure import Structure
-from twofold.model.weights import Targets
+from twofold.model.target import Targets
 from twofold.objectives.basis_sharing import Sharing
 from twofold.quantize.settings import Integers
 from twofold.settings.base import Settings

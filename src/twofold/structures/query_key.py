@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from twofold.calibrate.moments import Moments
+from twofold.model.kinds import dense_weight
 from twofold.model.structure import Structure
-from twofold.model.weights import dense_weight
 from twofold.nn.layers.sliced import SlicedLinear
 from twofold.structures.units import unit_dims, unit_rows
 from twofold.structures.weights import part_of, with_bias, with_one

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from twofold.model.kinds import dense_weight
 from twofold.model.structure import Member, Structure
-from twofold.model.weights import Target, dense_weight
+from twofold.model.target import Target
 
 # Names in one parent module. A row more serves another family; what does not fit fails the check and stays dense.
 MLP = (  # the weights that make the hidden units, and the one that reads them

@@ -18,8 +18,8 @@ from twofold.errors import TwofoldError
 from twofold.linalg.gauge import gauge_storage
 from twofold.linalg.metric import damp
 from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate
+from twofold.model.kinds import dense_weight
 from twofold.model.structure import Structure
-from twofold.model.weights import dense_weight
 from twofold.nn.compact import CompactLinear
 from twofold.nn.layers._basis import SharedBasis
 from twofold.nn.layers.factored import FactoredLinear

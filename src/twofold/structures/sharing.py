@@ -9,7 +9,8 @@ from typing import Literal
 
 from twofold.model.settings import Override
 from twofold.model.structure import Member, Structure
-from twofold.model.weights import BLOCK, Target, Targets, block_of, last_match
+from twofold.model.target import BLOCK, Target, Targets, block_of
+from twofold.model.weights import last_match
 from twofold.nn.layers._basis import SharedForm, basis_storage
 from twofold.structures.roles import ATTENTION, MLP
 

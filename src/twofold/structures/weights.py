@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.linalg.metric import damp, working_dtype
-from twofold.model.weights import dense_weight
+from twofold.model.kinds import dense_weight
 from twofold.nn.layers.sliced import SlicedForm, SlicedLinear
 from twofold.objectives import LayerMoments
 

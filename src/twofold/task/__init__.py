@@ -1,5 +1,205 @@
-"""What a model is for: samples, outputs, labels."""
+"""What a model is for: the tasks by name, one file each. A task knows its samples, and what the model makes of them means."""
 
-from typing import Literal, TypeAlias
+from __future__ import annotations
 
-Curvature: TypeAlias = Literal["sampled", "gauss-newton", "empirical"]
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, TypeVar
+
+from pydantic import Field
+from typing_extensions import Self
+
+from twofold.errors import TwofoldError
+from twofold.registry import Registry
+from twofold.settings.base import Settings
+from twofold.task.output import Output
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Batch: TypeAlias = "Mapping[str, Tensor]"  # arguments of the model's forward; all samples of a batch have one shape
+
+
+class Samples(ABC):
+    """What a model is run on. Nothing is padded: a batch holds samples of one shape."""
+
+    source: str  # in words
+    unit: ClassVar[str]  # "tokens", "images", "pairs": what progress and records count
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, first: int, last: int) -> Batch:
+        """Return the samples first … last − 1, which have one shape."""
+
+    @abstractmethod
+    def take(self, places: Sequence[int]) -> Self:
+        """Return some of the samples."""
+
+    @abstractmethod
+    def __add__(self, others: Self) -> Self:
+        """Return these samples, and others behind them."""
+
+    @abstractmethod
+    def units(self, first: int, last: int) -> int:
+        """Return how many of its units the samples first … last − 1 hold."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> list[int]:
+        """How many there are, and of what size, for a fingerprint."""
+
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """The hash of what the model is given."""
+
+    @property
+    def small(self) -> Batch:
+        """The smallest batch that shows how the model runs: the first sample, or the beginning of it."""
+        return self.batch(0, 1)
+
+    @property
+    def predictions(self) -> int:
+        """How many predictions the model makes for all of them."""
+        return self.units(0, len(self))
+
+    def spans(self, size: int) -> list[tuple[int, int]]:
+        """Return the batches, as first and last: up to ``size`` samples that follow one another and have one shape."""
+        return [(first, min(first + size, len(self))) for first in range(0, len(self), size)]
+
+    def __getitem__(self, places: slice) -> Self:
+        return self.take(range(len(self))[places])
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.batch(i, i + 1) for i in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The samples of a run: those that it is calibrated on, and those set aside to measure on or to stop a refinement on."""
+
+    samples: Samples
+    held_out: Samples  # may be empty
+    asked: int  # units that were asked for
+
+    @property
+    def units(self) -> int:
+        """The units that are calibrated on."""
+        return self.samples.units(0, len(self.samples))
+
+
+class Task(ABC):
+    """What a model is for."""
+
+    name: ClassVar[str]
+    output: ClassVar[Output]
+    settings: ClassVar[type[Settings]]
+
+    @abstractmethod
+    def fits(self, model: Any) -> bool:
+        """Say whether a model is of this kind."""
+
+    @abstractmethod
+    def data(
+        self,
+        loaded: Any,  # twofold.model.load.LoadedModel
+        settings: Settings,
+        hashed: str,
+        given: Iterable[Any] | None = None,
+        *,
+        held_out: int,
+        quiet: bool = False,
+    ) -> Data:
+        """Read the samples that the settings ask for.
+
+        Args:
+            hashed: the hash of the model, where samples are made by it and kept.
+            given: in the place of those that the settings name.
+            held_out: how many samples are set aside.
+
+        Raises:
+            TwofoldError: if they are not to be had, or too few.
+        """
+
+    @abstractmethod
+    def measured(self, loaded: Any, settings: Settings) -> Samples | None:
+        """Read the samples that the settings name to measure on; None if they name none.
+
+        Raises:
+            TwofoldError: if they can't be used.
+        """
+
+    @abstractmethod
+    def example(self, model: Any) -> Batch:
+        """Return a small batch to run a model on, always the same."""
+
+    def call(self, module: Any, batch: Batch) -> Any:
+        """Run a model, or its body, on a batch."""
+        return module(**batch)
+
+    @abstractmethod
+    def read(self, result: Any, model: Any) -> Tensor:  # (predictions, k)
+        """Return the outputs in what the model gives, with their graph.
+
+        Raises:
+            TwofoldError: if it gives none of this kind.
+        """
+
+    @abstractmethod
+    def labels(self, batch: Batch) -> Tensor | None:  # (predictions,)
+        """Return what is right for each prediction, −1 where there is nothing; None if nothing is known."""
+
+    def outputs(self, model: Any, batch: Batch) -> Tensor:  # (predictions, k)
+        """Run a model on a batch, on the model's device, and return its outputs with their graph."""
+        return self.read(self.call(model, on_device(batch, model.device)), model)
+
+    def predicts(self, model: Any, samples: Samples) -> bool:
+        """Say whether a model gives outputs of this kind for some samples."""
+        try:
+            self.outputs(model, samples.small)
+            return True
+        except TwofoldError:
+            return False
+
+    def knows(self, model: Any, samples: Samples) -> bool:
+        """Say whether a model whose weights are on disk could be run on some samples."""
+        return True
+
+
+def on_device(batch: Batch, device: Any) -> Batch:
+    """Return a batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+TASKS: Registry[Task] = Registry("task", __name__)
+T = TypeVar("T", bound=type[Task])
+
+
+def task(kind: T) -> T:
+    """Register a class as a task."""
+    TASKS.add(kind.name, kind())
+    return kind
+
+
+class Tasked(Settings):
+    """What the model is for."""
+
+    TITLE = "Model and machine"
+
+    task: Annotated[
+        str, Field(description=f"what the model is for: auto finds it; or one of {', '.join(TASKS.names())}")
+    ] = "auto"
+
+
+def find_task(model: Any, name: str = "auto") -> Task | None:
+    """Return the task of a name, or the first that fits a model; None if none does.
+
+    Raises:
+        TwofoldError: if there is no task of that name.
+    """
+    if name != "auto":
+        return TASKS.get(name)
+    return next((found for found in TASKS.all() if found.fits(model)), None)

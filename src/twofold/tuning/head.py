@@ -91,7 +91,11 @@ def row_head(
     ids, training = ids[:, :PROBED], model.training
     model.eval()
     try:
-        return find_head(model, ids, model(input_ids=ids, **no_cache(model)).logits, trained=True)
+
+        def run() -> Any:
+            return model(input_ids=ids, **no_cache(model))
+
+        return find_head(model, run, run().logits, trained=True)
     finally:
         model.train(training)
 

@@ -21,6 +21,7 @@ from twofold.exports.base import Source, Written, compact_layers, export_format
 from twofold.exports.decoding import Decoder
 from twofold.exports.formats.dense import save_beside
 from twofold.exports.other_process import OtherProcess
+from twofold.nn.compact import CompactLinear
 from twofold.nn.places import cast_weights
 
 FILE = "modeling_twofold"

@@ -15,7 +15,7 @@ from twofold.host.files import make_folder
 from twofold.host.progress import progress
 from twofold.linalg.metric import damp, working_dtype
 from twofold.linalg.spectrum import decompose
-from twofold.model.weights import dense_weight
+from twofold.model.kinds import dense_weight
 from twofold.nn.places import replace_module
 from twofold.objectives import LayerMoments, Objective, Problem
 from twofold.planning.plan import PlanEntry
@@ -68,7 +68,9 @@ def anchored(job: Job, mix: float) -> Refined:
     began = time.monotonic()
     if job.folder is not None:
         make_folder(job.folder)
-    streams = Streams(job.loaded, job.replaced, job.windows, job.folder if job.recipe.activations == "disk" else None)
+    streams = Streams(
+        job.loaded, job.replaced, job.samples, job.task, job.folder if job.recipe.activations == "disk" else None
+    )
     chain = streams.chain
     mark = hashlib.sha256(f"{job.mark} {mix}".encode()).hexdigest()
     places = {entry.name: i for i, entry in enumerate(job.plan.entries)}
@@ -94,7 +96,7 @@ def anchored(job: Job, mix: float) -> Refined:
         method="anchored",
         steps=0,
         planned=0,
-        tokens=job.windows.numel(),
+        tokens=job.samples.predictions,
         parameters=sum(p.numel() for name in job.replaced for p in job.model.get_submodule(name).parameters()),
         seconds=time.monotonic() - began,
         unit="nats",
@@ -118,7 +120,7 @@ def _solve(job: Job, streams: Streams, entries: list[PlanEntry], mix: float) -> 
         dtype = working_dtype(job.model.device)
         inputs = cross = None
         rows = 0
-        for i in range(len(job.windows)):
+        for i in range(len(job.samples)):
             own, dense = streams.input_of(name, "factored", i), streams.input_of(name, "dense", i)
             if own is None or dense is None or len(own) != len(dense):
                 continue

@@ -34,11 +34,11 @@ def blockwise(job: Job) -> Refined:
         TwofoldError: if the model is no chain of blocks.
     """
     began = time.monotonic()
-    recipe, count = job.recipe, len(job.windows)
-    windows = torch.cat([job.windows, job.tested])
+    recipe, count = job.recipe, len(job.samples)
+    samples = job.samples + job.tested
     if job.folder is not None:
         make_folder(job.folder)
-    streams = Streams(job.loaded, job.replaced, windows, job.folder if recipe.activations == "disk" else None)
+    streams = Streams(job.loaded, job.replaced, samples, job.task, job.folder if recipe.activations == "disk" else None)
     start = time.monotonic()
     before = job.divergence()
     judging = time.monotonic() - start
@@ -46,7 +46,7 @@ def blockwise(job: Job) -> Refined:
     for stream in ("dense", "factored"):
         with torch.no_grad():
             streams.output(stream, 0)
-    moving = (time.monotonic() - start) * len(windows)  # seconds to go on to the next block
+    moving = (time.monotonic() - start) * len(samples)  # seconds to go on to the next block
     done: list[Trained] = []
     trained_parameters = 0
     with progress("Block after block", len(streams.chain), unit="blocks", quiet=job.quiet) as tick:
@@ -69,7 +69,7 @@ def blockwise(job: Job) -> Refined:
         method="blockwise",
         steps=sum(one.steps for one in done),
         planned=sum(one.planned for one in done),
-        tokens=sum(one.windows for one in done) * windows.shape[1],
+        tokens=sum(one.windows for one in done) * samples.units(0, 1),
         parameters=trained_parameters,
         seconds=time.monotonic() - began,
         unit="nats",
@@ -112,7 +112,7 @@ def _block(
 
     @torch.no_grad()
     def held_out() -> float:
-        return sum(float(loss_at(i)) for i in range(count, len(streams.windows))) / (len(streams.windows) - count)
+        return sum(float(loss_at(i)) for i in range(count, len(streams.samples))) / (len(streams.samples) - count)
 
     with training(job.model, parameters):
         found = train(

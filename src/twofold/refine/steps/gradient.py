@@ -1,9 +1,9 @@
-"""The gradient of a task's loss by every whole weight, and the moments of both sides of it, by two halves of the tokens."""
+"""The gradient of a job's loss by every whole weight, and the moments of both sides of it, by two halves of the tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from twofold.errors import TwofoldError
 from twofold.host.folders import check_space
 from twofold.host.parts import Parts, read_names, write_part
 from twofold.host.progress import progress
-from twofold.model.frozen import start_graph
+from twofold.model.kinds import Sink, Taker, watch
 from twofold.refine.steps.job import Job
 from twofold.refine.steps.likeness import Likeness
 
@@ -63,14 +63,14 @@ def sum_half(job: Job, loss: Likeness, names: list[str], number: int, half: int,
     ):
         for part in steps:
             one = loss(part.tolist())
-            (one * len(part) * job.windows.shape[1]).backward()  # type: ignore[no-untyped-call]
+            (one * job.samples.take(part.tolist()).predictions).backward()  # type: ignore[no-untyped-call]
             total += float(one.detach()) * len(part)
             tick(len(part))
     for name, tensor in sums.tensors().items():
         if not torch.isfinite(tensor).all():
             raise TwofoldError(
                 f"the {name.partition('/')[0]} moment of {name.partition('/')[2]} in the factored model is NaN or infinite; "
-                "keep more of it, or leave natural-gradient out"
+                "keep more of it, or leave that refinement out"
             )
     if path is not None:
         check_space(path.parent, sum(t.numel() * t.element_size() for t in sums.tensors().values()))
@@ -80,7 +80,7 @@ def sum_half(job: Job, loss: Likeness, names: list[str], number: int, half: int,
 
 def windows_of_half(job: Job, loss: Likeness, half: int) -> tuple[Tensor, ...]:
     """Every other step over the windows; one window alone is both halves."""
-    steps = torch.split(torch.arange(len(job.windows)), loss.together if len(job.windows) > loss.together else 1)
+    steps = torch.split(torch.arange(len(job.samples)), loss.together if len(job.samples) > loss.together else 1)
     return steps[half::2] or steps
 
 
@@ -99,14 +99,11 @@ def _adding(model: nn.Module, names: list[str], leaders: dict[str, str], sums: S
             into[key] = left.new_zeros(left.shape[1], right.shape[1])
         into[key].addmm_(left.T, right)
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def watched(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def sink(name: str) -> Sink:
+        def called(given: Tensor, product: Callable[[], Tensor]) -> Taker | None:
             if not torch.is_grad_enabled():
-                return
-            if not output.requires_grad:
-                output.requires_grad_(True)  # no weight asks for gradients, and this model's embeddings can't
-            x = _rows(inputs[0])
-            leader = leaders[name]
+                return None
+            x, leader = _rows(given), leaders[name]
             if taken.setdefault(leader, name) == name:
                 add(sums.inputs, leader, x, x)
                 sums.rows[leader] = sums.rows.get(leader, torch.zeros((), dtype=torch.int64)) + len(x)
@@ -116,13 +113,11 @@ def _adding(model: nn.Module, names: list[str], leaders: dict[str, str], sums: S
                 add(sums.gradients, name, g, x)
                 add(sums.outputs, name, g, g)
 
-            output.register_hook(came_back)  # type: ignore[no-untyped-call]
+            return came_back
 
-        return watched
+        return Sink(called, starts=True)
 
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
-        handles.append(start_graph(model))
+    handles = [handle for name in names for handle in watch(model.get_submodule(name), sink(name))]
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,43 +15,56 @@ from torch import Tensor, nn
 from twofold.model.head import before_head, find_head
 from twofold.refine.steps.job import Job
 from twofold.refine.steps.teacher import Teacher, at_once, divergence
+from twofold.task import Batch, on_device
 
 
 class Likeness:
-    """The loss of a task's windows and of those that decide, which stand behind them."""
+    """The loss of a job's samples and of those that decide, which stand behind them."""
 
     def __init__(self, job: Job) -> None:
         """Ask the dense model.
 
         Raises:
-            TwofoldError: if the model gives no token logits.
+            TwofoldError: if the model gives no outputs of the task.
         """
-        self.job, self.count = job, len(job.windows)
-        self.windows = torch.cat([job.windows, job.tested])  # (count, window)
-        self.together = at_once(self.windows)
+        self.job, self.count = job, len(job.samples)
+        self.samples = job.samples + job.tested
+        self.together = at_once(self.samples)
         self.teacher = Teacher(job.folder, job.mark)
-        self.teacher.ask(job.dense_logits, self.windows, "windows", quiet=job.quiet)
+        self.teacher.ask(job.dense_outputs, self.samples, "samples", quiet=job.quiet)
 
     @cached_property
     @torch.no_grad()
     def head(self) -> nn.Linear | None:
-        """The layer that makes the logits, if nothing comes after it; to be asked for where it gets no gradient."""
-        return find_head(self.job.model, self.windows[:1], self.job.logits(self.windows[:1]))
+        """The layer that makes the outputs, if nothing comes after it; to be asked for where it gets no gradient."""
+        batch = self.samples.batch(0, 1)
+        return find_head(self.job.model, lambda: self._call(batch), self.job.outputs(batch))
+
+    def _call(self, batch: Batch) -> Any:
+        return self.job.task.call(self.job.model, on_device(batch, self.job.model.device))
 
     def __call__(self, indices: Sequence[int]) -> Tensor:  # ()
-        """The mean loss of a position of some windows."""
-        ids = self.windows[list(indices)]
-        states = self.job.logits(ids) if self.head is None else before_head(self.job.model, self.head, ids)
-        assert states is not None
-        values, tokens = zip(*(self.teacher.answer("windows", i) for i in indices), strict=True)
-        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], 1)
+        """Return the mean loss of a prediction of some samples."""
+        some = self.samples.take(indices)
+        states, labels = [], []
+        for first, last in some.spans(len(some)):
+            batch = some.batch(first, last)
+            states.append(self.job.outputs(batch) if self.head is None else self._before_head(self.head, batch))
+            own = self.job.task.labels(batch)
+            labels.append(torch.full((len(states[-1]),), -1) if own is None else own)
+        values, tokens = zip(*(self.teacher.answer("samples", i) for i in indices), strict=True)
         return divergence(
-            states.flatten(0, 1), torch.cat(values), torch.cat(tokens),
-            labels=labels.flatten(), share=self.job.recipe.refine_labels, head=self.head,
+            torch.cat(states) if len(states) > 1 else states[0], torch.cat(values), torch.cat(tokens),
+            labels=torch.cat(labels), share=self.job.recipe.refine_labels, head=self.head,
         )  # fmt: skip
+
+    def _before_head(self, head: nn.Linear, batch: Batch) -> Tensor:  # (predictions, width)
+        states = before_head(head, lambda: self._call(batch))
+        assert states is not None
+        return states.flatten(0, -2)
 
     @torch.no_grad()
     def held_out(self) -> float:
-        """The mean loss of the windows that decide."""
-        parts = torch.split(torch.arange(self.count, len(self.windows)), self.together)
-        return sum(float(self(part.tolist())) * len(part) for part in parts) / (len(self.windows) - self.count)
+        """Return the mean loss of the samples that decide."""
+        parts = torch.split(torch.arange(self.count, len(self.samples)), self.together)
+        return sum(float(self(part.tolist())) * len(part) for part in parts) / (len(self.samples) - self.count)

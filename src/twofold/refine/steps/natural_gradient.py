@@ -90,7 +90,7 @@ def natural_gradient(job: Job, rounds: int) -> Refined:
         method="natural-gradient",
         steps=done,
         planned=rounds,
-        tokens=done * job.windows.numel(),
+        tokens=done * job.samples.predictions,
         parameters=sum(p.numel() for name in moved for p in job.model.get_submodule(name).parameters()),
         seconds=time.monotonic() - began,
         unit="nats",
@@ -105,9 +105,10 @@ def _round(job: Job, loss: Likeness, names: list[str], number: int, mark: str) -
     with training(job.model, {}):
         before = loss.held_out()
         halves = [sum_half(job, loss, names, number, half, mark) for half in (0, 1)]
-        windows = [sum(len(part) for part in windows_of_half(job, loss, half)) for half in (0, 1)]
-        mean = sum(total for _, total in halves) / sum(windows)
-        steps = _steps(job, names, [sums for sums, _ in halves], [count * job.windows.shape[1] for count in windows])
+        parts = [torch.cat(windows_of_half(job, loss, half)) for half in (0, 1)]
+        mean = sum(total for _, total in halves) / sum(len(part) for part in parts)
+        predictions = [job.samples.take(part.tolist()).predictions for part in parts]
+        steps = _steps(job, names, [sums for sums, _ in halves], predictions)
         agreed = sum(step.agreed for step in steps.values())
         entries = {e.name: e for e in job.plan.entries}
         made: dict[str, PlanEntry] = {}
@@ -141,7 +142,7 @@ def _round(job: Job, loss: Likeness, names: list[str], number: int, mark: str) -
                 replace_module(job.model, name, module)
             made = {}
     notes = []
-    if len(windows_of_half(job, loss, 0)) == len(job.windows) == 1:
+    if len(windows_of_half(job, loss, 0)) == len(job.samples) == 1:
         notes.append(
             "natural-gradient: one window alone has no halves to compare, so nothing of the gradient is filtered out"
         )

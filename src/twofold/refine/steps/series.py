@@ -39,10 +39,10 @@ def refine(
         replaced: the dense layers that the factored ones took the place of.
         folder: where what took long is kept, so that a killed run goes on from it; in memory if it is None.
     """
-    windows = prepared.windows
+    data = prepared.data
     if not recipe.refine or not replaced:
         return []
-    assert windows is not None
+    assert data is not None
     began = time.monotonic()
     model = prepared.loaded.model
     # Not the losses, which another number of threads rounds otherwise.
@@ -50,10 +50,9 @@ def refine(
     told = prepared.plan.model_dump_json(exclude={"notes": True, "entries": {"__all__": losses}})
     made = hashlib.sha256(told.encode()).hexdigest()
     # What the quality is measured on is not looked at before.
-    held_out = windows.held_out[recipe.eval_windows :] if recipe.eval_text is None else windows.held_out
-    stopped_on = hashlib.sha256(held_out.contiguous().numpy().tobytes()).hexdigest()
+    held_out = data.held_out[recipe.eval_windows :] if recipe.eval_text is None else data.held_out
     own = sorted(recipe.model_dump_json(include=set(kind.model_fields)) for kind in _own_settings(recipe))
-    belongs = f"{prepared.spectra.mark} {made} {windows.sha256} {stopped_on} {recipe.minutes} {own}"
+    belongs = f"{prepared.spectra.mark} {made} {data.samples.sha256} {held_out.sha256} {recipe.minutes} {own}"
     # What a refinement begins from depends on how those before it were asked to work.
     before_it = recipe.model_dump_json(
         include={name for name in type(recipe).model_fields if name.startswith("refine_")}
@@ -70,8 +69,9 @@ def refine(
             prepared.plan,
             prepared.moments,
             prepared.objective,
-            windows.ids,
+            data.samples,
             held_out,
+            prepared.opened.need_task(),
             recipe,
             seconds,
             folder / f"{i}-{name}" if folder is not None else None,
@@ -104,11 +104,11 @@ def _warnings(prepared: Prepared, recipe: Stages, held_out: int, quiet: bool) ->
     """What a reader should know before a training: too few tokens, or none to stop on."""
     found = []
     numbers = sum(entry.numbers_after for entry in prepared.plan.entries if entry.rank is not None)
-    windows = prepared.windows
-    assert windows is not None
-    if any(REFINEMENTS.get(name).trains for name in recipe.refine) and numbers > MANY * windows.tokens:
+    assert prepared.data is not None
+    units = prepared.data.units
+    if any(REFINEMENTS.get(name).trains for name in recipe.refine) and numbers > MANY * units:
         found.append(
-            f"{numbers:,} numbers are trained on {windows.tokens:,} calibration tokens, {numbers / windows.tokens:,.0f} each; "
+            f"{numbers:,} numbers are trained on {units:,} calibration tokens, {numbers / units:,.0f} each; "
             "a training may learn so few by heart: give more with `tokens`"
         )
     if not held_out:

@@ -11,24 +11,25 @@ from torch import Tensor, nn
 
 from twofold.calibrate.activations import Activations
 from twofold.errors import TwofoldError
-from twofold.model.blocks import Stretch, input_before, run_stretch
-from twofold.model.frozen import no_cache
+from twofold.model.blocks import Stretch, body_of, input_before, output_of, run_stretch
 from twofold.model.load import LoadedModel
 from twofold.model.survey import survey
 from twofold.nn.places import dense_again
+from twofold.task import Samples, Task, on_device
 
 Stream = Literal["dense", "factored"]
 ADDED = 0.05  # relative error, that of bfloat16 among it, below which something counts as added
 
 
 class Streams:
-    """What goes into one block, for every window: of the dense model from the start, and of the factored one."""
+    """What goes into one block, for every sample: of the dense model from the start, and of the factored one."""
 
     def __init__(
         self,
         loaded: LoadedModel,
         replaced: Mapping[str, nn.Module],
-        windows: Tensor,  # (count, window)
+        samples: Samples,
+        task: Task,
         folder: Path | None,
     ) -> None:
         """
@@ -39,12 +40,12 @@ class Streams:
             TwofoldError: if the model is no chain of blocks.
         """
         self.model: Any = loaded.model
-        self.windows = windows
-        chain = survey(loaded, []).chain
+        self.samples, self.task = samples, task
+        chain = survey(loaded, [], task.example(self.model)).chain
         if chain is None:
             raise TwofoldError(
                 f"{type(self.model).__name__} is not one block after another, so it can't be refined block by block; "
-                "use `refine=distill`"
+                "leave that refinement out"
             )
         self.chain = chain
         self.replaced = [
@@ -56,26 +57,17 @@ class Streams:
         self._states: dict[Stream, Activations] = {}
 
     def _run(self, stream: Stream, i: int) -> Tensor:
-        """One window through the block; gives what comes out."""
+        """Run one sample through the block; gives what comes out."""
         model, name = self.model, self.chain.blocks[self.block]
-        body = getattr(model, model.base_model_prefix, model)
-        ids = self.windows[i : i + 1].to(model.device)
+        body, batch = body_of(model), on_device(self.samples.batch(i, i + 1), model.device)
         hidden = None if self.block == 0 else self._states[stream].read(i, i + 1).to(model.device)
-        kept: list[Tensor] = []
-
-        def keep(module: nn.Module, args: Any, out: Any) -> None:
-            kept.append(out if isinstance(out, Tensor) else out[0])
-
-        handle = model.get_submodule(name).register_forward_hook(keep)
         stretch = Stretch(self.chain, self.block, self.block + 1)
-        try:
-            run_stretch(lambda: body(input_ids=ids, **no_cache(model)), model, stretch, hidden)
-        finally:
-            handle.remove()
+        with output_of(model.get_submodule(name)) as kept:
+            run_stretch(lambda: self.task.call(body, batch), model, stretch, hidden)
         return kept[0]
 
     def output(self, stream: Stream, i: int) -> Tensor:  # (1, length, width)
-        """What the block makes of one window."""
+        """What the block makes of one sample."""
         if stream == "dense":
             with torch.no_grad(), dense_again(self.model, {**self.outside, **self.replaced[self.block]}):
                 return self._run(stream, i)
@@ -83,7 +75,7 @@ class Streams:
 
     @torch.no_grad()
     def input_of(self, name: str, stream: Stream, i: int) -> Tensor | None:  # (tokens, in)
-        """What a layer of the block is given for one window; None if it is not called."""
+        """What a layer of the block is given for one sample; None if it is not called."""
         replaced = {**self.outside, **self.replaced[self.block]} if stream == "dense" else {}
         with dense_again(self.model, replaced):
             given = input_before(self.model.get_submodule(name), lambda: self._run(stream, i))
@@ -113,8 +105,8 @@ class Streams:
         states: dict[Stream, Activations] = {}
         for stream in ("dense", "factored"):
             path = None if self.folder is None else self.folder / f"{stream}-{self.block + 1}.state"
-            states[stream] = Activations(len(self.windows), path)  # type: ignore[index]
-            for i in range(len(self.windows)):
+            states[stream] = Activations(len(self.samples), path)  # type: ignore[index]
+            for i in range(len(self.samples)):
                 states[stream].write(i, self.output(stream, i))  # type: ignore[index, arg-type]
         self.close()
         self._states = states

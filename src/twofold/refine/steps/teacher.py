@@ -15,22 +15,21 @@ from torch.autograd.function import once_differentiable
 from twofold.errors import TwofoldError
 from twofold.host.parts import read_names, write_part
 from twofold.host.progress import progress
+from twofold.task import Batch, Samples
 
 TOP = 128  # tokens that are kept at a position
-PART = 16  # windows in a file
+PART = 16  # samples in a file
 TOGETHER = 1024  # tokens that go through a model at once: enough to keep two threads busy
 ROWS = 256  # positions whose probabilities are held at once
 
 
-def at_once(
-    windows: Tensor,  # (count, window)
-) -> int:
-    """The windows that go through a model together."""
-    return max(TOGETHER // windows.shape[1], 1)
+def at_once(samples: Samples) -> int:
+    """Return how many samples go through a model together."""
+    return max(TOGETHER // samples.units(0, 1), 1)
 
 
 class Teacher:
-    """The log-probabilities of the ``top`` most likely tokens at each position of some windows, on disk or in memory.
+    """The log-probabilities of the ``top`` most likely tokens at each position of some samples, on disk or in memory.
 
     Eight bytes a token and position: 65,536 positions take 67 MB.
     """
@@ -41,27 +40,26 @@ class Teacher:
         self._parts: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def ask(self, logits: Callable[[Tensor], Tensor], windows: Tensor, name: str, *, quiet: bool = False) -> None:
-        """Run the dense model over windows (count, window); what the folder holds already is not done again."""
-        starts = range(0, len(windows), PART)
+    def ask(self, outputs: Callable[[Batch], Tensor], samples: Samples, name: str, *, quiet: bool = False) -> None:
+        """Run the dense model over samples; what the folder holds already is not done again."""
+        starts = range(0, len(samples), PART)
         missing = [i for i in starts if not self._whole(f"{name}-{i:06d}")]
         done = len(starts) - len(missing)
-        with progress("Asking the dense model", len(windows), done=done * PART, unit="windows", quiet=quiet) as tick:
+        with progress("Asking the dense model", len(samples), done=done * PART, unit="windows", quiet=quiet) as tick:
             for i in missing:
-                values, tokens = [], []
-                for ids in torch.split(windows[i : i + PART], at_once(windows)):
-                    for each in logits(ids):
-                        value, token = self._best(each)
-                        values.append(value)
-                        tokens.append(token)
+                part: dict[str, Tensor] = {}
+                some = samples[i : i + PART]
+                for first, last in some.spans(at_once(samples)):
+                    each = outputs(some.batch(first, last)).chunk(last - first)  # a batch has samples of one shape
+                    for row, one in zip(range(first, last), each, strict=True):
+                        part[f"values/{row}"], part[f"tokens/{row}"] = self._best(one)
                         tick()
-                part = {"values": torch.stack(values), "tokens": torch.stack(tokens)}
                 if self.folder is None:
                     self._parts[f"{name}-{i:06d}"] = part
                 else:
                     write_part(self.folder / f"{name}-{i:06d}.safetensors", part, self.mark)
 
-    def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # (length, vocabulary) to two of (length, top)
+    def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # (predictions, classes) to two of (predictions, top)
         values, tokens = [], []
         for rows in torch.split(logits, ROWS):
             wide = rows.float()
@@ -74,17 +72,17 @@ class Teacher:
         if self.folder is None:
             return name in self._parts
         try:
-            return set(read_names(self.folder / f"{name}.safetensors", self.mark)[0]) == {"values", "tokens"}
+            return bool(read_names(self.folder / f"{name}.safetensors", self.mark)[0])
         except TwofoldError:
             return False
 
     def answer(self, name: str, i: int) -> tuple[Tensor, Tensor]:
-        """The log-probabilities (length, top) and tokens (length, top) of one window."""
+        """Return the log-probabilities (predictions, top) and classes (predictions, top) of one sample."""
         part, row = f"{name}-{i // PART * PART:06d}", i % PART
         if self.folder is None:
-            return self._parts[part]["values"][row], self._parts[part]["tokens"][row].long()
+            return self._parts[part][f"values/{row}"], self._parts[part][f"tokens/{row}"].long()
         with safe_open(self.folder / f"{part}.safetensors", "pt") as file:
-            return file.get_slice("values")[row], file.get_slice("tokens")[row].long()
+            return file.get_tensor(f"values/{row}"), file.get_tensor(f"tokens/{row}").long()
 
 
 class _Divergence(torch.autograd.Function):

@@ -6,11 +6,12 @@ from math import ceil
 
 import torch
 
+from twofold.calibrate.opened import Opened
 from twofold.errors import TwofoldError
 from twofold.model.blocks import Chain
-from twofold.model.load import LoadedModel
 from twofold.model.survey import survey
-from twofold.model.weights import Target, list_weights
+from twofold.model.target import Target
+from twofold.model.weights import list_weights
 from twofold.planning.plan import Estimate
 from twofold.recipe import Recipe
 from twofold.refine import REFINEMENTS
@@ -22,29 +23,29 @@ from twofold.run.estimate.seconds import read_speed, seconds_of
 from twofold.run.estimate.way import way_of
 
 
-def estimate_run(loaded: LoadedModel, recipe: Recipe, output_bytes: int) -> Estimate:
+def estimate_run(opened: Opened, recipe: Recipe, output_bytes: int) -> Estimate:
     """What a run of a recipe will take: memory and disk from the shapes, time from a probe of some seconds.
 
     Args:
-        loaded: the model without weights.
+        opened: the model without weights.
         output_bytes: of the factored checkpoint.
 
     Raises:
         TwofoldError: if it can't be done in the memory that may be used.
     """
-    limit = memory_limit(recipe)
-    way = way_of(loaded, recipe, limit)
+    loaded, limit = opened.loaded, memory_limit(recipe)
+    way = way_of(opened, recipe, limit)
     found = list_weights(loaded.model, recipe.include, recipe.exclude)
     groups: dict[str, str] = {}
     chain: Chain | None = way.chain if len(way.chain) else None
     try:
-        surveyed = survey(loaded, found.targets)
+        surveyed = survey(loaded, found.targets, opened.need_task().example(loaded.model))
         groups, chain = surveyed.groups, surveyed.chain
     except TwofoldError:  # a model that does not run on token ids alone is estimated as one piece
         pass
     f = figures_of(loaded, chain, groups, recipe)
     memory = memory_of(f, recipe, way.blocks)
-    speeds = probe(loaded, chain, [t for t in f.block_targets if isinstance(t, Target)], groups, recipe, f.table)
+    speeds = probe(opened, chain, [t for t in f.block_targets if isinstance(t, Target)], groups, recipe, f.table)
     seconds = seconds_of(f, speeds, recipe, way.blocks, read_speed(loaded))
     states = 0
     if way.blocks is not None and recipe.activations == "disk":

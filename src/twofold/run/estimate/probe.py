@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twofold.calibrate.accumulate import BACKWARD, FORWARD, Accumulator
+from twofold.calibrate.accumulate import Accumulator
+from twofold.calibrate.opened import Opened
 from twofold.calibrate.request import request_statistics
+from twofold.calibrate.statistics import BACKWARD, FORWARD
 from twofold.decompose.decompose import BATCH, BATCH_NUMBERS
 from twofold.linalg.gauge import gauge_rank
 from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate, truncation_loss
-from twofold.model.blocks import Chain, Stretch, run_stretch
-from twofold.model.frozen import no_cache
-from twofold.model.load import LoadedModel
+from twofold.model.blocks import Chain, Stretch, body_of, run_stretch
 from twofold.model.skeleton import empty_model
 from twofold.model.streamed import Resident
-from twofold.model.weights import Target
+from twofold.model.target import Target
 from twofold.nn.layers.factored import FactoredLinear
 from twofold.objectives import OBJECTIVES
 from twofold.recipe import Recipe
 from twofold.settings.price import Speeds
-from twofold.task.curvature import loss_gradient
+from twofold.task.output.categorical import CATEGORICAL
 
 LARGEST_BLOCK = 300_000_000  # numbers of a block that is tried as it is
 LARGEST_SIDE = 768  # of a weight that is decomposed as it is; larger ones are told from one of this side
@@ -61,16 +61,16 @@ def _median(run: Callable[[], Any], tries: int = TRIES) -> float:
 
 
 def probe(
-    loaded: LoadedModel, chain: Chain | None, targets: list[Target], groups: dict[str, str], recipe: Recipe, table: int
+    opened: Opened, chain: Chain | None, targets: list[Target], groups: dict[str, str], recipe: Recipe, table: int
 ) -> Speeds:
     """Try the parts of a run on random numbers; takes some seconds.
 
     Args:
-        loaded: a model without weights.
+        opened: a model without weights.
         targets: those of one block.
         table: numbers of the output head.
     """
-    objective = OBJECTIVES.get(recipe.objective)
+    loaded, objective = opened.loaded, OBJECTIVES.get(recipe.objective)
     batch = recipe.batch_size * recipe.window
     request = request_statistics(targets, groups, objective.needs)
     vocabulary = int(getattr(loaded.model.config.get_text_config(), "vocab_size", 0) or 0)
@@ -78,7 +78,7 @@ def probe(
     size = sum(target.size for target in targets)
     if objective.needs or recipe.eval_windows:
         if chain is not None and len(chain) > 1 and size < LARGEST_BLOCK:
-            forward, both = _block(loaded, chain, targets, request, recipe)
+            forward, both = _block(opened, chain, targets, request, recipe)
         else:
             forward, both = _products(targets, batch, request.numbers)
         head, head_forward = _head(table, vocabulary, batch, recipe.window)
@@ -86,11 +86,10 @@ def probe(
     return Speeds(forward, both, head, head_forward, decomposed, factored, batch)
 
 
-def _block(
-    loaded: LoadedModel, chain: Chain, targets: list[Target], request: Any, recipe: Recipe
-) -> tuple[float, float]:
+def _block(opened: Opened, chain: Chain, targets: list[Target], request: Any, recipe: Recipe) -> tuple[float, float]:
     """One block of the model itself, filled with random numbers."""
-    model = empty_model(type(loaded.model), copy.deepcopy(loaded.model.config), torch.float32)
+    whole, task = opened.loaded.model, opened.need_task()
+    model = empty_model(type(whole), copy.deepcopy(whole.config), torch.float32)
     index = chain.block_of(targets[0].name) or 1
     index = max(index, 1)
     name = chain.blocks[index]
@@ -111,8 +110,11 @@ def _block(
         kind: {name + key.removeprefix(own): k for key, k in owners.items()} for kind, owners in request.sizes.items()
     }
     stands = _Stands(model, torch.float32)
-    body = getattr(model, model.base_model_prefix, model)
-    ids = torch.zeros(recipe.batch_size, recipe.window, dtype=torch.int64)
+    body = body_of(model)
+    batch = {
+        name: torch.zeros(recipe.batch_size, recipe.window, dtype=tensor.dtype) if tensor.dim() == 2 else tensor
+        for name, tensor in task.example(model).items()
+    }
     width = int(getattr(model.config.get_text_config(), "hidden_size", 0) or tables[0].weight.shape[-1])
     hidden = torch.randn(recipe.batch_size, recipe.window, width)
     stretch = Stretch(chain, index, index + 1)
@@ -120,7 +122,7 @@ def _block(
     def run(backward: bool) -> None:
         given = hidden.clone().requires_grad_(backward)
         with torch.set_grad_enabled(backward):
-            out = run_stretch(lambda: body(input_ids=ids, **no_cache(model)), model, stretch, given)
+            out = run_stretch(lambda: task.call(body, batch), model, stretch, given)
             out = out if isinstance(out, Tensor) else out[0]
             if backward:
                 out.backward(hidden)
@@ -154,9 +156,9 @@ def _head(table: int, vocabulary: int, batch: int, window: int) -> tuple[float, 
     rows, part = min(batch, 128), min(vocabulary, 16384)
     x, weight = torch.randn(rows, width), torch.randn(part, width)
     product = _median(lambda: x @ weight.T) * vocabulary / part / rows
-    logits = torch.randn(1, rows, vocabulary)
+    logits = torch.randn(rows, vocabulary)
     generator = torch.Generator().manual_seed(0)
-    labels = _median(lambda: loss_gradient(logits, torch.zeros(1, rows, dtype=torch.int64), generator)) / rows
+    labels = _median(lambda: CATEGORICAL.probe(logits, None, generator)) / rows
     return batch * (2 * product + labels), window * (product + labels)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from twofold.calibrate.opened import Opened
 from twofold.errors import TwofoldError
 from twofold.host import processes
 from twofold.model.blocks import Chain
-from twofold.model.load import LoadedModel, load_skeleton
+from twofold.model.load import load_skeleton
 from twofold.model.survey import survey
 from twofold.model.weights import list_weights
 from twofold.recipe import Recipe
@@ -40,11 +41,16 @@ def choose_way(recipe: Recipe) -> Way | None:
     if recipe.model.endswith(".gguf") or recipe.stream == "never":
         return None
     loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    return way_of(loaded, recipe, limit)
+    return way_of(Opened(loaded, named=recipe.task), recipe, limit)
 
 
-def way_of(loaded: LoadedModel, recipe: Recipe, limit: float) -> Way:
-    """The same for a model without weights that is at hand."""
+def way_of(opened: Opened, recipe: Recipe, limit: float) -> Way:
+    """Choose how to work on a model without weights that is at hand.
+
+    Raises:
+        TwofoldError: if not even one block fits, or the model can't be worked through by blocks.
+    """
+    loaded = opened.loaded
     rough = figures_of(loaded, None, {}, recipe)
     whole = memory_of(rough, recipe, None)
     nothing = Chain((), False)
@@ -56,7 +62,8 @@ def way_of(loaded: LoadedModel, recipe: Recipe, limit: float) -> Way:
     reason = "it is quantized or factorized already" if foreign else "its blocks do not simply follow one another"
     if not foreign:
         try:
-            found = survey(loaded, list_weights(loaded.model, recipe.include, recipe.exclude).targets)
+            targets = list_weights(loaded.model, recipe.include, recipe.exclude).targets
+            found = survey(loaded, targets, opened.need_task("worked through block by block").example(loaded.model))
         except TwofoldError as error:
             reason = str(error)
     chain = found.chain if found is not None else None

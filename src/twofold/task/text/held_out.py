@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel, need_tokenizer, positions
 from twofold.task.text.settings import Measuring
-from twofold.task.text.texts import CHARACTERS_PER_TOKEN, read_texts
+from twofold.task.text.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts
 
 
 def evaluation_windows(
@@ -24,8 +23,8 @@ def evaluation_windows(
     dataset_config: str | None = None,
     dataset_split: str = "test",
     text_column: str = "text",
-) -> Tensor:  # (windows, window), int64
-    """Non-overlapping windows of a text, tokenized without special tokens.
+) -> TokenWindows:
+    """Return non-overlapping windows of a text, tokenized without special tokens.
 
     Args:
         source: text files or a data set name; wiki.*.raw files are joined row by row as the published tables do.
@@ -58,22 +57,13 @@ def evaluation_windows(
             f"the evaluation text has {len(ids)} tokens, fewer than one window of {window} ({', '.join(names)}); "
             "give more text, or measure in smaller windows"
         )
-    return torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
+    table = torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
+    return TokenWindows(table, ", ".join(Path(name).name for name in names))
 
 
-def evaluation_text(loaded: LoadedModel, recipe: Measuring) -> Tensor | None:  # (windows, window)
-    """The windows of a recipe's evaluation text, read before any work so that a text that can't be used is refused at once."""
+def evaluation_text(loaded: LoadedModel, recipe: Measuring) -> TokenWindows | None:
+    """Read the windows of a recipe's evaluation text, before any work so that a text that can't be used is refused at once."""
     if recipe.eval_text is None or recipe.eval_windows == 0:
         return None
     window = min(1024, positions(loaded.model) or 1024)
     return evaluation_windows(recipe.eval_text, need_tokenizer(loaded), window=window, windows=recipe.eval_windows)
-
-
-def gives_logits(model: Any, windows: Tensor) -> bool:
-    """Whether a model in memory gives logits over the vocabulary of some windows."""
-    try:
-        with torch.no_grad():
-            probe = getattr(model(input_ids=windows[:1, :8].to(model.device)), "logits", None)
-    except Exception:  # an architecture that needs other inputs fails in its own way
-        return False
-    return probe is not None and probe.dim() == 3 and probe.shape[-1] > int(windows.max())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
 from twofold.host.progress import Tick, progress
+from twofold.task.output.draw import draw
 
 MOST_ROWS = 64  # sequences that are sampled together
 CACHE_BYTES = 1_500_000_000  # their keys and values take at most this much
@@ -120,14 +121,3 @@ def _continue(
         tick(len(ids))
     tick(len(ids))
     return ids
-
-
-def draw(
-    probabilities: Tensor,  # (rows, vocabulary)
-    generator: torch.Generator,
-) -> Tensor:  # (rows,), int64
-    """Draw one token a row by inverting the cumulative distribution (many times faster here than torch.multinomial)."""
-    cumulative = probabilities.cumsum(-1)
-    uniform = torch.rand(len(cumulative), 1, generator=generator).to(cumulative)
-    picked = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
-    return picked[:, 0].clamp_max(probabilities.shape[-1] - 1)

@@ -6,7 +6,7 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
+from twofold.task import Batch, Data, Samples
 
 CHARACTERS_PER_TOKEN = (
     16  # a generous bound: texts are read up to this many characters for each token that is asked for
@@ -23,21 +24,39 @@ WIKITEXT = re.compile(r"wiki\..*\.raw$")
 
 
 @dataclass(frozen=True)
-class TokenWindows:
-    """Windows of token ids to calibrate on, and those that follow, to measure on."""
+class TokenWindows(Samples):
+    """Windows of token ids."""
 
     ids: Tensor  # (windows, window), int64
-    held_out: Tensor  # (some windows, window), int64; may be empty
     source: str  # where the text came from, in words
-    asked: int  # the tokens that were asked for
+    unit = "tokens"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, first: int, last: int) -> Batch:
+        return {"input_ids": self.ids[first:last]}
+
+    def take(self, places: Sequence[int]) -> TokenWindows:
+        return TokenWindows(self.ids[list(places)], self.source)
+
+    def __add__(self, others: TokenWindows) -> TokenWindows:
+        return TokenWindows(torch.cat([self.ids, others.ids]), self.source)
+
+    def units(self, first: int, last: int) -> int:
+        return (last - first) * self.ids.shape[1]
 
     @property
-    def tokens(self) -> int:
-        return self.ids.numel()
+    def small(self) -> Batch:
+        return {"input_ids": self.ids[:1, :16]}
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.ids.shape)
 
     @property
     def sha256(self) -> str:
-        """The hash of the token ids that are calibrated on."""
+        """The hash of the token ids."""
         return hashlib.sha256(self.ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
 
 
@@ -176,7 +195,7 @@ def token_windows(
     window: int,
     held_out: int = 0,
     source: str = "texts",
-) -> TokenWindows:
+) -> Data:
     """Tokenize texts without special tokens, join them, and cut the first ``tokens`` into windows.
 
     Args:
@@ -215,7 +234,8 @@ def token_windows(
         calibrated = windows - spare
     table = torch.tensor(ids[: windows * window], dtype=torch.int64).view(windows, window)
     after = table[calibrated:][: (needed - tokens) // window]
-    return TokenWindows(table[:calibrated].clone(), after[spread(len(after))[:spare]], source, tokens)
+    held = TokenWindows(after[spread(len(after))[:spare]], source)
+    return Data(TokenWindows(table[:calibrated].clone(), source), held, tokens)
 
 
 def spread(count: int) -> list[int]:

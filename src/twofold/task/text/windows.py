@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.host.cache import cache_folder
 from twofold.host.files import write_whole
 from twofold.host.progress import say
-from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel, check_ids, need_tokenizer, positions
+from twofold.task import Data
 from twofold.task.text.sampled import beginnings, sample_texts
 from twofold.task.text.settings import HELD_OUT, Texts
 from twofold.task.text.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts, token_windows, tokens_needed
@@ -54,7 +52,7 @@ def calibration_windows(
     *,
     held_out: int = HELD_OUT,
     quiet: bool = False,
-) -> TokenWindows:
+) -> Data:
     """The token windows to calibrate on: from texts, files or data sets, or sampled from the model itself.
 
     Args:
@@ -87,11 +85,16 @@ def calibration_windows(
                 text_column=recipe.text_column,
             )
         )
-        windows = token_windows(
+        data = token_windows(
             read, tokenizer, tokens=recipe.tokens, window=recipe.window, held_out=held_out, source=source
         )
-        check_ids(torch.cat([windows.ids, windows.held_out]), loaded)
-        return continue_windows(loaded, windows, recipe, hashed, quiet=quiet) if recipe.continuations else windows
+        windows, held = data.samples, data.held_out
+        assert isinstance(windows, TokenWindows) and isinstance(held, TokenWindows)
+        check_ids(torch.cat([windows.ids, held.ids]), loaded)
+        if not recipe.continuations:
+            return data
+        added = continue_windows(loaded, windows, recipe, hashed, quiet=quiet)
+        return Data(added, held, recipe.tokens + added.units(0, len(added)) - windows.units(0, len(windows)))
     if recipe.continuations:
         raise TwofoldError(
             "`continuations` goes on from calibration texts, and 'self' has none; name some with `calibration`, or give more "
@@ -108,7 +111,8 @@ def calibration_windows(
         return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(recipe.seed))]
 
     ids = _sampled(f"{hashed} {begin} {recipe.seed} {count} {held_out} {recipe.window}", sample)
-    return TokenWindows(ids[:count], ids[count:], "texts sampled from the model itself", recipe.tokens)
+    source = "texts sampled from the model itself"
+    return Data(TokenWindows(ids[:count], source), TokenWindows(ids[count:], source), recipe.tokens)
 
 
 def continue_windows(
@@ -136,12 +140,8 @@ def continue_windows(
         return sample_texts(loaded.model, begin, sequences=count, length=recipe.window, seed=recipe.seed, quiet=quiet)
 
     ids = _sampled(f"{hashed} {windows.sha256} {recipe.seed} {count} {size} {recipe.window}", sample)
-    return replace(
-        windows,
-        ids=torch.cat([windows.ids, ids]),
-        source=f"{windows.source}, and {ids.numel():,} tokens of its continuations by the model",
-        asked=windows.asked + ids.numel(),
-    )
+    source = f"{windows.source}, and {ids.numel():,} tokens of its continuations by the model"
+    return TokenWindows(torch.cat([windows.ids, ids]), source)
 
 
 def _sampled(mark: str, sample: Callable[[], Tensor]) -> Tensor:
@@ -170,27 +170,3 @@ def _keep_samples(ids: Tensor, path: Path) -> None:
         write_whole(path, lambda temporary: save_file({"ids": ids.contiguous()}, temporary))
     except TwofoldError as error:
         say(f"the sampled texts are not kept for another run: {error}")
-
-
-@contextmanager
-def on_text_alone(model: Any) -> Iterator[None]:
-    """Say what is wrong with a model that can't be run within the block."""
-    try:
-        yield
-    except TwofoldError:
-        raise
-    except Exception as error:  # an architecture that needs other inputs fails in its own way
-        raise TwofoldError(
-            f"{type(model).__name__} does not run on text alone, so it can't be calibrated on it ({first_line(error)}); "
-            "`objective=svd` `allocate=uniform` needs no calibration"
-        ) from error
-
-
-def few_tokens(model: nn.Module, count: int = 8) -> torch.Tensor:  # (1, count)
-    """Token ids to run a model on, always the same."""
-    table = None
-    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
-        table = model.get_input_embeddings()  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
-    return torch.randint(int(getattr(table, "num_embeddings", 256)), (1, count), generator=generator).to(device)

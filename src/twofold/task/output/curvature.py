@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twofold.task import Curvature
-from twofold.task.text.sampled import draw
+from twofold.task.output import Curvature
+from twofold.task.output.draw import draw
 
 ROWS = 128  # token positions that are worked on at once
 TOP = 256  # most likely tokens that gauss-newton looks at
@@ -28,34 +28,33 @@ def stream(seed: int, batch: int) -> torch.Generator:
 
 
 def loss_gradient(
-    logits: Tensor,  # (batch, length, vocabulary)
-    ids: Tensor,  # (batch, length), that the logits are of
+    logits: Tensor,  # (predictions, classes)
+    labels: Tensor | None,  # (predictions,), −1 where there is none
     generator: torch.Generator,
     curvature: Curvature = "sampled",
-) -> Tensor:  # the shape of the logits
-    """The random gradient at the logits, summed over positions, whose second moment is the curvature."""
+) -> Tensor:  # (predictions, classes)
+    """Return the random gradient at the logits, summed over predictions, whose second moment is the curvature."""
     if curvature == "gauss-newton":
         return _probe(logits, generator)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     probabilities = torch.softmax(logits.detach().to(wide), -1)
     if curvature == "empirical":
-        nearest = probabilities[:, :-1]
-        nearest.scatter_add_(2, ids[:, 1:, None].to(nearest.device), -torch.ones_like(nearest[..., :1]))
-        probabilities[:, -1] = 0  # what follows the last token is not known
+        assert labels is not None
+        known = labels.to(probabilities.device)
+        probabilities.scatter_add_(1, known.clamp_min(0)[:, None], -torch.ones_like(probabilities[:, :1]))
+        probabilities[known < 0] = 0  # what is right is not known
         return probabilities.to(logits.dtype)
-    flat = probabilities.view(-1, probabilities.shape[-1])
-    for rows in torch.split(flat, ROWS):
-        labels = draw(rows if rows.device.type == "cpu" else rows.cpu(), generator).to(rows.device)
-        rows[torch.arange(len(rows), device=rows.device), labels] -= 1
+    for rows in torch.split(probabilities, ROWS):
+        drawn = draw(rows if rows.device.type == "cpu" else rows.cpu(), generator).to(rows.device)
+        rows[torch.arange(len(rows), device=rows.device), drawn] -= 1
     return probabilities.to(logits.dtype)
 
 
 def _probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A random vector with the covariance diag(p) − p pᵀ over the most likely tokens, for every position."""
     found = torch.zeros_like(logits)
-    flat = found.view(-1, logits.shape[-1])
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    for rows, out in zip(torch.split(logits.detach().view_as(flat), ROWS), torch.split(flat, ROWS), strict=True):
+    for rows, out in zip(torch.split(logits.detach(), ROWS), torch.split(found, ROWS), strict=True):
         likely, tokens = rows.to(wide).topk(min(TOP, rows.shape[-1]), -1)
         roots = torch.softmax(likely, -1).sqrt()
         signs = torch.randint(0, 2, roots.shape, generator=generator).to(roots) * 2 - 1

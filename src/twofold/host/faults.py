@@ -1,0 +1,37 @@
+"""Whose fault an error is: a model's own code may fail in any way; what fails in ours must not be told as the model's."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from twofold.errors import TwofoldError
+
+PACKAGE = str(Path(__file__).resolve().parents[1])
+
+
+def is_ours(error: BaseException) -> bool:
+    """Say whether an error comes from our code: a hook or a layer that the model's code has called."""
+    ours = [frame.filename.startswith(PACKAGE) for frame in traceback.extract_tb(error.__traceback__)]
+    while ours and ours[0]:  # what leads to the model
+        ours.pop(0)
+    return any(ours) or not ours
+
+
+@contextmanager
+def models_errors(words: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn an error of a model's own code within the block into a sentence; a fault of ours goes on as it is.
+
+    Raises:
+        TwofoldError: with the words for the error.
+    """
+    try:
+        yield
+    except TwofoldError:
+        raise
+    except Exception as error:
+        if is_ours(error):
+            raise
+        raise TwofoldError(words(error)) from error

@@ -1,0 +1,83 @@
+"""Linear layers: ``nn.Linear``, GPT-2's ``Conv1D``, which keeps its weight as (in, out), and the layers that stand for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from twofold.model.kinds import Kind, Sink, kind
+from twofold.model.target import Target
+from twofold.nn.compact import CompactLinear
+from twofold.nn.layers.factored import FactoredLinear
+
+
+@kind
+class LinearKind(Kind):
+    """y = W x + b."""
+
+    name = "linear"
+
+    def takes(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear | Conv1D)
+
+    def dense(self, module: nn.Module) -> Tensor:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.T if isinstance(module, Conv1D) else weight
+
+    def target(self, name: str, module: nn.Module) -> Target:
+        m, n = self.dense(module).shape
+        return Target(name, m, n, getattr(module, "bias", None) is not None, isinstance(module, Conv1D))
+
+    def reason(self, model: nn.Module, module: nn.Module) -> str | None:
+        get_output = getattr(model, "get_output_embeddings", None)
+        if callable(get_output) and module is get_output():
+            return "output embedding: left dense for now"
+        if type(module) is not nn.Linear and not isinstance(module, Conv1D):
+            return f"unsupported layer type {type(module).__name__}"
+        return None
+
+    def layer(self, module: nn.Module, left: Tensor, right: Tensor, form: str, dtype: torch.dtype) -> CompactLinear:
+        bias: Any = getattr(module, "bias", None)
+        transposed = isinstance(module, Conv1D)
+        return FactoredLinear.from_factors(left, right, bias, form, transposed, dtype=dtype)  # type: ignore[arg-type]
+
+    def watch(self, module: nn.Module, sink: Sink) -> list[Any]:
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = given(args, kwargs)
+            if not torch.is_grad_enabled() or x.requires_grad:
+                return None
+            started = x.detach().requires_grad_(True)
+            return ((started, *args[1:]), kwargs) if args else (args, {**kwargs, "input": started})
+
+        def passed(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+            @torch.no_grad()
+            def product() -> Tensor:
+                bias = module.bias
+                return output - bias if isinstance(bias, Tensor) else output
+
+            take = None if sink.calls is None else sink.calls(given(args, kwargs), product)
+            if take is not None and output.requires_grad:
+                output.register_hook(lambda g: take(g) and None)  # type: ignore[no-untyped-call]
+
+        def handed_back(module: nn.Module, grad_input: tuple[Tensor | None, ...], grad_output: Any) -> None:
+            if grad_input[0] is not None and sink.input_gradients is not None:
+                sink.input_gradients(grad_input[0])
+
+        handles: list[Any] = [module.register_forward_hook(passed, with_kwargs=True)]
+        if sink.starts:
+            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+        if sink.input_gradients is not None:
+            handles.append(module.register_full_backward_hook(handed_back))
+        return handles
+
+
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the input of a call of a linear layer, by position or by keyword."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(x, Tensor)
+    return x

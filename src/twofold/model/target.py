@@ -1,0 +1,106 @@
+"""What in a model can be factorized, as values: every weight that is a target, and every other with its reason."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from twofold.model.structure import Structure
+
+BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")  # the number in a name that tells the block
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight W (m, n) of y = Wx + b that can be factorized."""
+
+    name: str
+    out_features: int  # m
+    in_features: int  # n
+    bias: bool
+    transposed: bool  # the module keeps its weight as (in, out)
+
+    @property
+    def size(self) -> int:
+        """m · n."""
+        return self.out_features * self.in_features
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the parameter, as the module keeps it."""
+        return (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+
+    @property
+    def kind(self) -> str:
+        """The last part of the name: q_proj, fc1, …"""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """The first number in the name: which block the weight stands in."""
+        return block_of(self.name)
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A parameter that stays as it is, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+    layer: Literal["", "linear", "transposed", "embedding"] = ""  # that holds it, where one can be made of integers
+    tied: tuple[str, ...] = ()  # linear layers that use it too
+
+    @property
+    def size(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What in a model can be factorized, and all the rest."""
+
+    targets: list[Target]
+    dense: list[DenseWeight]
+    groups: dict[str, str] = field(default_factory=dict)  # target → the first target that shares its input
+    structures: tuple[
+        Structure, ...
+    ] = ()  # targets whose sizes are chosen together; if there are any, all belong to one
+
+    def without(self, reasons: dict[str, str]) -> Targets:
+        """The same with some targets left dense, each for its reason; those that can't be cut without them stay dense too."""
+        reasons, whole = dict(reasons), []
+        for structure in self.structures:
+            names = [member.name for member in structure.members]
+            gone = [name for name in names if name in reasons]
+            rest = structure.less(gone) if gone else structure
+            if rest is not None:
+                whole.append(rest)
+            else:
+                reasons = {**dict.fromkeys(names, f"cut together with {gone[0]}, which stays dense"), **reasons}
+        left = [t for t in self.targets if t.name not in reasons]
+        dropped = [
+            DenseWeight(f"{t.name}.weight", t.shape, reasons[t.name], "transposed" if t.transposed else "linear")
+            for t in self.targets
+            if t.name in reasons
+        ]
+        return Targets(left, dropped + self.dense, self.groups, tuple(whole))
+
+    @property
+    def target_numbers(self) -> int:
+        """The parameters of the targeted weights."""
+        return sum(target.size for target in self.targets)
+
+    @property
+    def total_numbers(self) -> int:
+        """The parameters of the whole model, tied ones counted once."""
+        return self.target_numbers + sum(weight.size for weight in self.dense)
+
+
+def block_of(name: str) -> int | None:
+    """The first number in a name, None if there is none."""
+    found = BLOCK.search(name)
+    return int(found.group(1)) if found else None

@@ -1,0 +1,96 @@
+"""Language models that write on: windows of tokens, logits of the next token at every position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twofold.errors import TwofoldError
+from twofold.host.faults import models_errors
+from twofold.host.quiet import first_line
+from twofold.model.frozen import no_cache
+from twofold.settings.base import Settings
+from twofold.task import Batch, Data, Samples, Task, task
+from twofold.task.output.categorical import CATEGORICAL
+from twofold.task.text.held_out import evaluation_text
+from twofold.task.text.settings import Measuring, Texts
+from twofold.task.text.texts import TokenWindows
+from twofold.task.text.windows import calibration_windows
+
+
+@task
+class CausalLM(Task):
+    """The next token at every position of a text; any model that runs on token ids alone is taken for one."""
+
+    name = "causal-lm"
+    output = CATEGORICAL
+    settings = Texts
+
+    def fits(self, model: Any) -> bool:
+        return not _two_stacks(model)
+
+    def data(
+        self,
+        loaded: Any,
+        settings: Settings,
+        hashed: str,
+        given: Iterable[str] | None = None,
+        *,
+        held_out: int,
+        quiet: bool = False,
+    ) -> Data:
+        return calibration_windows(loaded, settings.part(Texts), hashed, given, held_out=held_out, quiet=quiet)
+
+    def measured(self, loaded: Any, settings: Settings) -> Samples | None:
+        return evaluation_text(loaded, settings.part(Measuring))
+
+    def example(self, model: Any, count: int = 8) -> Batch:
+        """Return token ids (1, count)."""
+        table = None
+        with suppress(NotImplementedError, AttributeError):  # a model of several inputs
+            table = model.get_input_embeddings()
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(int(getattr(table, "num_embeddings", 256)), (1, count), generator=generator)
+        return {"input_ids": ids}
+
+    def call(self, module: Any, batch: Batch) -> Any:
+        with models_errors(lambda error: f"{type(module).__name__} does not run on text alone ({first_line(error)})"):
+            return module(**batch, **no_cache(module))
+
+    def read(self, result: Any, model: Any) -> Tensor:  # (positions, vocabulary)
+        logits = getattr(result, "logits", None)
+        if not isinstance(logits, Tensor) or logits.dim() != 3:
+            raise TwofoldError(f"{type(model).__name__} gives no token logits")
+        return logits.flatten(0, 1)
+
+    @torch.no_grad()
+    def predicts(self, model: Any, samples: Samples) -> bool:
+        """Say whether the model gives logits over the vocabulary of some windows."""
+        assert isinstance(samples, TokenWindows)
+        try:
+            logits = self.outputs(model, {"input_ids": samples.ids[:1, :8]})
+        except TwofoldError:
+            return False
+        return logits.shape[-1] > int(samples.ids.max())
+
+    def knows(self, model: Any, samples: Samples) -> bool:
+        assert isinstance(samples, TokenWindows)
+        return int(samples.ids.max()) < getattr(model.config.get_text_config(), "vocab_size", 0)
+
+    def labels(self, batch: Batch) -> Tensor:  # (positions,), the next token; −1 at the end of a window
+        ids = batch["input_ids"]
+        return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], 1).flatten()
+
+
+def _two_stacks(model: Any) -> bool:
+    """Say whether a model has an encoder and a decoder."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def writes_text(model: Any) -> bool:
+    """Say whether a model writes text, one token after another."""
+    return bool(getattr(model, "can_generate", lambda: False)()) and not _two_stacks(model)
