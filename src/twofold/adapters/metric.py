@@ -15,9 +15,9 @@ from torch import Tensor
 from twofold.calibrate.moments import Moments
 from twofold.linalg.metric import Metric, damp
 from twofold.linalg.spectrum import Spectrum, decompose, gram, smaller_side, truncate
-from twofold.recipe import Recipe
+from twofold.objectives import Method
 
-DAMPING: float = Recipe.model_fields["damping"].default
+DAMPING: float = Method.model_fields["damping"].default
 
 
 @dataclass(frozen=True)
