@@ -14,6 +14,7 @@ from torch import Tensor
 
 from twofold.checkpoint.peft.register import register
 from twofold.errors import TwofoldError
+from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel
 from twofold.nn.layers.factored import balanced
@@ -59,19 +60,20 @@ def load_adapter(model: Any, folder: Path, name: str, loaded: LoadedModel) -> Pe
         )
     check_base(folder, loaded)
     register()
-    try:
-        with warnings.catch_warnings():  # advice to who calls PEFT by hand
-            warnings.simplefilter("ignore")
-            if isinstance(model, PeftModel):
-                model.load_adapter(str(folder), adapter_name=name)
-                return model
-            return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-    except TwofoldError:
-        raise
-    except Exception as error:  # shapes, names, an unknown kind of adapter …
-        raise TwofoldError(
-            f"the adapter {folder} does not fit {loaded.name}: {first_line(error)}; name the model that it was trained on"
-        ) from error
+    with (
+        errors_in_words(  # shapes, names, an unknown kind of adapter …
+            lambda error: (
+                f"the adapter {folder} does not fit {loaded.name}: {first_line(error)}; "
+                "name the model that it was trained on"
+            )
+        ),
+        warnings.catch_warnings(),  # advice to who calls PEFT by hand
+    ):
+        warnings.simplefilter("ignore")
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name=name)
+            return model
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
 
 
 def check_base(folder: Path, loaded: LoadedModel) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.exports.decoding import Decoder, ModelDecoder, greedy
+from twofold.host.faults import models_errors
+from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel, positions
 
 TEXTS = (
@@ -70,7 +72,12 @@ def refer(loaded: LoadedModel, count: int) -> Reference:
     """
     decoder = ModelDecoder(loaded.model)
     asked = prompts(loaded)
-    try:
+    with models_errors(
+        lambda error: (
+            f"{loaded.name} can't be exported: its logits can't be compared, since it does not run on token ids "
+            f"alone ({first_line(error)})"
+        )
+    ):
         logits = []
         for ids in asked:
             decoder.start()
@@ -79,11 +86,6 @@ def refer(loaded: LoadedModel, count: int) -> Reference:
         pieces = bool(loaded.model.can_generate())
         count = max(0, min(count, room)) if pieces else 0
         tokens, leads = greedy(decoder, asked[0], count) if count else NONE
-    except (AttributeError, TypeError, ValueError) as error:
-        raise TwofoldError(
-            f"{loaded.name} can't be exported: its logits can't be compared, since it does not run on token ids alone "
-            f"({error})"
-        ) from error
     return Reference(asked, logits, tokens, leads, pieces)
 
 

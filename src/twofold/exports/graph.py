@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line
+from twofold.task.causal_lm import need_writer
 
 
 def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
@@ -32,11 +33,7 @@ def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
     Raises:
         TwofoldError: if the model does not decode with a cache, or has what the format can't express.
     """
-    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
-        raise TwofoldError(
-            f"`to={kind}` takes models that decode one token after another, and {name} ({type(model).__name__}) does not; "
-            "use `to=dense` or `to=portable`"
-        )
+    need_writer(model, name, f"and `to={kind}` takes models that do; use `to=dense` or `to=portable`")
     samples = torch.tensor(
         [[3, 4, 5, 6, 7], [7, 6, 5, 4, 3]]
     )  # two rows and several tokens, so that both sizes stay open

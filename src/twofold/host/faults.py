@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from twofold.errors import TwofoldError
@@ -21,8 +21,13 @@ def is_ours(error: BaseException) -> bool:
 
 
 @contextmanager
-def models_errors(words: Callable[[Exception], str]) -> Iterator[None]:
-    """Turn an error of a model's own code within the block into a sentence; a fault of ours goes on as it is.
+def errors_in_words(
+    words: Callable[[Exception], str], but: Callable[[Exception], bool] = lambda error: False
+) -> Iterator[None]:
+    """Turn an error of another library within the block into a sentence.
+
+    Args:
+        but: what goes on as it is.
 
     Raises:
         TwofoldError: with the words for the error.
@@ -32,6 +37,11 @@ def models_errors(words: Callable[[Exception], str]) -> Iterator[None]:
     except TwofoldError:
         raise
     except Exception as error:
-        if is_ours(error):
+        if but(error):
             raise
         raise TwofoldError(words(error)) from error
+
+
+def models_errors(words: Callable[[Exception], str]) -> AbstractContextManager[None]:
+    """Turn an error of a model's own code within the block into a sentence; a fault of ours goes on as it is."""
+    return errors_in_words(words, is_ours)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from twofold.checkpoint import shards
 from twofold.checkpoint.headers import check_fit
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
+from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line, quiet_bars
 from twofold.model.blocks import Chain
 from twofold.model.skeleton import empty_model, forget_gguf, is_plain, model_on_meta
@@ -64,7 +66,7 @@ def load_model(
     chosen_device = choose_device(device)
     source, where, folder = locate(name, revision, trust_remote_code)
     held = open_shards(folder, name)
-    try:
+    with errors_in_words(lambda error: f"the model {name} can't be loaded: {first_line(error)}"):
         config, model_class = config_and_class(source, where)
         stored = stored_dtype(config, folder)
         compute = compute_dtype(dtype, stored, chosen_device)
@@ -79,10 +81,6 @@ def load_model(
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **where,
             )
-    except TwofoldError:
-        raise
-    except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, SafetensorError, KeyError …
-        raise TwofoldError(f"the model {name} can't be loaded: {first_line(error)}") from error
     for key, found, expected in sorted(report["mismatched_keys"]):
         raise TwofoldError(
             f"size mismatch: the weight {key} in the checkpoint {name} is {tuple(found)}, its config.json says "
@@ -100,6 +98,10 @@ def load_model(
     check_finite(model, name)
     tokenizer, reason = _tokenizer(source, where)
     return LoadedModel(model, tokenizer, name, folder, stored or compute, reason, shards=held)
+
+
+def _readable(name: str) -> AbstractContextManager[None]:
+    return errors_in_words(lambda error: f"the model {name} can't be read: {first_line(error)}")
 
 
 def _tokenizer(source: str | Path, where: dict[str, Any]) -> tuple[Any, str]:
@@ -144,16 +146,12 @@ def load_streamed(
     folder = folder or _download(name, revision)
     held = open_shards(folder, name)
     assert held is not None
-    try:
+    with _readable(name):
         config, model_class = config_and_class(source, where)
         stored = stored_dtype(config, folder)
         compute = compute_dtype(dtype, stored, chosen_device)
         check_fit(held.headers, model_on_meta(config, model_class, trust_remote_code), name)
         model = empty_model(model_class, config, compute)
-    except TwofoldError:
-        raise
-    except Exception as error:
-        raise TwofoldError(f"the model {name} can't be read: {first_line(error)}") from error
     residence = Streamed(model, held, chain, compute, chosen_device)
     _check_layers(model, residence.unexpected, name)
     tokenizer, reason = _tokenizer(source, where)
@@ -163,10 +161,8 @@ def load_streamed(
 def _download(name: str, revision: str | None) -> Path:
     """The files of a hub model, on this disk."""
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    try:
+    with errors_in_words(lambda error: f"the model {name} can't be fetched: {first_line(error)}"):
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        raise TwofoldError(f"the model {name} can't be fetched: {first_line(error)}") from error
 
 
 def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
@@ -180,7 +176,7 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
     if name.endswith(".gguf"):
         return load_model(name, trust_remote_code=trust_remote_code)
     source, where, folder = locate(name, revision, trust_remote_code)
-    try:
+    with _readable(name):
         config, model_class = config_and_class(source, where)
         model = model_on_meta(config, model_class, trust_remote_code)
         stored = stored_dtype(config, folder) or torch.float32
@@ -189,10 +185,6 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
             held = open_shards(folder, name)
             if held is not None and is_plain(config, trust_remote_code):
                 check_fit(held.headers, model, name)
-    except TwofoldError:
-        raise
-    except Exception as error:
-        raise TwofoldError(f"the model {name} can't be read: {first_line(error)}") from error
     return LoadedModel(model.eval(), None, name, folder, stored, shards=held)
 
 

@@ -11,6 +11,7 @@ import torch
 from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel, load_model, need_tokenizer, positions
+from twofold.task.causal_lm import need_writer
 
 HELP = "Write a line. /clear forgets what was said, /exit or Ctrl-D ends."
 
@@ -31,10 +32,7 @@ class Conversation:
 
     def __init__(self, loaded: LoadedModel, system: str | None, max_tokens: int, temperature: float) -> None:
         self.loaded, self.tokenizer = loaded, need_tokenizer(loaded)
-        if not loaded.model.can_generate() or getattr(loaded.model.config, "is_encoder_decoder", False):
-            raise TwofoldError(
-                f"{loaded.name} ({type(loaded.model).__name__}) does not go on with a text, so it can't answer"
-            )
+        need_writer(loaded.model, loaded.name, "so it can't answer")
         self.templated = getattr(self.tokenizer, "chat_template", None) is not None
         if system is not None and not self.templated:
             raise TwofoldError(f"{loaded.name} has no chat template, so it can't be told a `system`; leave it out")

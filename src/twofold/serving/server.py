@@ -12,6 +12,7 @@ from typing import Any
 from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel, load_model, need_tokenizer, positions
 from twofold.serving.gate import Gate, error_body
+from twofold.task.causal_lm import need_writer
 
 INSTALL = "pip install 'twofold[serve]'"
 PACKAGES = ("fastapi", "uvicorn", "openai")
@@ -43,10 +44,7 @@ def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
     """
     check_installed()
     tokenizer = need_tokenizer(loaded)
-    if not loaded.model.can_generate() or getattr(loaded.model.config, "is_encoder_decoder", False):
-        raise TwofoldError(
-            f"{loaded.name} ({type(loaded.model).__name__}) does not go on with a text, so it can't answer"
-        )
+    need_writer(loaded.model, loaded.name, "so it can't answer")
     if not getattr(tokenizer, "is_fast", False):
         raise TwofoldError(
             f"{loaded.name} has a slow tokenizer, and answers are streamed with fast ones (tokenizer.json)"

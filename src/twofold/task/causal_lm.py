@@ -94,3 +94,16 @@ def _two_stacks(model: Any) -> bool:
 def writes_text(model: Any) -> bool:
     """Say whether a model writes text, one token after another."""
     return bool(getattr(model, "can_generate", lambda: False)()) and not _two_stacks(model)
+
+
+def need_writer(model: Any, name: str, why: str) -> None:
+    """Refuse a model that writes no text.
+
+    Args:
+        why: what that is asked for, and what to do.
+
+    Raises:
+        TwofoldError: if it does not write one token after another.
+    """
+    if not writes_text(model):
+        raise TwofoldError(f"{name} ({type(model).__name__}) does not write text token by token, {why}")

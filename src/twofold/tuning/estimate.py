@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from twofold.errors import TwofoldError
 from twofold.host.clock import peak_memory
+from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line, quiet_bars
 from twofold.model.load import load_skeleton
 from twofold.model.source import choose_device, compute_dtype
@@ -81,17 +82,13 @@ def estimate(
     device = choose_device(settings.device)
     dtype = compute_dtype(settings.dtype, skeleton.stored_dtype, device)
     tokens = settings.micro_batch * longest
-    try:
+    with models_errors(
+        lambda error: f"{settings.model} can't be estimated ({first_line(error)}); run without `memory` and `dry_run`"
+    ):
         ready = _ready(skeleton.model.train(), settings, names)
         with quiet_bars(), FakeTensorMode(allow_non_fake_inputs=True):
             _give_shapes(ready, dtype)
             activations = kept_for_backward(ready, settings.micro_batch, longest)
-    except TwofoldError:
-        raise
-    except Exception as error:  # an architecture that needs other inputs, or looks at its numbers
-        raise TwofoldError(
-            f"{settings.model} can't be estimated ({first_line(error)}); run without `memory` and `dry_run`"
-        ) from error
     parameters = sum(p.numel() for p in skeleton.model.parameters())
     trainable = _trainable(settings, ready)
     integers = [m for m in ready.modules() if isinstance(m, IntMatrix)]

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from twofold.errors import TwofoldError
+from twofold.host.faults import errors_in_words
+from twofold.host.quiet import first_line
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 ANSWERS = ("completion", "response", "answer", "output")
@@ -228,9 +230,8 @@ def _parsed(line: str) -> Any:
 def _dataset(name: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
-    try:
+    with errors_in_words(
+        lambda error: f"{name} is neither a file nor a data set that can be read: {first_line(error)}"
+    ):
         rows = load_dataset(name, config, split=split)
-    except Exception as error:  # no such set, no network, no such split …
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TwofoldError(f"{name} is neither a file nor a data set that can be had: {line}") from error
     yield from ((f"{name} ({split}), row {number}", dict(row)) for number, row in enumerate(rows, 1))

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from twofold.errors import TwofoldError
 from twofold.evaluation.size import disk_bytes, memory_bytes
+from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line
 from twofold.inference.form import Optimized, optimize
 from twofold.model.load import LoadedModel, load_model, positions
 from twofold.model.work import Work, work_of
 from twofold.nn.compact import CompactLinear
 from twofold.speed.runtimes.base import Runtime, Settings, State, greedy, register
+from twofold.task.causal_lm import need_writer
 
 
 @dataclass
@@ -38,11 +39,7 @@ class TorchSession:
 
     def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
         model = loaded.model
-        writes = getattr(model, "can_generate", lambda: False)() and not getattr(
-            model.config, "is_encoder_decoder", False
-        )
-        if not writes:
-            raise TwofoldError(f"{loaded.name} does not write text token by token, so it can't be timed")
+        need_writer(model, loaded.name, "so it can't be timed")
         self.name, self.model = loaded.name, model
         self.positions: int | None = positions(model)
         self.vocabulary = int(model.config.get_text_config().vocab_size)
@@ -60,12 +57,8 @@ class TorchSession:
     @torch.inference_mode()
     def begin(self, ids: Tensor, room: int) -> TorchState:
         cache = self._cache(len(ids), ids.shape[1] + room)
-        try:
+        with models_errors(lambda error: f"{self.name} can't be timed: {first_line(error)}"):
             output = self._read(ids, cache)
-        except TwofoldError:
-            raise
-        except Exception as error:  # an architecture that needs other inputs, or another cache, fails in its own way
-            raise TwofoldError(f"{self.name} can't be timed: {first_line(error)}") from error
         return TorchState(greedy(output.logits), cache)
 
     @torch.inference_mode()

@@ -16,6 +16,7 @@ from twofold.exports.carry_out import Exported
 from twofold.exports.formats import register as register_formats
 from twofold.exports.graph import need_exporters
 from twofold.exports.runtimes import DECODERS, GRAPHS
+from twofold.host.faults import errors_in_words
 from twofold.host.folders import EXPORTED
 from twofold.host.progress import say
 from twofold.host.quiet import first_line
@@ -24,6 +25,7 @@ from twofold.model.source import choose_device
 from twofold.model.work import Work
 from twofold.speed.exports import export_all
 from twofold.speed.runtimes.base import Runtime, Settings, State, greedy
+from twofold.task.causal_lm import writes_text
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,8 @@ class GraphSession:
         state.token = self._read(state.token)
 
     def _read(self, ids: Tensor) -> Tensor:  # (batch, 1)
-        try:
+        with errors_in_words(lambda error: f"{self.name} can't be run in {self._runtime}: {first_line(error)}"):
             return greedy(self._decoder.read(ids))
-        except TwofoldError:
-            raise
-        except Exception as error:  # each runtime has errors of its own
-            raise TwofoldError(f"{self.name} can't be run in {self._runtime}: {first_line(error)}") from error
 
 
 class Graphs(Runtime):
@@ -111,7 +109,7 @@ class Graphs(Runtime):
         if model.endswith(".gguf"):  # it would be loaded whole; the export refuses what it can't take
             return None
         skeleton = load_skeleton(model, trust_remote_code=settings.trust_remote_code).model
-        if not skeleton.can_generate() or getattr(skeleton.config, "is_encoder_decoder", False):
+        if not writes_text(skeleton):
             return f"it does not write text token by token, and {self.name} runs exports of models that do"
         try:
             check_plain(skeleton, model)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
+from twofold.host.faults import errors_in_words
+from twofold.host.quiet import first_line
 from twofold.task import Batch, Data, Samples
 
 CHARACTERS_PER_TOKEN = (
@@ -175,16 +177,13 @@ def _read_dataset(name: str, config: str | None, split: str, column: str, tokeni
         raise TwofoldError(
             f"{name} is not a file; to read a data set of that name, install the library: pip install datasets"
         ) from error
-    try:
+    with errors_in_words(
+        lambda error: f"{name} is neither a file nor a data set that can be read: {first_line(error)}"
+    ):
         for row in datasets.load_dataset(name, config, split=split, streaming=True):
             text = _text_of(row, f"the data set {name}", tokenizer, column)
             if text.strip():
                 yield text
-    except TwofoldError:
-        raise
-    except Exception as error:  # the library raises many kinds
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TwofoldError(f"{name} is neither a file nor a data set that can be read: {first}") from error
 
 
 def token_windows(
