@@ -46,7 +46,7 @@ def merge(
     adapters: list[str],
     out: Path | str,
     *,
-    weights: list[float] | None = None,
+    weight: list[float] | None = None,
     recompress: bool = False,
     adapter_rank: int | None = None,
     moments: Path | None = None,
@@ -55,7 +55,7 @@ def merge(
     """Merge LoRA adapters, and write the model, or with ``adapter_rank`` one adapter.
 
     Args:
-        weights: how much each adapter counts; 1 each by default.
+        weight: how much each adapter counts; 1 each by default.
         recompress: bring each factored layer back to the rank that it had.
         adapter_rank: a budget: as many numbers as this rank in every adapted layer would take, spent where they count most.
         moments: of the model's calibration: what is left out is measured in their metric.
@@ -63,10 +63,10 @@ def merge(
     Raises:
         TwofoldError: if an adapter does not belong to the model, or the settings do not fit.
     """
-    weights = weights or [1.0] * len(adapters)
-    if len(weights) != len(adapters):
+    weight = weight or [1.0] * len(adapters)
+    if len(weight) != len(adapters):
         raise TwofoldError(
-            f"there are {len(adapters)} adapters and {len(weights)} values of `weight`; give one for each"
+            f"there are {len(adapters)} adapters and {len(weight)} values of `weight`; give one for each"
         )
     if recompress and adapter_rank is not None:
         raise TwofoldError("give either `recompress` or `adapter_rank`")
@@ -75,7 +75,7 @@ def merge(
     loaded = load_model(model)
     check_apart(out, loaded.source, [Path(one).expanduser() for one in adapters])
     record = Merge(
-        model=model, adapters=adapters, weights=weights, ranks={},
+        model=model, adapters=adapters, weights=weight, ranks={},
         base_sha256=loaded.shards.hash("") if loaded.shards is not None else "",
         parameters_before=sum(p.numel() for p in loaded.model.parameters()),
     )  # fmt: skip
@@ -85,7 +85,7 @@ def merge(
     _check_kinds(adapted, record, adapter_rank is not None)
     metrics = Metrics(moments)
     if adapter_rank is not None:
-        layers = _one_adapter(adapted, weights, adapter_rank, metrics, record)
+        layers = _one_adapter(adapted, weight, adapter_rank, metrics, record)
         with staged_folder(out, overwrite) as folder:
             write_adapter(folder, layers, str(loaded.source or model))
             (folder / "run.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -93,7 +93,7 @@ def merge(
     before = _factored(loaded.model)
     columns = [name for name, layer in before.items() if isinstance(layer, DenseColumnsLinear)]
     old = {name: layer.rank for name, layer in before.items() if name not in columns}
-    merged = merge_into(adapted, weights)
+    merged = merge_into(adapted, weight)
     if recompress:
         record.notes += recompress_to(merged, old, metrics)
         record.notes += [f"{name} has dense columns and keeps its grown rank" for name in columns]

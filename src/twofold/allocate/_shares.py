@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from twofold.allocate import Candidate, Choice, cheapest
 
 BISECTIONS = 50
@@ -41,6 +39,8 @@ def fit(
 
 def at_least(candidate: Candidate, rank: float) -> Choice:
     """The smallest allowed rank that is not below ``rank``; dense where that stores no more, or there is no such rank."""
+    import numpy as np
+
     index = int(np.searchsorted(candidate.ranks, rank))
     dense = candidate.dense_cost
     if index >= len(candidate.ranks):
@@ -52,6 +52,8 @@ def at_least(candidate: Candidate, rank: float) -> Choice:
 
 def largest_within(candidate: Candidate, share: float) -> Choice:
     """The largest rank that stores at most a share of the weight; full rank is factored where it stores as much as dense."""
+    import numpy as np
+
     allowed = share * candidate.full_cost * (1 + 1e-9)
     fits = int(np.searchsorted(candidate.costs, allowed, side="right")) - 1
     dense = candidate.dense_cost

@@ -3,10 +3,15 @@
 Swift-SVD (Qi, ICML 2026) shares out ranks by it, normalized by the full rank, times an importance of each layer. Here alone.
 """
 
-import numpy as np
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from twofold.allocate import Candidate, Choice, allocation
 from twofold.allocate._shares import at_least, fit
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @allocation("effective-rank")
@@ -19,6 +24,8 @@ def effective_rank(candidates: list[Candidate], budget: float) -> list[Choice]:
 
 def entropy_rank(values: np.ndarray | None) -> float:  # σ² (k,)
     """exp of the entropy of the values as shares of their sum, between 1 and k; 1 if all are zero."""
+    import numpy as np
+
     assert values is not None
     total = values.sum()
     if total <= 0:

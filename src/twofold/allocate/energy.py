@@ -4,8 +4,6 @@ The rule of thumb for a truncated SVD, with the spectrum in the metric of the ob
 matters more to the model than another's.
 """
 
-import numpy as np
-
 from twofold.allocate import Candidate, Choice, allocation
 from twofold.allocate._shares import at_least, fit
 
@@ -16,6 +14,8 @@ def energy(candidates: list[Candidate], budget: float) -> list[Choice]:
 
 
 def _keeping(candidate: Candidate, share: float) -> Choice:
+    import numpy as np
+
     assert candidate.values is not None
     kept = np.cumsum(candidate.values)
     return at_least(candidate, int(np.searchsorted(kept, share * kept[-1] * (1 - 1e-12))) + 1)

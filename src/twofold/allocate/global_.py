@@ -8,12 +8,14 @@ save most loss for their cost. The result never loses more than the uniform rank
 from __future__ import annotations
 
 import heapq
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from twofold.allocate import Candidate, Choice, allocation
 from twofold.allocate.uniform import uniform
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 BISECTIONS = 100
 
@@ -22,6 +24,8 @@ class _Options:
     """The choices of one weight, dense included: what each costs and loses."""
 
     def __init__(self, candidate: Candidate) -> None:
+        import numpy as np
+
         costs, losses = candidate.costs, candidate.losses
         indices: NDArray[np.int64] = np.arange(len(costs))
         if candidate.dense_cost is not None:
@@ -33,6 +37,8 @@ class _Options:
 
     def position(self, choice: Choice) -> int:
         """Where a choice stands among the options."""
+        import numpy as np
+
         return int(np.flatnonzero(self.indices == (-1 if choice.index is None else choice.index))[0])
 
     def best(self, multiplier: float) -> int:
@@ -40,6 +46,8 @@ class _Options:
 
     def next_step(self, position: int, room: float) -> tuple[float, int] | None:
         """The affordable step up from a position that saves most loss for its cost: (−saving per cost, position)."""
+        import numpy as np
+
         extra = self.costs - self.costs[position]
         saved = self.losses[position] - self.losses
         allowed = (extra > 0) & (extra <= room) & (saved > 0)

@@ -5,17 +5,20 @@ the loss of a rank is ½ E[(gᵀ ΔW x)²] over tokens, with the same components
 seem to lose more; it counts as much as the next smaller one then.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from twofold.allocate import Candidate, Choice, allocation
 from twofold.allocate.global_ import lagrangian
 from twofold.settings.base import Settings
 from twofold.settings.price import Price
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def _measure(measurement: Any) -> Mapping[str, NDArray[np.float64]]:  # (k + 1,) of each weight, by rank from 0 on
@@ -34,6 +37,8 @@ def measured(candidates: list[Candidate], budget: float) -> list[Choice]:
 
 
 def _with_curve(candidate: Candidate) -> Candidate:
+    import numpy as np
+
     assert candidate.measured is not None
     falling = np.minimum.accumulate(candidate.measured)
     return replace(candidate, losses=falling[candidate.ranks])

@@ -5,11 +5,11 @@ model in which that weight alone is truncated to the share. Then bisection on a 
 whose perplexity does not exceed it, or stays whole where every share does. The lowest threshold that keeps the budget wins.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
 from pydantic import Field
 
 from twofold.allocate import Candidate, Choice, allocation
@@ -17,6 +17,10 @@ from twofold.allocate._shares import largest_within
 from twofold.allocate.uniform import uniform
 from twofold.settings.base import Settings
 from twofold.settings.price import Price
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of one weight that are measured
 
@@ -50,6 +54,8 @@ def _seconds(price: Price, settings: Settings) -> float:
     seconds=_seconds,
 )
 def sensitivity(candidates: list[Candidate], budget: float) -> list[Choice]:
+    import numpy as np
+
     tables = [candidate.measured for candidate in candidates if candidate.measured is not None]
     thresholds = np.unique(np.concatenate(tables))
 
@@ -73,6 +79,8 @@ def sensitivity(candidates: list[Candidate], budget: float) -> list[Choice]:
 
 def within(candidate: Candidate, threshold: float) -> Choice:
     """The smallest share of the grid whose perplexity is at most the threshold; dense if there is none."""
+    import numpy as np
+
     assert candidate.measured is not None
     allowed = np.flatnonzero(candidate.measured <= threshold)
     if not len(allowed) and candidate.dense_cost is not None:

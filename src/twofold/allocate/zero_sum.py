@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from twofold.allocate import Candidate, Choice, allocation
 from twofold.allocate._shares import at_least
 from twofold.settings.base import Settings
 from twofold.settings.price import Price
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def _measure(
@@ -63,5 +64,7 @@ def zero_sum(candidates: list[Candidate], budget: float) -> list[Choice]:
 
 def _costs(candidate: Candidate) -> NDArray[np.float64]:  # (k + 1,)
     """What is stored while so many components remain: the weight stays dense until factors are smaller."""
+    import numpy as np
+
     assert candidate.values is not None
     return np.array([at_least(candidate, rank).cost(candidate) for rank in range(len(candidate.values) + 1)])

@@ -53,7 +53,8 @@ class Moments:
         places = {
             "output": (name, rows), "input": (leader, rows), "input_abs": (leader, rows), "input_trace": (leader, rows),
             "input_mean": (leader, rows), "input_square": (leader, rows),
-            "gradient": (name, self.predictions), "input_gradient": (name, self.predictions), "fisher_rows": (name, self.predictions),
+            "gradient": (name, self.predictions), "input_gradient": (name, self.predictions),
+            "fisher_rows": (name, self.predictions),
             "gradient_trace": (name, self.predictions), "gradient_square": (name, self.predictions),
         }  # fmt: skip
         found = {

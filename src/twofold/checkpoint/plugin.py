@@ -32,7 +32,7 @@ FORMAT_VERSION = 5  # 2: sliced layers, and dense columns; 3: shared bases; 4: i
 
 @register_quantization_config(METHOD)
 class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Which modules are smaller, and how: name → settings of its storage layer, as {"kind": "factored", "rank": r, "form": "rows"}.
+    """Which modules are smaller, and how: name → settings of its layer, as {"kind": "factored", "rank": r, "form": "rows"}.
 
     The kinds and what each says are those of twofold.nn.layers. "bits" and "group" say that numbers are integers.
     """

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twofold.errors import TwofoldError
+import twofold
+from twofold.cli.flags import Against, Device, Dtype, Json, Quiet, Trust
+from twofold.cli.tables import answer, console, megabytes, print_notes, print_place, table
+
+if TYPE_CHECKING:
+    from twofold.speed.record import Bench, Ratio, Row
 
 
 def command(
     models: Annotated[list[str], typer.Argument(help="Folders, exported ones too, hub ids, .gguf files, or smollm2.")],
-    against: Annotated[str | None, typer.Option(help="The original model to compare with.")] = None,
+    against: Against = None,
     runtime: Annotated[str, typer.Option(help="Between commas: eager, compile, onnx, openvino.")] = "eager",
     batch: Annotated[str, typer.Option(help="Sequences that are written at once, between commas.")] = "1,8",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens before those that are written.")] = 32,
@@ -22,45 +27,91 @@ def command(
     threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch \\[default: its own choice].")] = None,
     optimize: Annotated[bool, typer.Option(help="Run factored models in their inference form.")] = True,
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each model in a process of its own.")] = True,
-    dtype: Annotated[str, typer.Option(help="Of the computation; auto is float32 on a processor.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A new folder for the record and the figure.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Time models: tokens a second, prompts, memory, loading, and how near the speed-up comes to the ideal one."""
-    import torch
+    settings: dict[str, Any] = {**locals()}
+    del settings["json_output"]
+    bench = twofold.bench(**settings)
+    answer(bench, json_output, lambda: print_bench(bench, out))
 
-    from twofold.cli.speed_tables import print_bench
-    from twofold.host.folders import check_output
-    from twofold.speed.bench import Lengths, bench
-    from twofold.speed.output import write_bench
-    from twofold.speed.runtimes.base import Settings
 
+def print_bench(bench: Bench, out: Path | None) -> None:
+    """Every model in every runtime, the speed-ups beside the ideal ones, and the layers by shape."""
+    machine = bench.machine
+    table(
+        f"{bench.processor}, {machine.threads} threads, {machine.dtype}, torch {machine.torch}: medians of {bench.repeats}",
+        [
+            "model",
+            "runtime",
+            *(f"decode {batch}, tokens/s" for batch in bench.batches),
+            f"prefill {bench.prefill}, tokens/s",
+            "first token",
+            "load",
+            "weights",
+            "peak memory",
+            "disk",
+        ],
+        (_row(bench, row) for row in bench.rows),
+        left=2,
+    )
+    if bench.ratios:
+        table(
+            "Times as fast as the original in the same runtime",
+            ["model", "runtime", "what", "measured", "ideal", "share of the ideal"],
+            ([r.model, r.runtime, r.what, f"{r.measured:.2f} ×", *_ideal(r)] for r in bench.ratios),
+            left=3,
+        )
+    if bench.layers:
+        table(
+            "Layers, dense against factored (inference form, one alone)",
+            ["model", "shape", "layers", "middle rank", "tokens", "dense", "factored", "×", "ideal"],
+            (
+                [
+                    layer.model,
+                    f"{layer.out_features} × {layer.in_features}",
+                    str(layer.layers),
+                    str(layer.rank),
+                    str(layer.tokens),
+                    f"{layer.dense:,.0f} µs",
+                    f"{layer.factored:,.0f} µs",
+                    f"{layer.dense / layer.factored:.2f}",
+                    f"{layer.ideal:.2f}",
+                ]
+                for layer in bench.layers
+            ),
+            left=2,
+        )
+    console.print(
+        f"decode: {bench.new} tokens behind {bench.prompt}; ideal: bytes moved for decode, multiplications for prompts, bytes on "
+        "disk for loading.",
+        soft_wrap=True,
+    )
+    print_notes(bench.notes)
     if out is not None:
-        check_output(out, overwrite=False)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    lengths = Lengths(prompt, new, prefill, _batches(batch), repeats)
-    settings = Settings(dtype, device, optimize, trust_remote_code, quiet)
-    runtimes = [name for name in runtime.split(",") if name]
-    if not runtimes:
-        raise TwofoldError("--runtime names none; give some between commas, as eager,compile")
-    result = bench(models, against=against, runtimes=runtimes, lengths=lengths, settings=settings, memory=memory)
-    if out is not None:
-        write_bench(result, out)
-    if json_output:
-        print(result.model_dump_json(indent=1))
-    else:
-        print_bench(result, out)
+        print_place("Record and roofline", out)
 
 
-def _batches(text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise TwofoldError(f"--batch must be whole numbers above 0 between commas, as 1,8, got {text!r}")
-    return found
+def _row(bench: Bench, row: Row) -> list[str]:
+    return [
+        row.model,
+        row.runtime,
+        *(f"{row.decode[batch].rate:,.1f}" for batch in bench.batches),
+        f"{row.prefill.rate:,.0f}",
+        f"{1e3 * row.first_token.median:,.1f} ms",
+        f"{row.load.median:.2f} s",
+        megabytes(row.memory),
+        megabytes(row.peak_memory),
+        megabytes(row.disk),
+    ]
+
+
+def _ideal(ratio: Ratio) -> list[str]:
+    if ratio.ideal is None or ratio.share is None:
+        return ["–", "–"]
+    return [f"{ratio.ideal:.2f} ×", f"{ratio.share:.0%}"]

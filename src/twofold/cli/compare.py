@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from twofold.cli.settings import grid_flags
-from twofold.comparison.grid import Grid
+import twofold
+from twofold.cli.flags import Json, Quiet
+from twofold.cli.settings import settings_flags
+from twofold.cli.tables import answer, console, number, plain, print_notes, print_place, table
+from twofold.comparison.grid import Grid, grid_fields, make_grid
+from twofold.recipe import Recipe
+
+if TYPE_CHECKING:
+    from twofold.comparison.record import Comparison
 
 
-@grid_flags
+@settings_flags(make_grid, Grid, Recipe, names=grid_fields())
 def command(
     grid: Grid,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the tables, the figure and the rows.")],
-    json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure every combination of objectives, allocations, keep ratios and refinements on one calibration.
 
     A comparison that was stopped goes on with its next row, and one more keep ratio runs its own rows only.
     """
-    from twofold.cli.tables import print_comparison
-    from twofold.comparison.arena import compare
+    comparison = twofold.compare(grid, out, quiet=quiet)
+    answer(comparison, json_output, lambda: print_comparison(comparison, out))
 
-    comparison = compare(grid, out, quiet=quiet)
-    if json_output:
-        print(comparison.model_dump_json(indent=1))
-    else:
-        print_comparison(comparison, out)
+
+def print_comparison(comparison: Comparison, out: Path) -> None:
+    """Every row that was measured, those that were not with the reason, and where the files are."""
+    texts = comparison.texts
+    table(
+        f"{comparison.model}: perplexity on {', '.join(text.words for text in texts)}",
+        ["", "MB", *(text.name for text in texts), "divergence"],
+        (
+            [
+                row.name,
+                f"{(row.bytes_16 or 0) / 1e6:,.1f}",
+                *(f"{now:.4g}, {ratio:.3f} ×" for now, ratio in zip(row.perplexity, row.ratio, strict=True)),
+                number(row.divergence, ".4f"),
+            ]
+            for row in comparison.measured
+        ),
+    )
+    for reason, names in comparison.skipped.items():
+        console.print(f"Not measured: {plain('; '.join(names))}: {plain(reason)}", soft_wrap=True)
+    console.print(
+        "MB: the whole model, numbers in 16 bits; ×: over the dense model's; divergence: on the first text, nats per token."
+    )
+    print_notes(comparison.notes)
+    print_place("Tables and figure", out / "compare.md")

@@ -3,32 +3,75 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import twofold
+from twofold.cli.flags import Json, Moments, Out, Overwrite, Quiet
+from twofold.cli.settings import settings_flags
+from twofold.cli.tables import answer, console, plain, print_place, print_sizes, print_spent, table
+from twofold.recipe import Recipe, make_recipe
 
-from twofold.cli.settings import recipe_flags
-from twofold.recipe import Recipe
+if TYPE_CHECKING:
+    from twofold.planning.plan import Plan, PlanEntry
+    from twofold.report.record import Run
 
 
-@recipe_flags
+@settings_flags(make_recipe, Recipe)
 def command(
     recipe: Recipe,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
-    moments: Annotated[Path | None, typer.Option(help="Folder of the moments \\[default: in the cache].")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the record of the run as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    out: Out,
+    overwrite: Overwrite = False,
+    moments: Moments = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Factorize the weight matrices of a model and write the smaller checkpoint, with its plan, card and report."""
-    from twofold.cli.tables import print_run
-    from twofold.planning.plan import Plan
-    from twofold.run.compress import compress
+    run = twofold.compress(recipe, out, overwrite=overwrite, moments=moments, quiet=quiet)
+    if run is not None:  # else one of many processes; the first prints
+        answer(run, json_output, lambda: print_run(run, twofold.Plan.load(out / "plan.json"), out))
 
-    run = compress(recipe, out, overwrite=overwrite, moments_file=moments, quiet=quiet)
-    if run is None:  # one of many processes; the first prints
-        return
-    if json_output:
-        print(run.model_dump_json(indent=1))
-    else:
-        print_run(run, Plan.load(out / "plan.json"), out)
+
+def print_run(run: Run, plan: Plan, out: Path) -> None:
+    """What a compress run did, cost and gained."""
+    kinds: dict[str, list[PlanEntry]] = {}
+    for entry in plan.entries:
+        kinds.setdefault(entry.kind, []).append(entry)
+    table(
+        "Ranks by kind",
+        ["kind", "weights", "lowest rank", "mean rank", "highest", "dense", "kept"],
+        (
+            [
+                kind,
+                str(len(group)),
+                *_spread([e.rank for e in group if e.rank is not None]),
+                str(sum(e.rank is None for e in group)),
+                f"{sum(e.numbers_after for e in group) / sum(e.numbers_before for e in group):.1%}",
+            ]
+            for kind, group in kinds.items()
+        ),
+    )
+    print_sizes(plan)
+    if run.quality is not None:
+        q = run.quality
+        table(
+            f"Quality on {q.text} ({q.windows} windows of {q.window} tokens)",
+            ["", "original", "factored"],
+            [
+                ["perplexity", f"{q.original['perplexity']:.2f}", f"{q.factored['perplexity']:.2f}"],
+                ["divergence from the original, nats per token", "–", f"{q.factored['divergence']:.4f}"],
+                ["same most likely token", "–", f"{q.factored['agreement']:.1%}"],
+            ],
+        )
+    for sample in run.samples:
+        console.print(f"[bold]{plain(sample.prompt)}[/bold]")
+        console.print(f"  original: {plain(sample.original.strip())}")
+        console.print(f"  factored: {plain(sample.factored.strip())}")
+    print_spent(run.notes, run.seconds, run.peak_memory)
+    print_place("Checkpoint", out)
+    print_place("Report", out / "report.html")
+
+
+def _spread(ranks: list[int]) -> list[str]:
+    if not ranks:
+        return ["–", "–", "–"]
+    return [str(min(ranks)), f"{sum(ranks) / len(ranks):.0f}", str(max(ranks))]

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+import twofold
+from twofold.cli.flags import Json, Out, Overwrite
+from twofold.cli.tables import answer, console, millions, plain, print_notes, print_place
+
+if TYPE_CHECKING:
+    from twofold.adapters.merge import Merge
 
 
 def command(
     model: Annotated[str, typer.Argument(help="The model that the adapters were trained on.")],
     adapters: Annotated[list[str], typer.Argument(help="Folders of LoRA adapters.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    out: Out,
     weight: Annotated[
         list[float] | None, typer.Option(help="How much an adapter counts; once for each, in order.")
     ] = None,
@@ -24,21 +31,25 @@ def command(
     moments: Annotated[
         Path | None, typer.Option(help="Moments of the model: leave out what counts least for it.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    overwrite: Overwrite = False,
+    json_output: Json = False,
 ) -> None:
     """Merge LoRA adapters into a model: exactly, the rank of a factored layer grows by theirs; or back to the old size."""
-    from twofold.checkpoint.peft.register import need
+    settings: dict[str, Any] = {**locals()}
+    del settings["json_output"]
+    merge = twofold.merge(**settings)
+    answer(merge, json_output, lambda: print_merged(merge, out))
 
-    need("peft")
-    from twofold.adapters.merge import merge
-    from twofold.cli.tune_tables import print_merged
 
-    made = merge(
-        model, adapters, out, weights=weight, recompress=recompress, adapter_rank=adapter_rank, moments=moments,
-        overwrite=overwrite,
-    )  # fmt: skip
-    if json_output:
-        print(made.model_dump_json(indent=1))
-    else:
-        print_merged(made, out)
+def print_merged(merge: Merge, out: Path) -> None:
+    """What was merged."""
+    if merge.ranks:
+        ranks = list(merge.ranks.values())
+        console.print(f"{len(ranks)} layers of ranks {min(ranks)} to {max(ranks)}.")
+    if merge.metric:
+        console.print(f"What was left out was chosen {plain(merge.metric)}.")
+    console.print(
+        f"Parameters: {millions(merge.parameters_after)}, the model alone has {millions(merge.parameters_before)}."
+    )
+    print_notes(merge.notes)
+    print_place("Written", out)

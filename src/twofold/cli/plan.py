@@ -3,39 +3,106 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from twofold.cli.settings import recipe_flags
-from twofold.errors import TwofoldError
-from twofold.recipe import Recipe
+import twofold
+from twofold.cli.flags import Json, Moments, Quiet
+from twofold.cli.settings import settings_flags
+from twofold.cli.tables import answer, console, megabytes, millions, number, plain, print_sizes, table
+from twofold.cli.words import with_flags
+from twofold.recipe import Recipe, make_recipe
+
+if TYPE_CHECKING:
+    from twofold.planning.plan import Estimate, Plan, PlanEntry
 
 
-@recipe_flags
+@settings_flags(make_recipe, Recipe)
 def command(
     recipe: Recipe,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan to this JSON file too.")] = None,
-    moments: Annotated[Path | None, typer.Option(help="Folder of the moments \\[default: in the cache].")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    moments: Moments = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show the rank, size and predicted loss of every weight under a budget.
 
     With --calibration the plan is the one that compress would carry out, and the moments are kept for it.
     Without it the ranks come from the weights' shapes alone, and the plan says so.
     """
-    from twofold.cli.tables import print_plan
-    from twofold.run.factorize import plan_model
+    plan = twofold.plan(recipe, moments=moments, out=out, quiet=quiet)
+    answer(plan, json_output, lambda: print_plan(plan))
 
-    plan = plan_model(recipe, moments_file=moments, quiet=quiet)
-    if out is not None:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            plan.save(out)
-        except OSError as error:
-            raise TwofoldError(f"the plan can't be written to {out}: {error.strerror}") from error
-    if json_output:
-        print(plan.model_dump_json(indent=1))
-    else:
-        print_plan(plan)
+
+def print_plan(plan: Plan) -> None:
+    """Every weight with its rank, parameters and predicted loss, then what stays dense, then the sizes."""
+    table(
+        f"Plan for {plan.model}: {plan.objective}, {plan.allocate}",
+        ["weight", "shape", "rank", "parameters", "kept", "predicted loss", "why"],
+        (
+            [
+                e.name,
+                f"{e.out_features} × {e.in_features}",
+                _rank(e),
+                millions(e.numbers_after),
+                f"{e.keep:.1%}",
+                number(e.predicted_loss, ".3g"),
+                e.reason,
+            ]
+            for e in plan.entries
+        ),
+    )
+    reasons: dict[str, tuple[int, int]] = {}
+    for entry in plan.dense:
+        count, numbers = reasons.get(entry.reason, (0, 0))
+        reasons[entry.reason] = (count + 1, numbers + entry.numbers)
+    table(
+        "Left as they are",
+        ["why", "weights", "parameters"],
+        ([r, str(c), millions(n)] for r, (c, n) in reasons.items()),
+    )
+    print_sizes(plan)
+    if plan.predicted_divergence is not None:
+        console.print(
+            f"Predicted divergence from the original: {plan.predicted_divergence:.4f} nats per token (second order)."
+        )
+    if plan.estimate is not None:
+        print_estimate(plan.estimate)
+    for note in plan.notes:
+        console.print(f"Note: {plain(with_flags(note))}.")
+
+
+def print_estimate(estimate: Estimate) -> None:
+    """What a run will take."""
+    blocks = estimate.blocks_at_once
+    how = (
+        "the whole model in memory"
+        if blocks is None
+        else "block by block"
+        if blocks == 1
+        else f"{blocks} blocks at a time"
+    )
+    stages = [[name, f"{seconds:.0f} s"] for name, seconds in estimate.seconds.items() if seconds >= 0.5]
+    longest = max(estimate.memory, key=lambda name: estimate.memory[name])
+    rows = [
+        ["how", how],
+        ["peak memory", f"{estimate.peak_memory / 2**30:.2f} GiB (to {longest})"],
+        ["memory that may be used", f"{estimate.memory_limit / 2**30:.2f} GiB"],
+        ["disk while it runs", megabytes(estimate.work_bytes)],
+        ["disk for the moments, kept for the next budget", megabytes(estimate.moments_bytes)],
+        ["disk for the checkpoint", megabytes(estimate.output_bytes)],
+        *stages,
+        [
+            "time in all",
+            f"{estimate.total_seconds / 60:.0f} min"
+            if estimate.total_seconds > 120
+            else f"{estimate.total_seconds:.0f} s",
+        ],
+    ]
+    table(f"Estimate for this machine, {estimate.threads} threads", ["", ""], rows)
+
+
+def _rank(entry: PlanEntry) -> str:
+    rank = "dense" if entry.rank is None else str(entry.rank)
+    return rank if entry.bits is None else f"{rank}, {entry.bits} bits"

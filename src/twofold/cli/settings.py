@@ -1,132 +1,116 @@
-"""The recipe's fields as flags: made from the one pydantic model, so that they can't drift apart."""
+"""Settings as flags: made from the pydantic models of the settings, so that they can't drift apart."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel
 
 from twofold.cli.words import with_flags
-from twofold.comparison.grid import grid_fields, make_grid
 from twofold.errors import TwofoldError
+from twofold.model.place import find_model
 from twofold.model.settings import parse_override
 from twofold.planning.settings import SIZES
-from twofold.recipe import Recipe, make_recipe
 from twofold.settings.file import read_settings
-from twofold.tuning.settings import TuneSettings, make_settings
+
+MOST_USED = ("keep", "budget", "calibration", "refine", "data", "method", "out")  # in the first panel, that of --help
+PANELS = ("Size", "Calibration", "Method", "Refinement", "Storage", "Weights", "Measuring", "Model and machine")
 
 
-def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for each field of the recipe, and --recipe; the function gets ``recipe`` in their place.
+def settings_flags(
+    make: Callable[[dict[str, object]], object], *kinds: type[BaseModel], names: Iterable[str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for each field of some settings, and --recipe; its first parameter gets what is made of them.
 
     A flag that is not given leaves the value of the YAML file, or else the default.
+
+    Args:
+        kinds: the settings; of two fields of one name the first counts.
+        names: of the fields, in the order of the help; by default all.
     """
-    return _flags(function, "recipe", make_recipe, Recipe.model_fields)
+    fields = {name: field for kind in reversed(kinds) for name, field in kind.model_fields.items()}
+    panels = {name: _panel(name, kinds) for name in (fields if names is None else names) if name != "model"}
+    order = [*MOST_USED, *PANELS, *panels.values()]
+    chosen = sorted(panels, key=lambda name: order.index(name if panels[name] is None else panels[name]))
 
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        first, *own = inspect.signature(function).parameters.values()
+        hints = get_type_hints(function, include_extras=True)
+        given = [("model", Annotated[str | None, typer.Argument(help=fields["model"].description)], None)]
+        given += [(name, *_flag(name, fields[name], panels[name])) for name in chosen]
+        recipe_help = "A YAML file with any of these settings; flags come first."
+        recipe = typer.Option("--recipe", help=recipe_help, rich_help_panel="Run")
+        given.append(("recipe", Annotated[Path | None, recipe], None))
+        given += [_own(one, hints[one.name]) for one in own]
 
-def grid_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """The same for a grid of recipes; the function gets ``grid``."""
-    return _flags(function, "grid", make_grid, grid_fields())
+        def command(**values: Any) -> None:
+            rest = {one.name: values.pop(one.name) for one in own}
+            function(**{first.name: make(_settings(values))}, **rest)
 
-
-def tune_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """The same for a fine-tuning; the function gets ``settings``."""
-    return _flags(function, "settings", make_settings, TuneSettings.model_fields)
-
-
-def _flags(
-    function: Callable[..., None],
-    first: str,  # the parameter that gets what is made of the settings
-    make: Callable[[dict[str, object]], object],
-    fields: Mapping[str, FieldInfo],
-) -> Callable[..., None]:
-    own = inspect.signature(function).parameters
-    hints = get_type_hints(function, include_extras=True)
-    annotations: dict[str, Any] = {}
-    parameters: list[inspect.Parameter] = []
-
-    def add(name: str, annotation: Any, default: Any) -> None:
-        annotations[name] = annotation
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
-
-    add("model", Annotated[str | None, typer.Argument(help=Recipe.model_fields["model"].description)], None)
-    for name, field in fields.items():
-        if name == "model":
-            continue
-        flag = "--override" if name == "overrides" else "--" + name.replace("_", "-")
-        shown = (
-            ""
-            if field.is_required() or field.default in (None, [], {}, [[]])
-            else f"[default: {_plain(field.default)}]"
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+                for name, annotation, default in given
+            ]
         )
-        description = with_flags(f"{field.description} {shown}").strip().replace("[", "\\[")
-        option = typer.Option(flag, help=description, show_default=False)
-        if field.annotation is bool:
-            add(name, Annotated[bool, option], False)
-        else:
-            add(name, Annotated[_flag_type(field.annotation), option], None)
-    recipe_help = "A YAML file with any of these settings; flags come first."
-    add("recipe", Annotated[Path | None, typer.Option("--recipe", help=recipe_help)], None)
-    for parameter in own.values():
-        if parameter.name != first:
-            add(parameter.name, hints[parameter.name], parameter.default)
+        command.__annotations__ = {name: annotation for name, annotation, _ in given}
+        command.__doc__ = function.__doc__
+        return command
 
-    def command(**given: Any) -> None:
-        rest = {name: given.pop(name) for name in own if name != first}
-        file = given.pop("recipe")
-        settings = read_settings(file) if file is not None else {}
-        for name, value in given.items():
-            if value is None or value is False or value == []:
-                continue
-            if name == "overrides":
-                settings[name] = dict(parse_override(text) for text in value)
-            else:
-                settings[name] = value
-        if any(given.get(name) not in (None, []) for name in SIZES):  # then the file's size is put aside
-            for name in SIZES:
-                settings.pop(name, None) if given.get(name) in (None, []) else None
-        if not settings.get("model"):
-            raise TwofoldError("name a model: a folder, a hub id, a .gguf file, or smollm2")
-        function(**{first: make(settings)}, **rest)
-
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = annotations
-    command.__doc__ = function.__doc__
-    return command
+    return decorate
 
 
-SEVERAL = (  # flags that may take several values
-    "--calibration", "--text", "--include", "--exclude", "--override", "--objectives", "--other-text", "--baselines", "--data"
-)  # fmt: skip
+def _settings(given: dict[str, Any]) -> dict[str, object]:
+    """Put flags over what a YAML file says."""
+    file = given.pop("recipe")
+    settings = read_settings(file) if file is not None else {}
+    for name, value in given.items():
+        if value is None or value is False or value == []:
+            continue
+        settings[name] = dict(parse_override(text) for text in value) if name == "overrides" else value
+    if any(given.get(name) not in (None, []) for name in SIZES):  # then the file's size is put aside
+        for name in SIZES:
+            settings.pop(name, None) if given.get(name) in (None, []) else None
+    if not settings.get("model"):
+        raise TwofoldError("name a model: a folder, a hub id, a .gguf file, or smollm2")
+    if given.get("model") is None:
+        find_model(str(settings["model"]), str(settings["revision"]) if settings.get("revision") else None)
+    return settings
 
 
-def repeat_flags(arguments: list[str]) -> list[str]:
-    """Let a flag take several values, as a shell gives for ``--calibration texts/*.txt``: repeat the flag before each.
+def _panel(name: str, kinds: Iterable[type[BaseModel]]) -> str | None:
+    """Return the title of the settings that a field stands in."""
+    if name in MOST_USED:
+        return None
+    owners = [one for kind in kinds for one in kind.__mro__ if name in inspect.get_annotations(one)]
+    return str(getattr(owners[0], "TITLE", "Run"))
 
-    >>> repeat_flags(["compress", "m", "--calibration", "a.txt", "b.txt", "--keep", "0.8"])
-    ['compress', 'm', '--calibration', 'a.txt', '--calibration', 'b.txt', '--keep', '0.8']
 
-    Only where the model stands before the flags, or in a recipe; else the last value could be the model.
-    """
-    if len(arguments) < 2 or (arguments[1].startswith("-") and "--recipe" not in arguments):
-        return arguments
-    spread = arguments[:1]
-    flag: str | None = None
-    values = 0
-    for argument in arguments[1:]:
-        if argument.startswith("-") and argument != "-":
-            flag, values = (argument if argument in SEVERAL else None), 0
-        elif flag is not None:
-            values += 1
-            if values > 1:
-                spread.append(flag)
-        spread.append(argument)
-    return spread
+def _own(parameter: inspect.Parameter, hint: Any) -> tuple[str, Any, Any]:
+    """Put a flag of the command itself into the panel of the run."""
+    if parameter.name not in MOST_USED:
+        kind, option = get_args(hint)
+        option = copy(option)
+        option.rich_help_panel = "Run"
+        hint = Annotated[kind, option]
+    return parameter.name, hint, parameter.default
+
+
+def _flag(name: str, field: Any, panel: str | None) -> tuple[Any, Any]:
+    """Return the annotation and the default of a field's flag."""
+    flag = "--override" if name == "overrides" else "--" + name.replace("_", "-")
+    unsaid = field.is_required() or field.default in (None, [], {}, [[]])
+    shown = "" if unsaid else f"[default: {_plain(field.default)}]"
+    words = with_flags(f"{field.description} {shown}").strip().replace("[", "\\[")
+    option = typer.Option(flag, help=words, show_default=False, rich_help_panel=panel)
+    if field.annotation is bool:
+        return Annotated[bool, option], False
+    return Annotated[_flag_type(field.annotation), option], None
 
 
 def _plain(value: Any) -> str:

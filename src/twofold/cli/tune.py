@@ -2,47 +2,75 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from twofold.cli.settings import tune_flags
+import twofold
+from twofold.cli.flags import Json, Out, Overwrite, Quiet
+from twofold.cli.settings import settings_flags
+from twofold.cli.tables import answer, console, megabytes, millions, number, plain, print_place, print_spent, table
+from twofold.tuning.settings import TuneSettings, make_settings
+
+if TYPE_CHECKING:
+    from twofold.tuning.estimate import TuneEstimate
+    from twofold.tuning.record import TuneRun
 
 
-@tune_flags
+@settings_flags(make_settings, TuneSettings)
 def command(
-    settings: Any,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    settings: TuneSettings,
+    out: Out,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and do nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the record of the run as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    overwrite: Overwrite = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune a model with an adapter, on its factors, or whole, and write what was trained with its record and curve.
 
     Started again with the same settings, a run that was stopped goes on from its last checkpoint.
     """
-    from twofold.checkpoint.peft.register import need
-
-    need("peft", "trl", "datasets")
-    from twofold.cli.tune_tables import print_estimated, print_tuned
-    from twofold.tuning.prepare import prepare
-    from twofold.tuning.run import tune
-    from twofold.tuning.trainer import quiet_libraries
-
     if dry_run:
-        with quiet_libraries():
-            found = prepare(settings, must_estimate=True).estimate
-        assert found is not None
-        if json_output:
-            print(json.dumps({**found.model_dump(), "memory": found.memory}, indent=1))
-        else:
-            print_estimated(found)
-        return
-    run = tune(settings, out, overwrite=overwrite, quiet=quiet)
-    if json_output:
-        print(run.model_dump_json(indent=1))
+        estimate = twofold.tune(settings, out, dry_run=True)
+        answer(estimate, json_output, lambda: print_estimated(estimate))
     else:
-        print_tuned(run, out)
+        run = twofold.tune(settings, out, overwrite=overwrite, quiet=quiet)
+        answer(run, json_output, lambda: print_tuned(run, out))
+
+
+def print_tuned(run: TuneRun, out: Path) -> None:
+    """What a fine-tuning did, cost and gained."""
+    table(
+        "Fine-tuning",
+        ["", ""],
+        [
+            ["method", run.settings.method],
+            ["trained numbers", f"{millions(run.trainable)} of {millions(run.parameters)}"],
+            ["rows", f"{run.rows:,}, and {run.rows_held_out:,} held out"],
+            ["steps", f"{run.steps:,} of {run.step_seconds:.2f} s"],
+            ["held-out loss before, nats a token", number(run.held_out_before, ".4f")],
+            ["held-out loss after", number(run.held_out_after, ".4f")],
+        ],
+    )
+    for sample in run.samples:
+        console.print(f"[bold]{plain(sample.prompt[-300:].strip())}[/bold]")
+        console.print(f"  before: {plain(sample.original.strip())}")
+        console.print(f"  after: {plain(sample.factored.strip())}")
+    print_spent(run.notes, run.seconds, run.peak_memory)
+    print_place("Written", out)
+
+
+def print_estimated(estimate: TuneEstimate) -> None:
+    """What a fine-tuning would take."""
+    parts = ("program", "weights", "gradients", "optimizer", "activations", "head", "spare")
+    rows = [[name, megabytes(getattr(estimate, name))] for name in parts]
+    table("Peak memory, estimated", ["", ""], [*rows, ["in all", megabytes(estimate.memory)]])
+    again = ", activations computed anew" if estimate.gradient_checkpointing else ""
+    console.print(
+        f"Method {estimate.method}: {millions(estimate.trainable)} of {millions(estimate.parameters)} numbers are trained, "
+        f"{estimate.micro_batch} × {estimate.accumulation} rows a step{again}."
+    )
+    console.print(
+        f"Time: about {estimate.step_seconds:.1f} s a step, {estimate.seconds / 60:.1f} min for {estimate.steps:,} steps."
+    )

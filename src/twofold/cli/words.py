@@ -1,4 +1,4 @@
-"""Sentences of the program as the command line says them: with flags in the place of settings."""
+"""The words of the command line: sentences with flags in the place of settings, and flags with several values."""
 
 from __future__ import annotations
 
@@ -25,3 +25,32 @@ def one_line(error: Exception) -> str:
     """What an error says, as one line without what a terminal would obey: it may hold names from a checkpoint."""
     words = with_flags(" ".join(str(error).split()))
     return "".join(sign if sign.isprintable() else "\ufffd" for sign in words)
+
+
+SEVERAL = (  # flags that may take several values
+    "--calibration", "--text", "--include", "--exclude", "--override", "--objectives", "--other-text", "--baselines", "--data"
+)  # fmt: skip
+
+
+def repeat_flags(arguments: list[str]) -> list[str]:
+    """Let a flag take several values, as a shell gives for ``--calibration texts/*.txt``: repeat the flag before each.
+
+    >>> repeat_flags(["compress", "m", "--calibration", "a.txt", "b.txt", "--keep", "0.8"])
+    ['compress', 'm', '--calibration', 'a.txt', '--calibration', 'b.txt', '--keep', '0.8']
+
+    Only where the model stands before the flags, or in a recipe; else the last value could be the model.
+    """
+    if len(arguments) < 2 or (arguments[1].startswith("-") and "--recipe" not in arguments):
+        return arguments
+    spread = arguments[:1]
+    flag: str | None = None
+    values = 0
+    for argument in arguments[1:]:
+        if argument.startswith("-") and argument != "-":
+            flag, values = (argument if argument in SEVERAL else None), 0
+        elif flag is not None:
+            values += 1
+            if values > 1:
+                spread.append(flag)
+        spread.append(argument)
+    return spread

@@ -22,17 +22,21 @@ from twofold.objectives import OBJECTIVES
 from twofold.refine import REFINEMENTS
 from twofold.run.check import check_methods
 from twofold.run.prepare import plan_of_shapes
+from twofold.settings.base import given
 
 
-def compare(grid: Grid | Mapping[str, Any], out: Path | str, *, quiet: bool = False) -> Comparison:
+def compare(
+    grid: Grid | Mapping[str, Any] | str, out: Path | str, *, quiet: bool = False, **settings: Any
+) -> Comparison:
     """Compare objectives, allocations, keep ratios and refinements on one model, and write the tables and the figure.
 
     A comparison that was stopped goes on with its next row, if it is called again with the same settings and folder.
 
     Args:
-        grid: a ``Grid``, or its settings: objectives, allocate, keep, refine, baselines, other_text, eval_windows, and those of
-            a recipe.
+        grid: a ``Grid``, its settings, or the name of the model; the settings are objectives, allocate, keep, refine,
+            baselines, other_text, eval_windows, and those of a recipe.
         out: the folder of compare.json, compare.csv, compare.md, compare.png, compare.svg and of the finished rows.
+        settings: any of a grid, where the model is named.
 
     Raises:
         TwofoldError: for whatever the user can put right.
@@ -41,7 +45,7 @@ def compare(grid: Grid | Mapping[str, Any], out: Path | str, *, quiet: bool = Fa
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TwofoldError("a comparison runs in one process; start it without a launcher")
-    grid = grid if isinstance(grid, Grid) else make_grid(dict(grid))
+    grid = given(Grid, make_grid, grid, settings)
     out = Path(out).expanduser().resolve()
     impossible = check_names(grid)
     baselines, note = choose_baselines(grid.baselines)

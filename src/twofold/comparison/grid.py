@@ -11,9 +11,12 @@ import pydantic
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
+from twofold.allocate import ALLOCATIONS
+from twofold.objectives import OBJECTIVES
 from twofold.planning.settings import SIZES
 from twofold.recipe import Recipe, make_recipe
-from twofold.settings.base import checked
+from twofold.refine import REFINEMENTS
+from twofold.settings.base import Settings, checked
 
 OWN = (
     *SIZES,
@@ -26,9 +29,9 @@ OWN = (
     "group_size",
 )  # of the recipe, that a grid has in its own way
 HELD_OUT_MEASURED = 4  # of the held-out windows of the calibration, at the most; refinement stops on the others
-QUANTIZED = ("int8", "int4")
-# Published methods that are an objective and a closed form after it, by name.
-COMPOSED = {"anchored": ("svd-llm", ("anchored",)), "aa-svd": ("svd-llm", ("anchored",))}
+BASELINES = {"int8": 8, "int4": 4}  # quantizations of the dense model → bits
+# Published methods that are an objective and a refinement after it, by name.
+COMPOSED = {name: (objective, (one.name,)) for one in REFINEMENTS.all() for name, objective in one.published.items()}
 
 
 def _several(value: object) -> object:
@@ -76,16 +79,18 @@ class Cell:
         return f"{self.objective}_{self.allocate}_{self.keep!r}_{self.chain}"
 
 
-class Grid(pydantic.BaseModel, extra="forbid"):
+class Grid(Settings):
     """What is compared. The description of each field is also the help of its flag; ``settings`` are those of a recipe."""
+
+    TITLE = "Grid"
 
     objectives: Annotated[
         list[str],
         BeforeValidator(_several),
         Field(
             min_length=1,
-            description="objectives, with commas between: two-sided, svd-llm, asvd, fwsvd, svd, modegpt, dense-columns, "
-            "basis-sharing, anchored (or aa-svd: svd-llm, then `refine=anchored`), or two metrics as in whitened+rows",
+            description=f"objectives, with commas between: {', '.join([*OBJECTIVES.names(), *COMPOSED])}, or two metrics as in "
+            "whitened+rows",
         ),
     ] = ["two-sided"]
     allocate: Annotated[
@@ -93,8 +98,7 @@ class Grid(pydantic.BaseModel, extra="forbid"):
         BeforeValidator(_several),
         Field(
             min_length=1,
-            description="allocations, with commas between: global, uniform, energy, effective-rank, svd-llm-v2, "
-            "sensitivity, zero-sum, measured, global-iterated",
+            description=f"allocations, with commas between: {', '.join(ALLOCATIONS.names())}",
         ),
     ] = ["global"]
     keep: Annotated[
@@ -149,8 +153,8 @@ class Grid(pydantic.BaseModel, extra="forbid"):
     def _names(self) -> Grid:
         self.keep = list(dict.fromkeys(self.keep))  # 0.8 and 0.80 are one
         for name in self.baselines or []:
-            if name not in QUANTIZED:
-                raise ValueError(f"there is no baseline {name!r}; choose of {', '.join(QUANTIZED)}")
+            if name not in BASELINES:
+                raise ValueError(f"there is no baseline {name!r}; choose of {', '.join(BASELINES)}")
         self.recipe(next(self.cells()))  # what is wrong with a shared setting shows at once
         return self
 

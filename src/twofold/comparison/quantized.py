@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from twofold.comparison.grid import BASELINES
 from twofold.errors import TwofoldError
 from twofold.model.kinds import dense_weight
 from twofold.model.target import Target
 from twofold.nn.places import replace_module
 from twofold.quantize.rounding import INSTALL, torchao_version
 
-BITS = {"int8": 8, "int4": 4}
 GROUPS = (128, 32)
 
 
@@ -47,7 +47,7 @@ def choose_baselines(named: list[str] | None) -> tuple[list[str], str | None]:
         TwofoldError: if some are named, and torchao is not installed.
     """
     if torchao_version() is not None:
-        return (list(BITS) if named is None else named), None
+        return (list(BASELINES) if named is None else named), None
     if named:
         raise TwofoldError(
             f"the baselines {', '.join(named)} need torchao, which is not installed: {INSTALL}, or leave `baselines` out"
@@ -63,18 +63,18 @@ def quantized(model: nn.Module, targets: list[Target], name: str) -> Iterator[Qu
     try:
         for target in targets:
             module = model.get_submodule(target.name)
-            layer, group, count = _quantize(module, target, BITS[name])
+            layer, group, count = _quantize(module, target, BASELINES[name])
             scales += count
             kind = "one scale for each output" if group is None else f"groups of {group}"
             kinds[kind] = kinds.get(kind, 0) + 1
             replaced[target.name] = replace_module(model, target.name, layer)
         how = ", ".join(f"{kind} in {weights} weights" for kind, weights in kinds.items())
         note = f"{name}: torchao {torchao_version()}, weights alone, symmetric, round to nearest; {how}"
-        if BITS[name] < 8:
+        if BASELINES[name] < 8:
             note += (
                 "; on a processor torchao keeps these numbers in a byte each, and the bytes here are of two in a byte"
             )
-        yield Quantized(sum(target.size for target in targets), BITS[name], scales, note)
+        yield Quantized(sum(target.size for target in targets), BASELINES[name], scales, note)
     finally:
         for place, module in replaced.items():
             replace_module(model, place, module)

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from twofold.adapters.folder import put_adapter
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.host.quiet import first_line, quiet_bars, silence
-from twofold.model.load import LoadedModel, load_model, need_tokenizer
+from twofold.model.load import LoadedModel, need_tokenizer
 
 MISSING = "`tasks` needs lm-eval, which is not installed; install it with: pip install 'twofold[lm-eval]'"
 BOOTSTRAP = 1000  # draws for the standard error of metrics that have no formula for it
@@ -54,28 +54,22 @@ class TaskEvaluation(pydantic.BaseModel, extra="forbid"):
 
 
 def evaluate_tasks(
-    model: str,
+    models: Sequence[tuple[str, str | None]],
+    load: Callable[[str], LoadedModel],
     tasks: Sequence[str],
     *,
-    against: str | None = None,
-    adapter: str | None = None,
     task_folder: str | None = None,
     limit: int | None = None,
     fewshot: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> TaskEvaluation:
-    """Measure a model on tasks of lm-eval, and the original beside it.
+    """Measure models on tasks of lm-eval.
 
     Args:
-        adapter: the folder of a PEFT adapter that is put on the model, and not on the original.
+        models: names, each with the folder of an adapter that is put on it.
         task_folder: of YAML files of your own tasks, as ``lm_eval --include_path`` takes it; lm-eval's own are known too.
-        limit: rows of each task, the first ones; None measures all.
-        fewshot: examples before each question; None takes what the task says.
 
     Raises:
         TwofoldError: if lm-eval is not installed, there is no such task, or a model can't be used.
@@ -91,12 +85,12 @@ def evaluate_tasks(
 
         manager = _manager(tasks, task_folder)
     rows: list[ScoredModel] = []
-    for name, put in [*([(against, None)] if against else []), (model, adapter)]:
+    for name, adapter in models:
         if not quiet:
             say(f"{name}: {', '.join(tasks)}")
-        loaded = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        if put is not None:
-            put_adapter(loaded, put)
+        loaded = load(name)
+        if adapter is not None:
+            put_adapter(loaded, adapter)
         rows.append(_score(loaded, list(tasks), manager, limit, fewshot, batch_size, seed))
         del loaded  # before the next one is read
         gc.collect()

@@ -29,6 +29,10 @@ def disk_bytes(folder: Path | None) -> int | None:
     """Bytes of the weight files in a folder; the spectra beside a factored checkpoint are none."""
     if folder is None or not folder.is_dir():
         return None
+    return weight_bytes(folder)
+
+
+def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != "spectra.safetensors")
 
 

@@ -21,6 +21,12 @@ class Decoder(Protocol):
         """Read more tokens; the logits behind them."""
 
 
+class GraphDecoder(Decoder, Protocol):
+    """Runs an exported graph."""
+
+    sizes: tuple[int | None, ...]  # sequences, and tokens of each, that it reads at once; None for any number
+
+
 class ModelDecoder:
     """A causal language model of transformers, with its own cache; without one, everything is read again."""
 

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
+from twofold.exports.decoding import Decoder
+from twofold.exports.formats import FORMATS, Source
+from twofold.exports.formats.dense import save_beside
 from twofold.host.quiet import first_line
 from twofold.task.causal_lm import need_writer
 
@@ -99,3 +105,52 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def finish_graph(source: Source, folder: Path) -> None:
+    """The tokenizer, and a configuration that does not say that the folder is a factored checkpoint."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_beside(source, folder)
+
+
+def open_export(folder: Path, threads: int | None = None) -> Decoder:
+    """The decoder of an exported folder.
+
+    Args:
+        threads: for the runtime; by default those that PyTorch has.
+
+    Raises:
+        TwofoldError: if the folder holds no graph, or its runtime is not installed.
+    """
+    for kind in FORMATS.all():
+        if kind.decoder is not None and (folder / kind.graph).is_file():
+            return kind.decoder(folder / kind.graph, threads)
+    raise TwofoldError(f"{folder} holds no exported graph; make one with twofold export --to onnx or --to openvino")
+
+
+def other_inputs(
+    names: set[str],
+    ids: np.ndarray,  # (batch, tokens)
+    read: int,
+) -> dict[str, np.ndarray]:
+    """What a graph may ask for beside the tokens and the cache, after ``read`` tokens.
+
+    Raises:
+        TwofoldError: if it asks for anything else.
+    """
+    batch, tokens = ids.shape
+    known = {
+        "input_ids": ids,
+        "position_ids": np.broadcast_to(np.arange(read, read + tokens, dtype=np.int64), (batch, tokens)),
+        "cache_position": np.arange(read, read + tokens, dtype=np.int64),
+        "attention_mask": np.ones((batch, read + tokens), dtype=np.int64),
+        "beam_idx": np.arange(batch, dtype=np.int32),
+    }
+    if names - known.keys():
+        raise TwofoldError(
+            f"the graph asks for {', '.join(sorted(names - known.keys()))}, which no decoding of text has"
+        )
+    return {name: np.ascontiguousarray(known[name]) for name in names}

@@ -17,5 +17,4 @@ if TYPE_CHECKING:
     from twofold.linalg.spectrum import smaller_side as smaller_side
     from twofold.linalg.spectrum import weighted_low_rank as weighted_low_rank
 
-_PLACES = {"metric": ("damp",), "spectrum": ("eigen_low_rank", "gram", "smaller_side", "weighted_low_rank")}
-__getattr__ = lazily(__name__, {name: f"{__name__}.{module}" for module, names in _PLACES.items() for name in names})
+__getattr__, __dir__ = lazily(__name__)

@@ -13,7 +13,7 @@ from twofold.model.blocks import input_before
 
 
 def before_head(head: nn.Module, run: Callable[[], object]) -> Tensor | None:  # (..., width)
-    """Return what the head is given when the model is run, with its graph; the head itself is not run. None if it is not called."""
+    """Return what the head is given when the model is run, with its graph, without running the head; None if it is not called."""
     return input_before(head, run)
 
 

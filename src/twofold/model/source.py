@@ -15,6 +15,7 @@ from twofold.checkpoint.headers import INDEX, read_index
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
 from twofold.model import builtin
+from twofold.model.place import find_model
 
 
 def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str | Path, dict[str, Any], Path | None]:
@@ -24,32 +25,13 @@ def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[st
         TwofoldError: if there is no such folder or file, or it is no checkpoint.
     """
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    path = builtin.smollm2_folder() if name == builtin.ALIAS else _path(name)
+    path = find_model(name, revision) if name != builtin.ALIAS else builtin.smollm2_folder()
+    if path is None:
+        return name, where, None
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise TwofoldError(f"{name} is a file but no .gguf; name the folder of a Transformers checkpoint")
         return path.parent, {**where, "gguf_file": path.name}, None
-    if path.is_dir():
-        _check_folder(path, name)
-        return path, where, path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise TwofoldError(f"there is no folder {name}; name a folder, a hub id, a .gguf file, or {builtin.ALIAS}")
-    return name, where, None
-
-
-def _path(name: str) -> Path:
-    """The place that a name stands for, if it is one.
-
-    Raises:
-        TwofoldError: if no file can have that name.
-    """
-    try:
-        path = Path(name).expanduser()
-        path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, an unknown ~user
-        reason = getattr(error, "strerror", None) or error
-        raise TwofoldError(f"the model {name[:80]!r} can't be found: {reason}") from error
-    return path
+    _check_folder(path, name)
+    return path, where, path
 
 
 def _check_folder(path: Path, name: str) -> None:

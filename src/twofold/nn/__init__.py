@@ -19,19 +19,4 @@ if TYPE_CHECKING:
     from twofold.nn.layers.sliced import SlicedLinear as SlicedLinear
     from twofold.nn.layers.tied import TiedLinear as TiedLinear
 
-__getattr__ = lazily(
-    __name__,
-    {
-        "Compact": "twofold.nn.compact",
-        "CompactLinear": "twofold.nn.compact",
-        "CorrectedLinear": "twofold.nn.layers.corrected",
-        "DenseColumnsLinear": "twofold.nn.layers.dense_columns",
-        "FactoredLinear": "twofold.nn.layers.factored",
-        "QuantizedEmbedding": "twofold.nn.layers.embedding",
-        "QuantizedLinear": "twofold.nn.layers.quantized",
-        "SharedBasis": "twofold.nn.layers._basis",
-        "SharedLinear": "twofold.nn.layers.shared",
-        "SlicedLinear": "twofold.nn.layers.sliced",
-        "TiedLinear": "twofold.nn.layers.tied",
-    },
-)
+__getattr__, __dir__ = lazily(__name__)

@@ -1,7 +1,7 @@
 """What a storage layer is: it takes the place of a dense layer, and stores its weight in fewer numbers or bits.
 
-A layer is known by its kind, which config.json names: ``"kind": "factored"``. A file in nn/layers holds the layer of its name; one
-of another package is known once its class has been made.
+A layer is known by its kind, which config.json names: ``"kind": "factored"``. A file in nn/layers holds the layer of its
+name; one of another package is known once its class has been made.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def counted(length: int, device: torch.device | str | None) -> Tensor:  # (lengt
 class Compact(nn.Module):
     """A module that stores a weight in fewer numbers or bits than the dense layer whose place it takes.
 
-    ``CHILDREN`` name the modules that hold its numbers. ``weight`` is a buffer of one element, a guard: a program that does not know
-    the layer finds a weight of the wrong shape in the checkpoint and stops, where it would otherwise start from random weights.
+    ``CHILDREN`` name the modules that hold its numbers. ``weight`` is a buffer of one element, a guard: a program that does not
+    know the layer finds a weight of the wrong shape in the checkpoint and stops, where it would else start from random weights.
     """
 
     KIND: ClassVar[str] = ""  # by which config.json names it; "" for what belongs to other layers

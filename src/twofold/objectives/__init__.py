@@ -100,6 +100,8 @@ def without_data() -> str:
 class Method(Settings):
     """What a rank is chosen to preserve."""
 
+    TITLE = "Method"
+
     objective: Annotated[
         str,
         Field(

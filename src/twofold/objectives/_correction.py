@@ -17,4 +17,6 @@ from twofold.settings.base import Settings
 class Correction(Settings):
     """How large a correction is."""
 
+    TITLE = "Method"
+
     rank: Annotated[int | None, Field(ge=1, description="rank of every correction, 32 if it is not given")] = None

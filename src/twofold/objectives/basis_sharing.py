@@ -14,6 +14,8 @@ from twofold.settings.base import Settings
 class Sharing(Settings):
     """Which blocks share a basis."""
 
+    TITLE = "Method"
+
     share_blocks: Annotated[int, Field(ge=1, description="blocks in a row whose weights of one kind share a basis")] = 2
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, TypeAlias
 
 import pydantic
@@ -48,8 +49,8 @@ class Refinement:
     """A refinement by its name.
 
     ``needs`` are capabilities, as run/check.py has them. ``trains``: it learns the windows by steps, and so may learn them by
-    heart. ``seconds`` is what it takes, ``memory`` the bytes that it holds beside the model and its factors, ``disk`` those of its
-    unfinished state.
+    heart. ``seconds`` is what it takes, ``memory`` the bytes that it holds beside the model and its factors, ``disk`` those of
+    its unfinished state. ``published`` are names of methods that are an objective with this refinement → the objective.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Refinement:
     seconds: Cost
     memory: Cost
     disk: Cost
+    published: Mapping[str, str]
 
 
 REFINEMENTS: Registry[Refinement] = Registry("refinement", __name__)
@@ -123,6 +125,7 @@ def refinement(
     settings: type[Settings] | None = None,
     memory: Cost = training_memory,
     disk: Cost = nothing,
+    published: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Refine], Refine]:
     """Register a function that refines a model in place.
 
@@ -131,7 +134,7 @@ def refinement(
     always = ("whole model", "float factors", "token logits")
 
     def register(function: Refine) -> Refine:
-        of = (frozenset((*needs, *always)), trains, settings, seconds, memory, disk)
+        of = (frozenset((*needs, *always)), trains, settings, seconds, memory, disk, published)
         REFINEMENTS.add(name, Refinement(name, function, *of))
         return function
 

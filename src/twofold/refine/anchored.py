@@ -40,6 +40,7 @@ def _seconds(price: Price, settings: Settings) -> float:
     trains=False,
     settings=Anchored,
     seconds=_seconds,
+    published={"anchored": "svd-llm", "aa-svd": "svd-llm"},
 )
 def anchored(job: Any) -> Refined:
     from twofold.refine.steps.anchored import anchored

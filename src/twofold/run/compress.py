@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,29 +17,38 @@ from twofold.host import processes
 from twofold.host.clock import Stopwatch, machine, peak_memory
 from twofold.host.folders import check_apart, check_output, check_space, staged_folder
 from twofold.host.unfinished import Work, working
-from twofold.recipe import Recipe
+from twofold.recipe import Recipe, make_recipe
 from twofold.refine import Refined
 from twofold.report.record import Measured, Run, Sample
 from twofold.run.open import open_for
 from twofold.run.prepare import prepare
 from twofold.run.sizing import Sizing
 from twofold.run.ways import InMemory, OnDisk
+from twofold.settings.base import given
 from twofold.task import Samples
 from twofold.task.output.quality import measure_quality
 from twofold.task.text.windows import fit_window
 
 
 def compress(
-    recipe: Recipe,
+    recipe: Recipe | Mapping[str, Any] | str,
     out: Path | str,
     *,
     overwrite: bool = False,
-    moments_file: Path | None = None,
+    moments: Path | str | None = None,
     quiet: bool = False,
+    **settings: Any,
 ) -> Run | None:
     """Factorize a model and write the checkpoint with its plan, recipe, card and report.
 
     A run that was stopped goes on from what it had done, if it is started again with the same settings and output.
+
+    >>> run = twofold.compress("smollm2", "small", keep=0.8)    # doctest: +SKIP
+
+    Args:
+        recipe: a recipe, its settings, or the name of the model.
+        moments: the folder of the moments; by default one in the cache.
+        settings: any fields of ``twofold.Recipe``, where the model is named.
 
     Returns:
         The record of the run; None in all processes but the first, if many work together.
@@ -45,6 +56,8 @@ def compress(
     Raises:
         TwofoldError: for whatever the user can put right.
     """
+    recipe = given(Recipe, make_recipe, recipe, settings)
+    moments = None if moments is None else Path(moments)
     processes.join()
     quiet = quiet or not processes.is_main()
     out = Path(out).expanduser().resolve()
@@ -55,11 +68,11 @@ def compress(
         opened = open_for(recipe, quiet=quiet)
     loaded = opened.loaded
     recipe = fit_window(recipe, loaded, quiet=quiet)
-    check_apart(out, loaded.source, _files_read(recipe, moments_file))
+    check_apart(out, loaded.source, _files_read(recipe, moments))
     measured_on = opened.task.measured(loaded, recipe) if opened.task is not None else None
     with working(out, recipe.model) as work:
         sizing = Sizing(opened, recipe, measured_on, work=work, quiet=quiet) if recipe.goal is not None else None
-        prepared = prepare(recipe, opened, watch, moments_folder=moments_file, work=work, sizing=sizing, quiet=quiet)
+        prepared = prepare(recipe, opened, watch, moments_folder=moments, work=work, sizing=sizing, quiet=quiet)
         if sizing is not None:
             with watch.stage("search"):
                 processes.same(partial(sizing.find, prepared))
@@ -169,10 +182,10 @@ def _record(
     )
 
 
-def _files_read(recipe: Recipe, moments_file: Path | None) -> list[Path]:
+def _files_read(recipe: Recipe, moments: Path | None) -> list[Path]:
     """The files that a run reads beside the model's folder."""
     texts = [one for one in recipe.calibration if one != "self"]
-    names = [recipe.model, *texts, recipe.eval_text or "", str(moments_file or "")]
+    names = [recipe.model, *texts, recipe.eval_text or "", str(moments or "")]
     return [Path(one) for name in names if name for one in glob.glob(name) or [name] if Path(one).exists()]  # noqa: PTH207
 
 

@@ -41,19 +41,18 @@ class Inspection(pydantic.BaseModel, extra="forbid"):
     total_numbers: int
 
 
-def inspect_model(
-    model_name: str, include: Iterable[str] = (), exclude: Iterable[str] = (), *, trust_remote_code: bool = False
+def inspect(
+    model: str, *, include: Iterable[str] = (), exclude: Iterable[str] = (), trust_remote_code: bool = False
 ) -> Inspection:
     """List the weights of a model from its configuration; none is loaded.
 
     Raises:
         TwofoldError: if it can't be read, or a pattern matches nothing.
     """
-    loaded = load_skeleton(model_name, trust_remote_code=trust_remote_code)
-    model = loaded.model
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, Compact) and m.CHILDREN}
+    loaded = load_skeleton(model, trust_remote_code=trust_remote_code)
+    layers = {n: m for n, m in loaded.model.named_modules() if isinstance(m, Compact) and m.CHILDREN}
     weights: list[Weight] = []
-    targets = list_weights(model, include, exclude)
+    targets = list_weights(loaded.model, include, exclude)
     groups = _groups(loaded, targets)
     members: dict[str, list[str]] = {}
     for target in targets.targets:
@@ -87,8 +86,8 @@ def inspect_model(
             )
         )
     return Inspection(
-        model=model_name,
-        architecture=type(model).__name__,
+        model=model,
+        architecture=type(loaded.model).__name__,
         weights=weights,
         shared=list(shared),
         factored=sum(isinstance(layer, CompactLinear) for layer in layers.values()),

@@ -240,3 +240,11 @@ def _as_measured(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def sizing_of(recipe: Recipe, opened: Opened, *, quiet: bool) -> Sizing | None:
+    """Return the search for the size, if a quality is asked for in its place."""
+    if recipe.goal is None:
+        return None
+    measured_on = opened.need_task("measured").measured(opened.loaded, recipe)
+    return Sizing(opened, recipe, measured_on, quiet=quiet)

@@ -41,13 +41,22 @@ class Status(pydantic.BaseModel, extra="forbid"):
     finished: bool = False  # a finished checkpoint stands in the folder (beside an unfinished one, perhaps)
 
 
-def status_of(out: Path) -> Status:
-    """Look at an output folder and at the unfinished state beside it; nothing is changed.
+def status(out: Path | str, *, remove: bool = False) -> Status:
+    """Look at an output folder and at the unfinished state beside it.
+
+    Args:
+        remove: remove the unfinished state, with the moments of a calibration that was not finished; what there was is returned.
 
     Raises:
-        TwofoldError: if there is nothing of the kind, or a state can't be read.
+        TwofoldError: if there is nothing of the kind, a state can't be read, or the run still goes on and is not to be removed.
     """
-    out = out.expanduser().resolve()
+    there = _look(Path(out).expanduser().resolve())
+    if remove:
+        _remove(there)
+    return there
+
+
+def _look(out: Path) -> Status:
     if out.name.endswith(".partial"):
         out = out.with_name(out.name.removesuffix(".partial"))
     finished = (out / "run.json").is_file()
@@ -107,13 +116,8 @@ def tuned_record(out: Path) -> Status | None:
         return None
 
 
-def remove_work(out: Path) -> Status:
-    """Remove the unfinished state of an output, with the moments of a calibration that was not finished.
-
-    Raises:
-        TwofoldError: if there is none, or the run still goes on.
-    """
-    status = status_of(out)
+def _remove(status: Status) -> None:
+    """Remove the unfinished state of an output."""
     if status.state == "running":
         raise TwofoldError(f"the run of {status.out} still goes on; stop it first")
     state = read_state(work_folder(Path(status.out)))
@@ -126,7 +130,6 @@ def remove_work(out: Path) -> Status:
     shutil.rmtree(status.work, ignore_errors=True)
     if status.moments and not status.moments_done:
         _remove_unfinished_moments(Path(status.moments))
-    return status
 
 
 def _remove_unfinished_moments(folder: Path) -> None:

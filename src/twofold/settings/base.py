@@ -1,13 +1,14 @@
 """What settings are: small pydantic models, one for each stage, that the recipe of a run is composed of.
 
-A sentence about a setting names it between backticks, with its value behind an equals sign: `` `keep=0.8` ``. The command line turns
-that into the flag, ``--keep 0.8``.
+A sentence about a setting names it between backticks, with its value behind an equals sign: `` `keep=0.8` ``. The command line
+turns that into the flag, ``--keep 0.8``.
 """
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePath
 from typing import ClassVar, TypeVar
 
 import pydantic
@@ -17,7 +18,7 @@ from twofold.errors import TwofoldError
 S = TypeVar("S", bound=pydantic.BaseModel)
 
 
-class Settings(pydantic.BaseModel, extra="forbid"):
+class Settings(pydantic.BaseModel, extra="forbid", defer_build=True):
     """The settings of one stage. The description of a field is also the help of its flag."""
 
     TITLE: ClassVar[str] = "More"  # of the panel of flags that they stand in
@@ -57,6 +58,31 @@ def checked(model: type[S], settings: dict[str, object], names: Iterable[str]) -
         if first["type"] == "missing":
             raise TwofoldError(f"`{setting}` is missing; give it, or put it into a recipe") from error
         raise TwofoldError(f"`{setting}`: {message[0].lower()}{message[1:]}, got {_short(first['input'])}") from error
+
+
+def given(kind: type[S], make: Callable[[dict[str, object]], S], first: object, more: Mapping[str, object]) -> S:
+    """Return settings as a call from Python gives them.
+
+    Args:
+        first: the settings themselves, a mapping of them, or the name of the model.
+        more: those that are named in the call.
+
+    Raises:
+        TwofoldError: if one is wrong.
+    """
+    if isinstance(first, kind):
+        if more:
+            raise TwofoldError(f"the settings are given as a whole, and {', '.join(more)} beside them; give either")
+        return first
+    known = dict(first) if isinstance(first, Mapping) else {"model": str(first)}
+    return make({**known, **{name: _plain(value) for name, value in more.items()}})
+
+
+def _plain(value: object) -> object:
+    """Return paths as the names that they are."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, PurePath) else value
 
 
 def _short(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What a method may cost: the sizes of a model and the speeds of this machine, of which a method makes its memory and its seconds."""
+"""What a method costs, made of the sizes of a model and the speeds of this machine: memory in bytes, and seconds."""
 
 from __future__ import annotations
 

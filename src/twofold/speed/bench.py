@@ -15,6 +15,7 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.host.clock import machine, processor
+from twofold.host.folders import check_output
 from twofold.host.progress import progress
 from twofold.inference.latency import DECODE, PREFILL, time_shape
 from twofold.inference.timing import timed
@@ -22,9 +23,10 @@ from twofold.model.load import load_skeleton
 from twofold.model.source import choose_device
 from twofold.nn.layers.factored import FactoredLinear
 from twofold.speed.memory import peak_of, random_ids
+from twofold.speed.output import write_bench
 from twofold.speed.record import Bench, Layer, Ratio, Row, Timing
 from twofold.speed.roofs import measure_roofs
-from twofold.speed.runtimes.base import RUNTIMES, Runtime, Session, Settings, get_runtime
+from twofold.speed.runtimes import RUNTIMES, Runtime, Session, Settings, get_runtime
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,83 @@ class _Timed:
 
 
 def bench(
-    models: Sequence[str],
+    models: str | Sequence[str],
     *,
     against: str | None = None,
-    runtimes: Sequence[str] = ("eager",),
-    lengths: Lengths | None = None,
-    settings: Settings | None = None,
+    runtime: str | Sequence[str] = "eager",
+    batch: int | str | Sequence[int] = (1, 8),
+    prompt: int = 32,
+    new: int = 64,
+    prefill: int = 512,
+    repeats: int = 5,
+    threads: int | None = None,
+    optimize: bool = True,
     memory: bool = True,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    out: Path | str | None = None,
+    quiet: bool = False,
 ) -> Bench:
     """Time models, and the original beside them.
 
     Args:
         against: the original, which each of the others is compared with in the same runtime.
+        runtime: names of runtimes, as a list or with commas between.
+        batch: sequences that are written at once, one or several.
+        prompt: tokens before those that are written.
+        new: tokens that are written.
+        prefill: tokens of the long prompt.
+        repeats: rounds; the figures are their medians.
+        threads: of PyTorch; by default its own choice.
+        optimize: run factored models in their inference form.
         memory: whether peak memory is measured, each model once more in a process of its own.
+        out: a new folder for the record and the figure.
 
     Raises:
         TwofoldError: for a runtime that is not installed, a folder that none of them runs, or a prompt beyond the context.
     """
-    lengths, settings = lengths or Lengths(), settings or Settings()
-    chosen = [get_runtime(name) for name in dict.fromkeys(runtimes)]
+    if out is not None:
+        check_output(Path(out), overwrite=False)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    lengths = Lengths(prompt, new, prefill, _batches(batch), repeats)
+    settings = Settings(dtype, device, optimize, trust_remote_code, quiet)
+    chosen = [get_runtime(name) for name in dict.fromkeys(_names(runtime))]
+    if not chosen:
+        raise TwofoldError("`runtime` names none; give some with commas between, as `runtime=eager,compile`")
+    models = [models] if isinstance(models, str) else models
+    bench = _bench(models, against, chosen, lengths, settings, memory=memory)
+    if out is not None:
+        write_bench(bench, Path(out))
+    return bench
+
+
+def _names(several: str | Sequence[str]) -> list[str]:
+    return [name for name in (several.split(",") if isinstance(several, str) else several) if name]
+
+
+def _batches(batch: int | str | Sequence[int]) -> tuple[int, ...]:
+    try:
+        parts = [batch] if isinstance(batch, int) else batch.split(",") if isinstance(batch, str) else batch
+        batches = tuple(dict.fromkeys(int(part) for part in parts))
+    except ValueError:
+        batches = ()
+    if not batches or min(batches) < 1:
+        raise TwofoldError(f"`batch` must be whole numbers above 0 with commas between, as 1,8, got {batch!r}")
+    return batches
+
+
+def _bench(
+    models: Sequence[str],
+    against: str | None,
+    chosen: list[Runtime],
+    lengths: Lengths,
+    settings: Settings,
+    *,
+    memory: bool,
+) -> Bench:
+    """Time models in the runtimes."""
     names = list(dict.fromkeys([*([against] if against is not None else []), *models]))
     notes, able = _able(names, chosen, settings)
     for runtime in chosen:
@@ -297,7 +357,7 @@ def _ideal(original: Row, row: Row, what: str, lengths: Lengths) -> float | None
 
 def layer_table(name: str, settings: Settings, dtype: torch.dtype, device: torch.device) -> list[Layer]:
     """Each shape of a factored model's layers at their middle rank, dense against factored, for one token and for many."""
-    if name.endswith(".gguf") or RUNTIMES["eager"].why_not(name, settings) is not None:
+    if name.endswith(".gguf") or RUNTIMES.get("eager").why_not(name, settings) is not None:
         return []
     model = load_skeleton(name, trust_remote_code=settings.trust_remote_code).model
     shapes: dict[tuple[int, int], list[int]] = {}

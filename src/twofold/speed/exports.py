@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from twofold.errors import TwofoldError
-from twofold.exports.carry_out import export_model
+from twofold.exports.export import export
 
 
 def export_all(models: dict[str, Path], to: str, trust_remote_code: bool, quiet: bool) -> None:
@@ -43,11 +43,11 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     for name, folder in asked["models"].items():
         try:
-            export_model(
+            export(
                 name,
                 asked["format"],
                 folder,
-                tokens=0,
+                check_tokens=0,
                 trust_remote_code=asked["trust_remote_code"],
                 quiet=asked["quiet"],
             )

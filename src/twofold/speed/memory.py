@@ -14,7 +14,7 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.host.clock import peak_memory
-from twofold.speed.runtimes.base import Session, Settings, get_runtime
+from twofold.speed.runtimes import Session, Settings, get_runtime
 
 
 def random_ids(session: Session, batch: int, length: int) -> torch.Tensor:  # (batch, length)

@@ -58,6 +58,7 @@ class TuneEstimate(pydantic.BaseModel, extra="forbid"):
     steps: int
     seconds: float
 
+    @pydantic.computed_field  # type: ignore[prop-decorator]
     @property
     def memory(self) -> int:
         """Peak resident memory."""

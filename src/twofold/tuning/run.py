@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, overload
 
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback
@@ -21,14 +22,16 @@ from twofold.host.unfinished import BEFORE, Work, working
 from twofold.model.load import LoadedModel, load_model
 from twofold.nn.places import cast_weights
 from twofold.report.record import Sample
+from twofold.settings.base import given
 from twofold.tuning.bar import LossBar
+from twofold.tuning.estimate import TuneEstimate
 from twofold.tuning.methods import Method, apply_method
 from twofold.tuning.optimizers import optimizer_arguments
 from twofold.tuning.prepare import Prepared, prepare, summary
 from twofold.tuning.record import Point, TuneRun, draw_curve, write_card
 from twofold.tuning.rows import data_files
 from twofold.tuning.samples import answers, held_out_prompts
-from twofold.tuning.settings import TuneSettings
+from twofold.tuning.settings import TuneSettings, make_settings
 from twofold.tuning.trainer import (
     NotFiniteError,
     RowTrainer,
@@ -44,15 +47,51 @@ CHECKPOINTS = "tune"  # the part of the unfinished state that is kept after a ki
 KEPT = 2  # checkpoints at a time
 
 
-def tune(settings: TuneSettings, out: Path | str, *, overwrite: bool = False, quiet: bool = False) -> TuneRun:
+Given: TypeAlias = TuneSettings | Mapping[str, Any] | str
+
+
+@overload
+def tune(
+    settings: Given,
+    out: Path | str,
+    *,
+    dry_run: Literal[False] = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    **more: Any,
+) -> TuneRun: ...
+@overload
+def tune(settings: Given, out: Path | str, *, dry_run: Literal[True], **more: Any) -> TuneEstimate: ...
+def tune(
+    settings: Given,
+    out: Path | str,
+    *,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    **more: Any,
+) -> TuneRun | TuneEstimate:
     """Fine-tune a model, and write the adapter or the model with its record, curve and card.
 
     Started again with the same settings and output, a run that was stopped goes on from its last checkpoint, and ends with the
     same weights, to the bit where one thread does the work.
 
+    >>> twofold.tune("small", "tuned", data="rows.jsonl")    # doctest: +SKIP
+
+    Args:
+        settings: those of the fine-tuning, or the name of the model.
+        dry_run: estimate what it would take, and do nothing.
+        more: any settings, where the model is named.
+
     Raises:
         TwofoldError: for whatever the user can put right.
     """
+    settings = given(TuneSettings, make_settings, settings, more)
+    if dry_run:
+        with quiet_libraries():
+            estimate = prepare(settings, must_estimate=True).estimate
+        assert estimate is not None
+        return estimate
     out = Path(out).expanduser().resolve()
     watch = Stopwatch()
     check_output(out, overwrite)

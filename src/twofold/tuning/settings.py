@@ -8,7 +8,7 @@ import pydantic
 from pydantic import Field
 
 from twofold.errors import TwofoldError
-from twofold.settings.base import checked
+from twofold.settings.base import Settings, checked
 
 Method = Literal[
     "lora", "rslora", "dora", "pissa", "olora", "corda", "eva", "vera", "adalora",
@@ -19,35 +19,15 @@ RATES: dict[str, float] = {"full": 2e-5, "factors": 2e-5, "factors-top": 1e-4, "
 RATE = 2e-4  # of the methods that train adapters
 
 
-class TuneSettings(pydantic.BaseModel, extra="forbid"):
-    """How a model is fine-tuned. The description of each field is also the help of its flag."""
+class Rows(Settings):
+    """What is learnt."""
 
-    model: Annotated[str, Field(description="a folder, a hub id, a .gguf file, or smollm2 (built in)")]
+    TITLE = "Rows"
+
     data: Annotated[
         list[str],
         Field(min_length=1, description="files of rows (.jsonl, .json), or data sets of the hub, to train on"),
     ]
-    method: Annotated[
-        Method,
-        Field(description="what is trained: " + ", ".join(Method.__args__)),  # type: ignore[attr-defined]
-    ] = "lora"
-    rank: Annotated[
-        int | None,
-        Field(ge=1, description="rank of an adapter, or how many directions are trained [default: 16; vera 256]"),
-    ] = None
-    alpha: Annotated[
-        float | None, Field(gt=0, description="an adapter's product counts alpha / rank times [default: 2 × rank]")
-    ] = None
-    dropout: Annotated[float, Field(ge=0, lt=1, description="dropout before an adapter")] = 0.0
-    include: Annotated[list[str], Field(description="patterns of layers to train; all linear layers if none")] = []
-    exclude: Annotated[list[str], Field(description="patterns of layers to leave as they are")] = []
-    learning_rate: Annotated[
-        float | None, Field(gt=0, allow_inf_nan=False, description="the highest rate [default: that of the method]")
-    ] = None
-    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False, description="times that the rows are gone through")] = 1.0
-    steps: Annotated[int | None, Field(ge=1, description="steps of the optimizer, in the place of epochs")] = None
-    batch: Annotated[int, Field(ge=1, description="rows (or packed windows) of one step")] = 8
-    micro_batch: Annotated[int, Field(ge=1, description="rows that are in memory at once; must divide the batch")] = 1
     length: Annotated[int, Field(ge=8, description="tokens of the longest row, and of a packed window")] = 1024
     long: Annotated[
         Literal["refuse", "cut", "skip"], Field(description="what becomes of a row that is longer: refuse, cut, skip")
@@ -65,6 +45,41 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
     ] = 0.1
     dataset_config: Annotated[str | None, Field(description="the configuration of a data set")] = None
     dataset_split: Annotated[str, Field(description="the split of a data set")] = "train"
+
+
+class Trained(Settings):
+    """What is trained."""
+
+    TITLE = "What is trained"
+
+    method: Annotated[
+        Method,
+        Field(description="what is trained: " + ", ".join(Method.__args__)),  # type: ignore[attr-defined]
+    ] = "lora"
+    rank: Annotated[
+        int | None,
+        Field(ge=1, description="rank of an adapter, or how many directions are trained [default: 16; vera 256]"),
+    ] = None
+    alpha: Annotated[
+        float | None, Field(gt=0, description="an adapter's product counts alpha / rank times [default: 2 × rank]")
+    ] = None
+    dropout: Annotated[float, Field(ge=0, lt=1, description="dropout before an adapter")] = 0.0
+    include: Annotated[list[str], Field(description="patterns of layers to train; all linear layers if none")] = []
+    exclude: Annotated[list[str], Field(description="patterns of layers to leave as they are")] = []
+
+
+class Steps(Settings):
+    """How it is trained."""
+
+    TITLE = "Training"
+
+    learning_rate: Annotated[
+        float | None, Field(gt=0, allow_inf_nan=False, description="the highest rate [default: that of the method]")
+    ] = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False, description="times that the rows are gone through")] = 1.0
+    steps: Annotated[int | None, Field(ge=1, description="steps of the optimizer, in the place of epochs")] = None
+    batch: Annotated[int, Field(ge=1, description="rows (or packed windows) of one step")] = 8
+    micro_batch: Annotated[int, Field(ge=1, description="rows that are in memory at once; must divide the batch")] = 1
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps in which the rate rises")] = 0.05
     weight_decay: Annotated[float, Field(ge=0, description="weight decay of AdamW")] = 0.0
     optimizer: Annotated[
@@ -88,16 +103,28 @@ class TuneSettings(pydantic.BaseModel, extra="forbid"):
     patience: Annotated[
         int | None, Field(ge=1, description="stop after so many looks without a better held-out loss")
     ] = None
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of the split, the order and the adapters")] = 0
+
+
+class Machine(Settings):
+    """Where the model is, and what it may take."""
+
+    TITLE = "Model and machine"
+
+    model: Annotated[str, Field(description="a folder, a hub id, a .gguf file, or smollm2 (built in)")]
     gradient_checkpointing: Annotated[
         bool, Field(description="less memory for more time: activations are computed anew in the backward pass")
     ] = False
     memory: Annotated[
         str | None, Field(description="the most memory, as in 4GB: picks micro-batch, checkpointing and method")
     ] = None
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of the split, the order and the adapters")] = 0
     dtype: Annotated[str, Field(description="of the computation; auto is float32 on a processor")] = "auto"
     device: Annotated[str, Field(description="cpu, cuda, mps, or auto")] = "auto"
     trust_remote_code: Annotated[bool, Field(description="run code that comes with the checkpoint")] = False
+
+
+class TuneSettings(Machine, Steps, Trained, Rows):
+    """How a model is fine-tuned. The description of each field is also the help of its flag."""
 
     @pydantic.model_validator(mode="after")
     def _fit(self) -> TuneSettings:

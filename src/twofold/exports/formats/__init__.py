@@ -1,10 +1,97 @@
-"""The formats, one file each: (source, folder) → what was written. A file that is put here is found by itself."""
+"""Export formats by name, one file each: a function writes a model to a folder, and returns how to read it there."""
 
-from importlib import import_module
-from pkgutil import iter_modules
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from twofold.errors import TwofoldError
+from twofold.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from twofold.exports.decoding import Decoder, GraphDecoder
+    from twofold.model.load import LoadedModel
+
+EXTRA = "pip install 'twofold[export]'"
 
 
-def register() -> None:
-    """Register every format; none of their packages is loaded before one is written."""
-    for module in iter_modules(__path__):
-        import_module(f"{__name__}.{module.name}")
+@dataclass(frozen=True)
+class Source:
+    """The model to export, and what the user said beside the format."""
+
+    loaded: LoadedModel
+    dtype: torch.dtype  # of the exported weights
+    rank: int | None = None
+    base: str | None = None
+
+    @property
+    def model(self) -> Any:
+        return self.loaded.model
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: how it is read again, by the programs that it is for, and what there is to say of it."""
+
+    decoder: Callable[[], Decoder]
+    notes: list[str] = field(default_factory=list)
+    dtype: str = "float32"  # of the computation that the logits are compared in
+
+
+Write: TypeAlias = Callable[[Source, Path], Written]
+Open: TypeAlias = "Callable[[Path, int | None], GraphDecoder]"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form that a model is exported in.
+
+    ``factored``: it takes only models with factored layers. ``integers``: it takes layers of integers, which it merges. ``needs``
+    are modules of packages that Twofold does not depend on. ``takes`` are the settings beside the format, "rank" and "base", that
+    it reads. ``original``: it also reads the model that the checkpoint was made from. ``weights`` are the endings of the files
+    that hold weights. ``dtypes`` are those that it writes; the first is the default, and none means that of the checkpoint.
+    ``graph`` is the file that a runtime opens with ``decoder`` (path, threads), of a format that writes a graph.
+    """
+
+    name: str
+    write: Write
+    factored: bool = False
+    integers: bool = False
+    needs: tuple[str, ...] = ()
+    takes: frozenset[str] = frozenset()
+    original: bool = False
+    weights: tuple[str, ...] = (".safetensors",)
+    dtypes: tuple[str, ...] = ()
+    graph: str = ""
+    decoder: Open | None = None
+
+    def check(self) -> None:
+        """Refuse what can't be written here, before any work.
+
+        Raises:
+            TwofoldError: if a package is missing.
+        """
+        missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        if missing:
+            raise TwofoldError(
+                f"`to={self.name}` needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+                f"installed: {EXTRA}"
+            )
+
+
+FORMATS: Registry[Format] = Registry("export format", __name__)
+
+
+def export_format(name: str, *, takes: Iterable[str] = (), **about: Any) -> Callable[[Write], Write]:
+    """Register a function (source, folder) → what was written as a format; the rest is that of ``Format``."""
+
+    def register(function: Write) -> Write:
+        FORMATS.add(name, Format(name, function, takes=frozenset(takes), **about))
+        return function
+
+    return register

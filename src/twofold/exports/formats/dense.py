@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from twofold.exports.base import Source, Written, export_format
 from twofold.exports.decoding import Decoder, ModelDecoder
+from twofold.exports.formats import Source, Written, export_format
 from twofold.model.load import load_model
 from twofold.nn.places import cast_weights
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.exports.base import Source, Written, export_format
 from twofold.exports.decoding import Decoder, ModelDecoder
+from twofold.exports.formats import Source, Written, export_format
 from twofold.model.load import load_model
 
 FILE = "model.gguf"
@@ -25,7 +25,7 @@ Turn = Callable[[np.ndarray], np.ndarray]
 CONVERTER = "without one, use `to=dense` and then llama.cpp's own convert_hf_to_gguf.py, which no package has"
 
 
-@export_format("gguf", integers=True)
+@export_format("gguf", integers=True, takes=("base",), weights=(".gguf",))
 def write_gguf(source: Source, folder: Path) -> Written:
     """The merged weights in float32, bfloat16 or float16, and everything else as the original's file has it.
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
-from twofold.exports.base import Source, Written, compact_layers, export_format, recorded_original
 from twofold.exports.decoding import Decoder, ModelDecoder
+from twofold.exports.formats import Source, Written, export_format
+from twofold.exports.layers import compact_layers, recorded_original
 from twofold.linalg.metric import working_dtype
 from twofold.model.load import load_model
 from twofold.nn.compact import CompactLinear
@@ -35,7 +36,7 @@ class Residual:
     left: float  # share of its squared norm that is left out
 
 
-@export_format("lora", factored=True, needs=("peft",))
+@export_format("lora", factored=True, needs=("peft",), takes=("rank", "base"), original=True)
 def write_lora(source: Source, folder: Path) -> Written:
     """An adapter of the rank that each layer takes, or of ``rank`` at the most.
 

@@ -2,17 +2,75 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from twofold.exports.base import Source, Written, export_format
-from twofold.exports.formats.dense import save_beside
-from twofold.exports.graph import need_exporters, products_note, trace
-from twofold.exports.runtimes import GRAPHS, OnnxDecoder
+import numpy as np
+import torch
+from torch import Tensor
+
+from twofold.exports.formats import Source, Written, export_format
+from twofold.exports.graph import finish_graph, need_exporters, other_inputs, products_note, trace
+
+GRAPH = "model.onnx"
+PAST, PRESENT = "input.past_key_values", "output.past_key_values"
+INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 
 
-@export_format("onnx", needs=("onnx", "onnxscript", "onnxruntime"))
+class OnnxDecoder:
+    """A graph of ``twofold export --to onnx``, on the processor.
+
+    Attributes:
+        sizes: how many sequences and how many tokens of each it reads at once; None for any number.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
+        self._inputs = {one.name: one for one in self._session.get_inputs()}
+        self._outputs = [one.name for one in self._session.get_outputs()]
+        self._past = [name for name in self._inputs if name.startswith(PAST)]
+        self.sizes = tuple(size if isinstance(size, int) else None for size in self._inputs["input_ids"].shape)
+        self.start()
+
+    def start(self) -> None:
+        self._cache: dict[str, Any] = {}
+        self._read = 0
+
+    def read(
+        self,
+        ids: Tensor,  # (batch, tokens)
+    ) -> Tensor:  # (batch, 1 or tokens, vocabulary)
+        cache = self._cache or {name: self._value(self._empty(name, len(ids))) for name in self._past}
+        feed = other_inputs(self._inputs.keys() - set(self._past), ids.cpu().numpy(), self._read)
+        values = {name: self._value(array) for name, array in feed.items()} | cache
+        out = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, values), strict=True))
+        self._read += ids.shape[1]
+        self._cache = {name: out[PRESENT + name.removeprefix(PAST)] for name in self._past}
+        return torch.from_numpy(out["logits"].numpy())
+
+    def _empty(self, name: str, batch: int) -> np.ndarray:
+        """A cache of no tokens: sizes that are no numbers are the batch, which comes first, and the tokens."""
+        one = self._inputs[name]
+        shape = [int(size) if str(size).isdigit() else 0 for size in one.shape]
+        if shape:
+            shape[0] = batch
+        return np.zeros(shape, dtype=INTEGERS.get(one.type, np.float32))
+
+
+@export_format(
+    "onnx",
+    needs=("onnx", "onnxscript", "onnxruntime"),
+    weights=(".onnx", ".onnx.data"),
+    dtypes=("float32",),
+    graph=GRAPH,
+    decoder=OnnxDecoder,
+)
 def write_onnx(source: Source, folder: Path) -> Written:
     """The graph, its weights beside it, the configuration and the tokenizer."""
     need_exporters("onnx")
@@ -23,9 +81,7 @@ def write_onnx(source: Source, folder: Path) -> Written:
     forget_trace(program)
     exported.save_pretrained(folder)
     finish_graph(source, folder)
-    return Written(
-        lambda: OnnxDecoder(folder / GRAPHS["onnx"]), [products_note(weight_products(program), source.model)]
-    )
+    return Written(lambda: OnnxDecoder(folder / GRAPH), [products_note(weight_products(program), source.model)])
 
 
 def weight_products(program: Any) -> int:
@@ -45,12 +101,3 @@ def forget_trace(program: Any) -> None:
         for node in graph:
             node.metadata_props.clear()
     program.metadata_props.clear()
-
-
-def finish_graph(source: Source, folder: Path) -> None:
-    """The tokenizer, and a configuration that does not say that the folder is a factored checkpoint."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_beside(source, folder)

@@ -2,16 +2,68 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from twofold.exports.base import Source, Written, export_format
-from twofold.exports.formats.onnx import finish_graph
-from twofold.exports.graph import need_exporters, products_note, trace
-from twofold.exports.runtimes import GRAPHS, OpenVinoDecoder
+import numpy as np
+import torch
+from torch import Tensor
+
+from twofold.exports.formats import Source, Written, export_format
+from twofold.exports.graph import finish_graph, need_exporters, other_inputs, products_note, trace
+
+GRAPH = "openvino_model.xml"
 
 
-@export_format("openvino", needs=("openvino",))
+class OpenVinoDecoder:
+    """A graph of ``twofold export --to openvino``, on the processor, in float32.
+
+    Attributes:
+        sizes: how many sequences and how many tokens of each it reads at once; None for any number.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        os.environ.setdefault("OPENVINO_TELEMETRY", "0")
+        import openvino
+
+        settings = {
+            "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "f32",
+            "KV_CACHE_PRECISION": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+        self._request = compiled.create_infer_request()
+        ports = {next(iter(port.get_names())): port for port in compiled.inputs}
+        self._names = set(ports)
+        shape = ports["input_ids"].get_partial_shape()
+        self.sizes = tuple(size.get_length() if size.is_static else None for size in shape)
+        self._logits = next(port for port in compiled.outputs if "logits" in port.get_names())
+        self.start()
+
+    def start(self) -> None:
+        self._request.reset_state()
+        self._read = 0
+
+    def read(
+        self,
+        ids: Tensor,  # (batch, tokens)
+    ) -> Tensor:  # (batch, 1 or tokens, vocabulary)
+        out = self._request.infer(other_inputs(self._names, ids.cpu().numpy(), self._read))
+        self._read += ids.shape[1]
+        return torch.from_numpy(np.array(out[self._logits]))
+
+
+@export_format(
+    "openvino",
+    needs=("openvino",),
+    weights=(".xml", ".bin"),
+    dtypes=("float32",),
+    graph=GRAPH,
+    decoder=OpenVinoDecoder,
+)
 def write_openvino(source: Source, folder: Path) -> Written:
     """The graph, its weights beside it, the configuration and the tokenizer."""
     need_exporters("openvino")
@@ -24,7 +76,7 @@ def write_openvino(source: Source, folder: Path) -> Written:
     found = weight_products(exported.program)
     exported.save_pretrained(folder)
     finish_graph(source, folder)
-    return Written(lambda: OpenVinoDecoder(folder / GRAPHS["openvino"]), [products_note(found, source.model)])
+    return Written(lambda: OpenVinoDecoder(folder / GRAPH), [products_note(found, source.model)])
 
 
 def weight_products(program: Any) -> int:

@@ -17,9 +17,10 @@ from transformers.models.auto import auto_factory, modeling_auto
 
 from twofold.errors import TwofoldError
 from twofold.exports import portable_layers
-from twofold.exports.base import Source, Written, compact_layers, export_format
 from twofold.exports.decoding import Decoder
+from twofold.exports.formats import Source, Written, export_format
 from twofold.exports.formats.dense import save_beside
+from twofold.exports.layers import compact_layers
 from twofold.exports.other_process import OtherProcess
 from twofold.nn.compact import CompactLinear
 from twofold.nn.places import cast_weights

@@ -14,7 +14,7 @@ from transformers import StaticCache
 from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel
-from twofold.speed.runtimes.base import Settings, register
+from twofold.speed.runtimes import Settings, runtime
 from twofold.speed.runtimes.eager import Eager, TorchSession
 
 LONG = 256  # tokens from which on a prompt is read by a compiled graph
@@ -54,7 +54,7 @@ class CompiledSession(TorchSession):
             ) from error
 
 
-@register
+@runtime
 class Compile(Eager):
     """The same models, compiled."""
 

@@ -18,7 +18,7 @@ from twofold.inference.form import Optimized, optimize
 from twofold.model.load import LoadedModel, load_model, positions
 from twofold.model.work import Work, work_of
 from twofold.nn.compact import CompactLinear
-from twofold.speed.runtimes.base import Runtime, Settings, State, greedy, register
+from twofold.speed.runtimes import Runtime, Settings, State, greedy, runtime
 from twofold.task.causal_lm import need_writer
 
 
@@ -76,7 +76,7 @@ class TorchSession:
         return self.model(input_ids=token, past_key_values=cache, use_cache=True)
 
 
-@register
+@runtime
 class Eager(Runtime):
     """transformers without more."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from twofold.speed.runtimes.base import register
-from twofold.speed.runtimes.graphs import Graphs
+from twofold.speed.runtimes import runtime
+from twofold.speed.runtimes._graphs import Graphs
 
 
-@register
+@runtime
 class Onnx(Graphs):
     """Graphs of ``twofold export --to onnx``."""
 

@@ -1,4 +1,4 @@
-"""What the numbers of a model mean: a loss, its curvature, and how far two models are from one another; all in nats a prediction."""
+"""What the numbers of a model mean: a loss, its curvature, and how far two models are apart; all in nats a prediction."""
 
 from __future__ import annotations
 

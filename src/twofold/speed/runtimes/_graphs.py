@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from twofold.errors import TwofoldError
-from twofold.exports.base import check_plain, get_format
-from twofold.exports.carry_out import Exported
-from twofold.exports.formats import register as register_formats
+from twofold.exports.export import Exported
+from twofold.exports.formats import FORMATS, Format
 from twofold.exports.graph import need_exporters
-from twofold.exports.runtimes import DECODERS, GRAPHS
+from twofold.exports.layers import check_plain
 from twofold.host.faults import errors_in_words
 from twofold.host.folders import EXPORTED
 from twofold.host.progress import say
@@ -24,7 +23,7 @@ from twofold.model.load import load_skeleton, positions
 from twofold.model.source import choose_device
 from twofold.model.work import Work
 from twofold.speed.exports import export_all
-from twofold.speed.runtimes.base import Runtime, Settings, State, greedy
+from twofold.speed.runtimes import Runtime, Settings, State, greedy
 from twofold.task.causal_lm import writes_text
 
 
@@ -72,7 +71,7 @@ class GraphSession:
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.dtype = "float32"
         self.work: Work | None = None if record is None else record.work
-        files = graph_bytes(opened.folder, runtime)
+        files = graph_bytes(opened.folder, FORMATS.get(runtime))
         self.weight_bytes = files if record is None else record.weight_bytes
         self.notes: list[str] = []
         if choose_device(settings.device).type != "cpu":
@@ -103,7 +102,7 @@ class Graphs(Runtime):
         folder = Path(model).expanduser()
         if self._is_export(model):
             return None
-        others = [name for name, graph in GRAPHS.items() if (folder / graph).is_file()]
+        others = [other.name for other in FORMATS.all() if other.graph and (folder / other.graph).is_file()]
         if others and not any(folder.glob("*.safetensors")):
             return f"a folder exported to {others[0]}"
         if model.endswith(".gguf"):  # it would be loaded whole; the export refuses what it can't take
@@ -129,8 +128,7 @@ class Graphs(Runtime):
                 )
         if all(self._is_export(model) for model in models):
             return
-        register_formats()
-        get_format(self.name).check()
+        self.format.check()
         need_exporters(self.name)
 
     def context(self, model: str, settings: Settings) -> int | None:
@@ -152,27 +150,32 @@ class Graphs(Runtime):
 
     def load(self, model: str, settings: Settings) -> Opened:
         folder = Path(model).expanduser()
-        try:
-            return Opened(folder, DECODERS[self.name](folder / GRAPHS[self.name], torch.get_num_threads()))
-        except Exception as error:  # each runtime has errors of its own
-            raise TwofoldError(
-                f"{self.name} can't open {folder / GRAPHS[self.name]}: {first_line(error)}; export the model again"
-            ) from error
+        graph, decoder = folder / self.format.graph, self.format.decoder
+        assert decoder is not None
+        with errors_in_words(
+            lambda error: f"{self.name} can't open {graph}: {first_line(error)}; export the model again"
+        ):
+            return Opened(folder, decoder(graph, torch.get_num_threads()))
 
     def session(self, loaded: Opened, settings: Settings) -> GraphSession:
         return GraphSession(loaded, self.name, settings)
 
     def disk_bytes(self, loaded: Opened) -> int | None:
-        return graph_bytes(loaded.folder, self.name)
+        return graph_bytes(loaded.folder, self.format)
+
+    @property
+    def format(self) -> Format:
+        """The export format that it runs."""
+        return FORMATS.get(self.name)
 
     def _is_export(self, model: str) -> bool:
-        return (Path(model).expanduser() / GRAPHS[self.name]).is_file()
+        return (Path(model).expanduser() / self.format.graph).is_file()
 
 
-def graph_bytes(folder: Path, runtime: str) -> int:
-    """Bytes of a graph and of the files beside it that hold its weights."""
-    stem = GRAPHS[runtime].removesuffix(".xml")  # model.onnx and model.onnx.data; openvino_model.xml and .bin
-    return sum(path.stat().st_size for path in folder.glob(f"{stem}*") if path.is_file())
+def graph_bytes(folder: Path, kind: Format) -> int:
+    """Return the bytes of a graph and of the files beside it that hold its weights."""
+    stem = Path(kind.graph).stem  # model.onnx and model.onnx.data; openvino_model.xml and .bin
+    return sum(path.stat().st_size for path in folder.glob(f"{stem}.*") if path.name.endswith(kind.weights))
 
 
 def _record(folder: Path) -> Exported | None:

@@ -1,8 +1,8 @@
-"""Models measured side by side, with all that the numbers depend on."""
+"""Models measured side by side on a text, with all that the numbers depend on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pydantic
@@ -10,8 +10,8 @@ import pydantic
 from twofold.adapters.folder import put_adapter
 from twofold.calibrate.opened import need_task
 from twofold.errors import TwofoldError
-from twofold.evaluation.size import disk_bytes, model_size
-from twofold.model.load import LoadedModel, check_ids, load_model, need_tokenizer, positions
+from twofold.evaluation.size import model_size, weight_bytes
+from twofold.model.load import LoadedModel, check_ids, need_tokenizer, positions
 from twofold.task.output.quality import Predict, measure_quality
 from twofold.task.text.held_out import evaluation_windows
 
@@ -39,35 +39,33 @@ class Evaluation(pydantic.BaseModel, extra="forbid"):
     models: list[EvaluatedModel]
 
 
-def evaluate_models(
-    model: str,
+def evaluate_text(
+    models: Sequence[tuple[str, str | None]],
+    load: Callable[[str], LoadedModel],
     text: str | Sequence[str],
     *,
-    against: str | None = None,
-    adapter: str | None = None,
     dataset_config: str | None = None,
     dataset_split: str = "test",
     text_column: str = "text",
     windows: int | None = 16,
     window: int = 1024,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> Evaluation:
-    """Measure a model, and the original beside it.
+    """Measure models on a text; divergence and agreement are from the first one.
 
     Args:
-        adapter: the folder of a PEFT adapter that is put on the model, and not on the original.
+        models: names, each with the folder of an adapter that is put on it.
 
     Raises:
-        TwofoldError: if a model or the text can't be used, or the two models do not share a vocabulary.
+        TwofoldError: if a model or the text can't be used, or two models do not share a vocabulary.
     """
-    names = ([against] if against else []) + [model]
-    loaded = [load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for name in names]
-    if adapter is not None:
-        put_adapter(loaded[-1], adapter)
-    added = disk_bytes(Path(adapter).expanduser()) if adapter is not None else None
+    names = [name for name, _ in models]
+    loaded = [load(name) for name in names]
+    added = [0] * len(models)
+    for number, (_, adapter) in enumerate(models):
+        if adapter is not None:
+            put_adapter(loaded[number], adapter)
+            added[number] = weight_bytes(Path(adapter).expanduser())
     longest = min((p for p in (positions(one.model) for one in loaded) if p is not None), default=window)
     if window > longest:
         raise TwofoldError(f"`window={window}` is longer than this model's {longest} positions; use `window={longest}`")
@@ -93,9 +91,8 @@ def evaluate_models(
 
     qualities = measure_quality([predict(one) for one in loaded], samples, task, quiet=quiet)
     rows = []
-    for one, quality in zip(loaded, qualities, strict=True):
+    for one, quality, more in zip(loaded, qualities, added, strict=True):
         size = model_size(one.model, one.source)
-        disk = size.disk + added if added is not None and size.disk is not None and one is loaded[-1] else size.disk
         rows.append(
             EvaluatedModel(
                 name=one.name,
@@ -105,7 +102,7 @@ def evaluate_models(
                 agreement=quality.agreement,
                 parameters=size.parameters,
                 memory=size.memory,
-                disk=disk,
+                disk=None if size.disk is None else size.disk + more,
             )
         )
     sources = [text] if isinstance(text, str) else list(text)

@@ -13,10 +13,9 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.evaluation.size import memory_bytes
-from twofold.exports.base import FORMATS, Format, Source, check_plain, compact_layers, get_format, recorded_original
 from twofold.exports.compare import Comparison, check, compare, refer, words
-from twofold.exports.formats import register
-from twofold.exports.runtimes import GRAPHS
+from twofold.exports.formats import FORMATS, Format, Source
+from twofold.exports.layers import check_plain, compact_layers, recorded_original
 from twofold.host.folders import EXPORTED, check_apart, check_output, check_space, staged_folder
 from twofold.host.progress import progress
 from twofold.host.quiet import quiet_bars
@@ -24,7 +23,6 @@ from twofold.model.load import LoadedModel, load_model
 from twofold.model.work import Work, work_of
 from twofold.version import __version__
 
-WEIGHTS = (".safetensors", ".onnx", ".onnx.data", ".bin", ".xml", ".gguf")
 TOKENS = 64  # decoded greedily for the comparison
 
 
@@ -55,7 +53,7 @@ class Exported(pydantic.BaseModel, extra="forbid"):
         ]
 
 
-def export_model(
+def export(
     model: str,
     to: str,
     out: str | Path,
@@ -63,7 +61,7 @@ def export_model(
     rank: int | None = None,
     base: str | None = None,
     dtype: str = "auto",
-    tokens: int = TOKENS,
+    check_tokens: int = TOKENS,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     quiet: bool = False,
@@ -71,39 +69,35 @@ def export_model(
     """Write a model in another form, read it again, and compare the two.
 
     Args:
-        to: the name of the format, one of ``FORMATS``.
+        to: the name of the format: dense, portable, lora, onnx, openvino, gguf, or one of another package.
         out: a folder, which appears whole or not at all.
         rank: of the adapter, for ``lora``; by default what is exact.
         base: the original model, for ``lora`` (by default the one that the checkpoint was made from), or its .gguf file, for
             ``gguf``.
         dtype: of the exported weights; "auto" is the stored one, or float32 for runtimes.
-        tokens: to decode greedily in both, for the comparison.
+        check_tokens: to decode greedily in both, for the comparison.
 
     Raises:
         TwofoldError: if the model can't be loaded or exported in that form, or the export does not say the same.
     """
-    register()
-    kind, folder = get_format(to), Path(out).expanduser()
+    kind, folder = FORMATS.get(to), Path(out).expanduser()
     kind.check()
-    if (rank is not None and to != "lora") or (base is not None and to not in ("lora", "gguf")):
-        raise TwofoldError(
-            f"`rank` is of `to=lora`, `base` of `to=lora` and `to=gguf`, and this is `to={to}`; leave them out"
-        )
+    _check_settings(kind, {"rank": rank, "base": base})
     check_output(folder, overwrite)
     with progress("Loading", 1, quiet=quiet) as tick:
         loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code)
         tick()
     check_apart(folder, loaded.source, [])
     _check_kind(kind, loaded)
-    original = base or (recorded_original(loaded) if to == "lora" else None)
+    original = base or (recorded_original(loaded) if kind.original else None)
     if original is not None and Path(original).expanduser().exists():
         check_apart(folder, Path(original).expanduser(), [])
     chosen = _dtype(dtype, loaded, kind)
     weight_bytes = _bytes_in(loaded.model, chosen)
-    work = work_of(loaded.model) if to in GRAPHS else None
+    work = work_of(loaded.model) if kind.graph else None
     check_space(folder, weight_bytes)
     with _out_of_memory(model), torch.no_grad(), quiet_bars():
-        reference = refer(loaded, tokens)
+        reference = refer(loaded, check_tokens)
         with staged_folder(folder, overwrite) as staged:
             with progress(f"Writing {to}", 1, quiet=quiet) as tick:
                 written = kind.write(Source(loaded, chosen, rank, base), staged)
@@ -111,15 +105,16 @@ def export_model(
             with progress("Comparing", 1, quiet=quiet) as tick:
                 comparison = compare(reference, written.decoder())
                 tick()
-            check(comparison, min(chosen, written.dtype, key=lambda kind: kind.itemsize), rank is None, str(folder))
+            narrower = min(chosen, getattr(torch, written.dtype), key=lambda dtype: dtype.itemsize)
+            check(comparison, narrower, rank is None, str(folder))
             result = Exported(
                 format=to,
                 model=model,
                 out=str(folder),
                 dtype=str(chosen).removeprefix("torch."),
                 weight_bytes=weight_bytes,
-                file_bytes=_file_bytes(staged),
-                compared_in=str(written.dtype).removeprefix("torch."),
+                file_bytes=sum(p.stat().st_size for p in staged.iterdir() if p.name.endswith(kind.weights)),
+                compared_in=written.dtype,
                 comparison=comparison,
                 notes=written.notes,
                 work=work,
@@ -128,11 +123,19 @@ def export_model(
     return result
 
 
+def _check_settings(kind: Format, given: dict[str, object]) -> None:
+    """Refuse a setting that the format does not read."""
+    for setting, value in given.items():
+        if value is not None and setting not in kind.takes:
+            takes = " and ".join(f"`to={other.name}`" for other in FORMATS.all() if setting in other.takes)
+            raise TwofoldError(f"`{setting}` is of {takes}, and this is `to={kind.name}`; leave it out")
+
+
 def _check_kind(kind: Format, loaded: LoadedModel) -> None:
     """Refuse a model that the format is not for."""
     check_plain(loaded.model, loaded.name, kind.integers)
     if kind.factored and not compact_layers(loaded.model):
-        others = ", ".join(sorted(name for name, other in FORMATS.items() if not other.factored))
+        others = ", ".join(other.name for other in FORMATS.all() if not other.factored)
         raise TwofoldError(
             f"`to={kind.name}` takes a factored model, and {loaded.name} has no factored layer; "
             f"name the `out` of twofold compress, or use one of {others}"
@@ -144,10 +147,10 @@ def _dtype(name: str, loaded: LoadedModel, kind: Format) -> torch.dtype:
         found: torch.dtype | None = getattr(torch, name, None)
         if found is None or found not in (torch.float32, torch.bfloat16, torch.float16):
             raise TwofoldError(f"`dtype` must be auto, float32, bfloat16 or float16, got {name!r}")
-        if kind.name in ("onnx", "openvino") and found != torch.float32:
-            raise TwofoldError(f"`to={kind.name}` writes float32, got `dtype={name}`; leave it out")
+        if kind.dtypes and name not in kind.dtypes:
+            raise TwofoldError(f"`to={kind.name}` writes {' or '.join(kind.dtypes)}, got `dtype={name}`; leave it out")
         return found
-    return torch.float32 if kind.name in ("onnx", "openvino") else loaded.stored_dtype
+    return getattr(torch, kind.dtypes[0]) if kind.dtypes else loaded.stored_dtype
 
 
 def _bytes_in(model: Any, dtype: torch.dtype) -> int:
@@ -156,10 +159,6 @@ def _bytes_in(model: Any, dtype: torch.dtype) -> int:
         return memory_bytes(model)
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.itemsize) for t in tensors.values())
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.name.endswith(WEIGHTS))
 
 
 @contextmanager

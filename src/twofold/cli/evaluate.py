@@ -1,0 +1,105 @@
+"""twofold evaluate: perplexity, divergence, agreement and sizes, or accuracy on tasks, side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import twofold
+from twofold.cli.flags import Against, Device, Dtype, Json, Model, Quiet, Trust
+from twofold.cli.tables import answer, megabytes, millions, number, table
+
+if TYPE_CHECKING:
+    from twofold.evaluation.lm_eval import TaskEvaluation, TaskScores
+    from twofold.evaluation.on_text import Evaluation
+
+
+def command(
+    model: Model,
+    text: Annotated[list[str] | None, typer.Option(help="Text files or a data set name to measure on.")] = None,
+    against: Against = None,
+    adapter: Annotated[str | None, typer.Option(help="The folder of an adapter, put on MODEL.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, with commas between, in place of --text.")
+    ] = None,
+    task_folder: Annotated[str | None, typer.Option(help="A folder with the YAML files of your own tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task; all without it.")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a task at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the examples before a question.")] = 0,
+    dataset_config: Annotated[str | None, typer.Option(help="The configuration of the data set.")] = None,
+    dataset_split: Annotated[str, typer.Option(help="The split of the data set.")] = "test",
+    text_column: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    windows: Annotated[int, typer.Option(min=0, help="Windows to measure on; 0 means all.")] = 16,
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model on a text (perplexity, sizes, with --against the divergence from the original) or on tasks of lm-eval."""
+    settings: dict[str, Any] = {**locals()}
+    del settings["json_output"]
+    evaluation = twofold.evaluate(**settings)
+    show: Any = print_evaluation if tasks is None else print_tasks
+    answer(evaluation, json_output, lambda: show(evaluation))
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """The models side by side."""
+    many = len(result.models) > 1
+    table(
+        f"{result.text}: {result.windows} windows of {result.window} tokens",
+        [
+            "model",
+            "perplexity",
+            *(["× original", "divergence", "same token"] if many else []),
+            "parameters",
+            "memory",
+            "disk",
+        ],
+        (
+            [
+                m.name,
+                f"{m.perplexity:.3f}",
+                *(
+                    [
+                        f"{m.perplexity / result.models[0].perplexity:.4f}",
+                        number(m.divergence, ".4f"),
+                        number(m.agreement, ".1%"),
+                    ]
+                    if many
+                    else []
+                ),
+                millions(m.parameters),
+                megabytes(m.memory),
+                megabytes(m.disk),
+            ]
+            for m in result.models
+        ),
+    )
+
+
+def print_tasks(result: TaskEvaluation) -> None:
+    """Each task and the mean, the models side by side."""
+    first = result.models[0]
+    rows = [
+        [score.task, score.metric, str(score.rows), *(_score(model.tasks[place]) for model in result.models)]
+        for place, score in enumerate(first.tasks)
+    ]
+    means = [model.mean for model in result.models if model.mean is not None]
+    if len(means) == len(result.models):
+        rows.append(["mean", "", "", *(f"{mean:.4f}" for mean in means)])
+        if len(means) > 1 and means[0] > 0:
+            rows.append(["of the original", "", "", *(f"{mean / means[0]:.4f}" for mean in means)])
+    else:
+        rows.append(["mean", "none: not all are better if higher", "", *("–" for _ in result.models)])
+    title = f"lm-eval {result.lm_eval}" + (f", {result.limit} rows of each task" if result.limit else "")
+    table(title, ["task", "metric", "rows", *(model.name for model in result.models)], rows)
+
+
+def _score(score: TaskScores) -> str:
+    error = "" if score.standard_error is None else f" ± {score.standard_error:.4f}"
+    return f"{score.value:.4f}{error}"

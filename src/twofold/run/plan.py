@@ -1,0 +1,116 @@
+"""The plan of a model, without a change to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from twofold.allocate import ALLOCATIONS
+from twofold.calibrate.opened import Opened
+from twofold.errors import TwofoldError
+from twofold.host.clock import Stopwatch
+from twofold.model.load import load_skeleton
+from twofold.model.weights import find_targets
+from twofold.objectives import OBJECTIVES
+from twofold.planning.plan import Plan
+from twofold.recipe import Recipe, make_recipe
+from twofold.run.check import check_methods
+from twofold.run.estimate.estimate import estimate_run
+from twofold.run.open import open_for
+from twofold.run.prepare import layer_times, plan_of_shapes, prepare, with_structures
+from twofold.run.sizing import sizing_of
+from twofold.settings.base import given
+from twofold.task.text.windows import fit_window
+
+
+def plan(
+    recipe: Recipe | Mapping[str, Any] | str,
+    *,
+    moments: Path | str | None = None,
+    out: Path | str | None = None,
+    estimate: bool = True,
+    quiet: bool = False,
+    **settings: Any,
+) -> Plan:
+    """Make the plan of a recipe, and carry it out on nothing.
+
+    If the recipe names a calibration, the plan is the one that ``compress`` makes, and the moments are kept for it. If it
+    leaves the calibration to its default, no weight is read: the ranks are uniform, a note says so, and the memory and time that
+    a run will take are estimated, the time from a probe of some seconds. A quality that is asked for is measured, so it needs
+    a named calibration.
+
+    >>> twofold.plan("smollm2", keep=0.8).keep_model    # doctest: +SKIP
+
+    Args:
+        recipe: a recipe, its settings, or the name of the model.
+        moments: the folder of the moments; by default one in the cache.
+        out: a file to write the plan to, as JSON.
+        estimate: whether the memory and time of a run are estimated too, where no weight is read.
+        settings: any fields of ``twofold.Recipe``, where the model is named.
+
+    Raises:
+        TwofoldError: for whatever the user can put right.
+    """
+    recipe = given(Recipe, make_recipe, recipe, settings)
+    needs = OBJECTIVES.get(recipe.objective).needs
+    ALLOCATIONS.get(recipe.allocate)
+    check_methods(recipe)
+    measured = not needs or "calibration" in recipe.model_fields_set or moments is not None
+    made = _measured(recipe, moments, quiet=quiet) if measured else _of_shapes(recipe, estimate=estimate, quiet=quiet)
+    if out is not None:
+        try:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            made.save(Path(out))
+        except OSError as error:
+            raise TwofoldError(f"the plan can't be written to {out}: {error.strerror}") from error
+    return made
+
+
+def _of_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
+    """Plan by the shapes of the weights alone."""
+    if recipe.bits == "auto":
+        raise TwofoldError(
+            "`bits=auto` measures what rounding loses: name `calibration=FILE`, or `calibration=self`; or give a number "
+            "of bits"
+        )
+    if recipe.goal is not None:
+        raise TwofoldError(
+            f"{recipe.goal.setting} needs measuring: name `calibration=FILE`, or `calibration=self`; or give `keep` or `budget`"
+        )
+    loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    recipe = fit_window(recipe, loaded, quiet=True)
+    targets = find_targets(loaded.model, recipe.include, recipe.exclude)
+    targets = with_structures(Opened(loaded, named=recipe.task), targets, recipe)
+    made = plan_of_shapes(loaded, targets, recipe, layer_times(loaded, targets, recipe, quiet=quiet))
+    note = (
+        f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "
+        f"the {recipe.allocate} plan needs the moments: name `calibration=FILE`, or `calibration=self`"
+    )
+    estimated, notes = None, [*made.notes, note]
+    try:
+        estimated = estimate_run(Opened(loaded, named=recipe.task), recipe, made.bytes_after) if estimate else None
+    except TwofoldError as error:
+        if recipe.memory is not None:
+            raise
+        notes.append(f"no run on this machine: {error}")  # the plan itself may be for another one
+    return made.model_copy(update={"notes": notes, "estimate": estimated})
+
+
+def _measured(recipe: Recipe, moments: Path | str | None, *, quiet: bool) -> Plan:
+    """Plan by the moments of a calibration, which are kept."""
+    opened = open_for(recipe, quiet=quiet)
+    recipe = fit_window(recipe, opened.loaded, quiet=quiet)
+    sizing = sizing_of(recipe, opened, quiet=quiet)
+    prepared = prepare(
+        recipe,
+        opened,
+        Stopwatch(),
+        moments_folder=None if moments is None else Path(moments),
+        bases=sizing is not None,
+        sizing=sizing,
+        quiet=quiet,
+    )
+    if sizing is not None:
+        sizing.find(prepared)
+    return prepared.plan
