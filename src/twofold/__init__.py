@@ -61,6 +61,6 @@ def _registered() -> Iterator[None]:
     import_module("twofold.checkpoint.plugin")
 
 
-# The plug-in is of no use before a model can be loaded, and transformers' table of quantizers, with torchao, takes seconds to load.
+# The plug-in is of no use before a model can be loaded, and the table of quantizers, with torchao, takes seconds to load.
 on_import("transformers.quantizers", silence)
 on_import("transformers.modeling_utils", _registered)
