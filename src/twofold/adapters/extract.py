@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pydantic
@@ -73,51 +74,29 @@ def extract(
     names = matching_layers(first, second)
     if second.source is not None:
         check_base(second.source, first)
-    values: dict[str, Tensor] = {}
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    costs: dict[str, int] = {}
-    ranks: dict[str, int] = {}
-    squares = changes = 0.0
-    with progress("Comparing", len(names), unit="layers", quiet=quiet) as tick, torch.no_grad():
-        for name in names:
-            old, new = (dense_weight(one.model.get_submodule(name)) for one in (first, second))
-            wide = working_dtype(old.device)
-            change = new.to(wide) - old.to(wide)
-            squares += float(old.to(wide).square().sum())
-            changes += float(change.square().sum())
-            costs[name] = sum(change.shape)
-            tick()
-            if not change.any():
-                continue
-            found = metrics.of(name, change).decompose(change)
-            values[name] = found.values.float()
-            kept = min(len(found.values), DEEP * (rank or 1))
-            if energy is not None:
-                kept = ranks[name] = by_energy({name: found.values}, energy)[name]
-            left, right = found.factors(max(kept, 1))
-            factors[name] = (left.float(), right.float())
-    relative = (changes / max(squares, 1e-300)) ** 0.5
-    if not values:
+    change = _compare(first, second, names, metrics, rank, energy, quiet=quiet)
+    if not change.values:
         raise TwofoldError(f"the linear layers of {tuned} and {base} are the same, so there is nothing to extract")
-    if relative > FAR:
+    if change.relative > FAR:
         raise TwofoldError(
-            f"{base} is not the base of {tuned}: their linear layers differ by {relative:.0%} of their norm; name the model "
-            "that it was tuned from"
+            f"{base} is not the base of {tuned}: their linear layers differ by {change.relative:.0%} of their norm; name the "
+            "model that it was tuned from"
         )
+    factors, costs, ranks = change.factors, change.costs, change.ranks
     if energy is None:
-        within = {name: found[: factors[name][0].shape[1]] for name, found in values.items()}
+        within = {name: values[: factors[name][0].shape[1]] for name, values in change.values.items()}
         ranks = by_budget(within, costs, (rank or 1) * sum(costs.values()))
     ranks = {name: r for name, r in ranks.items() if r}
-    total = sum(float(found.sum()) for found in values.values())
-    held = sum(float(values[name][:r].sum()) for name, r in ranks.items())
-    made = Extraction(
+    total = sum(float(values.sum()) for values in change.values.values())
+    held = sum(float(change.values[name][:r].sum()) for name, r in ranks.items())
+    extraction = Extraction(
         tuned=tuned,
         base=base,
         base_sha256=first.shards.hash("") if first.shards is not None else "",
         ranks=ranks,
         numbers=sum(r * costs[name] for name, r in ranks.items()),
         energy=held / total,
-        change=relative,
+        change=change.relative,
         metric=metrics.words,
         notes=_others(first, second, names),
     )
@@ -125,8 +104,53 @@ def extract(
         write_adapter(
             folder, {n: (factors[n][0][:, :r], factors[n][1][:r]) for n, r in ranks.items()}, str(first.source or base)
         )
-        (folder / "run.json").write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return made
+        (folder / "run.json").write_text(extraction.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return extraction
+
+
+@dataclass
+class _Change:
+    """How two models differ, layer by layer."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)  # σ² (k,) of the layers that differ
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (m, r), (r, n)
+    costs: dict[str, int] = field(default_factory=dict)  # numbers of a rank
+    ranks: dict[str, int] = field(default_factory=dict)  # where an energy is asked for
+    relative: float = 0.0  # ‖tuned − base‖ / ‖base‖
+
+
+def _compare(
+    base: LoadedModel,
+    tuned: LoadedModel,
+    names: list[str],
+    metrics: Metrics,
+    rank: int | None,
+    energy: float | None,
+    *,
+    quiet: bool,
+) -> _Change:
+    """Decompose the difference of each layer."""
+    change, squares, changes = _Change(), 0.0, 0.0
+    with progress("Comparing", len(names), unit="layers", quiet=quiet) as tick, torch.no_grad():
+        for name in names:
+            old, new = (dense_weight(one.model.get_submodule(name)) for one in (base, tuned))
+            wide = working_dtype(old.device)
+            difference = new.to(wide) - old.to(wide)
+            squares += float(old.to(wide).square().sum())
+            changes += float(difference.square().sum())
+            change.costs[name] = sum(difference.shape)
+            tick()
+            if not difference.any():
+                continue
+            spectrum = metrics.of(name, difference).decompose(difference)
+            change.values[name] = spectrum.values.float()
+            depth = min(len(spectrum.values), DEEP * (rank or 1))
+            if energy is not None:
+                depth = change.ranks[name] = by_energy({name: spectrum.values}, energy)[name]
+            left, right = spectrum.factors(max(depth, 1))
+            change.factors[name] = (left.float(), right.float())
+    change.relative = (changes / max(squares, 1e-300)) ** 0.5
+    return change
 
 
 def matching_layers(base: LoadedModel, tuned: LoadedModel) -> list[str]:

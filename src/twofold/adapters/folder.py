@@ -97,18 +97,3 @@ def base_of(folder: Path) -> str:
         return str(record.get("base_sha256", "")) if isinstance(record, dict) else ""
     except (OSError, ValueError):
         return ""
-
-
-def put_adapter(loaded: LoadedModel, adapter: str) -> None:
-    """Put a PEFT adapter on a loaded model.
-
-    Raises:
-        TwofoldError: if PEFT is not installed, there is no such adapter, or it does not belong to the model.
-    """
-    from twofold.checkpoint.peft.register import need
-
-    need("peft")
-    from twofold.adapters.folder import load_adapter
-
-    loaded.model = load_adapter(loaded.model, Path(adapter).expanduser(), "default", loaded).eval()
-    loaded.name = f"{loaded.name} with {adapter}"

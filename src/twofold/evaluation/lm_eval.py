@@ -12,7 +12,7 @@ from typing import Any
 
 import pydantic
 
-from twofold.adapters.folder import put_adapter
+from twofold.adapters.put import put_adapter
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.host.quiet import first_line, quiet_bars, silence

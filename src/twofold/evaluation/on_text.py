@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pydantic
 
-from twofold.adapters.folder import put_adapter
+from twofold.adapters.put import put_adapter
 from twofold.calibrate.opened import need_task
 from twofold.errors import TwofoldError
 from twofold.evaluation.size import model_size, weight_bytes
 from twofold.model.load import LoadedModel, check_ids, need_tokenizer, positions
-from twofold.task.output.quality import Predict, measure_quality
+from twofold.task.output.quality import Predict, Quality, measure_quality
 from twofold.task.text.held_out import evaluation_windows
 
 
@@ -90,26 +90,29 @@ def evaluate_text(
         return lambda i: task.outputs(one.model, samples.batch(i, i + 1))
 
     qualities = measure_quality([predict(one) for one in loaded], samples, task, quiet=quiet)
-    rows = []
-    for one, quality, more in zip(loaded, qualities, added, strict=True):
-        size = model_size(one.model, one.source)
-        rows.append(
-            EvaluatedModel(
-                name=one.name,
-                perplexity=quality.perplexity,
-                loss=quality.loss,
-                divergence=quality.divergence,
-                agreement=quality.agreement,
-                parameters=size.parameters,
-                memory=size.memory,
-                disk=None if size.disk is None else size.disk + more,
-            )
-        )
-    sources = [text] if isinstance(text, str) else list(text)
     return Evaluation(
-        text=", ".join(Path(one).name for one in sources),
+        text=", ".join(Path(source).name for source in ([text] if isinstance(text, str) else text)),
         windows=samples.shape[0],
         window=samples.shape[1],
         predicted_tokens=qualities[0].tokens,
-        models=rows,
+        models=[_row(*measured) for measured in zip(loaded, qualities, added, strict=True)],
+    )
+
+
+def _row(loaded: LoadedModel, quality: Quality, added: int) -> EvaluatedModel:
+    """Return the row of a model.
+
+    Args:
+        added: bytes on disk of what was put on it.
+    """
+    size = model_size(loaded.model, loaded.source)
+    return EvaluatedModel(
+        name=loaded.name,
+        perplexity=quality.perplexity,
+        loss=quality.loss,
+        divergence=quality.divergence,
+        agreement=quality.agreement,
+        parameters=size.parameters,
+        memory=size.memory,
+        disk=None if size.disk is None else size.disk + added,
     )

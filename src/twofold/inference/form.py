@@ -146,7 +146,7 @@ def _runner(model: Any, done: Optimized) -> tuple[Callable[[], Any] | None, Any]
     if task is None:
         done.notes.append("the model is for no task that is known, so each layer stands alone")
         return None, None
-    batch = on_device(task.example(model), model.device)
+    batch = on_device(task.example(model), next(model.parameters()).device)
 
     def run() -> Any:
         return task.call(model, batch)

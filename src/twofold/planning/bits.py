@@ -13,14 +13,14 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.allocate import Candidate
-from twofold.errors import TwofoldError
+from twofold.allocate import Candidate, Choice
 from twofold.evidence.rounding import AUTO_BITS, Rounding
-from twofold.linalg.gauge import gauge_rank
 from twofold.model.settings import Override
-from twofold.model.target import Target, Targets
+from twofold.model.target import Target
 from twofold.model.weights import last_match
-from twofold.planning.evidence import Evidence
+from twofold.planning.menu import Asked, Menu, aligned
+from twofold.planning.plan import PlanEntry
+from twofold.planning.ranks import forced_rank
 from twofold.planning.settings import Planning
 from twofold.planning.storage import Storage, dense_integers
 
@@ -38,7 +38,7 @@ class Option:
 
 
 def pareto(options: list[Option]) -> list[Option]:
-    """Those that no other one beats in bytes and loss, by ascending bytes."""
+    """Return those that no other one beats in bytes and loss, by ascending bytes."""
     best: list[Option] = []
     for option in sorted(options, key=lambda one: (one.bytes, one.loss)):
         if not best or option.loss < best[-1].loss:
@@ -54,7 +54,7 @@ def bit_options(
     element: int,
     override: Override | None,
 ) -> list[Option]:
-    """All that may be chosen for one weight, beside leaving it as it is.
+    """Return all that may be chosen for one weight, beside leaving it as it is.
 
     Raises:
         TwofoldError: if an override asks for a rank that the weight has not.
@@ -64,10 +64,13 @@ def bit_options(
         return []
     options: list[Option] = []
     largest = max(min(int(np.count_nonzero(np.diff(tails))), min(m, n) - 1), 1)
-    forced = None if override is None else _forced(target, override)
+    forced = None if override is None else forced_rank(target, override, "gauge")
+    if forced is None:
+        ranks = aligned(np.arange(min(max(recipe.min_rank, 1), largest), largest + 1), recipe.aligned)
+    else:
+        ranks = np.array([min(max(forced, 1), largest)])
     for bits in AUTO_BITS:
         storage = Storage(recipe, element, bits)
-        ranks = _ranks(forced, largest, recipe)
         lost = tails[ranks] + rounding.added(bits, ranks, tails[0] - tails[ranks])
         options += [
             Option(int(rank), bits, storage.bytes(target, int(rank)), float(loss))
@@ -79,32 +82,10 @@ def bit_options(
     return pareto(options)
 
 
-def _ranks(forced: int | None, largest: int, recipe: Planning) -> NDArray[np.int64]:
-    """The ranks that may be chosen."""
-    if forced is not None:
-        return np.array([min(max(forced, 1), largest)])
-    ranks = np.arange(min(max(recipe.min_rank, 1), largest), largest + 1)
-    aligned = ranks[ranks % recipe.aligned == 0]
-    return aligned if len(aligned) else ranks[:1]
-
-
-def _forced(target: Target, override: Override) -> int:
-    """The rank that an override asks for."""
-    m, n = target.out_features, target.in_features
-    if override.rank is not None:
-        if override.rank > min(m, n):
-            raise TwofoldError(
-                f"the override of {target.name} asks for rank {override.rank}, above its full rank {min(m, n)}"
-            )
-        return override.rank
-    assert override.keep is not None
-    return gauge_rank(m, n, override.keep * target.size)
-
-
 def _candidate(
     target: Target, options: list[Option], element: int, weight: float, *, forced: bool = False
 ) -> Candidate:
-    """The options of one weight as a candidate of an allocation; the ranks of dense ones are those of the whole weight.
+    """Return the options of one weight as a candidate of an allocation; a dense one has the rank of the whole weight.
 
     Args:
         weight: that makes losses comparable from weight to weight.
@@ -123,31 +104,31 @@ def _candidate(
     )
 
 
-def bit_candidates(
-    targets: Targets,
-    spectra: Mapping[str, NDArray[np.float64]],
-    recipe: Planning,
-    element: int,
-    relative: bool,
-    evidence: Evidence,
-) -> tuple[list[Candidate], dict[str, NDArray[np.float64]], dict[str, list[Option]]]:
-    """What may be chosen for every target, the loss of each rank from 0 on, and the pairs that the choices stand for.
-
-    Args:
-        relative: whether losses are shares of each target's own total.
-    """
-    candidates: list[Candidate] = []
-    tails_of: dict[str, NDArray[np.float64]] = {}
+def bit_menu(asked: Asked) -> Menu:
+    """Return what may be chosen for every target: pairs of rank and bits."""
+    recipe, candidates = asked.recipe, []
+    tails: dict[str, NDArray[np.float64]] = {}
     pairs: dict[str, list[Option]] = {}
-    for target in targets.targets:
-        values = np.asarray(spectra[target.name], dtype=np.float64)
-        tails = tails_of[target.name] = np.append(np.cumsum(values[::-1])[::-1], 0.0)
-        override = last_match(target.name, recipe.overrides)
-        found = bit_options(target, evidence.rounding[target.name], tails, recipe, element, override)
-        weight = 1.0 / tails[0] if relative and tails[0] > 0 else 1.0
-        pairs[target.name] = found
-        candidates.append(_candidate(target, found, element, weight, forced=override is not None))
-    return candidates, tails_of, pairs
+    overrides: dict[str, Override | None] = {}
+    for target in asked.targets.targets:
+        name = target.name
+        overrides[name], tails[name] = last_match(name, recipe.overrides), asked.tails(name, 0)
+        rounding = asked.evidence.rounding[name]
+        pairs[name] = bit_options(target, rounding, tails[name], recipe, asked.element, overrides[name])
+        weight, forced = asked.weight(tails[name]), overrides[name] is not None
+        candidates.append(_candidate(target, pairs[name], asked.element, weight, forced=forced))
+
+    def entry(target: Target, choice: Choice) -> PlanEntry:
+        total, forced = float(tails[target.name][0]), overrides[target.name] is not None
+        if choice.index is None:
+            return asked.stored(target, None, None, 0.0, total, forced=forced)
+        pair = pairs[target.name][choice.index]
+        return asked.stored(target, pair.rank, pair.bits, pair.loss, total, forced=forced)
+
+    def entries(choices: Mapping[str, Choice]) -> list[PlanEntry]:
+        return [entry(target, choices[target.name]) for target in asked.targets.targets]
+
+    return Menu(candidates, {}, entries)
 
 
 def stand_in(recipe: P) -> P:

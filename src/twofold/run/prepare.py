@@ -67,23 +67,19 @@ def prepare(
         bases: whether factors will be made, or only the plan.
         sizing: the search for the size, which measures the dense model before the calibration and may refuse it.
     """
-    loaded, chain = opened.loaded, opened.chain
-    model, residence = loaded.model, loaded.residence
-    objective = OBJECTIVES.get(recipe.objective)
+    loaded, model = opened.loaded, opened.loaded.model
+    objective, allocation = OBJECTIVES.get(recipe.objective), ALLOCATIONS.get(recipe.allocate)
+    measured = allocation.measure is not None
     targets = with_structures(opened, find_targets(model, recipe.include, recipe.exclude), recipe)
-    allocation = ALLOCATIONS.get(recipe.allocate)
-    measured, again = allocation.measure is not None, allocation.again
     times = layer_times(loaded, targets, recipe, quiet=quiet)
     plan_of_shapes(loaded, targets, recipe, times)  # an impossible budget or override is refused before any work
-    if isinstance(residence, Streamed):
-        fused = {t.name: "fused with others in the checkpoint" for t in targets.targets if residence.fused(t.name)}
-        targets = targets.without(fused)
+    if isinstance(loaded.residence, Streamed):
+        fused = [target.name for target in targets.targets if loaded.residence.fused(target.name)]
+        targets = targets.without(dict.fromkeys(fused, "fused with others in the checkpoint"))
     with watch.stage("hash"):
         hashed = model_hash(model, loaded.shards)
-    mark = ""
     data: Data | None = None
-    moments: Moments | None = None
-    reused = False
+    moments, reused = None, False
     if objective.needs or recipe.refine or measured or (recipe.goal is not None and recipe.eval_text is None):
         with watch.stage("texts"):
             task, aside = opened.need_task(), recipe.held_out_windows
@@ -93,44 +89,65 @@ def prepare(
             processes.same(partial(sizing.begin, data, hashed))
     if objective.needs:
         assert data is not None
-        with watch.stage("texts"):
-            if data.units < data.asked - recipe.window and not quiet:
-                say(f"the calibration text gives {data.units:,} tokens of the {data.asked:,} asked for")
+        _announce(data, recipe, quiet=quiet)
         asked = objective.needs | (rounding_needs(objective) if recipe.bits is not None or recipe.kept_bits else set())
         targets, moments, reused = calibrate(
             recipe, opened, targets, asked, data.samples, hashed, watch,
             moments_folder=moments_folder, work=work, quiet=quiet,
         )  # fmt: skip
-        mark = moments.fingerprint
         targets = used_targets(targets, moments)
-    if work is not None:
-        work.belongs_to(spectra_mark(hashed, mark, recipe))
-        work.update(stage="decomposing", targets=len(targets.targets))
+    mark = spectra_mark(hashed, moments.fingerprint if moments is not None else "", recipe)
     with watch.stage("decompose"):
-        folder = work.spectra if work is not None else None
-        if folder is not None and not targets.structures:
-            check_space(folder, 4 * sum(min(t.out_features, t.in_features) ** 2 for t in targets.targets))
-        bases = bases or measured or again or recipe.bits == "auto"
-        spectra = Spectra(folder, spectra_mark(hashed, mark, recipe), bases=bases)
-        made = Decomposition(moments, objective, recipe.damping, spectra)
-        chain = chain or plain_chain(model)
-        decompose(residence, targets, made, chain=chain, blocks=opened.blocks or RESIDENT_BLOCKS, quiet=quiet)
+        bases = bases or measured or allocation.again or recipe.bits == "auto"
+        made = _decomposed(opened, targets, recipe, moments, mark, work, bases=bases, quiet=quiet)
     if measured and work is not None:
         work.update(stage=f"measuring for the allocation {recipe.allocate}")
+    samples = None if data is None else data.samples
+    measurement = Measurement(model, opened.task, targets.targets, samples, made, recipe, quiet)
     with watch.stage("sensitivities" if measured else "plan"):
-        samples = None if data is None else data.samples
-        measurement = Measurement(model, opened.task, targets.targets, samples, made, recipe, quiet)
         evidence = processes.same(lambda: gather(measurement, recipe.allocate))
     evidence = replace(evidence, times=times.times, times_of=times.times_of)
+    element, settings = loaded.stored_dtype.itemsize, recipe.at(1.0)
     with watch.stage("plan"):
-        plan = make_plan(loaded.name, targets, spectra.values, recipe.at(1.0), loaded.stored_dtype.itemsize, evidence)
+        plan = make_plan(loaded.name, targets, made.spectra.values, settings, element, evidence)
     prepared = Prepared(opened, targets, data, reused, made, evidence, plan)
-    if again:
+    if allocation.again:
         if work is not None:
             work.update(stage="measuring the moments again")
         with watch.stage("recalibrate"):
             recalibrate(prepared, recipe, folder=None if work is None else work.recalibrated, quiet=quiet)
     return prepared
+
+
+def _announce(data: Data, recipe: Recipe, *, quiet: bool) -> None:
+    """Say where there is less to calibrate on than was asked for."""
+    if data.units < data.asked - recipe.window and not quiet:
+        say(f"the calibration text gives {data.units:,} tokens of the {data.asked:,} asked for")
+
+
+def _decomposed(
+    opened: Opened,
+    targets: Targets,
+    recipe: Recipe,
+    moments: Moments | None,
+    mark: str,
+    work: Work | None,
+    *,
+    bases: bool,
+    quiet: bool,
+) -> Decomposition:
+    """Decompose all targets; what the unfinished state holds already is not decomposed again."""
+    folder = None
+    if work is not None:
+        work.belongs_to(mark)
+        work.update(stage="decomposing", targets=len(targets.targets))
+        folder = work.spectra
+        if not targets.structures:
+            check_space(folder, 4 * sum(min(t.out_features, t.in_features) ** 2 for t in targets.targets))
+    made = Decomposition(moments, OBJECTIVES.get(recipe.objective), recipe.damping, Spectra(folder, mark, bases=bases))
+    chain, blocks = opened.chain or plain_chain(opened.loaded.model), opened.blocks or RESIDENT_BLOCKS
+    decompose(opened.loaded.residence, targets, made, chain=chain, blocks=blocks, quiet=quiet)
+    return made
 
 
 def with_structures(opened: Opened, targets: Targets, recipe: Recipe) -> Targets:

@@ -14,6 +14,7 @@ import pydantic
 from safetensors import SafetensorError, safe_open
 
 from twofold.calibrate.moments import DESCRIPTION
+from twofold.calibrate.states import FILES
 from twofold.errors import TwofoldError
 from twofold.host.folders import TUNED
 from twofold.host.unfinished import is_running, read_state, work_folder
@@ -134,10 +135,8 @@ def _remove(status: Status) -> None:
 
 def _remove_unfinished_moments(folder: Path) -> None:
     """Remove what a calibration left; a folder that the user named may hold other things."""
-    from twofold.calibrate.sweep import OURS
-
     for path in folder.iterdir() if folder.is_dir() else []:
-        if OURS.fullmatch(path.name):
+        if FILES.fullmatch(path.name):
             path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,41 +13,14 @@ from twofold.errors import TwofoldError
 from twofold.host.clock import machine, processor
 from twofold.host.folders import check_output
 from twofold.host.progress import progress
-from twofold.inference.latency import DECODE, PREFILL, time_shape
-from twofold.inference.timing import timed
-from twofold.model.load import load_skeleton
 from twofold.model.source import choose_device
-from twofold.nn.layers.factored import FactoredLinear
-from twofold.speed.memory import peak_of, random_ids
+from twofold.speed.layers import layer_table
+from twofold.speed.memory import peak_of
 from twofold.speed.output import write_bench
-from twofold.speed.record import Bench, Layer, Ratio, Row, Timing
+from twofold.speed.record import Bench, Ratio, Row
 from twofold.speed.roofs import measure_roofs
-from twofold.speed.runtimes import RUNTIMES, Runtime, Session, Settings, get_runtime
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """What is timed."""
-
-    prompt: int = 32  # tokens before those that are written
-    new: int = 64  # tokens that are written
-    prefill: int = 512  # tokens of a long prompt
-    batches: tuple[int, ...] = (1, 8)  # sequences written at once
-    repeats: int = 5  # rounds
-
-
-@dataclass
-class _Timed:
-    """One model in one runtime while it is timed."""
-
-    name: str
-    place: str  # what is loaded: the model, or an export of it
-    original: bool
-    session: Session
-    loaded: list[float]
-    prepared: float
-    disk: int | None
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+from twofold.speed.rounds import Lengths, opened, ratios_of, row_of, time_all
+from twofold.speed.runtimes import Runtime, Settings, get_runtime
 
 
 def bench(
@@ -182,7 +151,7 @@ def _rows(
     rounds = sum(len(models) for models in places.values()) * (lengths.repeats + 1)
     with progress("Timing", rounds, unit="rounds", quiet=settings.quiet) as tick:
         for runtime in chosen:
-            timed_here = _opened(places[runtime.name], against, runtime, settings, lengths.repeats)
+            timed_here = opened(places[runtime.name], against, runtime, settings, lengths.repeats)
             for one in timed_here:
                 _check_lengths(one.name, one.session.positions, lengths)
                 notes += one.session.notes
@@ -191,7 +160,7 @@ def _rows(
                         f"{one.name} in {runtime.name} is an export that was made for this bench: its layers are as they are "
                         "stored, not in their inference form, and the export is no part of the time to load"
                     )
-            _time(timed_here, lengths, device, tick)
+            time_all(timed_here, lengths, device, tick)
             peaks = {
                 one.name: peak_of(
                     one.place, runtime.name, settings, lengths.prompt, lengths.new, lengths.prefill, one.name
@@ -199,9 +168,9 @@ def _rows(
                 for one in timed_here
                 if memory
             }
-            made = [_row(one, runtime.name, lengths, peaks.get(one.name)) for one in timed_here]
+            made = [row_of(one, runtime.name, lengths, peaks.get(one.name)) for one in timed_here]
             rows += made
-            ratios += _ratios(made, lengths)
+            ratios += ratios_of(made, lengths)
             del timed_here
             gc.collect()
     return rows, ratios, notes
@@ -230,33 +199,6 @@ def _able(names: list[str], chosen: list[Runtime], settings: Settings) -> tuple[
     return notes, able
 
 
-def _opened(
-    places: dict[str, str], against: str | None, runtime: Runtime, settings: Settings, repeats: int
-) -> list[_Timed]:
-    """Load the models in turn some times, make those of the last round ready; the first round may read the disk, uncounted."""
-    seconds: dict[str, list[float]] = {name: [] for name in places}
-    held: dict[str, Any] = {}
-    for number in range(repeats + 1):
-        for name, place in places.items():
-            held.pop(name, None)
-            gc.collect()
-            start = time.perf_counter()
-            held[name] = runtime.load(place, settings)
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-            if number < repeats:
-                del held[name]
-    made = []
-    for name, place in places.items():
-        loaded = held.pop(name)
-        disk = runtime.disk_bytes(loaded)
-        start = time.perf_counter()
-        session = runtime.session(loaded, settings)
-        prepared = time.perf_counter() - start
-        made.append(_Timed(name, place, name == against, session, seconds[name], prepared, disk))
-    return made
-
-
 def _check_lengths(name: str, most: int | None, lengths: Lengths) -> None:
     """Refuse what is longer than the model's context.
 
@@ -275,110 +217,3 @@ def _check_lengths(name: str, most: int | None, lengths: Lengths) -> None:
             f"`prefill={lengths.prefill}` and the token behind it are longer than the context of {name}, {most} tokens; "
             f"use `prefill={most - 1}`"
         )
-
-
-def _time(models: list[_Timed], lengths: Lengths, device: torch.device, tick: Callable[[], None]) -> None:
-    """All measurements, model after model in each round; the first round warms up and is not counted."""
-    for number in range(lengths.repeats + 1):
-        for one in models:
-            for what, seconds in _round(one.session, lengths, device).items():
-                if number:
-                    one.seconds.setdefault(what, []).append(seconds)
-            tick()
-
-
-def _round(session: Session, lengths: Lengths, device: torch.device) -> dict[str, float]:
-    """Seconds of each measurement, once."""
-    found: dict[str, float] = {}
-    for batch in lengths.batches:
-        state = session.begin(random_ids(session, batch, lengths.prompt), lengths.new)
-
-        def write(state: Any = state) -> None:
-            for _ in range(lengths.new):
-                session.step(state)
-
-        found[f"decode {batch}"] = timed(write, device)
-    for what, length in (("prefill", lengths.prefill), ("first token", lengths.prompt)):
-        ids = random_ids(session, 1, length)
-        found[what] = timed(lambda ids=ids: session.begin(ids, 1), device)  # type: ignore[misc]
-    return found
-
-
-def _row(one: _Timed, runtime: str, lengths: Lengths, peak: int | None) -> Row:
-    seconds = one.seconds
-    return Row(
-        model=one.name,
-        runtime=runtime,
-        original=one.original,
-        dtype=one.session.dtype,
-        decode={b: Timing(seconds=seconds[f"decode {b}"], tokens=b * lengths.new) for b in lengths.batches},
-        prefill=Timing(seconds=seconds["prefill"], tokens=lengths.prefill),
-        first_token=Timing(seconds=seconds["first token"], tokens=lengths.prompt),
-        load=Timing(seconds=one.loaded),
-        prepare=one.prepared,
-        memory=one.session.weight_bytes,
-        peak_memory=peak,
-        disk=one.disk,
-        work=one.session.work,
-    )
-
-
-def _ratios(rows: list[Row], lengths: Lengths) -> list[Ratio]:
-    """Each model against the original in the same runtime."""
-    original = next((row for row in rows if row.original), None)
-    if original is None:
-        return []
-    found = []
-    whats = [*(f"decode {batch}" for batch in lengths.batches), "prefill", "first token", "load"]
-    for row in rows:
-        if row is original:
-            continue
-        for what in whats:
-            pairs = zip(original.timing(what).seconds, row.timing(what).seconds, strict=True)
-            measured = statistics.median(one / other for one, other in pairs)
-            ideal = _ideal(original, row, what, lengths)
-            found.append(Ratio(model=row.model, runtime=row.runtime, what=what, measured=measured, ideal=ideal))
-    return found
-
-
-def _ideal(original: Row, row: Row, what: str, lengths: Lengths) -> float | None:
-    """How many times as fast it could be: by bytes moved for decode, multiplications for prompts, bytes on disk for loading."""
-    if what == "load":
-        return original.disk / row.disk if original.disk and row.disk else None
-    if original.work is None or row.work is None:
-        return None
-    kind, _, batch = what.partition(" ")
-    if kind == "decode":
-        context = lengths.prompt + lengths.new / 2
-        return original.work.decode_bytes(int(batch), context) / row.work.decode_bytes(int(batch), context)
-    length = lengths.prefill if what == "prefill" else lengths.prompt
-    return original.work.prefill_multiplications(length) / row.work.prefill_multiplications(length)
-
-
-def layer_table(name: str, settings: Settings, dtype: torch.dtype, device: torch.device) -> list[Layer]:
-    """Each shape of a factored model's layers at their middle rank, dense against factored, for one token and for many."""
-    if name.endswith(".gguf") or RUNTIMES.get("eager").why_not(name, settings) is not None:
-        return []
-    model = load_skeleton(name, trust_remote_code=settings.trust_remote_code).model
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for module in model.modules():
-        if type(module) is FactoredLinear and module.bits is None:
-            shapes.setdefault((module.out_features, module.in_features), []).append(module.rank)
-    rows = []
-    for (m, n), ranks in shapes.items():
-        rank = int(statistics.median_low(ranks))
-        for tokens in (DECODE, PREFILL):
-            times = time_shape(m, n, [rank], tokens, dtype=dtype, device=device)
-            rows.append(
-                Layer(
-                    model=name,
-                    out_features=m,
-                    in_features=n,
-                    layers=len(ranks),
-                    rank=rank,
-                    tokens=tokens,
-                    dense=times.dense,
-                    factored=times.factored[0],
-                )
-            )
-    return rows

@@ -88,7 +88,7 @@ class CausalLM(Task):
 
 def _two_stacks(model: Any) -> bool:
     """Say whether a model has an encoder and a decoder."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def writes_text(model: Any) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ CHECKS = 8  # how often the held-out loss is taken
 PATIENCE = 3  # checks without a gain, after which it stops
 DIVERGED = 2.0  # times the loss at the beginning
 SAVE_SECONDS = 120.0
+DONE = "all steps were done"
 PROBES = 2  # forward and backward, that are timed before the steps are counted
 
 
@@ -171,12 +172,8 @@ def train(
         mark: what the state belongs to.
     """
     began = time.monotonic()
-    rates: dict[float, list[nn.Parameter]] = {}
-    for parameter in parameters.values():
-        size = float(parameter.detach().float().square().mean().sqrt())
-        rates.setdefault(rate * max(size, 1e-3), []).append(parameter)
-    groups = [{"params": list(members), "lr": base, "base": base} for base, members in rates.items()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
+    trained = list(parameters.values())
+    optimizer = _optimizer(trained, rate)
     state = _State(path, f"{mark} {title} {windows} {batch} {passes} {rate} {steps} {seed}")
     taken = state.load(parameters, optimizer)
     if taken is not None:
@@ -190,44 +187,27 @@ def train(
         parameter.grad = None
     total, step = int(about["total"]), int(about["step"])
     every = -(-total // CHECKS)
-    ended = "all steps were done"
+    ended = DONE
     saved_at = time.monotonic()
     order = _Order(windows, seed)
     with progress(title, total, done=step, unit="steps", quiet=quiet) as tick:
         while step < total:
-            scale = _scale(step, total)
             for group in optimizer.param_groups:
-                group["lr"] = group["base"] * scale
-            summed = 0.0
-            chosen = [order[step * batch + k] for k in range(batch)]
-            for k in range(0, batch, together):
-                part = chosen[k : k + together]
-                loss = loss_of(part) * (len(part) / batch)
-                loss.backward()  # type: ignore[no-untyped-call]
-                summed += float(loss.detach())
-            torch.nn.utils.clip_grad_norm_(list(parameters.values()), CLIP)
-            if math.isfinite(summed):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                group["lr"] = group["base"] * _scale(step, total)
+            finite = _step(optimizer, trained, loss_of, [order[step * batch + k] for k in range(batch)], together)
             step += 1
             tick()
             spent = about["spent"] + time.monotonic() - began
             late = seconds is not None and steps is None and spent > seconds
-            if step % every == 0 or step == total or late or not math.isfinite(summed):
-                now = held_out() if math.isfinite(summed) else math.nan
+            if step % every == 0 or step == total or late or not finite:
+                now = held_out() if finite else math.nan
                 if now < about["best"]:
                     about["best"], about["since"] = now, 0
                     best = {name: p.detach().clone() for name, p in parameters.items()}
                 else:
                     about["since"] += 1
-                if not now <= DIVERGED * about["before"]:
-                    ended = f"it diverged at step {step} of {total} (rate {rate:g}); the best state was restored"
-                    break
-                if about["since"] >= PATIENCE and step < total:
-                    ended = f"no gain on held-out text since step {step - PATIENCE * every} of {total}"
-                    break
-                if late and step < total:
-                    ended = f"the time was over at step {step} of {total}"
+                ended = _end(about, now, step, every, rate, late=late) or ended
+                if ended != DONE:
                     break
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 state.save({**about, "step": step, "spent": spent}, parameters, optimizer, best)
@@ -239,6 +219,53 @@ def train(
         say(f"{title}: {ended}")
     spent = about["spent"] + time.monotonic() - began
     return Trained(step, total, step * batch, about["before"], about["best"], spent, ended)
+
+
+def _optimizer(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """Return an optimizer with rates relative to the size of each parameter's numbers."""
+    rates: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        size = float(parameter.detach().float().square().mean().sqrt())
+        rates.setdefault(rate * max(size, 1e-3), []).append(parameter)
+    groups = [{"params": list(members), "lr": base, "base": base} for base, members in rates.items()]
+    return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
+
+
+def _step(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    loss_of: Callable[[Sequence[int]], Tensor],
+    windows: list[int],
+    together: int,
+) -> bool:
+    """Take a step on some windows; one whose loss is not finite is not taken.
+
+    Returns:
+        Whether it was taken.
+    """
+    total = 0.0
+    for first in range(0, len(windows), together):
+        part = windows[first : first + together]
+        loss = loss_of(part) * (len(part) / len(windows))
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+    if math.isfinite(total):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return math.isfinite(total)
+
+
+def _end(about: dict[str, Any], now: float, step: int, every: int, rate: float, *, late: bool) -> str | None:
+    """Say why the training ends at a step, None if it goes on."""
+    total = int(about["total"])
+    if not now <= DIVERGED * about["before"]:
+        return f"it diverged at step {step} of {total} (rate {rate:g}); the best state was restored"
+    if about["since"] >= PATIENCE and step < total:
+        return f"no gain on held-out text since step {step - PATIENCE * every} of {total}"
+    if late and step < total:
+        return f"the time was over at step {step} of {total}"
+    return None
 
 
 def _steps_for(
