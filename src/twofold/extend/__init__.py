@@ -42,5 +42,6 @@ if TYPE_CHECKING:
     from twofold.task import Task as Task
     from twofold.task import task as task
     from twofold.task.output import Output as Output
+    from twofold.task.output.categorical import CATEGORICAL as CATEGORICAL
 
 __getattr__, __dir__ = lazily(__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,16 +11,14 @@ from torch import nn
 from twofold.decompose.decompose import Decomposition
 from twofold.factor.corrected import corrected_layer
 from twofold.factor.integers import integer_dense, integer_layer, round_rest
+from twofold.factor.plain import plain_update
 from twofold.factor.structures import cut_entries
 from twofold.host.progress import Tick, progress
 from twofold.linalg.spectrum import Spectrum, truncate, truncation_loss
-from twofold.linalg.storage import rank_numbers
-from twofold.model.kinds import dense_weight
+from twofold.model.kinds import dense_weight, kind_of
 from twofold.model.structure import Structure
 from twofold.model.target import Target
 from twofold.nn.compact import CompactLinear
-from twofold.nn.layers.factored import FactoredLinear
-from twofold.nn.layers.quantized import QuantizedLinear
 from twofold.nn.places import hold_bases, replace_module
 from twofold.objectives import Problem
 from twofold.planning.plan import Plan, PlanEntry
@@ -28,41 +26,36 @@ from twofold.quantize.loss import far_diagonal
 
 
 def factor_layer(
+    module: nn.Module,
     weight: torch.Tensor,  # (out, in)
-    bias: torch.Tensor | None,  # (out,)
     entry: PlanEntry,
     spectrum: Spectrum,
     problem: Problem,
     stored_dtype: torch.dtype,
-) -> tuple[FactoredLinear, PlanEntry, str | None]:
-    """The factored layer of one plan entry, the entry as it was carried out, and a note if the gauge form had to give way.
+) -> tuple[CompactLinear, PlanEntry, str | None]:
+    """Return the factored layer of a plan's entry, the entry as it was carried out, and a note if the gauge form gave way.
 
     The numbers are rounded to the dtype that will be stored, and computed with in the dtype of the weight.
+
+    Args:
+        module: the dense layer.
+        weight: that is factored, the layer's or another one.
     """
-    assert entry.rank is not None
+    kind = kind_of(module)
+    assert entry.rank is not None and kind is not None
     left, right = truncate(weight, spectrum, problem.metric, entry.rank)
-    form: Literal["auto", "plain"] = "plain" if entry.form == "plain" else "auto"
-    layer = FactoredLinear.from_factors(left, right, bias, form, entry.transposed, dtype=stored_dtype)
-    update: dict[str, Any] = {}
+    form = "plain" if entry.form == "plain" else "auto"
+    layer = kind.layer(module, left, right, form, stored_dtype)
+    update: dict[str, Any] = {"form": layer.form}
     note = None
     if form == "auto" and layer.form == "plain":
-        # The same storage in plain factors takes a smaller rank.
-        rank = max(entry.numbers_after // (entry.out_features + entry.in_features), 1)
-        left, right = truncate(weight, spectrum, problem.metric, rank)
-        layer = FactoredLinear.from_factors(left, right, bias, "plain", entry.transposed, dtype=stored_dtype)
-        note = (
-            f"{entry.name}: no bounded gauge form, so plain factors of rank {rank} take the place of rank {entry.rank}"
-        )
-        update = {
-            "rank": rank,
-            "numbers_after": rank_numbers("plain", entry, rank),
-            "predicted_loss": float(spectrum.tails[rank]),
-            "reason": f"{entry.reason}; plain factors, since the gauge form had no bounded coefficients",
-        }
+        update, note = plain_update(entry, spectrum)
+        left, right = truncate(weight, spectrum, problem.metric, update["rank"])
+        layer = kind.layer(module, left, right, "plain", stored_dtype)
     layer = layer.to(weight.dtype)
     product = layer.to_dense(spectrum.values.dtype)
     measured = truncation_loss(weight, product, problem.metric, problem.gram)
-    return layer, entry.model_copy(update={"form": layer.form, "measured_loss": measured, **update}), note
+    return layer, entry.model_copy(update={"measured_loss": measured, **update}), note
 
 
 def target_of(entry: PlanEntry) -> Target:
@@ -72,7 +65,7 @@ def target_of(entry: PlanEntry) -> Target:
 
 def factor_entries(
     model: nn.Module, entries: list[PlanEntry], made: Decomposition, stored_dtype: torch.dtype, tick: Tick
-) -> Iterator[tuple[PlanEntry, FactoredLinear | QuantizedLinear | None, str | None]]:
+) -> Iterator[tuple[PlanEntry, CompactLinear | None, str | None]]:
     """Factor weights that are in memory, or round them, one after another."""
     for entry in entries:
         if entry.replaced:
@@ -84,11 +77,11 @@ def factor_entries(
 
 def _factor_entry(
     model: nn.Module, entry: PlanEntry, made: Decomposition, stored_dtype: torch.dtype
-) -> tuple[PlanEntry, FactoredLinear | QuantizedLinear, str | None]:
+) -> tuple[PlanEntry, CompactLinear, str | None]:
     """Factor or round one weight; give its entry as it was carried out, the layer, and a note."""
     module = model.get_submodule(entry.name)
     bias = getattr(module, "bias", None)
-    layer: FactoredLinear | QuantizedLinear
+    layer: CompactLinear
     note = None
     if made.objective.correct is not None:
         correct, moments = made.objective.correct, made.layer(entry.name)
@@ -99,7 +92,7 @@ def _factor_entry(
         spectrum = made.spectrum(target, problem)
         weight = dense_weight(module).detach()
         if entry.bits is None:
-            layer, done, note = factor_layer(weight, bias, entry, spectrum, problem, stored_dtype)
+            layer, done, note = factor_layer(module, weight, entry, spectrum, problem, stored_dtype)
         else:
             sides = made.layer(entry.name)
             far = far_diagonal(weight.to(problem.gram.dtype), sides, made.objective, made.damping)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from twofold.factor.plain import plain_update
 from twofold.linalg.spectrum import Spectrum
-from twofold.linalg.storage import rank_numbers
 from twofold.nn.int_matrix import IntLinear, IntMatrix
 from twofold.nn.layers.embedding import QuantizedEmbedding
 from twofold.nn.layers.factored import FactoredLinear
@@ -38,27 +38,17 @@ def integer_layer(
     """
     assert entry.rank is not None and entry.bits is not None
     form: Any = entry.form
-    rank, note, update = entry.rank, None, {}
-    made = integer_factors(weight, spectrum, problem.metric, rank, form, entry.bits, entry.scale_group)
-    if made is None:  # the same storage in plain factors takes a smaller rank
-        rank = max(entry.numbers_after // (entry.out_features + entry.in_features), 1)
-        made = integer_factors(weight, spectrum, problem.metric, rank, "plain", entry.bits, entry.scale_group)
-        assert made is not None
-        note = (
-            f"{entry.name}: no bounded gauge form, so plain factors of rank {rank} take the place of rank {entry.rank}"
-        )
-        update = {
-            "rank": rank,
-            "form": "plain",
-            "numbers_after": rank_numbers("plain", entry, rank),
-            "quantized_bytes": factor_bytes(
-                "plain", entry.out_features, entry.in_features, rank, entry.bits, entry.scale_group
-            ),
-            "predicted_loss": float(spectrum.tails[rank]),
-            "reason": f"{entry.reason}; plain factors, since the gauge form had no bounded coefficients",
-        }
-    measured = None if far is None else factors_loss(made, problem.metric, problem.side, problem.gram, far)
-    layer = made.layer(bias, entry.transposed, stored).to(weight.dtype)
+    note = None
+    update: dict[str, Any] = {}
+    factors = integer_factors(weight, spectrum, problem.metric, entry.rank, form, entry.bits, entry.scale_group)
+    if factors is None:
+        update, note = plain_update(entry, spectrum)
+        rank, (m, n) = update["rank"], weight.shape
+        update["quantized_bytes"] = factor_bytes("plain", m, n, rank, entry.bits, entry.scale_group)
+        factors = integer_factors(weight, spectrum, problem.metric, rank, "plain", entry.bits, entry.scale_group)
+        assert factors is not None
+    measured = None if far is None else factors_loss(factors, problem.metric, problem.side, problem.gram, far)
+    layer = factors.layer(bias, entry.transposed, stored).to(weight.dtype)
     return layer, entry.model_copy(update={"measured_loss": measured, **update}), note
 
 

@@ -48,6 +48,7 @@ class Compact(nn.Module):
 
     KIND: ClassVar[str] = ""  # by which config.json names it; "" for what belongs to other layers
     CHILDREN: ClassVar[tuple[str, ...]] = ()
+    FORMS: ClassVar[tuple[str, ...]] = ()  # that it may have; the first one, where config.json says none
 
     weight: Tensor
 
@@ -125,7 +126,6 @@ class CompactLinear(Compact):
     ``NUMBERS`` are the settings that are whole numbers, each with what it is, in words.
     """
 
-    FORMS: ClassVar[tuple[str, ...]] = ()
     NUMBERS: ClassVar[Mapping[str, str]] = {}
 
     bias: nn.Parameter | None
@@ -142,7 +142,7 @@ class CompactLinear(Compact):
         check_settings(settings, cls.NUMBERS, {"kind", "form", "bits", "group"})
         given: dict[str, Any] = {name: settings[name] for name in cls.NUMBERS}
         in_features, out_features = linear_shape(module)
-        form = settings.get("form", cls.FORMS[0])
+        form = form_of(settings, cls.FORMS)
         layer = cls(in_features, out_features, form=form, **given, **place_of(module))  # type: ignore[arg-type]
         if "bits" in settings or "group" in settings:
             layer.hold_integers(*integers_of(settings))
@@ -266,6 +266,18 @@ def check_settings(settings: Mapping[str, Any], numbers: Mapping[str, str], othe
         what = "".join(f"a whole number as {words}, and " for words in list(numbers.values())[:1])
         known = f" of {', '.join(sorted(others | numbers.keys()))}" if not numbers else ""
         raise TypeError(f"it must have {what}a form{known}, got {reprlib.repr(dict(settings))}")
+
+
+def form_of(settings: Mapping[str, Any], forms: tuple[str, ...]) -> str:
+    """Return the form that the settings of a layer name, or else the first one.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    form = settings.get("form", forms[0])
+    if form not in forms:
+        raise ValueError(f"the form must be one of {', '.join(forms)}, got {reprlib.repr(form)}")
+    return str(form)
 
 
 def integers_of(settings: Mapping[str, Any]) -> tuple[int, int | None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from twofold.nn.compact import Compact, check_settings, integers_of
+from twofold.nn.compact import Compact, check_settings, form_of, integers_of
 from twofold.nn.int_matrix import IntMatrix
 
 
@@ -25,6 +25,7 @@ class QuantizedEmbedding(Compact):
 
     KIND = "embedding"
     CHILDREN = ("table",)
+    FORMS = ("embedding",)
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class QuantizedEmbedding(Compact):
     @classmethod
     def empty(cls, module: nn.Module, settings: Mapping[str, Any], model: nn.Module, shared: dict[str, Any]) -> Self:
         check_settings(settings, {}, {"kind", "form", "bits", "group"})
+        form_of(settings, cls.FORMS)
         if type(module) is not nn.Embedding:
             raise ValueError(f"it is no embedding but a {type(module).__name__}")
         (count, width), (bits, group) = module.weight.shape, integers_of(settings)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from twofold.nn.compact import CompactLinear, check_settings, integers_of, linear_shape, place_of
+from twofold.nn.compact import CompactLinear, check_settings, form_of, integers_of, linear_shape, place_of
 from twofold.nn.int_matrix import IntLinear
 
 
@@ -50,6 +50,7 @@ class QuantizedLinear(CompactLinear):
     @classmethod
     def empty(cls, module: nn.Module, settings: Mapping[str, Any], model: nn.Module, shared: dict[str, Any]) -> Self:
         check_settings(settings, cls.NUMBERS, {"kind", "form", "bits", "group"})
+        form_of(settings, cls.FORMS)
         given: dict[str, Any] = {name: settings[name] for name in cls.NUMBERS}
         (in_features, out_features), (bits, group) = linear_shape(module), integers_of(settings)
         return cls(in_features, out_features, bits, group, **given, **place_of(module))

@@ -57,7 +57,7 @@ class SharedLinear(CompactLinear):
     @classmethod
     def empty(cls, module: nn.Module, settings: Mapping[str, Any], model: nn.Module, shared: dict[str, Any]) -> Self:
         check_settings(settings, {"rank": "its rank"}, {"kind", "form", "basis"})
-        name, rank, form = settings["basis"], settings["rank"], settings.get("form")
+        name, rank, form = settings.get("basis"), settings["rank"], settings.get("form")
         if type(name) is not str or not name or "." in name:
             raise TypeError(f"it must have the name of its basis, without dots, got {reprlib.repr(name)}")
         in_features, out_features = linear_shape(module)

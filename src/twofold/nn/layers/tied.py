@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from twofold.nn.compact import CompactLinear, check_settings, linear_shape
+from twofold.nn.compact import CompactLinear, check_settings, form_of, linear_shape
 from twofold.nn.layers.embedding import QuantizedEmbedding
 
 
@@ -42,6 +42,7 @@ class TiedLinear(CompactLinear):
     @classmethod
     def empty(cls, module: nn.Module, settings: Mapping[str, Any], model: nn.Module, shared: dict[str, Any]) -> Self:
         check_settings(settings, {}, {"kind", "form"})
+        form_of(settings, cls.FORMS)
         linear_shape(module)  # it must be a linear layer
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
         if not isinstance(table, QuantizedEmbedding) or module.bias is not None:

@@ -147,9 +147,8 @@ def _solve(job: Job, streams: Streams, entries: list[PlanEntry], mix: float) -> 
                     f"the inputs of {entry.name} in the factored model are NaN or infinite; keep more of it"
                 )
             spectrum = decompose(problem.metric, problem.gram, problem.side, torch.finfo(torch.float32).eps)
-            bias = getattr(module, "bias", None)
             wanted = entry.model_copy(update={"form": "plain" if entry.form == "plain" else "gauge"})
-            layer, done, note = factor_layer(aim, bias, wanted, spectrum, problem, job.loaded.stored_dtype)
+            layer, done, note = factor_layer(module, aim, wanted, spectrum, problem, job.loaded.stored_dtype)
             notes += [note] if note is not None else []
             old = replace_module(job.model, entry.name, layer.to(weight.device, weight.dtype))
             layer.requires_grad_(any(p.requires_grad for p in old.parameters()))
