@@ -49,10 +49,9 @@ class LinearKind(Kind):
     def watch(self, module: nn.Module, sink: Sink) -> list[Any]:
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = given(args, kwargs)
-            if not torch.is_grad_enabled() or x.requires_grad:
-                return None
-            started = x.detach().requires_grad_(True)
-            return ((started, *args[1:]), kwargs) if args else (args, {**kwargs, "input": started})
+            if sink.starts and torch.is_grad_enabled() and not x.requires_grad:
+                x = x.detach().requires_grad_(True)
+            return (x,), {}  # by position, since PyTorch shows the gradients of no others
 
         def passed(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
             @torch.no_grad()
@@ -69,7 +68,7 @@ class LinearKind(Kind):
                 sink.input_gradients(grad_input[0])
 
         handles: list[Any] = [module.register_forward_hook(passed, with_kwargs=True)]
-        if sink.starts:
+        if sink.starts or sink.input_gradients is not None:
             handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         if sink.input_gradients is not None:
             handles.append(module.register_full_backward_hook(handed_back))
