@@ -144,6 +144,8 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
             raise TwofoldError(
                 f"the checkpoint is not whole: it lacks {len(absent)} factors, first {absent[0]}; fetch it again"
             )
+        if self.quantization_config.format_version < FORMAT_VERSION:
+            self.describe(model)  # what is saved anew is of today's format
 
     def describe(self, model: Any) -> None:
         """Write down which layers of a model are factored, and how: what its config.json will say."""
