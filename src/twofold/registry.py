@@ -70,7 +70,7 @@ class Registry(Generic[T]):
             if method is not None:
                 return method
         others = f", or {self.others}" if self.others else ""
-        raise TwofoldError(f"there is no {self.kind} {name!r}; choose one of {', '.join(self.names())}{others}")
+        raise TwofoldError(f"there is no {self.kind} {name[:80]!r}; choose one of {', '.join(self.names())}{others}")
 
     @cached_property
     def _files(self) -> dict[str, str]:

@@ -208,7 +208,9 @@ def _skeleton(module: nn.Module, name: str, settings: Any, shared: dict[str, Any
             raise TypeError(f"it must be a mapping, got {reprlib.repr(settings)}")
         return LAYERS.get(kind_of(settings)).empty(module, settings, model, shared)
     except (ValueError, TypeError) as error:
-        raise TwofoldError(f"the plan of {name} in the checkpoint does not fit: {error}") from error
+        raise TwofoldError(
+            f"the plan of {name or type(model).__name__} in the checkpoint does not fit: {error}"
+        ) from error
 
 
 def attach(model: Any) -> None:

@@ -11,6 +11,7 @@ import twofold
 from twofold.cli.flags import Json, Quiet
 from twofold.cli.settings import settings_flags
 from twofold.cli.tables import answer, console, number, plain, print_notes, print_place, table
+from twofold.cli.words import with_flags
 from twofold.comparison.grid import Grid, grid_fields, make_grid
 from twofold.recipe import Recipe
 
@@ -50,7 +51,7 @@ def print_comparison(comparison: Comparison, out: Path) -> None:
         ),
     )
     for reason, names in comparison.skipped.items():
-        console.print(f"Not measured: {plain('; '.join(names))}: {plain(reason)}", soft_wrap=True)
+        console.print(f"Not measured: {plain('; '.join(names))}: {plain(with_flags(reason))}", soft_wrap=True)
     console.print(
         "MB: the whole model, numbers in 16 bits; ×: over the dense model's; divergence: on the first text, nats per token."
     )

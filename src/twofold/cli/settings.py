@@ -78,8 +78,9 @@ def _settings(given: dict[str, Any]) -> dict[str, object]:
             settings.pop(name, None) if given.get(name) in (None, []) else None
     if not settings.get("model"):
         raise TwofoldError("name a model: a folder, a hub id, a .gguf file, or smollm2")
-    if given.get("model") is None:
-        find_model(str(settings["model"]), str(settings["revision"]) if settings.get("revision") else None)
+    model, revision = settings["model"], settings.get("revision")
+    if given.get("model") is None and isinstance(model, str):  # what else stands in the file is refused by the settings
+        find_model(model, revision if isinstance(revision, str) else None)
     return settings
 
 

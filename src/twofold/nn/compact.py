@@ -262,10 +262,13 @@ def check_settings(settings: Mapping[str, Any], numbers: Mapping[str, str], othe
     Raises:
         TypeError: with what it must have.
     """
-    if any(type(settings.get(key)) is not int for key in numbers) or settings.keys() - numbers.keys() - others:
-        what = "".join(f"a whole number as {words}, and " for words in list(numbers.values())[:1])
-        known = f" of {', '.join(sorted(others | numbers.keys()))}" if not numbers else ""
-        raise TypeError(f"it must have {what}a form{known}, got {reprlib.repr(dict(settings))}")
+    wrong = [words for key, words in numbers.items() if type(settings.get(key)) is not int]
+    unknown = settings.keys() - numbers.keys() - others
+    if unknown and not numbers:
+        raise TypeError(f"it may have {', '.join(sorted(others))} alone, and not {reprlib.repr(min(unknown))}")
+    if wrong or unknown:
+        whole = " and ".join(f"a whole number as {words}" for words in wrong or numbers.values())
+        raise TypeError(f"it must have {whole}, and a form, got {reprlib.repr(dict(settings))}")
 
 
 def form_of(settings: Mapping[str, Any], forms: tuple[str, ...]) -> str:

@@ -102,7 +102,7 @@ def prepare(
         made = _decomposed(opened, targets, recipe, moments, mark, work, bases=bases, quiet=quiet)
     if measured and work is not None:
         work.update(stage=f"measuring for the allocation {recipe.allocate}")
-    measurement = Measurement(model, opened.task, targets.targets, data and data.samples, made, recipe, quiet)
+    measurement = Measurement(model, opened.task, targets.targets, data.samples if data else None, made, recipe, quiet)
     with watch.stage("sensitivities" if measured else "plan"):
         evidence = processes.same(lambda: gather(measurement, recipe.allocate))
     evidence = replace(evidence, times=times.times, times_of=times.times_of)

@@ -89,49 +89,69 @@ def training(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[
 
 
 class _State:
-    """What a training needs to go on: the parameters, the moments of the optimizer, the best parameters so far."""
+    """How far a training has come, and what it needs to go on: parameters, moments of the optimizer, the best parameters."""
 
-    def __init__(self, path: Path | None, mark: str) -> None:
-        self.path, self.mark = path, hashlib.sha256(mark.encode()).hexdigest()
-
-    def save(
-        self,
-        about: dict[str, Any],
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        best: dict[str, Tensor],
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, path: Path | None, mark: str
     ) -> None:
-        if self.path is None:
-            return
-        tensors: dict[str, Tensor] = {f"best/{name}": tensor for name, tensor in best.items()}
-        for name, parameter in parameters.items():
-            tensors[f"now/{name}"] = parameter.data
-            state = optimizer.state[parameter]
-            tensors[f"first/{name}"], tensors[f"second/{name}"] = state["exp_avg"], state["exp_avg_sq"]
-        write_part(self.path, tensors, self.mark, {"about": json.dumps(about)})
+        self.parameters, self.optimizer, self.path = parameters, optimizer, path
+        self.mark = hashlib.sha256(mark.encode()).hexdigest()
+        self.about: dict[str, Any] = {}
+        self.best: dict[str, Tensor] = {}
+        self.saved_at = time.monotonic()
 
-    def load(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def begin(self, total: int, before: float) -> None:
+        self.about = {"step": 0, "total": total, "before": before, "best": before, "since": 0, "spent": 0.0}
+        self._keep()
+
+    def look(self, loss: float) -> None:
+        """Keep the parameters if they are the best so far."""
+        if loss < self.about["best"]:
+            self.about["best"], self.about["since"] = loss, 0
+            self._keep()
+        else:
+            self.about["since"] += 1
+
+    def _keep(self) -> None:
+        self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.best[name])
+
+    def save(self, step: int, spent: float) -> None:
+        """Write it down, every two minutes."""
+        if self.path is None or time.monotonic() - self.saved_at <= SAVE_SECONDS:
+            return
+        tensors: dict[str, Tensor] = {f"best/{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.parameters.items():
+            tensors[f"now/{name}"] = parameter.data
+            state = self.optimizer.state[parameter]
+            tensors[f"first/{name}"], tensors[f"second/{name}"] = state["exp_avg"], state["exp_avg_sq"]
+        about = json.dumps({**self.about, "step": step, "spent": spent})
+        write_part(self.path, tensors, self.mark, {"about": about})
+        self.saved_at = time.monotonic()
+
+    def load(self) -> bool:
         """Take up an earlier state, if there is a whole one that belongs here."""
         if self.path is None or not self.path.is_file():
-            return None
+            return False
         try:
             names, header = read_names(self.path, self.mark)
         except TwofoldError:
-            return None
-        about = json.loads(header["about"])
+            return False
+        self.about = json.loads(header["about"])
         parts = Parts(dict.fromkeys(names, self.path))
-        best: dict[str, Tensor] = {}
-        for name, parameter in parameters.items():
+        for name, parameter in self.parameters.items():
             parameter.data.copy_(parts[f"now/{name}"])
-            best[name] = parts[f"best/{name}"].clone()
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(about["step"])),
+            self.best[name] = parts[f"best/{name}"].clone()
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.about["step"])),
                 "exp_avg": parts[f"first/{name}"].to(parameter.device, copy=True),
                 "exp_avg_sq": parts[f"second/{name}"].to(parameter.device, copy=True),
             }
-        return about, best
+        return True
 
 
 def train(
@@ -174,24 +194,19 @@ def train(
     began = time.monotonic()
     trained = list(parameters.values())
     optimizer = _optimizer(trained, rate)
-    state = _State(path, f"{mark} {title} {windows} {batch} {passes} {rate} {steps} {seed}")
-    taken = state.load(parameters, optimizer)
-    if taken is not None:
-        about, best = taken
-    else:
+    mark = f"{mark} {title} {windows} {batch} {passes} {rate} {steps} {seed}"
+    state = _State(parameters, optimizer, path, mark)
+    if not state.load():
         first = held_out() if before is None else before
-        total = steps or _steps_for(loss_of, held_out, windows, batch, min(together, batch), passes, seconds, began)
-        about = {"step": 0, "total": total, "before": first, "best": first, "since": 0, "spent": 0.0}
-        best = {name: p.detach().clone() for name, p in parameters.items()}
-    for parameter in parameters.values():
+        probed = min(together, batch)
+        state.begin(steps or _steps_for(loss_of, held_out, windows, batch, probed, passes, seconds, began), first)
+    for parameter in trained:
         parameter.grad = None
-    total, step = int(about["total"]), int(about["step"])
+    about, total, step = state.about, int(state.about["total"]), int(state.about["step"])
     every = -(-total // CHECKS)
-    ended = DONE
-    saved_at = time.monotonic()
-    order = _Order(windows, seed)
+    ended, order = DONE, _Order(windows, seed)
     with progress(title, total, done=step, unit="steps", quiet=quiet) as tick:
-        while step < total:
+        while step < total and ended == DONE:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * _scale(step, total)
             finite = _step(optimizer, trained, loss_of, [order[step * batch + k] for k in range(batch)], together)
@@ -200,21 +215,12 @@ def train(
             spent = about["spent"] + time.monotonic() - began
             late = seconds is not None and steps is None and spent > seconds
             if step % every == 0 or step == total or late or not finite:
-                now = held_out() if finite else math.nan
-                if now < about["best"]:
-                    about["best"], about["since"] = now, 0
-                    best = {name: p.detach().clone() for name, p in parameters.items()}
-                else:
-                    about["since"] += 1
-                ended = _end(about, now, step, every, rate, late=late) or ended
-                if ended != DONE:
-                    break
-            if time.monotonic() - saved_at > SAVE_SECONDS:
-                state.save({**about, "step": step, "spent": spent}, parameters, optimizer, best)
-                saved_at = time.monotonic()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(best[name])
+                loss = held_out() if finite else math.nan
+                state.look(loss)
+                ended = _end(about, loss, step, every, rate, late=late) or DONE
+            if ended == DONE:
+                state.save(step, spent)
+    state.take_best()
     if "diverged" in ended:
         say(f"{title}: {ended}")
     spent = about["spent"] + time.monotonic() - began
