@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+pytest.register_assert_rewrite("conformance")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 logging.disable_progress_bar()
 # On a machine that decides about a change, the same change gives the same draws; elsewhere each run draws anew.
@@ -82,6 +84,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+def interruptible() -> None:
+    """Let Ctrl-C reach a process that is about to start; one of tests in the background would inherit that it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 TEXT = "".join(

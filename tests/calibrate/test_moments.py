@@ -9,7 +9,6 @@ import torch
 from safetensors import safe_open
 from transformers import AlbertConfig, AlbertForMaskedLM, BertConfig, BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
-from twofold.task.curvature import loss_gradient
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
@@ -22,7 +21,10 @@ from twofold.model.load import LoadedModel
 from twofold.model.streamed import Resident
 from twofold.model.weights import find_groups, find_targets
 from twofold.recipe import Recipe
-from twofold.task.text.sampled import beginnings, draw, sample_texts, user_turn_prefix
+from twofold.task import TASKS
+from twofold.task.output.curvature import loss_gradient
+from twofold.task.output.draw import draw
+from twofold.task.text.sampled import beginnings, sample_texts, user_turn_prefix
 from twofold.task.text.texts import spread, token_windows, wikitext_rows
 from twofold.task.text.windows import calibration_windows
 
@@ -30,15 +32,18 @@ NEEDS = {"input", "gradient", "input_abs", "input_square", "gradient_square", "f
 
 
 def windows(count=3, width=24):
-    return token_windows([TEXT], make_tokenizer(), tokens=count * width, window=width).ids
+    return token_windows([TEXT], make_tokenizer(), tokens=count * width, window=width).samples
 
 
-def collect(model, ids, needs=NEEDS, both_sides=False, **settings):
+def collect(model, samples, needs=NEEDS, both_sides=False, **settings):
     targets = find_targets(model).targets
-    groups = find_groups(model, targets, lambda: model(input_ids=ids[:1]))
+    groups = find_groups(model, targets, lambda: model(**samples.batch(0, 1)))
     request = request_statistics(targets, groups, needs, both_sides=both_sides)
     empty = Moments({}, 0, groups, "mark", {})
-    return targets, collect_moments(Resident(model), targets, request, ids, empty=empty, quiet=True, **settings)
+    task = TASKS.get("causal-lm")
+    return targets, collect_moments(
+        Resident(model), targets, request, samples, task, empty=empty, quiet=True, **settings
+    )
 
 
 def by_autograd(model, ids, seed):
@@ -72,10 +77,11 @@ def by_autograd(model, ids, seed):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
 def test_moments_are_those_of_autograd(architecture):
     model = make_model(architecture, dtype=torch.float64)
-    ids = windows()
+    samples = windows()
+    ids = samples.ids
     truth = by_autograd(make_model(architecture, dtype=torch.float64), ids, seed=5)
     for both in (False, True):
-        targets, moments = collect(model, ids, both_sides=both, seed=5)
+        targets, moments = collect(model, samples, both_sides=both, seed=5)
         for target in targets:
             x, g, c, gg = truth[target.name]
             w = dense_weight(model.get_submodule(target.name)).detach()
@@ -113,36 +119,34 @@ def test_the_smaller_side_is_collected():
 
 
 def test_sampled_labels_give_the_gradient_of_the_cross_entropy():
-    logits = torch.randn(1, 6, 11, requires_grad=True)
-    gradient = loss_gradient(logits, torch.zeros(1, 6, dtype=torch.int64), torch.Generator().manual_seed(3))
-    labels = draw(torch.softmax(logits.detach()[0], -1), torch.Generator().manual_seed(3))
-    torch.nn.functional.cross_entropy(logits[0], labels, reduction="sum").backward()
+    logits = torch.randn(6, 11, requires_grad=True)
+    gradient = loss_gradient(logits, None, torch.Generator().manual_seed(3))
+    labels = draw(torch.softmax(logits.detach(), -1), torch.Generator().manual_seed(3))
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     torch.testing.assert_close(gradient, logits.grad)
 
 
 def test_probes_have_the_covariance_of_the_gauss_newton_matrix():
-    logits = torch.randn(1, 1, 7).expand(1, 40000, 7)
-    p = torch.softmax(logits[0, 0].double(), -1)
-    v = loss_gradient(
-        logits, torch.zeros(1, 40000, dtype=torch.int64), torch.Generator().manual_seed(0), "gauss-newton"
-    )
-    covariance = (v[0].double().T @ v[0].double()) / v.shape[1]
-    torch.testing.assert_close(covariance, torch.diag(p) - torch.outer(p, p), atol=5e-3, rtol=0)
+    logits = torch.randn(1, 7).expand(40000, 7)
+    p = torch.softmax(logits[0].double(), -1)
+    v = loss_gradient(logits, None, torch.Generator().manual_seed(0), "gauss-newton").double()
+    torch.testing.assert_close(v.T @ v / len(v), torch.diag(p) - torch.outer(p, p), atol=5e-3, rtol=0)
 
 
 def test_probes_of_a_wide_vocabulary_look_at_the_likely_tokens_alone():
-    logits = torch.randn(1, 3, 600) * 4
-    v = loss_gradient(logits, torch.zeros(1, 3, dtype=torch.int64), torch.Generator().manual_seed(0), "gauss-newton")[0]
-    likely = torch.zeros(3, 600, dtype=torch.bool).scatter_(1, logits[0].topk(256, -1).indices, True)
+    logits = torch.randn(3, 600) * 4
+    v = loss_gradient(logits, None, torch.Generator().manual_seed(0), "gauss-newton")
+    likely = torch.zeros(3, 600, dtype=torch.bool).scatter_(1, logits.topk(256, -1).indices, True)
     assert (v[~likely] == 0).all() and (v[likely] != 0).all()
     torch.testing.assert_close(v.sum(-1), torch.zeros(3), atol=1e-5, rtol=0)  # a constant on all logits changes nothing
 
 
 def test_empirical_gradients_are_those_of_the_text():
     logits, ids = torch.randn(2, 6, 11, requires_grad=True), torch.randint(11, (2, 6))
-    gradient = loss_gradient(logits, ids, torch.Generator(), "empirical")
+    labels = TASKS.get("causal-lm").labels({"input_ids": ids})
+    gradient = loss_gradient(logits.flatten(0, 1), labels, torch.Generator(), "empirical")
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
-    torch.testing.assert_close(gradient, logits.grad)
+    torch.testing.assert_close(gradient, logits.grad.flatten(0, 1))
 
 
 def test_draws_follow_the_distribution():
@@ -160,30 +164,32 @@ def test_no_weight_gets_a_gradient_and_nothing_is_left_behind():
 
 
 def test_repeats_to_the_bit_and_depends_on_the_seed():
-    ids = windows()
-    _, first = collect(make_model(), ids, seed=1)
-    _, again = collect(make_model(), ids, seed=1)
-    _, other = collect(make_model(), ids, seed=2)
+    samples = windows()
+    _, first = collect(make_model(), samples, seed=1)
+    _, again = collect(make_model(), samples, seed=1)
+    _, other = collect(make_model(), samples, seed=2)
     assert all(torch.equal(first.sums[k], again.sums[k]) for k in first.sums)
     assert any(not torch.equal(first.sums[k], other.sums[k]) for k in first.sums if k.startswith("gradient/"))
     assert all(torch.equal(first.sums[k], other.sums[k]) for k in first.sums if k.startswith("input/"))
 
 
 def test_an_interrupted_pass_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    ids = windows(6)
-    _, whole = collect(make_model(), ids)
+    samples = windows(6)
+    _, whole = collect(make_model(), samples)
     folder = tmp_path / "moments"
     monkeypatch.setattr("twofold.calibrate.sweep.SAVE_SECONDS", -1.0)
-    monkeypatch.setattr("twofold.calibrate.sweep.loss_gradient", _fail_after(4))
+    monkeypatch.setattr("twofold.task.output.categorical.loss_gradient", _fail_after(4))
     with pytest.raises(RuntimeError, match="killed"):
-        collect(make_model(), ids, folder=folder)
+        collect(make_model(), samples, folder=folder)
     with safe_open(folder / ".progress.0.safetensors", "pt") as file:
         assert file.metadata()["windows"] == "4"
     with pytest.raises(TwofoldError, match="can't be read"):
         Moments.load(folder)
     calls = []
-    monkeypatch.setattr("twofold.calibrate.sweep.loss_gradient", lambda *a: calls.append(1) or loss_gradient(*a))
-    _, resumed = collect(make_model(), ids, folder=folder)
+    monkeypatch.setattr(
+        "twofold.task.output.categorical.loss_gradient", lambda *a: calls.append(1) or loss_gradient(*a)
+    )
+    _, resumed = collect(make_model(), samples, folder=folder)
     assert len(calls) == 2
     assert set(resumed.sums) == set(whole.sums)
     assert all(torch.equal(whole.sums[k], resumed.sums[k]) for k in whole.sums)
@@ -207,7 +213,7 @@ def test_kept_and_loaded_only_where_they_belong(tmp_path):
     folder = tmp_path / "deep" / "moments"
     moments.save(folder)
     loaded = Moments.load(folder, "mark")
-    assert loaded.tokens == moments.tokens and loaded.groups == moments.groups
+    assert loaded.predictions == moments.predictions and loaded.groups == moments.groups
     assert set(loaded.sums) == set(moments.sums)
     assert all(torch.equal(loaded.sums[k], moments.sums[k]) for k in moments.sums)
     with pytest.raises(TwofoldError, match="belong to another model"):
@@ -230,12 +236,11 @@ def test_the_layer_that_breaks_is_named():
 def test_windows():
     tokenizer = make_tokenizer()
     made = token_windows([TEXT], tokenizer, tokens=200, window=50, held_out=2)
-    assert made.ids.shape == (4, 50) and made.held_out.shape == (2, 50)
-    assert tokenizer.decode(made.ids.flatten()) == TEXT.encode()[:200].decode()
+    assert made.samples.ids.shape == (4, 50) and made.held_out.ids.shape == (2, 50)
+    assert tokenizer.decode(made.samples.ids.flatten()) == TEXT.encode()[:200].decode()
     again = token_windows([TEXT], tokenizer, tokens=200, window=50)
-    assert (
-        again.sha256 == made.sha256 and again.sha256 != token_windows([TEXT], tokenizer, tokens=150, window=50).sha256
-    )
+    fewer = token_windows([TEXT], tokenizer, tokens=150, window=50)
+    assert again.samples.sha256 == made.samples.sha256 != fewer.samples.sha256
     with pytest.raises(TwofoldError, match="is empty"):
         token_windows(["", " \n"], tokenizer, tokens=200, window=50)
     with pytest.raises(TwofoldError, match="has 5 tokens, fewer than one window of 50"):
@@ -243,8 +248,8 @@ def test_windows():
     # Set aside from as much text again as is calibrated on, not from what comes right after.
     text = "".join(chr(97 + i // 26 % 26) + chr(97 + i % 26) for i in range(1000))
     apart = token_windows([text], tokenizer, tokens=400, window=50, held_out=2)
-    assert apart.ids.shape == (8, 50)
-    assert [tokenizer.decode(ids) for ids in apart.held_out] == [
+    assert apart.samples.ids.shape == (8, 50)
+    assert [tokenizer.decode(ids) for ids in apart.held_out.ids] == [
         text[600:650],
         text[500:550],
     ]  # of eight places, the middle and the quarter
@@ -252,7 +257,7 @@ def test_windows():
         assert sorted(spread(count)) == list(range(count))
     assert spread(8) == [4, 2, 6, 1, 5, 3, 7, 0] and spread(0) == []
     short = token_windows(["x" * 120], tokenizer, tokens=10_000, window=50, held_out=8)
-    assert short.ids.shape == (1, 50) and short.held_out.shape == (1, 50)
+    assert short.samples.ids.shape == (1, 50) and short.held_out.ids.shape == (1, 50)
 
 
 def test_wikitext_rows_are_joined_as_published_tables_do():
@@ -294,9 +299,9 @@ def test_a_recipe_says_of_which_kind(text_file):
 
     def begin(**settings: Any) -> set[str]:
         recipe = Recipe(model="tiny", keep=0.6, tokens=160, window=20, **settings)
-        made = calibration_windows(loaded, recipe, "mark", quiet=True)
-        assert made.ids.shape == (8, 20)
-        ids = torch.cat([made.ids, made.held_out])
+        made = calibration_windows(loaded, recipe, "mark", held_out=recipe.held_out_windows, quiet=True)
+        assert made.samples.ids.shape == (8, 20)
+        ids = (made.samples + made.held_out).ids
         return {"chat" if tokenizer.decode(row[:6]) == "<eos>user:" else "plain" for row in ids}
 
     assert begin() == {"plain", "chat"}
@@ -323,15 +328,15 @@ def test_shared_layers_count_every_call_once():
         intermediate_size=48, max_position_embeddings=64,
     )  # fmt: skip
     model = AlbertForMaskedLM(config).double().eval()
-    ids = windows()
-    targets, moments = collect(model, ids)
+    samples = windows()
+    targets, moments = collect(model, samples)
     shared = next(t for t in targets if t.name.endswith("attention.query"))
     once = next(t for t in targets if t.name.endswith("embedding_hidden_mapping_in"))
-    assert moments.rows(shared.name) == 4 * ids.numel() and moments.rows(once.name) == ids.numel()
+    assert moments.rows(shared.name) == 4 * samples.predictions and moments.rows(once.name) == samples.predictions
     x = moments.sums[f"input/{moments.groups[shared.name]}"]
-    torch.testing.assert_close(moments.layer(shared.name).input, x / (4 * ids.numel()))
+    torch.testing.assert_close(moments.layer(shared.name).input, x / (4 * samples.predictions))
     g = moments.sums[f"gradient/{shared.name}"]
-    torch.testing.assert_close(moments.layer(shared.name).gradient, g / ids.numel())
+    torch.testing.assert_close(moments.layer(shared.name).gradient, g / samples.predictions)
 
 
 def test_layers_that_take_no_part_are_left_dense():

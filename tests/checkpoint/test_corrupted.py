@@ -565,6 +565,10 @@ for value in ("diagonal", "", 5, None, ["rows"], "ROWS", "gauge"):
     case(f"factored: form {value}", QUERY, **factored)(
         modules_of(lambda m, value=value: m[QUERY].update(form=value) and None)
     )
+for value in ("magic", "", "_basis", "twofold.nn.layers.factored", "sliced", "x" * 10**6, 5, None, ["factored"], {}):
+    case(f"factored: kind {str(value)[:40]!r}", QUERY, **factored)(
+        modules_of(lambda m, value=value: m[QUERY].update(kind=value) and None)
+    )
 case("factored: the other form", QUERY, **factored)(modules_of(lambda m: m[QUERY].update(form="plain") and None))
 case("factored: no rank", QUERY, **factored)(modules_of(lambda m: m[QUERY].pop("rank") and None))
 case("factored: an unknown setting", QUERY, **factored)(modules_of(lambda m: m[QUERY].update(code="evil") and None))
@@ -580,10 +584,6 @@ for name in (
     "/etc/passwd",
     "model.layers.7.mlp.up_proj",
     "model.layers.0.mlp.no_proj",
-    "model.layers.0.mlp",
-    "model.embed_tokens",
-    "model.norm",
-    "",
     "model..layers",
     "__class__",
     "model.layers.0.mlp.up_proj.reduce",
@@ -591,6 +591,10 @@ for name in (
     "\x1b[31mred",
 ):
     case(f"factored: a module is called {name!r}", "factorizes", **factored)(
+        modules_of(lambda m, name=name: m.update({name: {"rank": 3, "form": "rows"}}) and None)
+    )
+for name in ("model.layers.0.mlp", "model.embed_tokens", "model.norm", ""):
+    case(f"factored: a module is called {name!r}", name or "LlamaForCausalLM", "is no linear layer", **factored)(
         modules_of(lambda m, name=name: m.update({name: {"rank": 3, "form": "rows"}}) and None)
     )
 for value in (FORMAT_VERSION + 1, 99, -1, 0, "1", None, 1.5, [1], True):

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from twofold.task.curvature import loss_gradient
 
 import twofold
 import twofold.evidence.truncated as truncated
@@ -30,6 +29,7 @@ from twofold.run.compress import compress
 from twofold.run.open import open_for
 from twofold.run.plan import plan as plan_of
 from twofold.run.prepare import prepare
+from twofold.task.output.curvature import loss_gradient
 
 SMALL = {"tokens": 128, "window": 32, "quiet": True}
 
@@ -51,8 +51,8 @@ def mean_loss(model, windows):
 @pytest.mark.parametrize("objective", ["two-sided", "svd-llm", "svd"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_scores_are_the_gradient_times_each_component(architecture, objective, tmp_path, text_file):
-    recipe, prepared = prepared_of(architecture, tmp_path, text_file, objective=objective, allocate="zero-sum")
-    model, windows = prepared.loaded.model, prepared.windows.ids
+    _, prepared = prepared_of(architecture, tmp_path, text_file, objective=objective, allocate="zero-sum")
+    model, windows = prepared.loaded.model, prepared.data.samples.ids
     modules = {t.name: model.get_submodule(t.name) for t in prepared.targets.targets}
     assert not any(p.grad is not None for p in model.parameters())
     for module in modules.values():
@@ -83,7 +83,7 @@ def test_scores_are_the_gradient_times_each_component(architecture, objective, t
 
 def test_a_score_tells_the_change_of_the_loss(tmp_path, text_file):
     _, prepared = prepared_of("llama", tmp_path, text_file, objective="svd-llm", allocate="zero-sum")
-    model, windows = prepared.loaded.model, prepared.windows.ids
+    model, windows = prepared.loaded.model, prepared.data.samples.ids
     target = prepared.targets.targets[0]
     problem = prepared.made.problem(model, target)
     spectrum = prepared.made.spectrum(target, problem)
@@ -103,7 +103,8 @@ def test_the_model_is_left_as_it_was(tmp_path, text_file):
     model = prepared.loaded.model
     before = {name: p.clone() for name, p in model.named_parameters()}
     model.train()
-    component_scores(Measurement(model, prepared.targets.targets, prepared.windows, prepared.made, recipe, quiet=True))
+    task, targets, samples = prepared.opened.task, prepared.targets.targets, prepared.data.samples
+    component_scores(Measurement(model, task, targets, samples, prepared.made, recipe, quiet=True))
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not any(m._forward_hooks for m in model.modules())
@@ -112,7 +113,7 @@ def test_the_model_is_left_as_it_was(tmp_path, text_file):
 @pytest.mark.parametrize("form", ["gauge", "plain"])
 def test_sensitivities_are_the_perplexities_of_truncated_weights(form, tmp_path, text_file):
     settings = {"allocate": "sensitivity", "form": form, "sensitivity_windows": 2}
-    recipe, prepared = prepared_of("gpt2", tmp_path, text_file, **settings)
+    _, prepared = prepared_of("gpt2", tmp_path, text_file, **settings)
     model = prepared.loaded.model
     fresh = make_model("gpt2", dtype=torch.float64)
     assert all(torch.equal(p, dict(fresh.named_parameters())[name]) for name, p in model.named_parameters())
@@ -127,7 +128,7 @@ def test_sensitivities_are_the_perplexities_of_truncated_weights(form, tmp_path,
             left, right = truncate(weight, spectrum, problem.metric, rank)
             with torch.no_grad():
                 module.weight.copy_((left @ right).T)
-                expected = math.exp(float(mean_loss(fresh, prepared.windows.ids[:2])))
+                expected = math.exp(float(mean_loss(fresh, prepared.data.samples.ids[:2])))
                 module.weight.copy_(weight.T)
             assert found == pytest.approx(expected, rel=1e-5)
 
@@ -216,8 +217,8 @@ def gradients(model, names, windows, seed=0):
 
     handles = [model.get_submodule(name).register_forward_hook(keeping(name)) for name in names]
     for i, ids in enumerate(windows):
-        logits = model(input_ids=ids[None]).logits
-        logits.backward(loss_gradient(logits, ids[None], torch.Generator().manual_seed(seed * 1_000_003 + i)))
+        logits = model(input_ids=ids[None]).logits[0]
+        logits.backward(loss_gradient(logits, None, torch.Generator().manual_seed(seed * 1_000_003 + i)))
     for handle in handles:
         handle.remove()
     return {
@@ -229,8 +230,8 @@ def gradients(model, names, windows, seed=0):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_losses_by_rank_are_those_of_the_truncated_weight_token_by_token(architecture, tmp_path, text_file):
-    recipe, prepared = prepared_of(architecture, tmp_path, text_file, allocate="measured")
-    model, windows = prepared.loaded.model, prepared.windows.ids
+    _, prepared = prepared_of(architecture, tmp_path, text_file, allocate="measured")
+    model, windows = prepared.loaded.model, prepared.data.samples.ids
     found = gradients(model, [t.name for t in prepared.targets.targets], windows)
     sides = set()
     for target in prepared.targets.targets:
@@ -266,9 +267,9 @@ def test_measured_losses_decide_the_ranks(tmp_path, text_file):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_moments_are_measured_again_on_the_factored_model(architecture, tmp_path, text_file):
-    recipe, once = prepared_of(architecture, tmp_path, text_file)
+    _, once = prepared_of(architecture, tmp_path, text_file)
     _, twice = prepared_of(architecture, tmp_path, text_file, allocate="global-iterated")
-    model, windows = once.loaded.model, once.windows.ids
+    model, windows = once.loaded.model, once.data.samples.ids
     weights = {t.name: dense_weight(model.get_submodule(t.name)).detach() for t in once.targets.targets}
     for name, module in dict(twice.loaded.model.named_modules()).items():
         if name in weights:  # the model is dense again
@@ -314,10 +315,11 @@ def test_moments_of_a_killed_run_are_not_measured_a_third_time(tmp_path, text_fi
     ("settings", "words"),
     [
         ({"objective": "svd"}, "does not give"), ({"objective": "svd-llm"}, "does not give"),
-        ({"allocate": "sensitivity", "bits": 4}, "do not count by"),
-        ({"allocate": "sensitivity", "keep": None, "latency": 0.7}, "do not count by"),
-        ({"allocate": "global", "dense_bits": 8, "refine": "anchored"}, "leave one of the two out"),
-        ({"keep": None, "kl_at_most": 0.1}, "give --keep or --budget"), ({"stream": "always"}, "block by block"),
+        ({"allocate": "sensitivity", "bits": 4}, "counts numbers of floating point, and `bits=4` rounds them"),
+        ({"allocate": "sensitivity", "keep": None, "latency": 0.7}, "which a budget in time does not count by"),
+        ({"allocate": "global", "dense_bits": 8, "refine": "anchored"}, "and `dense_bits=8` rounds some to integers; use"),
+        ({"keep": None, "kl_at_most": 0.1}, "at its size, which `kl_at_most=0.1` does not say; use"),
+        ({"stream": "always"}, "block by block"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(settings, words, checkpoint, text_file, tmp_path):

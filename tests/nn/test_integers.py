@@ -1,4 +1,4 @@
-"""Integers of a few bits: packed without gaps, with scales that no cast changes, and layers made of them."""
+"""Integers of a few bits: packed without gaps, rounded to the nearest, and refused where they are none."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from hypothesis import strategies as st
 
 from twofold.nn.bits import BITS
 from twofold.nn.int_matrix import IntLinear, IntMatrix, groups, int_bytes
-from twofold.nn.layers.corrected import CorrectedLinear
-from twofold.nn.layers.embedding import QuantizedEmbedding
-from twofold.nn.layers.factored import FactoredLinear
-from twofold.nn.layers.quantized import QuantizedLinear
 from twofold.nn.packing import pack, row_bytes, unpack
 from twofold.quantize.rounding import round_matrix
 
@@ -64,55 +60,12 @@ def test_the_scales_are_absolute_maxima_and_a_short_last_group_has_its_own():
     assert torch.equal(round_matrix(torch.zeros(3, 9), 4, 64, IntMatrix).weight, torch.zeros(3, 9))
 
 
-def test_no_cast_of_a_model_changes_the_numbers():
-    layer = QuantizedLinear.around(round_matrix(torch.randn(6, 40), 4, 64, IntLinear), torch.randn(6))
-    before = layer.to_dense(torch.float64)
-    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float32):
-        layer = layer.to(dtype)
-        assert torch.equal(layer.to_dense(torch.float64), before)
-        assert layer(torch.randn(2, 40, dtype=dtype)).dtype == dtype
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_layers_of_integers_compute_what_their_dense_weight_does(bias):
-    torch.manual_seed(0)
-    b = torch.randn(6) if bias else None
-    inner = round_matrix(torch.randn(6, 40), 3, 8, IntLinear)
-    for layer in (
-        QuantizedLinear.around(inner, b),
-        CorrectedLinear.correct(inner, torch.randn(6, 2), torch.randn(2, 40), b),
-    ):
-        x = torch.randn(3, 40, requires_grad=True)
-        y = layer(x)
-        expected = x @ layer.to_dense().T + (0 if b is None else b)
-        torch.testing.assert_close(y, expected)
-        gradient = torch.autograd.grad(y.sum(), x)[0]
-        torch.testing.assert_close(gradient, layer.to_dense().sum(0).expand(3, -1))
-        assert layer.weight.shape == (1,)
-
-
-def test_an_embedding_of_integers_looks_up_rows_of_its_matrix():
-    weight = torch.randn(11, 20)
-    table = round_matrix(weight, 8, None, IntMatrix)
-    layer = QuantizedEmbedding(11, 20, 8, None)
-    layer.table = table
-    ids = torch.tensor([[3, 0], [10, 3]])
-    assert torch.equal(layer(ids), table.weight[ids])
-    assert torch.equal(layer.dense()(ids), layer(ids))
-    assert layer.to(torch.bfloat16)(ids).dtype == torch.bfloat16
-
-
 def test_what_does_not_fit_is_refused():
     for bits in (1, 9, "4"):
         with pytest.raises(ValueError, match="bits must be between 2 and 8"):
             IntMatrix(3, 4, bits, None)
     with pytest.raises(ValueError, match="a group must have"):
         IntMatrix(3, 4, 4, 0)
-    with pytest.raises(ValueError, match="rank of a correction"):
-        CorrectedLinear(8, 6, 4, None, rank=7)
-    layer = FactoredLinear(8, 6, 2)
-    with pytest.raises(ValueError, match=r"reduce must be \(2, 8\)"):
-        layer.hold_integers(4, None, reduce=IntLinear(3, 8, 4, None))
     broken = round_matrix(torch.randn(3, 4), 4, None, IntMatrix)
     broken.scales.view(torch.bfloat16)[1] = float("nan")
     assert "NaN" in broken.index_error()

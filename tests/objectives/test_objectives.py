@@ -75,7 +75,7 @@ def moments_of(weight, x, g, small):
 
 def test_every_objective_has_a_row():
     assert set(ROWS) == {one.name for one in OBJECTIVES.all() if one.build is not None}
-    # Those without are in test_structures.py, test_dense_columns.py, test_basis_sharing.py and test_quantize.py.
+    # Those without are in test_structures.py, test_cut_columns.py, test_basis_sharing.py and test_quantize.py.
     structural = {"modegpt", "dense-columns", "basis-sharing", "lqer", "qera-exact", "eora"}
     assert {one.name for one in OBJECTIVES.all() if one.build is None} == structural
 

@@ -16,10 +16,10 @@ from transformers import AutoModel, AutoModelForCausalLM, RobertaConfig, Roberta
 import twofold
 from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
+from twofold.checkpoint.plugin import FORMAT_VERSION
 from twofold.evaluation.evaluate import evaluate
 from twofold.evaluation.size import model_size
 from twofold.evidence.rounding import AUTO_BITS, Rounding
-from twofold.factor.verify import stored_bytes
 from twofold.linalg.metric import damp
 from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate, weighted_low_rank
 from twofold.model.target import Target
@@ -43,6 +43,12 @@ SHAPES = [(48, 80), (80, 48), (56, 56)]
 def logits(model, ids=IDS):
     with torch.no_grad():
         return model(input_ids=ids).logits
+
+
+def stored_bytes(folder):
+    """Return the bytes of all tensors in the weight files of a folder."""
+    tensors = [tensor for path in folder.glob("model*.safetensors") for tensor in load_file(path).values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def factorized(architecture="llama", **settings):
@@ -135,13 +141,18 @@ def test_calibration_sums_the_diagonals_of_the_moments_themselves():
     from twofold.calibrate.sweep import collect_moments
     from twofold.model.streamed import Resident
     from twofold.model.weights import find_targets
+    from twofold.task import TASKS
+    from twofold.task.text.texts import TokenWindows
 
     model = make_model()
     targets = find_targets(model).targets
     needs = {"input", "gradient", "input_square", "gradient_square"}
     request = request_statistics(targets, {}, needs, both_sides=True)
     windows = torch.randint(0, 255, (2, 24), generator=torch.Generator().manual_seed(0))
-    found = collect_moments(Resident(model), targets, request, windows, empty=Moments({}, 0, {}, ""), quiet=True)
+    empty, task = Moments({}, 0, {}, ""), TASKS.get("causal-lm")
+    found = collect_moments(
+        Resident(model), targets, request, TokenWindows(windows, "text"), task, empty=empty, quiet=True
+    )
     for target in targets:
         layer = found.layer(target.name)
         torch.testing.assert_close(layer.input_square, layer.input.diagonal())
@@ -241,7 +252,7 @@ def test_what_is_loaded_is_what_was_saved(architecture, settings, tmp_path):
     model.save_pretrained(tmp_path / "a")
     assert stored_bytes(tmp_path / "a") == model.twofold_plan.bytes_after + foreign(model)
     config = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == 4
+    assert config["format_version"] == FORMAT_VERSION
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert torch.equal(logits(loaded), logits(model))
@@ -266,11 +277,6 @@ def foreign(model):
     ours = tuple(f"{name}." for name in [*replaced, "lm_head", "embed_out"])
     names = [n for n, _ in model.named_buffers() if n in stored and not n.startswith(ours)]
     return sum(stored[n].numel() * stored[n].element_size() for n in names)
-
-
-def test_factors_of_floating_point_keep_the_older_format(tmp_path):
-    factorized(keep=0.6).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"] == 1
 
 
 def test_other_heads_dtypes_and_a_second_save(tmp_path):
@@ -333,7 +339,7 @@ def test_broken_integers_are_refused(tmp_path):
     refused("bits must be between 2 and 8", up_proj={"bits": 1})
     refused("bits must be a whole number", up_proj={"bits": "4"})
     refused("a group must have at least one input", up_proj={"group": -1})
-    refused("a layer in the form embedding has", embed_tokens={"rank": 3})
+    refused("it may have bits, form, group, kind alone, and not 'rank'", embed_tokens={"rank": 3})
     save_file({**whole, name: whole[name].float()}, path, {"format": "pt"})
     config.write_text(said)
     with pytest.raises(TwofoldError, match="is of type F32, the model needs integers"):
@@ -463,14 +469,14 @@ def test_a_streamed_model_is_refused(checkpoint, text_file, tmp_path):
     recipe = make_recipe(
         {"model": str(checkpoint), "calibration": str(text_file), "stream": "always", "keep": 0.5, "bits": 4}
     )
-    with pytest.raises(TwofoldError, match="block by block can't be rounded to integers yet"):
+    with pytest.raises(TwofoldError, match="`bits=4` works on a model that is whole in memory, and this one is worked"):
         twofold.compress(recipe, tmp_path / "out", quiet=True)
 
 
 def test_a_plan_without_a_calibration(checkpoint):
     from twofold.run.plan import plan as plan_of
 
-    with pytest.raises(TwofoldError, match="--bits auto measures what rounding loses: name --calibration"):
+    with pytest.raises(TwofoldError, match="`bits=auto` measures what rounding loses: name `calibration=FILE`"):
         plan_of(make_recipe({"model": str(checkpoint), "budget": "60KB", "bits": "auto"}))
     plan = plan_of(make_recipe({"model": str(checkpoint), "budget": "60KB", "bits": "4"}), estimate=False)
     assert plan.bytes_after <= 60_000 and all(e.bits == 4 for e in plan.entries if e.rank is not None)
@@ -481,17 +487,20 @@ def test_a_plan_without_a_calibration(checkpoint):
     [
         ({"keep": 0.5, "bits": "auto"}, "shares out a budget in bytes"),
         ({"budget": "70%", "bits": "auto"}, "shares out a budget in bytes"),
-        ({"keep": 0.5, "bits": 9}, "--bits: must be auto, or a whole number from 2 to 8, got 9"),
-        ({"keep": 0.5, "bits": "four"}, "--bits: must be auto"),
-        ({"keep": 0.5, "dense_bits": 1}, "--dense-bits: must be none, or a whole number from 2 to 8, got 1"),
-        ({"keep": 0.5, "bits": 4, "group_size": 4}, "--group-size"),
-        ({"keep": 0.5, "bits": 4, "refine": ["distill"]}, "leave one of the two out"),
+        ({"keep": 0.5, "bits": 9}, "`bits`: must be auto, or a whole number from 2 to 8, got 9"),
+        ({"keep": 0.5, "bits": "four"}, "`bits`: must be auto"),
+        ({"keep": 0.5, "dense_bits": 1}, "`dense_bits`: must be none, or a whole number from 2 to 8, got 1"),
+        ({"keep": 0.5, "bits": 4, "group_size": 4}, "`group_size`: input should be greater than or equal to 8, got 4"),
+        (
+            {"keep": 0.5, "bits": 4, "refine": ["distill"]},
+            "and `bits=4` rounds them to integers; leave `refine` out",
+        ),
         ({"keep": 0.5, "bits": 4, "objective": "modegpt"}, "cuts weights together"),
-        ({"budget": "30KB", "bits": "auto", "objective": "asvd"}, "which is not known for --objective asvd"),
+        ({"budget": "30KB", "bits": "auto", "objective": "asvd"}, "which is not known for `objective=asvd`"),
         ({"budget": "60KB", "bits": "auto", "allocate": "energy"}, "chooses ranks alone"),
-        ({"keep": 0.5, "rank": 8}, "--rank is that of a correction"),
-        ({"objective": "eora"}, "give --bits, as in --bits 4"),
-        ({"objective": "eora", "bits": 4, "keep": 0.5}, "has its size from --bits and --rank"),
+        ({"keep": 0.5, "rank": 8}, "`rank` is that of a correction"),
+        ({"objective": "eora"}, "give `bits`, as in `bits=4`"),
+        ({"objective": "eora", "bits": 4, "keep": 0.5}, "has its size from `bits` and `rank`"),
         ({"objective": "lqer", "bits": 4, "overrides": {"q_proj": {"rank": 3}}}, "gives every weight the same rank"),
         ({"budget": "60KB", "bits": "auto", "overrides": {"q_proj": {"rank": 3000}}}, "above its full rank"),
     ],
@@ -504,7 +513,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, match):
 def test_without_torchao_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("twofold.quantize.rounding.torchao_version", lambda: None)
     with pytest.raises(
-        TwofoldError, match=r"--bits 4 needs torchao, which is not installed: pip install 'twofold\[quantize\]'"
+        TwofoldError, match=r"`bits=4` needs torchao, which is not installed: pip install 'twofold\[quantize\]'"
     ):
         factorized(keep=0.5, bits=4)
 

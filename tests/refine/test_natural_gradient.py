@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_refine import recipe_of
-from test_streaming import DYING, command, environment, same
 from torch import Tensor, nn
 from transformers import OlmoConfig, OlmoForCausalLM
 
 from conftest import TEXT, make_model, make_tokenizer
+from runs import DYING, command, environment, recipe_of, same
 from twofold import TwofoldError
 from twofold.linalg import natural_step as nl
 from twofold.model.load import LoadedModel, load_model, load_skeleton
@@ -25,7 +24,8 @@ from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import replace_module
 from twofold.objectives import OBJECTIVES
 from twofold.recipe import make_recipe
-from twofold.refine import natural_gradient as ng
+from twofold.refine.natural_gradient import natural_gradient
+from twofold.refine.steps import natural_gradient as ng
 from twofold.refine.steps.gradient import sum_half
 from twofold.refine.steps.job import Job
 from twofold.refine.steps.likeness import Likeness
@@ -34,6 +34,8 @@ from twofold.run.compress import compress
 from twofold.run.estimate.probe import probe
 from twofold.run.factorize import factorize
 from twofold.run.plan import plan as plan_of
+from twofold.task import TASKS
+from twofold.task.text.texts import TokenWindows
 
 
 def spd(k: int) -> Tensor:
@@ -152,9 +154,10 @@ def test_the_search_finds_the_lowest_step():
     assert ng.search(lambda size: float("nan"), 1.0, 1.0) == (0.0, 1.0)
 
 
-def small_task(dtype: torch.dtype = torch.float32, **settings: Any) -> Job:
+def small_job(dtype: torch.dtype = torch.float32, **settings: Any) -> Job:
     dense = make_model(dtype=dtype)
-    windows = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
+    windows = TokenWindows(ids, "random tokens")
     small = factorize(
         make_model(dtype=dtype), tokenizer=make_tokenizer(), texts=[TEXT], keep=0.5, tokens=320, window=32, quiet=True
     )
@@ -162,38 +165,39 @@ def small_task(dtype: torch.dtype = torch.float32, **settings: Any) -> Job:
     recipe = make_recipe({"model": "x", "keep": 0.5, **settings})
     loaded = LoadedModel(small, None, "x", None, dtype)
     objective = OBJECTIVES.get("two-sided")
-    return Job(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], recipe, quiet=True)
+    causal = TASKS.get("causal-lm")
+    return Job(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], causal, recipe, quiet=True)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_the_gradient_is_that_of_the_whole_weights(share):
-    task = small_task(torch.float64, refine_labels=share)
-    names = list(task.replaced)
-    loss = Likeness(task)
-    with training(task.model, {}):
-        found = [sum_half(task, loss, names, 0, half, "") for half in (0, 1)]
+    job = small_job(torch.float64, refine_labels=share)
+    names = list(job.replaced)
+    loss = Likeness(job)
+    with training(job.model, {}):
+        found = [sum_half(job, loss, names, 0, half, "") for half in (0, 1)]
     with torch.no_grad():
         mean = sum(float(loss([i])) for i in range(6)) / 6
     assert sum(one[1] for one in found) / 6 == pytest.approx(mean, rel=1e-6)
     # The same with dense layers whose weights ask for gradients.
     for name in names:
-        layer = task.model.get_submodule(name)
+        layer = job.model.get_submodule(name)
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.float64)
         dense.weight.data.copy_(layer.to_dense())
-        replace_module(task.model, name, dense)
-    task.model.requires_grad_(False)
+        replace_module(job.model, name, dense)
+    job.model.requires_grad_(False)
     total = torch.zeros(())
     for name in names:
-        task.model.get_submodule(name).weight.requires_grad_(True)
+        job.model.get_submodule(name).weight.requires_grad_(True)
     for i in range(6):
         total = total + loss([i]) * 24
     total.backward()
     for name in names:
-        whole = task.model.get_submodule(name).weight.grad
+        whole = job.model.get_submodule(name).weight.grad
         got = found[0][0].gradients[name] + found[1][0].gradients[name]
         torch.testing.assert_close(got.double(), whole, rtol=1e-6, atol=1e-9)
         assert (got - 2 * found[0][0].gradients[name]).abs().max() > 0  # the halves are not of the same text
-    assert set(found[0][0].inputs) == {e.group for e in task.plan.entries}
+    assert set(found[0][0].inputs) == {e.group for e in job.plan.entries}
 
 
 def test_it_lowers_the_divergence_and_keeps_the_size(checkpoint, text_file, tmp_path):
@@ -256,10 +260,10 @@ def test_what_it_begins_from_is_part_of_its_state(checkpoint, text_file, tmp_pat
 
 def test_layers_that_are_called_on_some_tokens_or_twice():
     """C over the rows that a layer was given, G over the tokens: a layer that is called twice is not counted four times."""
-    task = small_task(torch.float64)
-    loss, names = Likeness(task), list(task.replaced)
+    job = small_job(torch.float64)
+    loss, names = Likeness(job), list(job.replaced)
     twice = next(name for name in names if name.endswith("down_proj"))
-    mlp = task.model.get_submodule(twice.rpartition(".")[0])
+    mlp = job.model.get_submodule(twice.rpartition(".")[0])
 
     def apart(x: Tensor) -> Tensor:  # the same outputs, by a call for each half of the hidden units
         hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
@@ -267,28 +271,28 @@ def test_layers_that_are_called_on_some_tokens_or_twice():
         return mlp.down_proj(hidden * even) + mlp.down_proj(hidden * ~even)
 
     mlp.forward = apart
-    with training(task.model, {}):
-        sums = [sum_half(task, loss, names, 0, half, "")[0] for half in (0, 1)]
-    leader = next(e.group for e in task.plan.entries if e.name == twice)
-    tokens = task.windows.numel()
+    with training(job.model, {}):
+        sums = [sum_half(job, loss, names, 0, half, "")[0] for half in (0, 1)]
+    leader = next(e.group for e in job.plan.entries if e.name == twice)
+    tokens = job.samples.predictions
     assert int(sums[0].rows[leader] + sums[1].rows[leader]) == 2 * tokens
     inputs = (sums[0].inputs[leader] + sums[1].inputs[leader]) / (2 * tokens)
-    step = ng._steps(task, names, sums, [tokens // 2, tokens // 2])[twice]
+    step = ng._steps(job, names, sums, [tokens // 2, tokens // 2])[twice]
     basis = nl.Basis.of(inputs.double(), ng.DAMPING)
     torch.testing.assert_close(step.right.T, basis.vectors / basis.roots)
 
 
 def test_layers_without_a_gradient_stay_and_are_named():
-    task = small_task()
-    mlp = task.model.model.layers[1].mlp
+    job = small_job()
+    mlp = job.model.model.layers[1].mlp
     mlp.forward = lambda x: torch.zeros_like(x)  # its layers are never called
-    refined = ng.natural_gradient(task)
+    refined = natural_gradient(job)
     assert refined.steps == 1 and refined.loss_after < refined.loss_before
     moved = sum(
-        p.numel() for n in task.replaced if "layers.1.mlp" not in n for p in task.model.get_submodule(n).parameters()
+        p.numel() for n in job.replaced if "layers.1.mlp" not in n for p in job.model.get_submodule(n).parameters()
     )
     assert refined.parameters == moved
-    assert any("3 layers get no gradient" in note and "layers.1.mlp" in note for note in task.plan.notes)
+    assert any("3 layers get no gradient" in note and "layers.1.mlp" in note for note in job.plan.notes)
 
 
 def test_models_that_work_in_place_on_a_projection(text_file, tmp_path):
@@ -308,64 +312,64 @@ def test_models_that_work_in_place_on_a_projection(text_file, tmp_path):
 
 
 def test_it_keeps_the_time_after_its_first_round():
-    refined = ng.natural_gradient(replace(small_task(refine_rounds=5), seconds=1e-3))
+    refined = natural_gradient(replace(small_job(refine_rounds=5), seconds=1e-3))
     assert refined.steps == 1 and refined.planned == 5 and "longer than there is time" in refined.ended
 
 
 def test_one_window_alone_is_said():
-    task = replace(small_task(), windows=torch.arange(24)[None])
-    ng.natural_gradient(task)
-    assert any("one window alone has no halves" in note for note in task.plan.notes)
+    job = replace(small_job(), samples=TokenWindows(torch.arange(24)[None], "one window"))
+    natural_gradient(job)
+    assert any("one window alone has no halves" in note for note in job.plan.notes)
 
 
 def test_halves_that_agree_on_nothing_move_nothing(monkeypatch):
-    task = small_task()
+    job = small_job()
     true = ng.natural_step
     monkeypatch.setattr(ng, "natural_step", lambda *a: ng.Step(**{**vars(true(*a)), "agreed": -1.0}))
-    refined = ng.natural_gradient(task)
+    refined = natural_gradient(job)
     assert refined.steps == 0 and refined.ended == "the two halves of the tokens agree on no step of round 1"
     assert refined.parameters == 0
 
 
 def test_a_step_that_does_not_help_is_not_taken(monkeypatch):
-    task = small_task()
-    before = {n: task.model.get_submodule(n) for n in task.replaced}
+    job = small_job()
+    before = {n: job.model.get_submodule(n) for n in job.replaced}
     true = ng.natural_step
     monkeypatch.setattr(ng, "natural_step", lambda *a: ng.Step(**{**vars(s := true(*a)), "direction": -s.direction}))
-    refined = ng.natural_gradient(task)
+    refined = natural_gradient(job)
     assert refined.steps == 0 and refined.loss_after == refined.loss_before
     assert refined.ended == "no step of round 1 helps on held-out text"
-    assert all(task.model.get_submodule(n) is before[n] for n in before)
+    assert all(job.model.get_submodule(n) is before[n] for n in before)
 
 
 def test_a_layer_without_a_bounded_form_stays_and_is_named(monkeypatch):
-    task = small_task()
-    stays = next(iter(task.replaced))
-    old, true = task.model.get_submodule(stays), ng._layer
+    job = small_job()
+    stays = next(iter(job.replaced))
+    old, true = job.model.get_submodule(stays), ng._layer
     monkeypatch.setattr(
         ng, "_layer", lambda step, size, was, dtype: None if was is old else true(step, size, was, dtype)
     )
-    assert ng.natural_gradient(task).steps == 1
-    assert task.model.get_submodule(stays) is old
-    assert any("1 layers had no bounded gauge form" in note and stays in note for note in task.plan.notes)
+    assert natural_gradient(job).steps == 1
+    assert job.model.get_submodule(stays) is old
+    assert any("1 layers had no bounded gauge form" in note and stays in note for note in job.plan.notes)
 
 
 def test_gradients_that_are_no_numbers_are_named(monkeypatch):
-    task = small_task()
-    name = next(iter(task.replaced))
-    task.model.get_submodule(name).register_forward_hook(lambda m, a, out: out * float("nan"))
+    job = small_job()
+    name = next(iter(job.replaced))
+    job.model.get_submodule(name).register_forward_hook(lambda m, a, out: out * float("nan"))
     with pytest.raises(TwofoldError, match="in the factored model is NaN or infinite"):
-        ng.natural_gradient(task)
+        natural_gradient(job)
 
 
 def test_weights_that_are_cut_together_are_refused(checkpoint, text_file, tmp_path):
-    with pytest.raises(TwofoldError, match="use --refine distill"):
+    with pytest.raises(TwofoldError, match="use `refine=distill`"):
         compress(
             recipe_of(checkpoint, text_file, refine="natural-gradient", objective="modegpt"),
             tmp_path / "out",
             quiet=True,
         )
-    with pytest.raises(TwofoldError, match="--refine-rounds"):
+    with pytest.raises(TwofoldError, match="`refine_rounds`"):
         recipe_of(checkpoint, text_file, refine="natural-gradient", refine_rounds=0)
 
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_streaming import DYING, command, environment, same
 
 from conftest import TEXT, make_model
+from runs import DYING, command, environment, recipe_of, same
 from twofold.errors import TwofoldError
 from twofold.host.cache import cache_folder
 from twofold.linalg.spectrum import decompose, truncate, weighted_low_rank
@@ -31,12 +31,19 @@ from twofold.refine.steps.teacher import Teacher, divergence
 from twofold.refine.steps.training import train, trainable, training
 from twofold.run.compress import compress
 from twofold.run.factorize import factorize
+from twofold.task import TASKS
 from twofold.task.text.settings import HELD_OUT
+from twofold.task.text.texts import TokenWindows
+
+CAUSAL = TASKS.get("causal-lm")
 
 
-def recipe_of(checkpoint, text_file, **settings):
-    settings = {"keep": 0.4, "tokens": 640, "window": 32, "refine": "distill", "refine_passes": 2, **settings}
-    return make_recipe({"model": str(checkpoint), "calibration": [str(text_file)], **settings})
+def windows_of(ids):
+    return TokenWindows(ids, "random tokens")
+
+
+def drawn_windows(count, length):
+    return windows_of(torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(0)))
 
 
 def test_divergence_of_all_tokens_is_the_divergence():
@@ -45,10 +52,10 @@ def test_divergence_of_all_tokens_is_the_divergence():
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     direct = (p.exp() * (p - q)).sum(-1).mean()
     teacher = Teacher(None, "x", top=40)
-    teacher.ask(lambda ids: first[None], torch.zeros(1, 5, dtype=torch.long), "w", quiet=True)
+    teacher.ask(lambda batch: first, windows_of(torch.zeros(1, 5, dtype=torch.long)), "w", quiet=True)
     assert divergence(second, *teacher.answer("w", 0)) == pytest.approx(float(direct), rel=1e-5)
     few = Teacher(None, "x", top=10)
-    few.ask(lambda ids: first[None], torch.zeros(1, 5, dtype=torch.long), "w", quiet=True)
+    few.ask(lambda batch: first, windows_of(torch.zeros(1, 5, dtype=torch.long)), "w", quiet=True)
     # The others as one token, by hand.
     values, tokens = p.topk(10, -1)
     own = q.gather(-1, tokens)
@@ -64,7 +71,7 @@ def test_divergence_of_all_tokens_is_the_divergence():
 @pytest.mark.parametrize("with_head", [False, True])
 @pytest.mark.parametrize("top", [10, 40])
 def test_loss_and_gradient_are_those_of_the_formula(share, with_head, top, monkeypatch):
-    monkeypatch.setattr("twofold.refine.teacher.ROWS", 3)  # several pieces, the last one short
+    monkeypatch.setattr("twofold.refine.steps.teacher.ROWS", 3)  # several pieces, the last one short
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 40, bias=True).double().requires_grad_(False)
     values, tokens = torch.randn(8, 40).double().log_softmax(-1).topk(top, -1)
@@ -89,19 +96,23 @@ def test_loss_and_gradient_are_those_of_the_formula(share, with_head, top, monke
 def test_head_is_found_where_its_outputs_are_the_logits():
     ids = torch.randint(0, 250, (2, 9))
     model = make_model().requires_grad_(False)
-    head = find_head(model, ids[:1], model(input_ids=ids[:1]).logits)
+
+    def found(factor=1):
+        return find_head(model, lambda: model(input_ids=ids[:1]), factor * model(input_ids=ids[:1]).logits)
+
+    head = found()
     assert head is model.lm_head
-    torch.testing.assert_close(head(before_head(model, head, ids)), model(input_ids=ids).logits)
-    assert find_head(model, ids[:1], 3 * model(input_ids=ids[:1]).logits) is None  # something comes after it
+    torch.testing.assert_close(head(before_head(head, lambda: model(input_ids=ids))), model(input_ids=ids).logits)
+    assert found(3) is None  # something comes after it
     model.lm_head.requires_grad_(True)
-    assert find_head(model, ids[:1], model(input_ids=ids[:1]).logits) is None
+    assert found() is None
     model.requires_grad_(False)
     model.lm_head = torch.nn.Sequential(model.lm_head)
-    assert find_head(model, ids[:1], model(input_ids=ids[:1]).logits) is None
+    assert found() is None
 
 
 def test_labels_teach_the_text(checkpoint):
-    windows = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
+    windows = drawn_windows(6, 24)
     losses, refined = {}, {}
     for share in (0.0, 0.9):
         dense = make_model()
@@ -114,22 +125,25 @@ def test_labels_teach_the_text(checkpoint):
         )
         loaded = LoadedModel(small, None, "x", None, torch.float32)
         objective = OBJECTIVES.get("two-sided")
-        task = Job(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], recipe, quiet=True)
-        refined[share] = distill(task)
+        job = Job(
+            loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], CAUSAL, recipe, quiet=True
+        )
+        refined[share] = distill(job)
         with torch.no_grad():
-            losses[share] = float(small(input_ids=windows, labels=windows).loss)
+            losses[share] = float(small(input_ids=windows.ids, labels=windows.ids).loss)
     assert losses[0.9] < losses[0.0] - 0.1
     assert refined[0.9].loss_after < refined[0.9].loss_before  # of both together, as it is trained on
 
 
 def test_teacher_on_disk_is_taken_up_again(tmp_path):
     torch.manual_seed(0)
-    windows, table = torch.randint(0, 30, (20, 6)), torch.randn(30, 30)
+    windows, table = windows_of(torch.randint(0, 30, (20, 6))), torch.randn(30, 30)
     calls = []
 
-    def logits(ids):
+    def logits(batch):
+        ids = batch["input_ids"]
         calls.append(ids)
-        return table[ids]
+        return table[ids].flatten(0, 1)
 
     memory, disk = Teacher(None, "m", 8), Teacher(tmp_path, "m", 8)
     memory.ask(logits, windows, "w", quiet=True)
@@ -203,8 +217,8 @@ def test_minutes_are_kept(checkpoint, text_file, tmp_path):
 def test_killed_refinement_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path, monkeypatch):
     rest = [*command(checkpoint, text_file, tmp_path / "out")[3:], "--refine", "distill", "--refine-passes", "3"]
     whole = [*command(checkpoint, text_file, tmp_path / "whole")[3:], "--refine", "distill", "--refine-passes", "3"]
-    often = DYING.replace("main()", "import twofold.refine.training as t\nt.SAVE_SECONDS = 0.0\nmain()")
-    for point in ("*/0-distill/windows-*", "*/0-distill/distill.safetensors", "*/0-distill/distill.safetensors"):
+    often = DYING.replace("main()", "import twofold.refine.steps.training as t\nt.SAVE_SECONDS = 0.0\nmain()")
+    for point in ("*/0-distill/samples-*", "*/0-distill/distill.safetensors", "*/0-distill/distill.safetensors"):
         killed = subprocess.run(
             [sys.executable, "-c", often, point, *rest],
             env=environment(tmp_path / "cache"),
@@ -212,7 +226,7 @@ def test_killed_refinement_goes_on_with_the_same_bits(checkpoint, text_file, tmp
             text=True,
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert list((tmp_path / "out.partial").glob("refine/0-distill/windows-*"))
+        assert list((tmp_path / "out.partial").glob("refine/0-distill/samples-*"))
     for arguments in (rest, whole):
         done = subprocess.run(
             [sys.executable, "-m", "twofold", *arguments],
@@ -278,11 +292,11 @@ def test_narrow_models_are_trained_in_float32(checkpoint):
     )
     replaced = {e.name: dense.get_submodule(e.name) for e in small.twofold_plan.entries if e.rank is not None}
     recipe = make_recipe({"model": "x", "keep": 0.5, "refine_rate": 1e-2, "refine_passes": 8})
-    windows = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
+    windows = drawn_windows(6, 24)
     loaded = LoadedModel(small, None, "x", None, torch.bfloat16)
     objective = OBJECTIVES.get("two-sided")
-    task = Job(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], recipe, quiet=True)
-    refined = distill(task)
+    job = Job(loaded, replaced, small.twofold_plan, None, objective, windows, windows[:2], CAUSAL, recipe, quiet=True)
+    refined = distill(job)
     assert refined.loss_after < 0.9 * refined.loss_before
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
 
@@ -306,11 +320,13 @@ def test_dense_again_is_what_the_teacher_sees(checkpoint):
 
 
 def test_what_cannot_be_refined_is_refused(checkpoint, text_file, tmp_path):
-    with pytest.raises(TwofoldError, match=r"no refinement 'magic'; choose of anchored, blockwise, distill"):
+    with pytest.raises(TwofoldError, match=r"no refinement 'magic'; choose one of anchored, blockwise, distill"):
         compress(recipe_of(checkpoint, text_file, refine="magic"), tmp_path / "o", quiet=True)
-    with pytest.raises(TwofoldError, match="can't be refined yet"):
+    with pytest.raises(
+        TwofoldError, match=r"`refine=distill` works on a model that is whole in memory.*leave `refine` out, or give it"
+    ):
         compress(recipe_of(checkpoint, text_file, stream="always"), tmp_path / "o", quiet=True)
-    with pytest.raises(TwofoldError, match="--minutes: input should be greater than 0"):
+    with pytest.raises(TwofoldError, match="`minutes`: input should be greater than 0"):
         recipe_of(checkpoint, text_file, minutes=-1)
     assert recipe_of(checkpoint, text_file, refine="distill,distill").refine == ["distill", "distill"]
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
@@ -408,7 +424,9 @@ def test_killed_in_its_middle_it_goes_on_with_the_same_bits(checkpoint, text_fil
 
 
 def test_weights_alone_cannot_be_anchored(checkpoint, text_file, tmp_path):
-    with pytest.raises(TwofoldError, match="svd does not look at whole inputs"):
+    with pytest.raises(
+        TwofoldError, match="`refine=anchored` looks at whole inputs, and `objective=svd` does not; use"
+    ):
         compress(recipe_of(checkpoint, text_file, objective="svd", refine="anchored"), tmp_path / "o", quiet=True)
     assert not (tmp_path / "o.partial").exists()
 
@@ -424,17 +442,17 @@ def test_blockwise_lowers_the_divergence(checkpoint, text_file, tmp_path, object
     assert not list(tmp_path.rglob("*.state"))
 
 
-def spoil(task):
+def spoil(job):
     """A refinement that does harm: it doubles every factor."""
-    before = task.divergence()
+    before = job.divergence()
     with torch.no_grad():
-        for parameter in trainable(task.model).values():
+        for parameter in trainable(job.model).values():
             parameter.mul_(2)
-    for entry in task.plan.entries:
-        task.plan.entries[task.plan.entries.index(entry)] = entry.model_copy(update={"reason": "spoiled"})
+    for entry in job.plan.entries:
+        job.plan.entries[job.plan.entries.index(entry)] = entry.model_copy(update={"reason": "spoiled"})
     return Refined(
         method="spoil", steps=1, planned=1, tokens=1, parameters=1, seconds=0.0, unit="nats", loss_before=before,
-        loss_after=task.divergence(), ended="all steps were done",
+        loss_after=job.divergence(), ended="all steps were done",
     )  # fmt: skip
 
 
@@ -466,7 +484,7 @@ def test_refinement_stops_on_other_windows_than_are_measured(checkpoint, text_fi
 def test_too_few_tokens_for_so_many_numbers_are_warned_of(checkpoint, text_file, tmp_path, monkeypatch):
     run = compress(recipe_of(checkpoint, text_file, refine_passes=0.1), tmp_path / "a", quiet=True)
     assert not any("by heart" in note for note in run.notes)
-    monkeypatch.setattr("twofold.refine.series.MANY", 1)
+    monkeypatch.setattr("twofold.refine.steps.series.MANY", 1)
     few = recipe_of(checkpoint, text_file, refine_passes=0.1)
     numbers = sum(e.numbers_after for e in Plan.load(tmp_path / "a" / "plan.json").entries if e.rank is not None)
     (note,) = [n for n in compress(few, tmp_path / "b", quiet=True).notes if "by heart" in n]
@@ -482,7 +500,9 @@ def test_a_model_that_gives_no_logits_is_refused_before_any_work(tmp_path, token
     )
     BertModel(config).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
-    with pytest.raises(TwofoldError, match="BertModel gives no token logits, so it can't be refined"):
+    with pytest.raises(
+        TwofoldError, match=r"`refine=distill` .* and BertModel gives no token logits; leave `refine` out"
+    ):
         compress(recipe_of(tmp_path / "bert", text_file), tmp_path / "o", quiet=True)
     assert not (cache_folder() / "moments").exists() and not (tmp_path / "o").exists()
 
@@ -490,7 +510,7 @@ def test_a_model_that_gives_no_logits_is_refused_before_any_work(tmp_path, token
 def test_blocks_that_cross_one_another_are_refused_before_any_work(checkpoint, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr("twofold.model.blocks.ChainWatch.chain", lambda watch: None)
     for name in ("anchored", "blockwise"):
-        with pytest.raises(TwofoldError, match=f"not one block after another, so it can't be refined by {name}"):
+        with pytest.raises(TwofoldError, match=f"`refine={name}` .* not one block after another; use `refine=distill`"):
             compress(recipe_of(checkpoint, text_file, refine=f"distill,{name}"), tmp_path / "o", quiet=True)
     assert not (cache_folder() / "moments").exists() and not (tmp_path / "o").exists()
 
@@ -499,8 +519,7 @@ def test_blocks_that_cross_one_another_are_refused_before_any_work(checkpoint, t
 def test_the_metric_of_a_block_is_that_of_what_it_adds(architecture):
     """Of these blocks the last layer's output is added to what comes out, and no other's of the same width."""
     model = make_model(architecture)
-    windows = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
-    streams = Streams(LoadedModel(model, None, "x", None, torch.float32), {}, windows, None)
+    streams = Streams(LoadedModel(model, None, "x", None, torch.float32), {}, drawn_windows(2, 12), CAUSAL, None)
     block = streams.chain.blocks[0]
     last = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "opt": "fc2"}[architecture]
     other = {"llama": "self_attn.o_proj", "gpt2": "attn.c_proj", "opt": "self_attn.out_proj"}[architecture]
@@ -517,8 +536,7 @@ def test_a_norm_after_the_layer_gives_no_metric():
         max_position_embeddings=64, do_layer_norm_before=False,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
-    windows = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
-    streams = Streams(LoadedModel(model, None, "x", None, torch.float32), {}, windows, None)
+    streams = Streams(LoadedModel(model, None, "x", None, torch.float32), {}, drawn_windows(2, 12), CAUSAL, None)
     assert not streams.adds(f"{streams.chain.blocks[0]}.fc2")
 
 

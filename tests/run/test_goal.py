@@ -12,7 +12,6 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twofold.task.quality import measure_quality
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
@@ -26,6 +25,9 @@ from twofold.run.plan import plan as plan_of
 from twofold.run.search import TOLERANCE, smallest
 from twofold.run.status import status
 from twofold.settings.goal import parse_perplexity
+from twofold.task.causal_lm import CausalLM
+from twofold.task.output.quality import measure_quality
+from twofold.task.text.texts import TokenWindows
 
 SMALL = {"tokens": 256, "window": 32, "eval_windows": 4}
 
@@ -86,7 +88,7 @@ def test_perplexities_are_read(text, expected):
 
 @pytest.mark.parametrize("text", ["", "x", "-2", "1.1y", "0.9x", "0.5", "nan", "110%"])
 def test_perplexities_that_can_not_be_read_or_met(text):
-    with pytest.raises(twofold.TwofoldError, match="--perplexity-at-most: must be"):
+    with pytest.raises(twofold.TwofoldError, match="`perplexity_at_most`: must be"):
         make_recipe({"model": "m", "perplexity_at_most": text})
 
 
@@ -105,25 +107,25 @@ def test_a_number_in_yaml_is_read_and_a_stored_recipe_keeps_the_goal():
 
 
 def test_a_reference_gives_the_numbers_of_both_models_side_by_side(tmp_path):
-    windows = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
+    windows = TokenWindows(torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0)), "drawn")
     first, second = make_model(seed=0), make_model(seed=1)
-    calls = []
+    task, calls = CausalLM(), []
 
-    def original(ids):
+    def original(i):
         calls.append(1)
-        return first(input_ids=ids).logits
+        return task.outputs(first, windows.batch(i, i + 1))
 
-    def other(ids):
-        return second(input_ids=ids).logits
+    def other(i):
+        return task.outputs(second, windows.batch(i, i + 1))
 
-    together = measure_quality([original, other], windows, quiet=True)
+    together = measure_quality([original, other], windows, task, quiet=True)
     calls.clear()
-    reference = Reference(original, windows, tmp_path, "a", quiet=True)
+    reference = Reference(original, windows, task, tmp_path, "a", quiet=True)
     assert [reference.quality, reference.measure(other, original, quiet=True)] == together
     assert reference.measure(original, original, quiet=True).divergence == 0 and len(calls) == 6
     calls.clear()
-    assert Reference(original, windows, tmp_path, "a", quiet=True).quality == together[0] and not calls
-    assert Reference(original, windows, tmp_path, "b", quiet=True).quality == together[0] and len(calls) == 3
+    assert Reference(original, windows, task, tmp_path, "a", quiet=True).quality == together[0] and not calls
+    assert Reference(original, windows, task, tmp_path, "b", quiet=True).quality == together[0] and len(calls) == 3
 
 
 def test_a_reference_that_is_not_kept_gives_the_same_numbers(checkpoint, text_file, tmp_path, monkeypatch):
@@ -137,17 +139,19 @@ def test_a_reference_that_is_not_kept_gives_the_same_numbers(checkpoint, text_fi
 
 
 def test_files_of_another_reference_are_not_read(tmp_path, monkeypatch):
-    model = make_model()
-    first, second = (torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-
-    def original(ids):
-        return model(input_ids=ids).logits
-
-    Reference(original, first, tmp_path, "a", quiet=True)
-    monkeypatch.setattr("twofold.evaluation.reference.LIMIT", 0)
-    assert (
-        Reference(original, second, tmp_path, "a", quiet=True).measure(original, original, quiet=True).divergence == 0
+    model, task = make_model(), CausalLM()
+    first, second = (
+        TokenWindows(torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(i)), "drawn")
+        for i in (0, 1)
     )
+
+    def original(windows):
+        return lambda i: task.outputs(model, windows.batch(i, i + 1))
+
+    Reference(original(first), first, task, tmp_path, "a", quiet=True)
+    monkeypatch.setattr("twofold.evaluation.reference.LIMIT", 0)
+    reference = Reference(original(second), second, task, tmp_path, "a", quiet=True)
+    assert reference.measure(original(second), original(second), quiet=True).divergence == 0
 
 
 @pytest.mark.parametrize(
@@ -244,7 +248,7 @@ def test_refinement_comes_after(checkpoint, text_file, tmp_path):
     ("changed", "message"),
     [
         ({"perplexity_at_most": "1.5"}, "the dense model itself has a perplexity of"),
-        ({"eval_windows": 0}, "eval-windows 0 measures nothing"),
+        ({"eval_windows": 0}, "`eval_windows=0` measures nothing"),
         ({"tokens": 32, "calibration": "SHORT"}, "no calibration text is left over"),
         ({"stream": "always"}, "worked through block by block"),
         ({"perplexity_at_most": "1.00000001x", "form": "plain"}, "no model that is smaller by more than 0.5% meets"),
@@ -264,7 +268,7 @@ def test_what_can_not_be_met_or_measured_is_refused(checkpoint, text_file, tmp_p
 
 
 def test_a_plan_without_a_calibration_is_refused(checkpoint):
-    with pytest.raises(twofold.TwofoldError, match="needs measuring: name --calibration"):
+    with pytest.raises(twofold.TwofoldError, match="needs measuring: name `calibration=FILE`"):
         plan_of(make_recipe({"model": str(checkpoint), "kl_at_most": 0.1}), quiet=True)
 
 
@@ -272,7 +276,7 @@ KILLED = """
 import os, signal, sys
 import twofold.run.sizing as sizing
 from twofold.run.compress import compress
-from twofold.settings.recipe import make_recipe
+from twofold.recipe import make_recipe
 measure, count = sizing.Sizing._measure, []
 def stop(self, plan):
     if len(count) == 2:
@@ -308,11 +312,11 @@ def test_a_killed_search_measures_nothing_twice(checkpoint, text_file, tmp_path,
 
 
 def test_the_dense_model_runs_over_the_text_once(checkpoint, text_file, tmp_path, monkeypatch):
-    import twofold.evaluation.reference as reference
+    from twofold.task.output.categorical import Categorical
 
     scored = []
-    score = reference.score
-    monkeypatch.setattr(reference, "score", lambda logits, ids: scored.append(1) or score(logits, ids))
+    score = Categorical.score
+    monkeypatch.setattr(Categorical, "score", lambda *given: scored.append(1) or score(*given))
     run = compress(goal_recipe(checkpoint, text_file, kl_at_most=0.05), tmp_path / "a", quiet=True)
     distinct = len({one.kept for one in run.probes})
     assert len(scored) == 4 * (1 + distinct + 1)  # the dense model, each probe, and the model that was written

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from twofold.task.quality import measure_quality
 
 import twofold.model.builtin
 from conftest import DATA
@@ -17,6 +16,8 @@ from twofold.planning.plan import Plan
 from twofold.recipe import make_recipe
 from twofold.report.record import Run
 from twofold.run.compress import compress
+from twofold.task.causal_lm import CausalLM
+from twofold.task.output.quality import measure_quality
 from twofold.task.text.held_out import evaluation_windows
 
 WIKITEXT = DATA / "wikitext-2-raw"
@@ -44,9 +45,11 @@ def test_a_real_run(tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(out)
     windows = evaluation_windows(WIKITEXT / "wiki.test.raw", tokenizer, windows=2)
     dense = AutoModelForCausalLM.from_pretrained(twofold.model.builtin.smollm2_folder())
+    task = CausalLM()
     first, second = measure_quality(
-        [lambda ids: dense(input_ids=ids).logits, lambda ids: model(input_ids=ids).logits], windows, quiet=True
-    )
+        [lambda i, one=one: task.outputs(one, windows.batch(i, i + 1)) for one in (dense, model)],
+        windows, task, quiet=True,
+    )  # fmt: skip
     assert second.perplexity < 1.35 * first.perplexity
     # So few tokens fit their own noise: the estimate is below what is measured on another text.
     assert 0 < run.predicted_divergence < second.divergence < 0.6

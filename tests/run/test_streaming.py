@@ -16,17 +16,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-import twofold
 from conftest import ARCHITECTURES, CONFIGS, make_model, make_tokenizer
+from runs import DYING, command, environment, same, tensors
 from twofold.calibrate import sweep
 from twofold.calibrate.activations import Activations
 from twofold.calibrate.moments import Moments
+from twofold.calibrate.opened import Opened
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
 from twofold.model.blocks import Chain, Stretch, run_stretch, stretches, watch_chain
-from twofold.model.load import load_model, load_skeleton, load_streamed
+from twofold.model.kinds import dense_weight
+from twofold.model.load import LoadedModel, load_model, load_skeleton, load_streamed
 from twofold.model.streamed import EMBEDDING, HEAD, Streamed
-from twofold.model.survey import survey
+from twofold.model.survey import Survey, survey
+from twofold.model.target import Target
 from twofold.model.weights import find_targets
 from twofold.planning.plan import Plan
 from twofold.recipe import make_recipe
@@ -36,6 +39,7 @@ from twofold.run.estimate.limit import memory_limit
 from twofold.run.estimate.way import choose_way
 from twofold.run.plan import plan as plan_of
 from twofold.run.status import status
+from twofold.task import TASKS
 
 
 def save(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
@@ -45,22 +49,15 @@ def save(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.f
     return folder
 
 
+def surveyed(loaded: LoadedModel, targets: list[Target] | None = None) -> Survey:
+    """Survey a language model."""
+    return survey(loaded, targets or [], TASKS.get("causal-lm").example(loaded.model))
+
+
 def small(folder: Path, text: Path, **settings):
     return make_recipe({
         "model": str(folder), "keep": 0.6, "calibration": [str(text)], "tokens": 160, "window": 32, **settings,
     })  # fmt: skip
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for path in folder.glob("model*.safetensors") for name, t in load_file(path).items()}
-
-
-def same(first: Path, second: Path) -> None:
-    """Two checkpoints hold the same tensors and the same plan."""
-    one, other = tensors(first), tensors(second)
-    assert set(one) == set(other)
-    assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
-    assert Plan.load(first / "plan.json").entries == Plan.load(second / "plan.json").entries
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -162,7 +159,7 @@ def test_blocks_that_do_not_follow_one_another_are_no_chain():
 
 def test_only_what_is_held_is_in_memory(tmp_path):
     source = save(tmp_path / "model")
-    chain = survey(load_skeleton(str(source)), []).chain
+    chain = surveyed(load_skeleton(str(source))).chain
     loaded = load_streamed(str(source), chain)
     residence = loaded.residence
     assert isinstance(residence, Streamed)
@@ -182,7 +179,7 @@ def test_only_what_is_held_is_in_memory(tmp_path):
 
 def test_a_broken_checkpoint_is_refused(tmp_path, text_file):
     source = save(tmp_path / "model")
-    chain = survey(load_skeleton(str(source)), []).chain
+    chain = surveyed(load_skeleton(str(source))).chain
     path = source / Shards.open(source).headers["model.layers.1.mlp.up_proj.weight"].file
     good = path.read_bytes()
     stored = load_file(path)
@@ -206,7 +203,7 @@ def test_a_broken_checkpoint_is_refused(tmp_path, text_file):
 def test_the_memory_decides(tmp_path, text_file):
     source = save(tmp_path / "model")
     assert choose_way(small(source, text_file)).blocks is None
-    with pytest.raises(TwofoldError, match=r"one block at a time takes about .* GB .*--memory"):
+    with pytest.raises(TwofoldError, match=r"one block at a time takes about .* GB .*give it more with `memory`"):
         choose_way(small(source, text_file, memory="1MB"))
     with pytest.raises(TwofoldError, match="give bytes"):
         choose_way(small(source, text_file, memory="50%"))
@@ -239,7 +236,7 @@ def test_a_large_model_is_planned_from_its_configuration(tmp_path):
         vocab_size=128256, dtype=torch.bfloat16, max_position_embeddings=8192, architectures=["LlamaForCausalLM"],
     ).save_pretrained(tmp_path)  # fmt: skip
     recipe = make_recipe({"model": str(tmp_path), "keep": 0.6, "memory": "64GB"})
-    found = estimate_run(load_skeleton(str(tmp_path)), recipe, 10**11)
+    found = estimate_run(Opened(load_skeleton(str(tmp_path))), recipe, 10**11)
     assert 1 <= found.blocks_at_once < 16 and found.peak_memory < 64e9
     assert found.total_seconds > 3600 and found.moments_bytes > 10**11
     with pytest.raises(TwofoldError, match="one block at a time"):
@@ -256,30 +253,6 @@ def test_hidden_states_in_memory_and_on_disk(tmp_path):
     assert kept.whole(5) and not kept.whole(6)
     kept.remove()
     assert not (tmp_path / "s.state").exists()
-
-
-def command(source, text, out, *more):
-    return [sys.executable, "-m", "twofold", "compress", str(source), "--calibration", str(text), "--tokens", "320",
-            "--window", "32", "--keep", "0.6", "--eval-windows", "1", "--out", str(out), *more]  # fmt: skip
-
-
-def environment(cache):
-    return {**os.environ, "TWOFOLD_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-# The program, killed as soon as a file of that name has got its place.
-DYING = """
-import fnmatch, os, signal, sys
-from pathlib import Path
-pattern, place = sys.argv.pop(1), Path.replace
-def dies(self, target):
-    place(self, target)
-    if fnmatch.fnmatch(str(target), pattern):
-        os.kill(os.getpid(), signal.SIGKILL)
-Path.replace = dies
-from twofold.cli import main
-main()
-"""
 
 
 def test_killed_while_it_works_and_gone_on(text_file, tmp_path, monkeypatch):
@@ -385,7 +358,7 @@ def test_missing_hidden_states_are_made_again(text_file, tmp_path, monkeypatch):
     compress(recipe, tmp_path / "fresh", quiet=True)
     monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "cache"))
     with monkeypatch.context() as patch:
-        patch.setattr("twofold.calibrate.sweep.loss_gradient", lambda *a: 1 / 0)
+        patch.setattr("twofold.task.output.categorical.loss_gradient", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compress(recipe, tmp_path / "small", quiet=True)
     (state,) = (tmp_path / "cache").rglob("*.state")
@@ -412,7 +385,9 @@ def test_two_runs_that_need_the_same_moments(text_file, tmp_path):
 def test_self_sampling_needs_the_whole_model(tmp_path):
     source = save(tmp_path / "model")
     recipe = make_recipe({"model": str(source), "keep": 0.6, "stream": "always"})
-    with pytest.raises(TwofoldError, match=r"can't be sampled .* name some with --calibration"):
+    with pytest.raises(
+        TwofoldError, match=r"sampling texts .* whole in memory.*block by block; name some with `calibration="
+    ):
         compress(recipe, tmp_path / "out", quiet=True)
 
 
@@ -461,9 +436,7 @@ def test_two_processes_give_what_one_gives(text_file, tmp_path):
         products = []
         for count in (1, 2):
             model = load_model(str(tmp_path / f"{stream}-{count}")).model
-            products.append(
-                {e.name: twofold.model.kinds.dense_weight(model.get_submodule(e.name)) for e in first.entries}
-            )
+            products.append({e.name: dense_weight(model.get_submodule(e.name)) for e in first.entries})
         for name, product in products[0].items():
             torch.testing.assert_close(product, products[1][name], rtol=0, atol=1e-4)
 
@@ -471,7 +444,7 @@ def test_two_processes_give_what_one_gives(text_file, tmp_path):
 def test_targets_of_a_streamed_model(tmp_path):
     source = save(tmp_path / "model", "gpt2")
     skeleton = load_skeleton(str(source))
-    found = survey(skeleton, find_targets(skeleton.model).targets)
+    found = surveyed(skeleton, find_targets(skeleton.model).targets)
     assert found.chain is not None and len(found.chain) == 2
     loaded = load_streamed(str(source), found.chain)
     assert [t.name for t in find_targets(loaded.model).targets] == [

@@ -18,17 +18,21 @@ from twofold.calibrate.moments import Moments
 from twofold.model.structure import Member, Structure
 from twofold.model.weights import find_targets
 from twofold.nn.layers.sliced import SlicedLinear
+from twofold.recipe import make_recipe
 from twofold.run.plan import plan as plan_of
 from twofold.structures.find import find_structures
 from twofold.structures.mlp import CutMLP
 from twofold.structures.query_key import CutQueries
 from twofold.structures.units import unit_rows
 from twofold.structures.value_output import CutValues
-from twofold.task.text.windows import few_tokens
+from twofold.task import TASKS
+from twofold.task.text.texts import TokenWindows
 
 IDS = torch.arange(20)[None]
 KINDS = ("mlp", "value-output", "query-key")
 DAMPING = 1e-2
+TASK = TASKS.get("causal-lm")
+SETTINGS = make_recipe({"model": "m", "keep": 0.6})
 
 
 def moments_of(**inputs):
@@ -152,8 +156,7 @@ def model_of(architecture):
 
 
 def structures_of(model, kinds=KINDS):
-    ids = few_tokens(model)
-    return find_structures(model, find_targets(model), kinds, lambda: model(input_ids=ids))
+    return find_structures(model, find_targets(model), kinds, lambda: TASK.call(model, TASK.example(model)), SETTINGS)
 
 
 def sizes(found):
@@ -235,7 +238,7 @@ def test_a_norm_between_is_noticed():
 def test_what_is_excluded_takes_its_partners_along():
     model = make_model("llama")
     found = find_structures(
-        model, find_targets(model, exclude=["*.0.mlp.up_proj", "*.1.self_attn.v_proj"]), KINDS, None
+        model, find_targets(model, exclude=["*.0.mlp.up_proj", "*.1.self_attn.v_proj"]), KINDS, None, SETTINGS
     )
     assert ("mlp", "0") not in {(s.kind, s.name.split(".")[2]) for s in found.structures}
     left = found.without({"model.layers.0.self_attn.q_proj": "not called"})
@@ -244,7 +247,7 @@ def test_what_is_excluded_takes_its_partners_along():
     )
     assert not {s.name for s in left.structures} & {d.name.removesuffix(".weight") for d in left.dense}
     with pytest.raises(twofold.TwofoldError, match="no weights of LlamaForCausalLM can be cut together"):
-        find_structures(model, find_targets(model, include=["*.v_proj"]), KINDS, None)
+        find_structures(model, find_targets(model, include=["*.v_proj"]), KINDS, None, SETTINGS)
 
 
 def cut(architecture="llama", keep=0.6, **settings):
@@ -304,7 +307,13 @@ def test_all_units_are_the_original(architecture):
     groups = find_groups(model, found.targets, lambda: model(input_ids=IDS))
     request = request_statistics(found.targets, groups, {"whole_input", "input_mean"})
     moments = collect_moments(
-        Resident(model), found.targets, request, IDS, empty=Moments({}, 0, groups, ""), quiet=True
+        Resident(model),
+        found.targets,
+        request,
+        TokenWindows(IDS, "text"),
+        TASK,
+        empty=Moments({}, 0, groups, ""),
+        quiet=True,
     )
     made = {}
     for structure in found.structures:
@@ -350,12 +359,12 @@ def test_budgets_overrides_and_multiples():
 
 
 def test_what_does_not_go_together_is_refused(checkpoint, text_file):
-    with pytest.raises(twofold.TwofoldError, match="--allocate energy looks at the spectrum of each weight alone"):
+    with pytest.raises(twofold.TwofoldError, match="`allocate=energy` looks at the spectrum of each weight alone"):
         cut(allocate="energy")
-    with pytest.raises(twofold.TwofoldError, match="blockwise works on weights that are products of two"):
+    with pytest.raises(twofold.TwofoldError, match="`refine=blockwise` works on weights that are products of two"):
         cut(refine=["blockwise"])
     settings = {"keep": 0.6, "objective": "modegpt", "calibration": [str(text_file)], "stream": "always"}
-    with pytest.raises(twofold.TwofoldError, match="works on a model that is whole in memory"):
+    with pytest.raises(twofold.TwofoldError, match="`objective=modegpt` works on a model that is whole in memory"):
         twofold.compress(twofold.Recipe(model=str(checkpoint), **settings), checkpoint.parent / "out", quiet=True)
 
 

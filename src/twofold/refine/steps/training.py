@@ -199,7 +199,8 @@ def train(
     if not state.load():
         first = held_out() if before is None else before
         probed = min(together, batch)
-        state.begin(steps or _steps_for(loss_of, held_out, windows, batch, probed, passes, seconds, began), first)
+        total = steps or _steps_for(loss_of, held_out, windows, batch, probed, passes, seconds, began)
+        state.begin(total, first)
     for parameter in trained:
         parameter.grad = None
     about, total, step = state.about, int(state.about["total"]), int(state.about["step"])
