@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from conftest import ARCHITECTURES, make_model, make_tokenizer
+from factored import factored_model, with_lora
 from twofold.adapters.extract import extract
 from twofold.adapters.folder import write_adapter
 from twofold.adapters.merge import merge, recompress_to
@@ -27,9 +28,7 @@ from twofold.checkpoint.peft.lora import CompactLora, whole_layers
 from twofold.checkpoint.peft.register import need, register
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
-from twofold.linalg.spectrum import weighted_low_rank
 from twofold.model.kinds import dense_weight
-from twofold.model.weights import find_targets
 from twofold.nn.int_matrix import IntLinear
 from twofold.nn.layers.dense_columns import DenseColumnsLinear
 from twofold.nn.layers.factored import FactoredLinear
@@ -38,27 +37,6 @@ from twofold.nn.places import replace_module
 from twofold.quantize.rounding import round_matrix
 
 IDS = torch.arange(24)[None]
-
-
-def factored_model(architecture: str = "llama", rank: int = 6) -> Any:
-    """A tiny model all of whose linear layers are factored by plain SVD."""
-    model = make_model(architecture)
-    for target in find_targets(model).targets:
-        module = model.get_submodule(target.name)
-        left, right = weighted_low_rank(dense_weight(module).detach(), rank)
-        bias = None if module.bias is None else module.bias.detach()
-        layer = FactoredLinear.from_factors(left, right, bias, transposed=target.transposed, dtype=torch.float32)
-        replace_module(model, target.name, layer)
-    attach(model)
-    return model
-
-
-def with_lora(model: Any, rank: int = 3, **settings_: Any) -> PeftModel:
-    """LoRA whose product is not zero, on every linear layer."""
-    torch.manual_seed(1)
-    return get_peft_model(
-        model, LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False, **settings_)
-    ).eval()
 
 
 @torch.no_grad()
@@ -297,12 +275,12 @@ def test_adapters_are_merged_on_the_command_line(tmp_path: Path) -> None:
     assert one.energy == pytest.approx(1.0)  # the sum has rank 2
     both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "both").eval()
     assert apart(logits(both), expected) < 1e-4
-    half = merge(str(base), [str(tmp_path / "one")], tmp_path / "half", weights=[0.0])
+    half = merge(str(base), [str(tmp_path / "one")], tmp_path / "half", weight=[0.0])
     assert set(half.ranks.values()) == {4}  # what counts nothing takes no rank
     with pytest.raises(TwofoldError, match="no adapter in"):
         merge(str(base), [str(base)], tmp_path / "x")
-    with pytest.raises(TwofoldError, match="2 values of --weight"):
-        merge(str(base), [str(tmp_path / "one")], tmp_path / "x", weights=[1, 2])
+    with pytest.raises(TwofoldError, match="2 values of `weight`"):
+        merge(str(base), [str(tmp_path / "one")], tmp_path / "x", weight=[1, 2])
     dense = save(make_model("qwen2"), tmp_path / "dense")
     with pytest.raises(TwofoldError, match="does not fit"):
         merge(str(dense), [str(tmp_path / "one")], tmp_path / "x")
@@ -341,8 +319,8 @@ def test_dora_is_merged_alone_and_one_adapter_is_of_plain_lora(tmp_path: Path) -
         adapted.save_pretrained(tmp_path / name)
     lora, dora = str(tmp_path / "lora"), str(tmp_path / "dora")
     for adapters, weights in (([dora], [0.5]), ([dora, lora], None), ([lora, dora], [1.0, 1.0])):
-        with pytest.raises(TwofoldError, match=r"dora is DoRA.*merge it alone, without --weight"):
-            merge(base, adapters, tmp_path / "x", weights=weights)
+        with pytest.raises(TwofoldError, match=r"dora is DoRA.*merge it alone, without `weight`"):
+            merge(base, adapters, tmp_path / "x", weight=weights)
     for name in ("dora", "vera", "adalora", "biased"):
         with pytest.raises(TwofoldError, match=f"{name} is no plain LoRA"):
             merge(base, [str(tmp_path / name)], tmp_path / "x", adapter_rank=2)
@@ -357,7 +335,7 @@ def test_nothing_is_merged_into_integers() -> None:
     matrices = {"reduce": layer.reduce.weight.detach(), "expand": layer.expand.weight.detach()}
     rounded = {name: round_matrix(matrix, 8, None, IntLinear) for name, matrix in matrices.items()}
     layer.hold_integers(8, None, **rounded)
-    with pytest.raises(TwofoldError, match=r"factors that are integers \(--bits\)"):
+    with pytest.raises(TwofoldError, match=r"factors that are integers \(`bits`\)"):
         grow(layer, torch.randn(10, 1), torch.randn(1, 12))
 
 

@@ -165,8 +165,8 @@ def test_budgets_leave_what_the_dense_parts_do_not_need():
         (0.001, None, r"below the smallest possible, 0\.01"),
         (0.0, None, "above 0 and at most 1, got 0"),
         (1.2, None, r"at most 1, got 1\.2"),
-        (None, None, "either --keep"),
-        (0.5, "70%", "either --keep"),
+        (None, None, "either `keep`"),
+        (0.5, "70%", "either `keep`"),
         (None, "150%", "at most 100%"),
     ],
 )

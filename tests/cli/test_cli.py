@@ -189,7 +189,10 @@ def test_recipe_file_flags_and_stored_recipe_are_one(run, checkpoint, text_file,
         (["--kl-at-most", "0"], "--kl-at-most"),
         (["--kl-at-most", "inf"], "--kl-at-most"),
         (["--kl-at-most", "0.1", "--eval-windows", "0"], "--eval-windows 0 measures nothing"),
-        (["--kl-at-most", "0.1", "--stream", "always"], "is searched for on the whole model"),
+        (
+            ["--kl-at-most", "0.1", "--stream", "always"],
+            "whole in memory, and this one is worked through block by block",
+        ),
         (["--budget", "lots"], "is not understood"),
         (["--budget", "1K"], "the smallest possible is"),
         (["--budget", "1KB"], "the smallest possible is"),
@@ -333,7 +336,7 @@ def test_several_texts_and_patterns(run, checkpoint, tmp_path):
 def test_models_that_are_not_there(run, tmp_path, text_file):
     for name, message in [
         (tmp_path / "nothing", "there is no folder"),
-        ("no-such-owner/no-such-model", "can't be read"),
+        ("no-such-owner/no-such-model", "there is no folder no-such-owner/no-such-model, and "),
         (text_file, "is a file but no .gguf"),
     ]:
         refused(run("inspect", name), message)

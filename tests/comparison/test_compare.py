@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from twofold.comparison.ground import Ground, lay
 
 import twofold.cli
 from conftest import TEXT, make_model
-from twofold import TwofoldError
 from twofold.comparison.arena import compare
 from twofold.comparison.cells import only_run
 from twofold.comparison.grid import Cell, make_grid
 from twofold.comparison.quantized import choose_baselines, quantized, torchao_version
 from twofold.comparison.record import Comparison
 from twofold.comparison.rows import Rows
+from twofold.comparison.shared import Shared, prepare
+from twofold.errors import TwofoldError
 from twofold.evaluation.evaluate import evaluate
 from twofold.host.cache import cache_folder
 from twofold.model.weights import find_targets
@@ -139,8 +139,8 @@ def test_moments_are_collected_once_and_texts_read_once(settings, tmp_path, monk
         "twofold.task.text.windows.read_texts", lambda *a, **k: (reads.append(a), read_texts(*a, **k))[1]
     )
     decomposed = []
-    once = Ground.decomposed
-    monkeypatch.setattr(Ground, "decomposed", lambda self, o: (decomposed.append(o.name), once(self, o))[1])
+    once = Shared.decomposed
+    monkeypatch.setattr(Shared, "decomposed", lambda self, o: (decomposed.append(o.name), once(self, o))[1])
     objectives = ["svd", "asvd", "fwsvd", "svd-llm", "two-sided"]
     grid = {**settings, "objectives": objectives, "keep": [0.7, 0.5], "allocate": ["uniform", "global"]}
     made = compare(grid, tmp_path / "arena", quiet=True)
@@ -224,7 +224,7 @@ def test_a_larger_grid_runs_its_new_cells_only(settings, tmp_path, monkeypatch):
     second = compare({**settings, "objectives": ["two-sided"], "keep": [0.7, 0.5]}, tmp_path / "arena", quiet=True)
     assert done == [0.5] and figures(second)[:2] == figures(first)
     # All rows are there: neither the moments nor a decomposition is needed any more.
-    monkeypatch.setattr(Ground, "decomposed", lambda self, o: 1 / 0)
+    monkeypatch.setattr(Shared, "decomposed", lambda self, o: 1 / 0)
     again = compare({**settings, "objectives": ["two-sided"], "keep": [0.7, 0.5]}, tmp_path / "arena", quiet=True)
     assert figures(again) == figures(second)
 
@@ -270,7 +270,7 @@ def test_cells_that_are_impossible_carry_a_reason(settings, tmp_path):
         "svd, global, keep 0.7, anchored", "svd, global, keep 0.01", "svd, global, keep 0.01, anchored",
         "two-sided, global, keep 0.01", "two-sided, global, keep 0.01, anchored",
     }  # fmt: skip
-    assert "does not look at whole inputs" in reasons["svd, global, keep 0.7, anchored"]
+    assert "looks at whole inputs, and `objective=svd` does not" in reasons["svd, global, keep 0.7, anchored"]
     assert "below the smallest possible" in reasons["two-sided, global, keep 0.01"]
     assert len(made.measured) == 1 + 3
     words = (tmp_path / "arena" / "compare.md").read_text()
@@ -299,14 +299,14 @@ def test_the_model_is_dense_again_after_every_cell(settings, tmp_path, monkeypat
     def watched(self, cell, of, number):
         row = real(self, cell, of, number)
         with torch.no_grad():
-            seen.append(self.ground.model(input_ids=ids).logits)
+            seen.append(self.shared.model(input_ids=ids).logits)
         return row
 
     monkeypatch.setattr(Rows, "cell", watched)
     compare({**settings, "refine": ["none", "anchored", "blockwise+distill"]}, tmp_path / "arena", quiet=True)
-    ground = lay(make_grid(settings), quiet=True)
+    shared = prepare(make_grid(settings), quiet=True)
     with torch.no_grad():
-        dense = ground.model(input_ids=ids).logits
+        dense = shared.model(input_ids=ids).logits
     assert len(seen) == 3 and all(torch.equal(one, dense) for one in seen)
 
 
@@ -408,7 +408,10 @@ def test_settings_of_a_recipe_hold_for_every_cell(run, checkpoint, text_file, tm
         (["--keep", "0.5", "--objectives", "svd,magic"], "there is no objective 'magic'"),
         (["--keep", "0.5", "--allocate", "magic"], "there is no allocation 'magic'"),
         (["--keep", "0.5", "--refine", "none,magic"], "there is no refinement 'magic'"),
-        (["--keep", "0.5", "--objectives", "svd,asvd", "--refine", "none,anchored"], "does not look at whole inputs"),
+        (
+            ["--keep", "0.5", "--objectives", "svd,asvd", "--refine", "none,anchored"],
+            "looks at whole inputs, and --objective",
+        ),
         (["--keep", "0.5", "--baselines", "int3"], "there is no baseline 'int3'"),
         (["--keep", "0.5", "--tokens", "0"], "--tokens"),
         (["--keep", "0.0001"], "below the smallest possible"),
@@ -488,16 +491,14 @@ def test_two_comparisons_do_not_write_to_one_folder(settings, tmp_path):
 
 def test_an_objective_that_does_not_go_with_the_model_is_skipped(settings, tmp_path, monkeypatch):
     """The rows of the others are measured and written all the same."""
-    from twofold.comparison.ground import Ground
+    decomposed = Shared.decomposed
 
-    decomposed = Ground.decomposed
-
-    def failing(ground, objective):
+    def failing(shared, objective):
         if objective.name == "svd-llm":
             raise TwofoldError("nothing to cut in this model")
-        return decomposed(ground, objective)
+        return decomposed(shared, objective)
 
-    monkeypatch.setattr(Ground, "decomposed", failing)
+    monkeypatch.setattr(Shared, "decomposed", failing)
     made = compare({**settings, "objectives": "svd-llm,two-sided"}, tmp_path / "arena", quiet=True)
     assert [row.skipped for row in made.rows[1:]] == ["nothing to cut in this model", None]
     assert (tmp_path / "arena" / "compare.md").is_file()

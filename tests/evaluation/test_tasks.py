@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_adapters import with_lora
 
 import twofold.cli
 from conftest import make_model, make_tokenizer
+from factored import with_lora
 from twofold.errors import TwofoldError
-from twofold.evaluation.lm_eval import evaluate_tasks
+from twofold.evaluation.evaluate import evaluate
 
 ROWS = [
     {"query": f"The number {i} is", "choices": [" odd", " even", " neither"], "gold": i % 3}
@@ -84,7 +84,7 @@ def accuracy(model: Any, rows: list[dict[str, Any]]) -> float:
 
 @pytest.mark.parametrize("limit", [None, 7])
 def test_accuracy_is_that_of_log_likelihoods_by_hand(limit: int | None, tasks: Path, model: Path) -> None:
-    found = evaluate_tasks(str(model), ["parity"], task_folder=str(tasks), limit=limit, quiet=True)
+    found = evaluate(str(model), tasks=["parity"], task_folder=str(tasks), limit=limit, quiet=True)
     (score,) = found.models[0].tasks
     assert score.rows == (limit or 12) and score.metric == "acc" and score.standard_error is not None
     assert score.value == pytest.approx(accuracy(make_model(), ROWS[:limit]))
@@ -116,8 +116,8 @@ def test_an_adapter_is_measured_on_a_text_too(model: Path, tmp_path: Path, text_
 
 def test_faults_are_told_in_a_sentence(tasks: Path, model: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     for given, words in (
-        ([], "give --text FILE to measure perplexity, or --tasks NAMES"),
-        (["--tasks", "parity", "--text", "a.txt"], "give --text FILE to measure perplexity, or --tasks NAMES"),
+        ([], "give either --text FILE to measure perplexity, or --tasks NAMES"),
+        (["--tasks", "parity", "--text", "a.txt"], "give either --text FILE to measure perplexity, or --tasks NAMES"),
         (["--tasks", " , "], "names no task"),
         (["--tasks", "parity", "--window", 64], "--window goes with --text and not with --tasks"),
         (["--text", "a.txt", "--limit", 5], "--limit goes with --tasks and not with --text"),
@@ -132,7 +132,7 @@ def test_faults_are_told_in_a_sentence(tasks: Path, model: Path, monkeypatch: py
     with pytest.raises(
         TwofoldError, match=r"needs lm-eval, which is not installed; install it with: pip install 'twofold\[lm-eval\]'"
     ):
-        evaluate_tasks(str(model), ["parity"], quiet=True)
+        evaluate(str(model), tasks=["parity"], quiet=True)
 
 
 def test_a_group_counts_as_one_task_and_a_perplexity_has_no_mean(tasks: Path, model: Path, tmp_path: Path) -> None:
@@ -144,11 +144,11 @@ def test_a_group_counts_as_one_task_and_a_perplexity_has_no_mean(tasks: Path, mo
     words["metric_list"] = [{"metric": "word_perplexity"}]
     kept = {key: about[key] for key in ("dataset_path", "dataset_kwargs", "test_split", "metadata")}
     (tmp_path / "words.yaml").write_text(yaml.safe_dump(kept | words))
-    found = evaluate_tasks(str(model), ["both"], task_folder=str(tmp_path), quiet=True).models[0]
+    found = evaluate(str(model), tasks=["both"], task_folder=str(tmp_path), quiet=True).models[0]
     (group,) = found.tasks
     each = [accuracy(make_model(), rows) for rows in (ROWS, [row | {"gold": 0} for row in ROWS])]
     assert group.rows == 24 and group.value == found.mean == pytest.approx(sum(each) / 2)
-    mixed = evaluate_tasks(str(model), ["words", "parity"], task_folder=str(tmp_path), quiet=True).models[0]
+    mixed = evaluate(str(model), tasks=["words", "parity"], task_folder=str(tmp_path), quiet=True).models[0]
     assert mixed.mean is None and not mixed.tasks[0].higher_is_better and mixed.tasks[0].value > 1
 
 
@@ -156,5 +156,5 @@ def test_data_that_can_not_be_fetched_is_told(tasks: Path, model: Path, tmp_path
     about = yaml.safe_load((tasks / "parity.yaml").read_text()) | {"task": "absent"}
     about["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "absent.jsonl")}}
     (tmp_path / "absent.yaml").write_text(yaml.safe_dump(about))
-    with pytest.raises(TwofoldError, match=r"could not measure .* on absent .*with --task-folder"):
-        evaluate_tasks(str(model), ["absent"], task_folder=str(tmp_path), quiet=True)
+    with pytest.raises(TwofoldError, match=r"could not measure .* on absent .*with `task_folder`"):
+        evaluate(str(model), tasks=["absent"], task_folder=str(tmp_path), quiet=True)

@@ -18,11 +18,11 @@ import pytest
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from test_report import front_matter, make_plan, make_run, page
 
 import twofold.cli
-from conftest import TEXT
-from twofold.cli import tables
+from conftest import TEXT, interruptible
+from pages import front_matter, make_plan, make_run, page
+from twofold.cli import compress, plan, tables
 from twofold.host.cache import cache_folder
 from twofold.report.card import write_card
 from twofold.report.record import Sample
@@ -106,15 +106,17 @@ def test_the_page_and_the_card_say_hostile_words_and_obey_none(text, tmp_path):
 def test_the_terminal_shows_hostile_words_and_obeys_none(tmp_path, monkeypatch):
     """Markup that rich would fail on, and the escape sequences of a terminal."""
     shown = io.StringIO()
-    monkeypatch.setattr(tables, "console", Console(file=shown, width=200, force_terminal=True, color_system=None))
+    console = Console(file=shown, width=200, force_terminal=True, color_system=None)
+    for module in (tables, plan, compress):
+        monkeypatch.setattr(module, "console", console)
     text = "[/b] [bold]x[/bold] \x1b]0;title\x07 \x1b[2J \x9b31m end\\"
     names = [("model.layers.0.[/b]", 0), ("model.layers.1.\x1b[2J", 1)]
-    plan, _ = make_plan(model=f"models/{text}", names=names, notes=[text])
-    run = make_run(plan, samples=[Sample(prompt=text, original=text, factored=text)])
+    made, _ = make_plan(model=f"models/{text}", names=names, notes=[text])
+    run = make_run(made, samples=[Sample(prompt=text, original=text, factored=text)])
     assert run.quality is not None
     run = run.model_copy(update={"notes": [text], "quality": run.quality.model_copy(update={"text": text})})
-    tables.print_plan(plan)
-    tables.print_run(run, plan, Path("out[/b]"))
+    plan.print_plan(made)
+    compress.print_run(run, made, Path("out[/b]"))
     written = shown.getvalue()
     assert "[bold]x[/bold]" in written
     for sign in ("\x1b]", "\x1b[2J", "\x07", "\x9b"):
@@ -221,6 +223,7 @@ def test_ctrl_c_ends_in_one_sentence_and_leaves_nothing(moment, command, tmp_pat
     process = subprocess.Popen(
         [sys.executable, "-m", "twofold", *map(str, long)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "TWOFOLD_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        preexec_fn=interruptible,
     )  # fmt: skip
     assert process.stderr is not None
     told = ""
@@ -256,7 +259,7 @@ def test_what_was_there_stays_when_a_write_breaks_off(command, capsys, monkeypat
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("twofold.report.write_card", stop)
+    monkeypatch.setattr("twofold.report.card.write_card", stop)
     assert run([*command, "--quiet", "--overwrite"], capsys, monkeypatch)[0] == 130
     assert {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()} == before
     assert left_behind(tmp_path) == ["copy", "small"]

@@ -13,45 +13,14 @@ from transformers import AutoModelForCausalLM
 
 import twofold
 from conftest import make_model
+from factored import model_of_form
 from twofold import TwofoldError
-from twofold.checkpoint.plugin import attach
 from twofold.inference.draft import Draft
 from twofold.inference.latency import Latencies, Table, Times
-from twofold.model.kinds import dense_weight
-from twofold.model.weights import list_weights
 from twofold.nn.grouped_linear import ColumnsLinear, GroupedLinear, InputGroup, Part, laid_out
 from twofold.nn.layers.factored import FactoredLinear
-from twofold.nn.places import replace_module
 
 IDS = torch.arange(24).reshape(2, 12)
-
-
-def factored_model(
-    architecture: str, form: str = "rows", share: float = 0.4, dtype: torch.dtype = torch.float32
-) -> Any:
-    """A tiny model whose linear layers are all factored, with biases where it has them, ordered outputs or inputs."""
-    model = make_model(architecture, dtype=torch.float64)
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            nn.init.normal_(parameter, 1.0, 0.3)
-    for i, target in enumerate(list_weights(model).targets):
-        module = model.get_submodule(target.name)
-        rank = max(1, int(share * min(target.out_features, target.in_features)))
-        u, s, v = torch.linalg.svd(dense_weight(module).detach(), full_matrices=False)
-        chosen = ("rows", "columns", "plain")[i % 3] if form == "mixed" else form
-        layer = FactoredLinear.from_factors(
-            u[:, :rank] * s[:rank],
-            v[:rank],
-            getattr(module, "bias", None),
-            chosen,
-            target.transposed,  # type: ignore[arg-type]
-        )
-        assert layer.form == chosen
-        replace_module(model, target.name, layer)
-    model.to(dtype)
-    attach(model)
-    return model
 
 
 def table_of(ratio: float, by_columns: bool = False) -> Latencies:
@@ -78,7 +47,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 def test_logits_change_by_rounding_alone(architecture: str, form: str, by_columns: bool) -> None:
     many = torch.arange(96).reshape(2, 48)  # above FEW, so that products write into one buffer
     for dtype, most in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
-        model = factored_model(architecture, form, dtype=dtype)
+        model = model_of_form(architecture, form, dtype=dtype)
         before, long = logits(model), logits(model, many)
         twofold.optimize(model, latencies=table_of(0.5, by_columns), quiet=True)
         assert apart(logits(model), before) < most
@@ -90,7 +59,7 @@ def test_logits_change_by_rounding_alone(architecture: str, form: str, by_column
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
 def test_it_is_as_accurate_as_the_stored_form(architecture: str) -> None:
-    stored = factored_model(architecture, "mixed")
+    stored = model_of_form(architecture, "mixed")
     exact = logits(copy.deepcopy(stored).double(), torch.arange(96).reshape(2, 48))
     before = logits(stored, torch.arange(96).reshape(2, 48))
     twofold.optimize(stored, latencies=table_of(0.5, True), quiet=True)
@@ -98,7 +67,7 @@ def test_it_is_as_accurate_as_the_stored_form(architecture: str) -> None:
 
 
 def test_a_mistake_of_ours_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = factored_model("llama")
+    model = model_of_form("llama")
     before = logits(model)
     monkeypatch.setattr(
         Draft, "in_rising_order", lambda draft: draft.with_outputs(torch.arange(draft.out_features).flip(0))
@@ -109,7 +78,7 @@ def test_a_mistake_of_ours_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
 
 
 def test_layers_that_share_an_input_share_a_product_and_one_order_of_hidden_units_is_gone() -> None:
-    model = factored_model("llama", "mixed")
+    model = model_of_form("llama", "mixed")
     twofold.optimize(model, latencies=table_of(0.5), quiet=True)
     done = model.twofold_inference
     kinds = [[name.rpartition(".")[2] for name in group] for group in done.groups]
@@ -126,7 +95,7 @@ def test_fewer_products_and_one_reordering_for_each_group() -> None:
             model(input_ids=many)
         return {event.key: event.count for event in profile.key_averages()}
 
-    model = factored_model("llama", "rows")
+    model = model_of_form("llama", "rows")
     before = counted(model)
     twofold.optimize(model, latencies=table_of(0.5), quiet=True)
     after = counted(model)
@@ -139,7 +108,7 @@ def test_fewer_products_and_one_reordering_for_each_group() -> None:
 
 
 def test_generation_is_the_same() -> None:
-    model = factored_model("llama")
+    model = model_of_form("llama")
     settings = {"max_new_tokens": 12, "do_sample": False}
     before = model.generate(IDS, **settings)
     twofold.optimize(model, latencies=table_of(0.5), quiet=True)
@@ -147,7 +116,7 @@ def test_generation_is_the_same() -> None:
 
 
 def test_compiled() -> None:
-    model = factored_model("llama")
+    model = model_of_form("llama")
     before = logits(model)
     twofold.optimize(model, latencies=table_of(0.5), quiet=True)
     compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -158,7 +127,7 @@ def test_compiled() -> None:
 
 
 def test_slower_layers_become_dense_and_are_announced(capsys: pytest.CaptureFixture[str]) -> None:
-    model = factored_model("llama")
+    model = model_of_form("llama")
     before = logits(model)
     twofold.optimize(model, latencies=table_of(1.5))
     assert len(model.twofold_inference.merged) == 14
@@ -166,19 +135,19 @@ def test_slower_layers_become_dense_and_are_announced(capsys: pytest.CaptureFixt
     assert apart(logits(model), before) < 2e-5
     assert "14 dense in memory" in capsys.readouterr().err
     assert "µs" in next(iter(model.twofold_inference.merged.values()))
-    kept = twofold.optimize(factored_model("llama"), merge="never", latencies=table_of(1.5), quiet=True)
+    kept = twofold.optimize(model_of_form("llama"), merge="never", latencies=table_of(1.5), quiet=True)
     assert not kept.twofold_inference.merged
 
 
 def test_gpt2_merges_to_its_own_kind_of_layer() -> None:
-    model = factored_model("gpt2")
+    model = model_of_form("gpt2")
     before = logits(model)
     twofold.optimize(model, latencies=table_of(1.5), quiet=True)
     assert apart(logits(model), before) < 2e-5
 
 
 def test_it_is_not_saved_and_not_made_dense(tmp_path: Path) -> None:
-    model = factored_model("llama")
+    model = model_of_form("llama")
     model.save_pretrained(tmp_path / "factored")
     twofold.optimize(model, latencies=table_of(0.5), quiet=True)
     with pytest.raises(TwofoldError, match=r"save it before twofold\.optimize"):
@@ -193,7 +162,7 @@ def test_it_is_not_saved_and_not_made_dense(tmp_path: Path) -> None:
 
 
 def test_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = factored_model("llama")
+    model = model_of_form("llama")
     model.save_pretrained(tmp_path / "factored")
     monkeypatch.setattr(Latencies, "of_this_machine", lambda *_, **__: table_of(0.5))
     loaded = twofold.load_model(str(tmp_path / "factored")).model
@@ -218,7 +187,7 @@ def factored_model_on_meta() -> nn.Module:
 
 
 def test_layers_that_other_code_changed_are_kept() -> None:
-    model = factored_model("llama")
+    model = model_of_form("llama")
     before = logits(model)
     layer = model.model.layers[0].self_attn.q_proj
     layer.reduce = nn.Sequential(layer.reduce)

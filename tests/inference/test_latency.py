@@ -119,7 +119,7 @@ def test_layers_that_are_slower_at_every_rank_stay_dense_and_say_so(
     assert any(f"{len(square)} weights are slower at every rank" in note for note in plan.notes)
     assert any(entry.rank is not None for entry in plan.entries)
     with pytest.raises(
-        TwofoldError, match=r"--latency 0\.2 can't be met on this machine: the smallest possible is 0\.4"
+        TwofoldError, match=r"`latency=0\.2` can't be met on this machine: the smallest possible is 0\.4"
     ):
         plan_of(recipe.model_copy(update={"latency": 0.2}), quiet=True)
 
@@ -144,9 +144,9 @@ def test_compress_by_time_on_the_command_line(clock: list[tuple[int, int]], chec
     ("settings", "words"),
     [
         ({"latency": 0.5, "keep": 0.5}, "only one of them"),
-        ({"latency": 0.0}, "--latency"),
-        ({"latency": 1.5}, "--latency"),
-        ({"latency": 0.8, "objective": "modegpt"}, "not for modegpt"),
+        ({"latency": 0.0}, "`latency`"),
+        ({"latency": 1.5}, "`latency`"),
+        ({"latency": 0.8, "objective": "modegpt"}, "`latency=0.8` treats each weight alone, and `objective=modegpt` cuts weights together; give `keep`"),
     ],
 )
 def test_what_does_not_go_together(
@@ -158,11 +158,12 @@ def test_what_does_not_go_together(
 
 def test_times_of_targets_are_those_of_their_shapes(clock: list[tuple[int, int]]) -> None:
     targets = list_weights(make_model()).targets
-    found = times_of(targets, "gauge", torch.float32, torch.device("cpu"), quiet=True)
-    assert set(found.times) == {target.name for target in targets}
+    times, words = times_of(targets, "gauge", torch.float32, torch.device("cpu"), quiet=True)
+    assert set(times) == {target.name for target in targets}
+    assert words == Latencies.of_this_machine(quiet=True).words
     assert len(clock) == len({(t.out_features, t.in_features) for t in targets})
     first = targets[0]
-    assert np.isclose(found.times[first.name].dense, first.size / 100)
+    assert np.isclose(times[first.name].dense, first.size / 100)
 
 
 def test_a_stored_recipe_aligns_ranks_as_the_first_run_did():

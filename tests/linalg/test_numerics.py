@@ -88,7 +88,7 @@ def test_finite_and_as_predicted(kind, inputs, gradients):
         module.weight.data = weight.float()
         rank = min(5, max(spectrum.numerical_rank, 1))  # as the plan does
         layer, entry, _ = factor_layer(
-            module.weight.detach(), module.bias, entry_of(m, n, rank), spectrum, problem, torch.float32
+            module, module.weight.detach(), entry_of(m, n, rank), spectrum, problem, torch.float32
         )
         assert all(torch.isfinite(p).all() for p in layer.parameters()), (kind, inputs, gradients, name, m, n)
         dense = layer.to_dense(torch.float64)
@@ -163,7 +163,7 @@ def test_any_shape_rank_dtype_and_metric(m, n, seed, bias, dtype, name, form, da
     spectrum = decompose(problem.metric, problem.gram, problem.side)
     spectrum = replace(spectrum, basis=spectrum.basis.float())
     entry = entry_of(m, n, rank).model_copy(update={"form": form, "bias": bias})
-    layer, done, _ = factor_layer(module.weight.detach(), module.bias, entry, spectrum, problem, dtype)
+    layer, done, _ = factor_layer(module, module.weight.detach(), entry, spectrum, problem, dtype)
     assert done.rank is not None and layer.rank == done.rank and (form == "plain") == (layer.form == "plain")
     assert all(torch.equal(p, p.to(dtype).float()) for p in (layer.reduce.weight, layer.expand.weight))
     left, right = truncate(weight, spectrum, problem.metric, done.rank)

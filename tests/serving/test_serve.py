@@ -21,7 +21,7 @@ import uvicorn
 
 import twofold
 import twofold.cli
-from conftest import TEXT, make_model, make_tokenizer
+from conftest import TEXT, interruptible, make_model, make_tokenizer
 from twofold import TwofoldError
 from twofold.model.load import LoadedModel
 from twofold.serving.chat import Conversation
@@ -282,7 +282,7 @@ def test_what_can_not_be_served(tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(TwofoldError, match=r"can't listen at .* name another --port"):
+        with pytest.raises(TwofoldError, match=r"can't listen at .* name another `port`"):
             serve(str(tmp_path), port=taken.getsockname()[1])
     with pytest.raises(TwofoldError, match="has no tokenizer"):
         build_app(LoadedModel(make_model(), None, "m", None, torch.float32), "m")
@@ -306,7 +306,9 @@ def test_the_command_serves_until_it_is_stopped(tmp_path):
     said.model.save_pretrained(tmp_path / "small")
     said.tokenizer.save_pretrained(tmp_path / "small")
     command = [sys.executable, "-m", "twofold", "serve", str(tmp_path / "small"), "--port", "0", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    ) as process:
         try:
             line = process.stdout.readline()
             assert line.startswith("Serving small at http://127.0.0.1:"), line + process.stderr.read()
@@ -368,8 +370,8 @@ def test_a_conversation_remembers_forgets_and_is_cleared(capsys):
     ids = said.tokenizer("Once upon", return_tensors="pt")["input_ids"]
     out = said.model.generate(ids, do_sample=False, max_new_tokens=3)
     assert text == said.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    with pytest.raises(TwofoldError, match="has no chat template, so it can't be told a --system"):
+    with pytest.raises(TwofoldError, match="has no chat template, so it can't be told a `system`"):
         Conversation(loaded(template=None), "Be brief.", 3, 0.0)
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
-    with pytest.raises(TwofoldError, match=r"refuses the conversation \(no system\); leave --system out"):
+    with pytest.raises(TwofoldError, match=r"refuses the conversation \(no system\); leave `system` out"):
         Conversation(loaded(template=refusing), "Be brief.", 3, 0.0)

@@ -8,56 +8,36 @@ from typing import Any
 
 import pytest
 import torch
-from test_inference import factored_model
 from typer.testing import CliRunner
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
+from factored import model_of_form
+from timed import QUIET, SHORT
+from timed import models as models  # the fixture
 from twofold import TwofoldError
 from twofold.cli import app
-from twofold.inference import latency
-from twofold.inference.latency import Times
 from twofold.model.work import work_of
-from twofold.speed import bench as bench_module
-from twofold.speed.bench import Lengths, bench
+from twofold.speed import rounds
+from twofold.speed.bench import bench
 from twofold.speed.figure import points
 from twofold.speed.memory import peak_of
-from twofold.speed.record import Bench, Roofs
+from twofold.speed.record import Bench
 from twofold.speed.runtimes import RUNTIMES, Runtime, Settings, get_runtime
 from twofold.speed.runtimes.compile import Compile
-
-SHORT = Lengths(prompt=4, new=3, prefill=40, batches=(1, 2), repeats=2)
-QUIET = Settings(quiet=True)
-
-
-@pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """A dense and a factored checkpoint; layers and roofs are not really timed."""
-
-    def take(m: int, n: int, ranks: list[int], tokens: int, form: str = "gauge", **_: Any) -> Times:
-        return Times(dense=10.0, ranks=ranks, factored=[5.0 for _ in ranks])
-
-    for module in (latency, bench_module):
-        monkeypatch.setattr(module, "time_shape", take)
-    monkeypatch.setattr(latency, "columns_pay", lambda dtype, device: True)
-    monkeypatch.setattr(bench_module, "measure_roofs", lambda *_: Roofs(bytes_per_second=1e10, flops=1e11))
-    for name, model in (("dense", make_model()), ("small", factored_model("llama", "mixed"))):
-        model.save_pretrained(tmp_path / name)
-        make_tokenizer().save_pretrained(tmp_path / name)
-    return str(tmp_path / "dense"), str(tmp_path / "small")
 
 
 def test_models_in_turn_with_ideal_beside_measured(models: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     dense, small = models
     order: list[str] = []
-    round_of = bench_module._round
+    round_of = rounds._round
 
-    def watched(session: Any, lengths: Lengths, device: torch.device) -> dict[str, float]:
+    def watched(session: Any, lengths: rounds.Lengths, device: torch.device) -> dict[str, float]:
         order.append(session.name)
         return round_of(session, lengths, device)
 
-    monkeypatch.setattr(bench_module, "_round", watched)
-    result = bench([small], against=dense, lengths=SHORT, settings=QUIET, memory=False)
+    monkeypatch.setattr(rounds, "_round", watched)
+    result = bench([small], against=dense, **SHORT, memory=False)
     assert order == [dense, small] * 3  # one round to warm up
     one, other = result.rows
     assert (one.original, other.original, one.dtype) == (True, False, "float32")
@@ -91,7 +71,7 @@ def test_the_work_of_a_model_by_hand() -> None:
     assert work.multiplications == layers and work.head == 264 * 32
     assert work.weight_bytes == 4 * (layers + 264 * 32 + 5 * 32)  # the tied embedding is read by the output layer
     assert work.cache_bytes == 4 * 2 * 2 * 16 and work.attended == 2 * 2 * 32
-    factored = work_of(factored_model("llama", "rows"))
+    factored = work_of(model_of_form("llama", "rows"))
     assert factored.multiplications == 2 * (2 * 12 * 52 + 2 * 6 * 42 + 3 * 12 * 100)
     untied = work_of(make_model("gpt_neox"))
     assert untied.weight_bytes == sum(
@@ -161,11 +141,11 @@ def test_on_the_command_line(models: tuple[str, str], tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (["--runtime", "fast"], "there is no runtime 'fast'; choose one of compile, eager, onnx, openvino"),
-        (["--runtime", ","], "--runtime names none"),
-        (["--batch", "1,none"], "--batch must be whole numbers above 0 between commas, as 1,8, got '1,none'"),
-        (["--batch", "0"], "--batch must be whole numbers above 0"),
-        (["--prompt", "100", "--new", "64"], "--prompt 100 and --new 64 are longer than the context"),
-        (["--prefill", "128"], "use --prefill 127"),
+        (["--runtime", ","], "`runtime` names none"),
+        (["--batch", "1,none"], "`batch` must be whole numbers above 0 with commas between, as 1,8, got '1,none'"),
+        (["--batch", "0"], "`batch` must be whole numbers above 0"),
+        (["--prompt", "100", "--new", "64"], "`prompt=100` and `new=64` are longer than the context"),
+        (["--prefill", "128"], "use `prefill=127`"),
         (["--dtype", "float3"], "can't be loaded|dtype"),
     ],
 )
@@ -186,11 +166,11 @@ def test_a_runtime_that_is_not_installed_names_the_extra(monkeypatch: pytest.Mon
         packages = ("no_such_package_at_all",)
         extra = "export"
 
-    monkeypatch.setitem(RUNTIMES, "missing", Missing())
+    monkeypatch.setitem(RUNTIMES._methods, "missing", Missing())
     with pytest.raises(
         TwofoldError, match=r"needs no_such_package_at_all, not installed: pip install 'twofold\[export\]'"
     ):
-        bench(["anything"], runtimes=["missing"])
+        bench(["anything"], runtime=["missing"])
 
 
 def test_folders_of_other_runtimes(models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +179,7 @@ def test_folders_of_other_runtimes(models: tuple[str, str], tmp_path: Path, monk
     exported.mkdir()
     (exported / "model.onnx").write_bytes(b"")
     with pytest.raises(TwofoldError, match=r"run by none of the runtimes that are named .eager: an exported folder"):
-        bench([str(exported)], lengths=SHORT, settings=QUIET)
+        bench([str(exported)], **SHORT)
 
     class Other(Runtime):
         name = "other"
@@ -208,16 +188,16 @@ def test_folders_of_other_runtimes(models: tuple[str, str], tmp_path: Path, monk
             return None if model == str(exported) else "no exported folder"
 
         def load(self, model: str, settings: Settings) -> Any:
-            return RUNTIMES["eager"].load(models[0], settings)
+            return RUNTIMES.get("eager").load(models[0], settings)
 
         def session(self, loaded: Any, settings: Settings) -> Any:
-            return RUNTIMES["eager"].session(loaded, settings)
+            return RUNTIMES.get("eager").session(loaded, settings)
 
         def disk_bytes(self, loaded: Any) -> int | None:
             return None
 
-    monkeypatch.setitem(RUNTIMES, "other", Other())
-    result = bench([models[0], str(exported)], runtimes=["eager", "other"], lengths=SHORT, settings=QUIET, memory=False)
+    monkeypatch.setitem(RUNTIMES._methods, "other", Other())
+    result = bench([models[0], str(exported)], runtime=["eager", "other"], **SHORT, memory=False)
     assert [(row.model, row.runtime) for row in result.rows] == [(models[0], "eager"), (str(exported), "other")]
     assert result.rows[1].disk is None and len(result.notes) == 2
 
@@ -228,7 +208,7 @@ def test_a_model_that_writes_no_text(tmp_path: Path) -> None:
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=64)
     BertModel(config).save_pretrained(tmp_path / "bert")
     with pytest.raises(TwofoldError, match="does not write text token by token"):
-        bench([str(tmp_path / "bert")], lengths=SHORT, settings=QUIET)
+        bench([str(tmp_path / "bert")], **SHORT)
 
 
 def test_a_compiler_that_fails_is_one_sentence(models: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +220,7 @@ def test_a_compiler_that_fails_is_one_sentence(models: tuple[str, str], monkeypa
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(TwofoldError, match=r"torch.compile can't run .* here \(no g\+\+ here\).*leave compile out"):
-        bench([models[0]], runtimes=["compile"], lengths=SHORT, settings=QUIET, memory=False)
+        bench([models[0]], runtime=["compile"], **SHORT, memory=False)
 
 
 def test_a_model_of_integers_has_no_ideal():

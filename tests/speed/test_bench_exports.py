@@ -11,23 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench import QUIET, SHORT
-from test_bench import models as models  # the fixture
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import twofold.cli
 from conftest import CONFIGS, TEXT, make_model, make_tokenizer
+from timed import QUIET, SHORT
+from timed import models as models  # the fixture
 from twofold import TwofoldError
 from twofold.exports.export import Exported, export
 from twofold.model.load import load_model
 from twofold.model.work import work_of
 from twofold.speed import bench as bench_module
 from twofold.speed import exports
-from twofold.speed.bench import Lengths, bench
+from twofold.speed.bench import bench
 from twofold.speed.record import Roofs
 from twofold.speed.runtimes import Settings, get_runtime
 
-FAST = Lengths(prompt=4, new=3, prefill=12, batches=(1, 3), repeats=1)
+FAST: dict[str, Any] = {"prompt": 4, "new": 3, "prefill": 12, "batch": (1, 3), "repeats": 1, "quiet": True}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         make_tokenizer().save_pretrained(place / name)
     found = {name: str(place / name) for name in ("dense", "small")}
     for kind, model_name in (("onnx", "small"), ("openvino", "dense")):
-        export(found[model_name], kind, place / kind, tokens=0, quiet=True)
+        export(found[model_name], kind, place / kind, check_tokens=0, quiet=True)
         found[kind] = str(place / kind)
     return found
 
@@ -110,7 +110,7 @@ def test_made_for_the_bench_and_removed(
         made.append(models)
         export_all(models, *rest)
 
-    monkeypatch.setattr("twofold.speed.runtimes.graphs.export_all", watched)
+    monkeypatch.setattr("twofold.speed.runtimes._graphs.export_all", watched)
     flags = ["--prompt", 4, "--new", 3, "--prefill", 12, "--batch", "1,3", "--repeats", 1]
     code, out, err = run(
         "bench", exported["onnx"], "--against", exported["dense"], "--runtime", "onnx", *flags, "--json"
@@ -139,7 +139,7 @@ def test_made_for_the_bench_and_removed(
 
 
 def test_openvino_end_to_end(exported: dict[str, str]) -> None:
-    result = bench([exported["openvino"]], runtimes=["openvino"], lengths=FAST, settings=QUIET, memory=False)
+    result = bench([exported["openvino"]], runtime=["openvino"], **FAST, memory=False)
     (row,) = result.rows
     folder = Path(exported["openvino"])
     assert row.disk == sum((folder / name).stat().st_size for name in ("openvino_model.xml", "openvino_model.bin"))
@@ -160,7 +160,7 @@ def test_a_missing_runtime_is_named_before_any_work(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
-    monkeypatch.setattr(bench_module, "_opened", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr(bench_module, "opened", lambda *_: pytest.fail("it has begun"))
     code, out, err = run("bench", models[0], "--runtime", f"eager,{runtime}", "-q")
     assert code == 2 and not out and len(err.splitlines()) == 1
     assert pytest.raises(TwofoldError, match=words).matches(TwofoldError(err))
@@ -177,7 +177,7 @@ def test_a_missing_runtime_is_named_before_any_work(
 def test_refused_before_any_export(
     flags: list[str], words: str, models: tuple[str, str], monkeypatch: pytest.MonkeyPatch, run: Any
 ) -> None:
-    monkeypatch.setattr("twofold.speed.runtimes.graphs.export_all", lambda *_: pytest.fail("it exports"))
+    monkeypatch.setattr("twofold.speed.runtimes._graphs.export_all", lambda *_: pytest.fail("it exports"))
     code, _, err = run("bench", models[0], "--runtime", "onnx", "-q", *flags)
     assert code == 2 and words in err
 
@@ -188,20 +188,20 @@ def test_models_without_an_export_are_left_to_other_runtimes(
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=64)
     BertModel(config).save_pretrained(tmp_path / "bert")
     with pytest.raises(TwofoldError, match=r"none of the runtimes that are named .openvino: it does not write text"):
-        bench([str(tmp_path / "bert")], runtimes=["openvino"], lengths=SHORT, settings=QUIET)
+        bench([str(tmp_path / "bert")], runtime=["openvino"], **SHORT)
     with pytest.raises(TwofoldError, match=r"none of the runtimes .*openvino: a folder exported to onnx"):
-        bench([exported["onnx"]], runtimes=["openvino"], lengths=SHORT, settings=QUIET)
+        bench([exported["onnx"]], runtime=["openvino"], **SHORT)
     twofold.factorize(
         make_model(), make_tokenizer(), keep=0.7, bits=8, texts=[TEXT], tokens=64, window=32, quiet=True
     ).save_pretrained(tmp_path / "integers")
-    result = bench([str(tmp_path / "integers")], runtimes=["eager", "onnx"], lengths=FAST, settings=QUIET, memory=False)
+    result = bench([str(tmp_path / "integers")], runtime=["eager", "onnx"], **FAST, memory=False)
     assert [row.runtime for row in result.rows] == ["eager"]
     assert any("is not timed in onnx: its factors are quantized" in note for note in result.notes)
 
 
 def test_an_export_that_fails_is_one_sentence(models: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     (Path(models[0]) / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(TwofoldError, match=r"can't be exported to be timed in onnx .*; or leave onnx out of --runtime"):
+    with pytest.raises(TwofoldError, match=r"can't be exported to be timed in onnx .*; or leave onnx out of `runtime`"):
         exports.export_all({models[0]: Path(models[0]).parent / "out"}, "onnx", False, True)
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(TwofoldError, match=r"the export to onnx failed \(exit code 1\); leave onnx out"):
@@ -218,11 +218,11 @@ def test_graphs_that_can_not_be_timed(exported: dict[str, str], tmp_path: Path) 
     ids.type.tensor_type.shape.dim[0].dim_value = 2
     onnx.save(graph, folder / "model.onnx")
     with pytest.raises(TwofoldError, match=r"small reads 2 sequences of any number of tokens at once and nothing else"):
-        bench([str(folder)], runtimes=["onnx"], lengths=FAST, settings=QUIET, memory=False)
+        bench([str(folder)], runtime=["onnx"], **FAST, memory=False)
     (folder / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(TwofoldError, match=r"onnx can't open .*fixed/model.onnx: .*; export the model again"):
-        bench([str(folder)], runtimes=["onnx"], lengths=FAST, settings=QUIET, memory=False)
+        bench([str(folder)], runtime=["onnx"], **FAST, memory=False)
     shutil.copy(Path(exported["onnx"]) / "model.onnx", folder / "model.onnx")
     (folder / "config.json").unlink()
     with pytest.raises(TwofoldError, match=r"has no config.json that says what its graph reads"):
-        bench([str(folder)], runtimes=["onnx"], lengths=FAST, settings=QUIET, memory=False)
+        bench([str(folder)], runtime=["onnx"], **FAST, memory=False)

@@ -10,7 +10,8 @@ import torch
 from transformers import AlbertConfig, AlbertForMaskedLM
 
 from conftest import TEXT, make_tokenizer
-from twofold import TwofoldError
+from twofold.calibrate.opened import Opened
+from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel, load_model, load_skeleton
 from twofold.recipe import Recipe
 from twofold.run.compress import compress
@@ -33,20 +34,22 @@ def test_windows_are_followed_by_what_the_model_writes_on(checkpoint, text_file)
     loaded = load_model(str(checkpoint))
     plain = calibration_windows(loaded, asked(checkpoint, text_file, continuations=0), "mark", quiet=True)
     made = calibration_windows(loaded, asked(checkpoint, text_file), "mark", quiet=True)
-    assert made.ids.shape == (13, 40) and made.tokens == made.asked == 520
-    assert torch.equal(made.ids[:5], plain.ids) and torch.equal(made.held_out, plain.held_out)
-    assert made.sha256 != plain.sha256 and made.source == "texts.txt, and 320 tokens of its continuations by the model"
+    windows = made.samples
+    assert windows.ids.shape == (13, 40) and made.units == made.asked == 520
+    assert torch.equal(windows.ids[:5], plain.samples.ids) and torch.equal(made.held_out.ids, plain.held_out.ids)
+    assert windows.sha256 != plain.samples.sha256
+    assert windows.source == "texts.txt, and 320 tokens of its continuations by the model"
     # Each begins with a quarter of a window of the text, and each window takes its turn before any is taken twice.
-    text = rows(plain.ids)
+    text = rows(plain.samples.ids)
     came = [
         {i for i, row in enumerate(text) if start in [row[j : j + 10] for j in range(31)]}
-        for start in rows(made.ids[5:, :10])
+        for start in rows(windows.ids[5:, :10])
     ]
     assert all(came) and set.union(*came[:5]) == set(range(5))
     # What the model has drawn is as likely to it as its own distribution says, and not as tokens drawn at random are.
     with torch.no_grad():
-        chances = torch.log_softmax(loaded.model(input_ids=made.ids[5:]).logits[:, 9:-1], -1)
-    drawn = chances.gather(-1, made.ids[5:, 10:, None]).mean()
+        chances = torch.log_softmax(loaded.model(input_ids=windows.ids[5:]).logits[:, 9:-1], -1)
+    drawn = chances.gather(-1, windows.ids[5:, 10:, None]).mean()
     likely = (chances.exp() * chances).sum(-1).mean()
     assert abs(drawn - likely) < 0.1 < likely - chances.mean() - 0.1
 
@@ -56,13 +59,13 @@ def test_the_same_seed_writes_the_same_and_it_is_kept(checkpoint, text_file, mon
     recipe = asked(checkpoint, text_file)
     made = calibration_windows(loaded, recipe, "mark", quiet=True)
     other = calibration_windows(loaded, asked(checkpoint, text_file, seed=1), "mark", quiet=True)
-    assert not torch.equal(made.ids[5:], other.ids[5:])
+    assert not torch.equal(made.samples.ids[5:], other.samples.ids[5:])
     monkeypatch.setattr(places, "_sampled_before", lambda path: None)
-    assert torch.equal(calibration_windows(loaded, recipe, "mark", quiet=True).ids, made.ids)
+    assert torch.equal(calibration_windows(loaded, recipe, "mark", quiet=True).samples.ids, made.samples.ids)
     monkeypatch.undo()
     monkeypatch.setenv("TWOFOLD_CACHE", str(text_file.parent / "cache"))
     monkeypatch.setattr(places, "sample_texts", lambda *a, **k: pytest.fail("sampled once more"))
-    assert torch.equal(calibration_windows(loaded, recipe, "mark", quiet=True).ids, made.ids)
+    assert torch.equal(calibration_windows(loaded, recipe, "mark", quiet=True).samples.ids, made.samples.ids)
     text_file.write_text("Another text. " + TEXT, encoding="utf-8")
     with pytest.raises(pytest.fail.Exception, match="once more"):  # of another text there are none
         calibration_windows(loaded, recipe, "mark", quiet=True)
@@ -81,7 +84,7 @@ def test_a_run_calibrates_on_both_and_says_so(checkpoint, text_file, tmp_path):
 def test_what_does_not_go_with_it_is_refused(checkpoint, text_file, tmp_path):
     with pytest.raises(TwofoldError, match="goes on from calibration texts, and 'self' has none"):
         compress(asked(checkpoint, text_file, calibration=["self"]), tmp_path / "out", quiet=True)
-    with pytest.raises(TwofoldError, match="leave --continuations out"):
+    with pytest.raises(TwofoldError, match="leave `continuations` out"):
         compress(asked(checkpoint, text_file, stream="always"), tmp_path / "out", quiet=True)
     config = AlbertConfig(
         vocab_size=264, embedding_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
@@ -100,7 +103,7 @@ def test_they_are_estimated(checkpoint, text_file, monkeypatch):
     )
     skeleton = load_skeleton(str(checkpoint))
     found = [
-        estimate_run(skeleton, asked(checkpoint, text_file, tokens=200_000, continuations=count), 0).seconds
+        estimate_run(Opened(skeleton), asked(checkpoint, text_file, tokens=200_000, continuations=count), 0).seconds
         for count in (0, 200_000)
     ]
     assert found[0].get("texts", 0) < found[1]["texts"]

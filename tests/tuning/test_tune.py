@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from test_adapters import factored_model, with_lora
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
+from factored import factored_model, with_lora
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_output
 from twofold.nn.int_matrix import IntLinear
@@ -201,7 +201,7 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_state(
 
     monkeypatch.setattr(RowTrainer, "compute_loss", broken)
     with pytest.raises(
-        TwofoldError, match=r"loss is not a finite number at step 4.*state of step 3 is kept in .*--learning-rate"
+        TwofoldError, match=r"loss is not a finite number at step 4.*state of step 3 is kept in .*`learning_rate`"
     ):
         run(place, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -275,7 +275,7 @@ def test_it_stops_early_and_keeps_the_best(place: Path, tmp_path: Path) -> None:
     )
     assert record.steps < 40 == record.steps_planned
     assert record.held_out_after == pytest.approx(min(p.loss for p in record.held_out_curve[1:]), abs=1e-5)
-    with pytest.raises(TwofoldError, match="--patience needs held-out rows"):
+    with pytest.raises(TwofoldError, match="`patience` needs held-out rows"):
         run(place, tmp_path / "x", patience=1, held_out=0)
 
 
@@ -287,7 +287,7 @@ def test_it_stops_early_and_keeps_the_best(place: Path, tmp_path: Path) -> None:
         ("dense", {"include": ["nothing*"]}, "matches no linear layer"),
         ("dense", {"exclude": ["*"]}, "no layer is left to train"),
         ("dense", {"memory": "10MB"}, "are too little: the smallest way takes"),
-        ("dense", {"memory": "90M"}, "--memory must be a size in bytes"),
+        ("dense", {"memory": "90M"}, "`memory` must be a size in bytes"),
         ("dense", {"data": ["missing.jsonl"]}, "there is no file"),
         ("dense", {"length": 12}, "tokens, more than the 12"),
     ],
@@ -405,6 +405,7 @@ def test_the_command_says_what_it_would_take_and_what_is_wrong(
     assert code == 2 and len(said.strip().splitlines()) == 1 and 'line 1: there is no "completion"' in said
     code, out, said = command("--steps", 2, "--batch", 2, "--held-out", 2)
     assert code == 0 and "held-out loss after" in out and "22 rows to train on, 2 held out" in said
+    monkeypatch.delattr(twofold, "tune")  # as in a process that has not asked for it yet
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, _, said = command("--steps", 2)
     assert code == 2 and "pip install 'twofold[tune]'" in said
@@ -436,7 +437,7 @@ def test_a_run_that_fails_early_leaves_nothing_behind(
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(TwofoldError, match="no space for"):
             run(place, tmp_path / "out")
-    with pytest.raises(TwofoldError, match="--save-every that is a multiple"):  # steps are known from the rows alone
+    with pytest.raises(TwofoldError, match="`save_every` that is a multiple"):  # steps are known from the rows alone
         run(place, tmp_path / "out", steps=None, epochs=10, patience=1, evaluate_every=None)
     with monkeypatch.context() as patch:
         patch.setattr("twofold.tuning.trainer.RowTrainer.held_out_loss", lambda self: float("nan"))
@@ -546,7 +547,7 @@ def _inside(tuned: Any, name: str) -> str:
 @pytest.mark.parametrize("method", ["factors", "factors-top", "full"])
 def test_integers_are_not_trained(method: str, rounded: dict[str, str], place: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        TwofoldError, match=r"is kept in integers \(--bits\), and --method .* can't train these; take lora"
+        TwofoldError, match=r"is kept in integers \(`bits`\), and `method=.*` can't train these; take lora"
     ):
         run(place, tmp_path / "out", rounded["llama"], method=method)
 
@@ -620,11 +621,11 @@ def test_an_optimizer_that_does_not_fit_is_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for given, words in (
-        ({"optimizer": "galore", "method": "lora"}, "goes with --method full alone"),
+        ({"optimizer": "galore", "method": "lora"}, "goes with `method=full` alone"),
         ({"optimizer": "adafactor", "method": "factors"}, "bounds the steps of AdamW"),
-        ({"optimizer": "apollo", "method": "full", "patience": 2}, "--optimizer apollo keeps none"),
-        ({"optimizer": "galore", "method": "full", "save_every": 2}, "--optimizer galore keeps no checkpoints"),
-        ({"optimizer_rank": 8}, "--optimizer-rank is for galore and apollo"),
+        ({"optimizer": "apollo", "method": "full", "patience": 2}, "`optimizer=apollo` keeps none"),
+        ({"optimizer": "galore", "method": "full", "save_every": 2}, "`optimizer=galore` keeps no checkpoints"),
+        ({"optimizer_rank": 8}, "`optimizer_rank` is for galore and apollo"),
         ({"optimizer": "apollo", "method": "full", "optimizer_rank": 500}, "no layer is larger than the rank 500"),
     ):
         with pytest.raises(TwofoldError, match=words):

@@ -102,7 +102,7 @@ def test_a_bad_row_is_named_by_its_line_and_what_it_lacks(row: Any, said: str, t
     path = write(tmp_path / "rows.jsonl", [good, "", row, good, row])
     with pytest.raises(TwofoldError) as error:
         read_rows([path])
-    assert f"{path}, line 3: " in str(error.value) and said in str(error.value) and "--skip-bad" in str(error.value)
+    assert f"{path}, line 3: " in str(error.value) and said in str(error.value) and "`skip_bad`" in str(error.value)
     rows = read_rows([path], skip_bad=True)
     assert (len(rows.rows), rows.skipped) == (2, 2)
     assert rows.first_skipped.startswith(f"{path}, line 3: ")
@@ -132,7 +132,7 @@ def test_long_rows_are_refused_cut_or_skipped() -> None:
     rows.append(Row("line 3", prompt="p" * 40, completion="c"))
     tokenizer = make_tokenizer()
     with pytest.raises(
-        TwofoldError, match=r"line 1 has 41 tokens, more than the 20 of --length, and so have 2 more .*longest 61"
+        TwofoldError, match=r"line 1 has 41 tokens, more than the 20 of `length`, and so have 2 more .*longest 61"
     ):
         encode_rows(rows, tokenizer, length=20, held_out=0)
     cut = encode_rows(rows, tokenizer, length=20, long="cut", held_out=0)
@@ -150,7 +150,7 @@ def test_rows_that_the_template_refuses_are_named_or_skipped() -> None:
     tokenizer.chat_template = "{% if messages[0]['role'] == 'odd' %}{{ raise_exception('') }}{% endif %}" + CHAT
     tokenizer.chat_template = "{{ messages[0]['role'][:0] }}" + tokenizer.chat_template
     for bad in (odd, first):
-        with pytest.raises(TwofoldError, match=rf"{bad.where}: the chat template refuses it .*--skip-bad"):
+        with pytest.raises(TwofoldError, match=rf"{bad.where}: the chat template refuses it .*`skip_bad`"):
             encode_rows([*good, bad], tokenizer, length=64, held_out=0)
     found = encode_rows([*good, odd, first], tokenizer, length=64, held_out=0, skip_bad=True)
     assert (len(found.train), found.refused) == (2, 2)
@@ -189,14 +189,14 @@ def test_a_conversation_needs_a_template_that_goes_on() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"batch": 4, "micro_batch": 3}, "--micro-batch must divide --batch"),
-        ({"held_out": 2.5}, "--held-out must be a share below 1 or a whole number"),
-        ({"method": "best"}, "--method:.*got 'best'"),
-        ({"learning_rate": float("nan")}, "--learning-rate"),
-        ({"rank": 0}, "--rank"),
-        ({"patience": 2, "steps": 40, "evaluate_every": 4, "save_every": 6}, "--save-every that is a multiple"),
-        ({"patience": 2, "steps": 40, "held_out": 0}, "--patience needs held-out rows"),
-        ({"patience": 2, "steps": 40, "method": "adalora"}, "--method adalora keeps none"),
+        ({"batch": 4, "micro_batch": 3}, "`micro_batch` must divide `batch`"),
+        ({"held_out": 2.5}, "`held_out` must be a share below 1 or a whole number"),
+        ({"method": "best"}, "`method`:.*got 'best'"),
+        ({"learning_rate": float("nan")}, "`learning_rate`"),
+        ({"rank": 0}, "`rank`"),
+        ({"patience": 2, "steps": 40, "evaluate_every": 4, "save_every": 6}, "`save_every` that is a multiple"),
+        ({"patience": 2, "steps": 40, "held_out": 0}, "`patience` needs held-out rows"),
+        ({"patience": 2, "steps": 40, "method": "adalora"}, "`method=adalora` keeps none"),
         ({"ranks": 1}, "no setting 'ranks'"),
     ],
 )

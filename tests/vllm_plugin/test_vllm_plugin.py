@@ -223,9 +223,12 @@ def test_layers_that_are_not_factored_are_vllms_own(vllm):
 @pytest.mark.parametrize(
     "settings, reason",
     [
-        ({"rank": 3, "form": "shared-plain", "basis": "b"}, "it shares its basis"),
-        ({"kept": 3, "form": "kept-rows"}, "it is sliced"),
-        ({"rank": 3, "form": "columns", "columns": 2}, "some of its columns are dense"),
+        ({"rank": 3, "form": "shared-plain", "basis": "b"}, "of the kind 'shared'"),
+        ({"kind": "shared", "rank": 3, "form": "shared-plain", "basis": "b"}, "of the kind 'shared'"),
+        ({"kept": 3, "form": "kept-rows"}, "of the kind 'sliced'"),
+        ({"kind": "sliced", "kept": 3, "form": "kept-rows"}, "of the kind 'sliced'"),
+        ({"rank": 3, "form": "columns", "columns": 2}, "of the kind 'dense-columns'"),
+        ({"kind": "dense-columns", "rank": 3, "form": "columns", "columns": 2}, "of the kind 'dense-columns'"),
         ({"rank": 3, "form": "rows", "bits": 8, "group": None}, "its numbers are integers"),
         ({"form": "dense", "bits": 4, "group": 32}, "its numbers are integers"),
         ({"rank": 3, "form": "diagonal"}, "its form 'diagonal' is none of"),

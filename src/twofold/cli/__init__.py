@@ -14,8 +14,9 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from twofold.cli.words import one_line, repeat_flags
+from twofold.cli.words import one_line, repeat_flags, with_flags
 from twofold.errors import TwofoldError
+from twofold.host.progress import PHRASE
 from twofold.model.place import find_model
 from twofold.version import __version__
 
@@ -105,6 +106,7 @@ def _root(
 
 def main() -> None:
     """Run the command; 0 if it did what was asked, 2 if the user can put something right, 1 for a failure of ours."""
+    PHRASE.set(with_flags)
     try:
         app(repeat_flags(sys.argv[1:]))
     except TwofoldError as error:

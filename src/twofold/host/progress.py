@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_SECONDS = 15.0  # how often a log gets a line
+PHRASE: ContextVar[Callable[[str], str]] = ContextVar("phrase", default=str)  # how sentences about settings are told
 
 
 class Tick(Protocol):
@@ -62,4 +64,4 @@ def progress(title: str, total: int, *, done: int = 0, unit: str = "", quiet: bo
 
 def say(text: str) -> None:
     """Tell the user something, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(PHRASE.get()(text), file=sys.stderr, flush=True)

@@ -194,15 +194,13 @@ def train(
     began = time.monotonic()
     trained = list(parameters.values())
     optimizer = _optimizer(trained, rate)
-    mark = f"{mark} {title} {windows} {batch} {passes} {rate} {steps} {seed}"
-    state = _State(parameters, optimizer, path, mark)
+    state = _State(parameters, optimizer, path, f"{mark} {title} {windows} {batch} {passes} {rate} {steps} {seed}")
     if not state.load():
         first = held_out() if before is None else before
         probed = min(together, batch)
         total = steps or _steps_for(loss_of, held_out, windows, batch, probed, passes, seconds, began)
         state.begin(total, first)
-    for parameter in trained:
-        parameter.grad = None
+    optimizer.zero_grad(set_to_none=True)
     about, total, step = state.about, int(state.about["total"]), int(state.about["step"])
     every = -(-total // CHECKS)
     ended, order = DONE, _Order(windows, seed)
