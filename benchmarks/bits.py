@@ -59,27 +59,18 @@ def perturbed(name: str, noise: float, folder: Path) -> None:
         loaded.tokenizer.save_pretrained(folder)
 
 
-def _logits_of(name: str) -> Any:
-    """A model that is loaded for as long as this is kept."""
-    from twofold.model.load import load_model
-
-    model = load_model(name).model
-    return lambda ids: model(input_ids=ids).logits
-
-
 def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, float]:
     """All rows, and the perplexities of the model as it is named and with its noise."""
     import torch
-    from twofold.task.quality import measure_quality
 
-    from twofold.factor.apply import apply_plan
     from twofold.host.clock import Stopwatch
-    from twofold.model.load import need_tokenizer
+    from twofold.model.load import load_model, need_tokenizer
     from twofold.nn.places import dense_again
     from twofold.planning.make import make_plan
     from twofold.recipe import make_recipe
     from twofold.run.open import open_for
     from twofold.run.prepare import prepare
+    from twofold.task.output.quality import Predict, measure_quality
     from twofold.task.text.held_out import evaluation_windows
 
     settings: dict[str, Any] = {
@@ -90,15 +81,16 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
     opened = open_for(recipe)
     found = prepare(recipe, opened, Stopwatch())
     loaded, element = found.loaded, found.loaded.stored_dtype.itemsize
-    model = loaded.model
+    model, task = loaded.model, opened.need_task()
     windows = evaluation_windows(
         str(given.test), need_tokenizer(loaded), window=given.eval_window, windows=given.windows or None
     )
 
-    def logits(ids: torch.Tensor) -> Any:
-        return model(input_ids=ids).logits
+    def predict(one: Any) -> Predict:
+        return lambda i: task.outputs(one, windows.batch(i, i + 1))
 
-    before, dense = measure_quality([_logits_of(given.model), logits], windows)
+    logits = predict(model)
+    before, dense = measure_quality([predict(load_model(given.model).model), logits], windows, task)
     rows = []
     for bits in given.bits:
         total = found.plan.model_copy(update={"entries": []}).bytes_after + found.targets.target_numbers * bits / 8
@@ -114,15 +106,13 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Row], float, 
                 element,
                 found.evidence,
             )
-            plan, replaced = apply_plan(
-                model, plan, found.spectra, found.moments, found.objective, recipe.damping, loaded.stored_dtype
-            )
+            plan, replaced = found.apply(plan)
 
-            def whole(ids: torch.Tensor, replaced: Any = replaced) -> Any:
+            def whole(i: int, replaced: Any = replaced) -> torch.Tensor:
                 with dense_again(model, replaced):
-                    return logits(ids)
+                    return logits(i)
 
-            _, quality = measure_quality([whole, logits], windows)
+            _, quality = measure_quality([whole, logits], windows, task)
             targets = plan.bytes_after - plan.dense_bytes
             assert plan.bytes_after <= total
             rows.append(

@@ -30,14 +30,19 @@ def collected(given: argparse.Namespace) -> list[tuple[Any, Any, Any]]:
     from twofold.model.load import load_model
     from twofold.model.streamed import Resident
     from twofold.model.weights import find_targets
+    from twofold.task.causal_lm import CausalLM
+    from twofold.task.text.texts import TokenWindows
 
     loaded = load_model(given.model)
     targets = [t for t in find_targets(loaded.model).targets if t.layer in given.blocks]
     text = given.train.read_text(encoding="utf-8")[: 8 * given.tokens]
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"][0]
-    windows = ids[: len(ids) // given.window * given.window][: given.tokens].view(-1, given.window)
+    ids = ids[: len(ids) // given.window * given.window][: given.tokens].view(-1, given.window)
+    windows = TokenWindows(ids, given.train.name)
     request = request_statistics(targets, {}, {"input", "gradient"}, both_sides=True)
-    moments = collect_moments(Resident(loaded.model), targets, request, windows, empty=Moments({}, 0, {}, ""))
+    moments = collect_moments(
+        Resident(loaded.model), targets, request, windows, CausalLM(), empty=Moments({}, 0, {}, "")
+    )
     generator = torch.Generator().manual_seed(0)
     found = []
     for target in targets:
@@ -57,7 +62,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, default=DATA / "wiki.train.part.raw")
     given = parser.parse_args()
     from twofold.linalg.gauge import gauge_rank
-    from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate
+    from twofold.linalg.spectrum import gram, smaller_side, spectrum_of, truncate
     from twofold.nn.int_matrix import IntLinear, int_bytes
     from twofold.nn.layers.factored import FactoredLinear
     from twofold.quantize.factors import factor_bytes, integer_factors
@@ -82,7 +87,7 @@ def main() -> None:
                 add(f"dense, {bits} bits", name, matrix.double(), int_bytes(m, n, bits, group))
         side = smaller_side(m, n)
         near, far = (g, c) if side == "rows" else (c, g)
-        spectrum = decompose(near, gram(weight, far), side)
+        spectrum = spectrum_of(near, gram(weight, far), side)
         for bits, group in ((8, None), (4, 64), (3, 64)):
             kind = f"factors, {bits} bits"
             rank = int(KEEP * m * n / (m + n))

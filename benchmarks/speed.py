@@ -63,13 +63,11 @@ def build_large(folder: Path, shape: argparse.Namespace) -> tuple[Path, Path]:
 
 def build_builtin(folder: Path, keep: float) -> Path:
     """The built-in model factored by plain SVD with uniform ranks, in a folder; if it is there already it is taken."""
-    from twofold.recipe import Recipe
-    from twofold.run.compress import compress
+    import twofold
 
     out = folder / f"smollm2-keep-{keep}"
     if not out.is_dir():
-        recipe = Recipe(model="smollm2", keep=keep, objective="svd", allocate="uniform", eval_windows=0)
-        compress(recipe, out, quiet=True)
+        twofold.compress("smollm2", out, keep=keep, objective="svd", allocate="uniform", eval_windows=0, quiet=True)
     return out
 
 
@@ -93,8 +91,7 @@ def main() -> None:
     asked = parser.parse_args()
 
     from twofold.host.clock import Stopwatch
-    from twofold.speed.bench import Lengths, bench
-    from twofold.speed.output import write_bench
+    from twofold.speed.bench import bench
 
     asked.out.mkdir(parents=True, exist_ok=True)
     runtimes = asked.runtimes.split(",")
@@ -103,11 +100,15 @@ def main() -> None:
     results: list[Bench] = []
 
     def timed(name: str, against: str, models: list[str], chosen: list[str]) -> Bench:
-        result = bench(
-            models, against=against, runtimes=chosen, lengths=Lengths(repeats=asked.repeats), memory=not asked.no_memory
-        )
         shutil.rmtree(asked.out / name, ignore_errors=True)
-        write_bench(result, asked.out / name)
+        result = bench(
+            models,
+            against=against,
+            runtime=chosen,
+            repeats=asked.repeats,
+            memory=not asked.no_memory,
+            out=asked.out / name,
+        )
         results.append(result)
         return result
 

@@ -51,10 +51,12 @@ def write_tasks(folder: Path, data: Path) -> None:
 
 def measure(model: str, tasks: Path, limit: int | None, batch: int) -> dict[str, float]:
     """The accuracy of one model on each task."""
-    from twofold.evaluation.lm_eval import evaluate_tasks
+    from twofold.evaluation.evaluate import evaluate
+    from twofold.evaluation.lm_eval import TaskEvaluation
 
     names = [f"local_{name}" for name in TASKS]
-    found = evaluate_tasks(model, names, task_folder=str(tasks), limit=limit, batch_size=batch, dtype="float32")
+    found = evaluate(model, tasks=names, task_folder=str(tasks), limit=limit, batch_size=batch, dtype="float32")
+    assert isinstance(found, TaskEvaluation)
     return {score.task.removeprefix("local_"): score.value for score in found.models[0].tasks}
 
 

@@ -49,9 +49,9 @@ _NEEDS = {"tune": ("peft", "trl", "datasets"), "merge": ("peft",), "extract": ("
 
 def __getattr__(name: str) -> Any:
     if name in _NEEDS:
-        from twofold.checkpoint.peft.register import need
+        from twofold.checkpoint.peft.register import need_packages
 
-        need(*_NEEDS[name])
+        need_packages(*_NEEDS[name])
     return _load(name)
 
 

@@ -25,7 +25,7 @@ from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import by_budget, by_energy
 from twofold.checkpoint.peft.grow import grow
 from twofold.checkpoint.peft.lora import CompactLora, whole_layers
-from twofold.checkpoint.peft.register import need, register
+from twofold.checkpoint.peft.register import need_packages, register
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.model.kinds import dense_weight
@@ -361,4 +361,4 @@ def test_a_broken_peft_keeps_no_model_from_loading(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert register() is False
     with pytest.raises(TwofoldError, match="peft is installed but can't be imported"):
-        need("peft")
+        need_packages("peft")

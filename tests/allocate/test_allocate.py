@@ -145,16 +145,19 @@ def test_budgets_that_can_not_be_read(text):
         parse_budget(text)
 
 
-SIZE = ModelSize(target_numbers=1_000_000, dense_numbers=500_000, element_bytes=4, smallest=10_000)
+SIZE = ModelSize(
+    target_numbers=1_000_000, dense_numbers=500_000, element_bytes=4, dense_bytes=2_000_000, smallest=10_000
+)
+IN_BYTES = replace(SIZE, smallest=40_000)
 
 
 def test_budgets_leave_what_the_dense_parts_do_not_need():
-    assert target_budget(0.8, None, SIZE).amount == 800_000
-    assert target_budget(None, "0.9M", SIZE).amount == 400_000
-    assert target_budget(None, "60%", SIZE).amount == pytest.approx(400_000)
-    made = target_budget(None, "4MB", SIZE)
-    assert (made.amount, made.unit) == (2_000_000, "bytes")
-    assert target_budget(None, "9M", SIZE).amount == 1_000_000
+    assert target_budget(0.8, None, SIZE) == 800_000
+    assert target_budget(None, "0.9M", SIZE) == 400_000
+    assert target_budget(None, "60%", SIZE) == pytest.approx(400_000)
+    assert target_budget(None, "4MB", IN_BYTES) == 2_000_000
+    assert target_budget(None, "9M", SIZE) == 1_000_000
+    assert target_budget(None, "9MB", IN_BYTES) == 4_000_000
 
 
 @pytest.mark.parametrize(
@@ -172,7 +175,7 @@ def test_budgets_leave_what_the_dense_parts_do_not_need():
 )
 def test_impossible_budgets_say_what_is_possible(keep, budget, message):
     with pytest.raises(TwofoldError, match=message):
-        target_budget(keep, budget, SIZE)
+        target_budget(keep, budget, IN_BYTES if budget == "1MB" else SIZE)
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS.names())

@@ -16,14 +16,14 @@ from twofold.calibrate.moments import Moments
 from twofold.calibrate.request import request_statistics
 from twofold.calibrate.sweep import collect_moments
 from twofold.errors import TwofoldError
+from twofold.host.parts import write_part
 from twofold.model.kinds import dense_weight
 from twofold.model.load import LoadedModel
 from twofold.model.streamed import Resident
 from twofold.model.weights import find_groups, find_targets
 from twofold.recipe import Recipe
 from twofold.task import TASKS
-from twofold.task.output.curvature import loss_gradient
-from twofold.task.output.draw import draw
+from twofold.task.output.curvature import draw, loss_gradient
 from twofold.task.text.sampled import beginnings, sample_texts, user_turn_prefix
 from twofold.task.text.texts import spread, token_windows, wikitext_rows
 from twofold.task.text.windows import calibration_windows
@@ -47,15 +47,15 @@ def collect(model, samples, needs=NEEDS, both_sides=False, **settings):
 
 
 def by_autograd(model, ids, seed):
-    """C and G of every target, straight from their definition: retained activations and their gradients."""
-    kept: dict[str, list] = {}
+    """Return C and G of every target, straight from their definition: retained activations and their gradients."""
+    calls_of: dict[str, list] = {}
     targets = find_targets(model).targets
     handles = []
     for target in targets:
 
         def keep(module, args, output, name=target.name):
             output.retain_grad()
-            kept.setdefault(name, []).append((args[0], output))
+            calls_of.setdefault(name, []).append((args[0], output))
 
         handles.append(model.get_submodule(target.name).register_forward_hook(keep))
     for i, window in enumerate(ids):
@@ -66,12 +66,12 @@ def by_autograd(model, ids, seed):
     for handle in handles:
         handle.remove()
     tokens = ids.numel()
-    found = {}
-    for name, calls in kept.items():
+    moments = {}
+    for name, calls in calls_of.items():
         x = torch.cat([a.detach().flatten(0, -2) for a, _ in calls])
         g = torch.cat([o.grad.flatten(0, -2) for _, o in calls])
-        found[name] = (x, g, x.T @ x / tokens, g.T @ g / tokens)
-    return found
+        moments[name] = (x, g, x.T @ x / tokens, g.T @ g / tokens)
+    return moments
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
@@ -211,7 +211,8 @@ def _fail_after(count):
 def test_kept_and_loaded_only_where_they_belong(tmp_path):
     _, moments = collect(make_model(), windows())
     folder = tmp_path / "deep" / "moments"
-    moments.save(folder)
+    write_part(folder / "sums.safetensors", dict(moments.sums), moments.fingerprint)
+    moments.finish(folder, ["sums.safetensors"])
     loaded = Moments.load(folder, "mark")
     assert loaded.predictions == moments.predictions and loaded.groups == moments.groups
     assert set(loaded.sums) == set(moments.sums)
@@ -235,12 +236,12 @@ def test_the_layer_that_breaks_is_named():
 
 def test_windows():
     tokenizer = make_tokenizer()
-    made = token_windows([TEXT], tokenizer, tokens=200, window=50, held_out=2)
-    assert made.samples.ids.shape == (4, 50) and made.held_out.ids.shape == (2, 50)
-    assert tokenizer.decode(made.samples.ids.flatten()) == TEXT.encode()[:200].decode()
+    data = token_windows([TEXT], tokenizer, tokens=200, window=50, held_out=2)
+    assert data.samples.ids.shape == (4, 50) and data.held_out.ids.shape == (2, 50)
+    assert tokenizer.decode(data.samples.ids.flatten()) == TEXT.encode()[:200].decode()
     again = token_windows([TEXT], tokenizer, tokens=200, window=50)
     fewer = token_windows([TEXT], tokenizer, tokens=150, window=50)
-    assert again.samples.sha256 == made.samples.sha256 != fewer.samples.sha256
+    assert again.samples.sha256 == data.samples.sha256 != fewer.samples.sha256
     with pytest.raises(TwofoldError, match="is empty"):
         token_windows(["", " \n"], tokenizer, tokens=200, window=50)
     with pytest.raises(TwofoldError, match="has 5 tokens, fewer than one window of 50"):
@@ -287,7 +288,7 @@ def test_sampled_texts_of_one_kind():
         beginnings(tokenizer, "chat")
     assert beginnings(tokenizer, "both") == beginnings(tokenizer, "plain") == [[tokenizer.bos_token_id]]
     tokenizer.chat_template = "{% for m in messages %}<eos>{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
-    assert [tokenizer.decode(one) for one in beginnings(tokenizer, "chat")] == ["<eos>user:"]
+    assert [tokenizer.decode(ids) for ids in beginnings(tokenizer, "chat")] == ["<eos>user:"]
     assert beginnings(tokenizer, "plain") == [[tokenizer.bos_token_id]]
     assert beginnings(tokenizer, "both") == [*beginnings(tokenizer, "plain"), *beginnings(tokenizer, "chat")]
 
@@ -299,9 +300,9 @@ def test_a_recipe_says_of_which_kind(text_file):
 
     def begin(**settings: Any) -> set[str]:
         recipe = Recipe(model="tiny", keep=0.6, tokens=160, window=20, **settings)
-        made = calibration_windows(loaded, recipe, "mark", held_out=recipe.held_out_windows, quiet=True)
-        assert made.samples.ids.shape == (8, 20)
-        ids = (made.samples + made.held_out).ids
+        data = calibration_windows(loaded, recipe, "mark", held_out=recipe.held_out_windows, quiet=True)
+        assert data.samples.ids.shape == (8, 20)
+        ids = (data.samples + data.held_out).ids
         return {"chat" if tokenizer.decode(row[:6]) == "<eos>user:" else "plain" for row in ids}
 
     assert begin() == {"plain", "chat"}
@@ -321,7 +322,7 @@ def test_conv1d_is_seen_in_the_right_layout():
 
 
 def test_shared_layers_count_every_call_once():
-    """ALBERT calls one set of layers many times: Σ over calls of tr(G_c ΔW C_c ΔWᵀ), not calls times as much."""
+    """Sum tr(G_c ΔW C_c ΔWᵀ) over the calls of ALBERT, which calls one set of layers many times."""
     torch.manual_seed(0)
     config = AlbertConfig(
         vocab_size=264, embedding_size=16, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,

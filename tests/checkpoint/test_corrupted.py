@@ -202,7 +202,7 @@ case("all weights of dtype int8", "model.")(
 for name in (NORM, UP, DOWN, f"{QUERY}.weight"):
     case(f"{name} missing", name)(tensors_of(lambda t, name=name: t.pop(name)))
     case(f"{name} under another name", name)(tensors_of(lambda t, name=name: t.update({f"{name}s": t.pop(name)})))
-case("the embeddings missing", "missing")(tensors_of(lambda t: t.pop("model.embed_tokens.weight")))
+case("the embeddings missing", "lacks")(tensors_of(lambda t: t.pop("model.embed_tokens.weight")))
 case("no tensor at all", "model")(tensors_of(lambda t: t.clear()))
 for name, value in {"NaN": float("nan"), "infinity": float("inf"), "minus infinity": float("-inf")}.items():
     for place in (UP, NORM, f"{QUERY}.weight"):

@@ -180,9 +180,9 @@ def test_recipe_file_flags_and_stored_recipe_are_one(run, checkpoint, text_file,
         (["--keep", "1.5"], "--keep"),
         (["--keep", "-1"], "--keep"),
         (["--keep", "nan"], "--keep"),
-        ([], "give either keep"),
-        (["--keep", "0.5", "--budget", "70%"], "give either keep"),
-        (["--keep", "0.5", "--perplexity-at-most", "1.1x"], "give either keep"),
+        ([], "give either --keep (share"),
+        (["--keep", "0.5", "--budget", "70%"], "give either --keep"),
+        (["--keep", "0.5", "--perplexity-at-most", "1.1x"], "give either --keep"),
         (["--perplexity-at-most", "0.9x"], "must be at least 1x, which is the dense model itself"),
         (["--perplexity-at-most", "little"], "--perplexity-at-most: must be a perplexity"),
         (["--perplexity-at-most", "2"], "the dense model itself has a perplexity of"),
@@ -337,7 +337,7 @@ def test_models_that_are_not_there(run, tmp_path, text_file):
     for name, message in [
         (tmp_path / "nothing", "there is no folder"),
         ("no-such-owner/no-such-model", "there is no folder no-such-owner/no-such-model, and "),
-        (text_file, "is a file but no .gguf"),
+        (text_file, "is a file but not a .gguf"),
     ]:
         refused(run("inspect", name), message)
     (tmp_path / "empty").mkdir()
@@ -381,7 +381,7 @@ def test_checkpoints_that_are_not_whole(run, checkpoint, tmp_path, text_file):
     )
     refused(
         run("eval", checkpoint, *measure),
-        "is not whole: 1 weights are missing, first model.layers.1.mlp.up_proj.weight",
+        "is not whole: it lacks 1 weights, first model.layers.1.mlp.up_proj.weight",
     )
     cut = (checkpoint / "model.safetensors").read_bytes()[:-50]
     (checkpoint / "model.safetensors").write_bytes(cut)

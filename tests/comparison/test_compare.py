@@ -21,8 +21,8 @@ from twofold.comparison.cells import only_run
 from twofold.comparison.grid import Cell, make_grid
 from twofold.comparison.quantized import choose_baselines, quantized, torchao_version
 from twofold.comparison.record import Comparison
-from twofold.comparison.rows import Rows
-from twofold.comparison.shared import Shared, prepare
+from twofold.comparison.rows import GridRunner
+from twofold.comparison.shared import GridSetup, set_up
 from twofold.errors import TwofoldError
 from twofold.evaluation.evaluate import evaluate
 from twofold.host.cache import cache_folder
@@ -139,8 +139,8 @@ def test_moments_are_collected_once_and_texts_read_once(settings, tmp_path, monk
         "twofold.task.text.windows.read_texts", lambda *a, **k: (reads.append(a), read_texts(*a, **k))[1]
     )
     decomposed = []
-    once = Shared.decomposed
-    monkeypatch.setattr(Shared, "decomposed", lambda self, o: (decomposed.append(o.name), once(self, o))[1])
+    once = GridSetup.decompose
+    monkeypatch.setattr(GridSetup, "decompose", lambda self, o: (decomposed.append(o.name), once(self, o))[1])
     objectives = ["svd", "asvd", "fwsvd", "svd-llm", "two-sided"]
     grid = {**settings, "objectives": objectives, "keep": [0.7, 0.5], "allocate": ["uniform", "global"]}
     made = compare(grid, tmp_path / "arena", quiet=True)
@@ -160,7 +160,7 @@ def test_an_interrupted_grid_goes_on(settings, tmp_path, monkeypatch):
     grid = {**settings, "objectives": ["svd-llm", "two-sided"], "keep": [0.7, 0.5], "refine": ["none", "distill"]}
     whole = compare(grid, tmp_path / "whole", quiet=True)
     done: list[str] = []
-    real = Rows.factored
+    real = GridRunner.factored
 
     def stopped(self, cell, of, work):
         if len(done) == 3:
@@ -168,14 +168,14 @@ def test_an_interrupted_grid_goes_on(settings, tmp_path, monkeypatch):
         done.append(cell.name)
         return real(self, cell, of, work)
 
-    monkeypatch.setattr(Rows, "factored", stopped)
+    monkeypatch.setattr(GridRunner, "factored", stopped)
     with pytest.raises(KeyboardInterrupt):
         compare(grid, tmp_path / "arena", quiet=True)
     assert not [name for name in FILES if (tmp_path / "arena" / name).exists()]
     assert len(list((tmp_path / "arena" / "cells").iterdir())) == 1 + 3  # the dense model's, and those that were done
     before = set(done)
     monkeypatch.setattr(
-        Rows, "factored", lambda self, cell, of, work: (done.append(cell.name), real(self, cell, of, work))[1]
+        GridRunner, "factored", lambda self, cell, of, work: (done.append(cell.name), real(self, cell, of, work))[1]
     )
     assert figures(compare(grid, tmp_path / "arena", quiet=True)) == figures(whole)
     assert len(done) == 8 and len(set(done)) == 8 and before < set(done)
@@ -217,14 +217,14 @@ def test_a_killed_grid_goes_on(settings, tmp_path):
 def test_a_larger_grid_runs_its_new_cells_only(settings, tmp_path, monkeypatch):
     first = compare({**settings, "objectives": ["two-sided"]}, tmp_path / "arena", quiet=True)
     done: list[float] = []
-    real = Rows.factored
+    real = GridRunner.factored
     monkeypatch.setattr(
-        Rows, "factored", lambda self, cell, of, work: (done.append(cell.keep), real(self, cell, of, work))[1]
+        GridRunner, "factored", lambda self, cell, of, work: (done.append(cell.keep), real(self, cell, of, work))[1]
     )
     second = compare({**settings, "objectives": ["two-sided"], "keep": [0.7, 0.5]}, tmp_path / "arena", quiet=True)
     assert done == [0.5] and figures(second)[:2] == figures(first)
     # All rows are there: neither the moments nor a decomposition is needed any more.
-    monkeypatch.setattr(Shared, "decomposed", lambda self, o: 1 / 0)
+    monkeypatch.setattr(GridSetup, "decompose", lambda self, o: 1 / 0)
     again = compare({**settings, "objectives": ["two-sided"], "keep": [0.7, 0.5]}, tmp_path / "arena", quiet=True)
     assert figures(again) == figures(second)
 
@@ -294,17 +294,17 @@ def test_a_cell_that_fails_is_a_row_and_the_model_is_whole_for_the_next(settings
 def test_the_model_is_dense_again_after_every_cell(settings, tmp_path, monkeypatch):
     ids = torch.arange(40)[None]
     seen: list[torch.Tensor] = []
-    real = Rows.cell
+    real = GridRunner.cell
 
-    def watched(self, cell, of, number):
-        row = real(self, cell, of, number)
+    def watched(self, cell, of):
+        row = real(self, cell, of)
         with torch.no_grad():
-            seen.append(self.shared.model(input_ids=ids).logits)
+            seen.append(self.setup.model(input_ids=ids).logits)
         return row
 
-    monkeypatch.setattr(Rows, "cell", watched)
+    monkeypatch.setattr(GridRunner, "cell", watched)
     compare({**settings, "refine": ["none", "anchored", "blockwise+distill"]}, tmp_path / "arena", quiet=True)
-    shared = prepare(make_grid(settings), quiet=True)
+    shared = set_up(make_grid(settings), quiet=True)
     with torch.no_grad():
         dense = shared.model(input_ids=ids).logits
     assert len(seen) == 3 and all(torch.equal(one, dense) for one in seen)
@@ -491,14 +491,14 @@ def test_two_comparisons_do_not_write_to_one_folder(settings, tmp_path):
 
 def test_an_objective_that_does_not_go_with_the_model_is_skipped(settings, tmp_path, monkeypatch):
     """The rows of the others are measured and written all the same."""
-    decomposed = Shared.decomposed
+    decomposed = GridSetup.decompose
 
     def failing(shared, objective):
         if objective.name == "svd-llm":
             raise TwofoldError("nothing to cut in this model")
         return decomposed(shared, objective)
 
-    monkeypatch.setattr(Shared, "decomposed", failing)
+    monkeypatch.setattr(GridSetup, "decompose", failing)
     made = compare({**settings, "objectives": "svd-llm,two-sided"}, tmp_path / "arena", quiet=True)
     assert [row.skipped for row in made.rows[1:]] == ["nothing to cut in this model", None]
     assert (tmp_path / "arena" / "compare.md").is_file()

@@ -18,7 +18,6 @@ from twofold.comparison.grid import make_grid
 from twofold.errors import TwofoldError
 from twofold.evidence.base import Measurement
 from twofold.evidence.first_order import component_scores
-from twofold.factor.prepared import carry_out
 from twofold.host.clock import Stopwatch
 from twofold.linalg.gauge import gauge_rank
 from twofold.linalg.spectrum import truncate
@@ -62,8 +61,8 @@ def test_scores_are_the_gradient_times_each_component(architecture, objective, t
     for target in prepared.targets.targets:
         module = modules[target.name]
         gradient = (module.weight.grad.T if target.transposed else module.weight.grad).detach()
-        problem = prepared.made.problem(model, target)
-        spectrum = prepared.made.spectrum(target, problem)
+        problem = prepared.decomposition.problem(model, target)
+        spectrum = prepared.decomposition.spectrum(target, problem)
         sides.add(spectrum.side)
         weight, before = dense_weight(module).detach(), 0.0
         expected = []
@@ -72,12 +71,12 @@ def test_scores_are_the_gradient_times_each_component(architecture, objective, t
             now = float((gradient * (left @ right)).sum())
             expected.append(before - now)
             before = now
-        found = prepared.evidence.measured[target.name]
+        scores = prepared.evidence.measured[target.name]
         scale = max(map(abs, expected))
-        assert len(found) == len(spectrum.values)
-        assert found[: len(expected)] == pytest.approx(expected, abs=1e-4 * scale)
+        assert len(scores) == len(spectrum.values)
+        assert scores[: len(expected)] == pytest.approx(expected, abs=1e-4 * scale)
         # Without every component the weight is zero: the change is that of the whole weight.
-        assert found.sum() == pytest.approx(-float((gradient * weight).sum()), abs=1e-3 * scale)
+        assert scores.sum() == pytest.approx(-float((gradient * weight).sum()), abs=1e-3 * scale)
     assert sides == {"rows", "columns"}
 
 
@@ -85,15 +84,15 @@ def test_a_score_tells_the_change_of_the_loss(tmp_path, text_file):
     _, prepared = prepared_of("llama", tmp_path, text_file, objective="svd-llm", allocate="zero-sum")
     model, windows = prepared.loaded.model, prepared.data.samples.ids
     target = prepared.targets.targets[0]
-    problem = prepared.made.problem(model, target)
-    spectrum = prepared.made.spectrum(target, problem)
+    problem = prepared.decomposition.problem(model, target)
+    spectrum = prepared.decomposition.spectrum(target, problem)
     module = model.get_submodule(target.name)
-    one = torch.matmul(*truncate(module.weight.detach(), spectrum, problem.metric, 1))
+    component = torch.matmul(*truncate(module.weight.detach(), spectrum, problem.metric, 1))
     with torch.no_grad():
         step = 0.02  # norms and softmax are taken in float32, so a smaller one would drown
-        module.weight.sub_(step * one)
+        module.weight.sub_(step * component)
         less = mean_loss(model, windows)
-        module.weight.add_(2 * step * one)
+        module.weight.add_(2 * step * component)
         more = mean_loss(model, windows)
     assert float(less - more) / (2 * step) == pytest.approx(prepared.evidence.measured[target.name][0], rel=0.02)
 
@@ -104,7 +103,7 @@ def test_the_model_is_left_as_it_was(tmp_path, text_file):
     before = {name: p.clone() for name, p in model.named_parameters()}
     model.train()
     task, targets, samples = prepared.opened.task, prepared.targets.targets, prepared.data.samples
-    component_scores(Measurement(model, task, targets, samples, prepared.made, recipe, quiet=True))
+    component_scores(Measurement(model, task, targets, samples, prepared.decomposition, recipe, quiet=True))
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not any(m._forward_hooks for m in model.modules())
@@ -119,18 +118,18 @@ def test_sensitivities_are_the_perplexities_of_truncated_weights(form, tmp_path,
     assert all(torch.equal(p, dict(fresh.named_parameters())[name]) for name, p in model.named_parameters())
     for target in (prepared.targets.targets[0], prepared.targets.targets[-1]):
         m, n = target.out_features, target.in_features
-        problem = prepared.made.problem(model, target)
-        spectrum = prepared.made.spectrum(target, problem)
+        problem = prepared.decomposition.problem(model, target)
+        spectrum = prepared.decomposition.spectrum(target, problem)
         module = fresh.get_submodule(target.name)
         weight = dense_weight(module).detach().clone()
-        for share, found in zip(GRID, prepared.evidence.measured[target.name], strict=True):
+        for share, perplexity in zip(GRID, prepared.evidence.measured[target.name], strict=True):
             rank = max(int(share * m * n / (m + n)) if form == "plain" else gauge_rank(m, n, share * m * n), 1)
             left, right = truncate(weight, spectrum, problem.metric, rank)
             with torch.no_grad():
                 module.weight.copy_((left @ right).T)
                 expected = math.exp(float(mean_loss(fresh, prepared.data.samples.ids[:2])))
                 module.weight.copy_(weight.T)
-            assert found == pytest.approx(expected, rel=1e-5)
+            assert perplexity == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["two-sided", "svd"])
@@ -205,13 +204,13 @@ def test_overflow_counts_as_the_worst():
 
 
 def gradients(model, names, windows, seed=0):
-    """The inputs and the gradients at the outputs (tokens, ·) of some modules, kept by autograd."""
-    kept = {name: [] for name in names}
+    """Return the inputs and the gradients at the outputs (tokens, ·) of some modules, kept by autograd."""
+    calls_of = {name: [] for name in names}
 
     def keeping(name):
         def hook(module, args, output):
             output.retain_grad()
-            kept[name].append((args[0], output))
+            calls_of[name].append((args[0], output))
 
         return hook
 
@@ -224,7 +223,7 @@ def gradients(model, names, windows, seed=0):
     return {
         name: tuple(torch.cat([part.detach().flatten(0, -2) for part in parts])
                     for parts in ([x for x, _ in calls], [y.grad for _, y in calls]))
-        for name, calls in kept.items()
+        for name, calls in calls_of.items()
     }  # fmt: skip
 
 
@@ -232,12 +231,12 @@ def gradients(model, names, windows, seed=0):
 def test_losses_by_rank_are_those_of_the_truncated_weight_token_by_token(architecture, tmp_path, text_file):
     _, prepared = prepared_of(architecture, tmp_path, text_file, allocate="measured")
     model, windows = prepared.loaded.model, prepared.data.samples.ids
-    found = gradients(model, [t.name for t in prepared.targets.targets], windows)
+    passed = gradients(model, [t.name for t in prepared.targets.targets], windows)
     sides = set()
     for target in prepared.targets.targets:
-        x, g = found[target.name]
-        problem = prepared.made.problem(model, target)
-        spectrum = prepared.made.spectrum(target, problem)
+        x, g = passed[target.name]
+        problem = prepared.decomposition.problem(model, target)
+        spectrum = prepared.decomposition.spectrum(target, problem)
         sides.add(spectrum.side)
         weight = dense_weight(model.get_submodule(target.name)).detach()
         curve = prepared.evidence.measured[target.name]
@@ -274,10 +273,10 @@ def test_moments_are_measured_again_on_the_factored_model(architecture, tmp_path
     for name, module in dict(twice.loaded.model.named_modules()).items():
         if name in weights:  # the model is dense again
             torch.testing.assert_close(dense_weight(module), weights[name], rtol=0, atol=0)
-    carry_out(once, quiet=True)
-    found = gradients(model, list(weights), windows)
+    once.factorize(quiet=True)
+    passed = gradients(model, list(weights), windows)
     for name, weight in weights.items():
-        x, g = found[name]
+        x, g = passed[name]
         layer, before = twice.moments.layer(name), once.moments.layer(name)
         tokens = windows.numel()
         direct = {
@@ -346,7 +345,7 @@ def test_the_estimate_counts_what_an_allocation_measures(checkpoint):
         seconds[allocate] = plan_of(
             make_recipe({"model": str(checkpoint), "keep": 0.7, "allocate": allocate})
         ).estimate.seconds
-    own = {name: found.get("sensitivities", found.get("recalibrate", 0)) for name, found in seconds.items()}
+    own = {name: stages.get("sensitivities", stages.get("recalibrate", 0)) for name, stages in seconds.items()}
     assert own.pop("global") == 0 and all(value > 0 for value in own.values()), own
     assert "recalibrate" in seconds["global-iterated"]
     assert own["measured"] == pytest.approx(seconds["measured"]["calibrate"], rel=0.5)

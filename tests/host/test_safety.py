@@ -107,8 +107,7 @@ def test_the_terminal_shows_hostile_words_and_obeys_none(tmp_path, monkeypatch):
     """Markup that rich would fail on, and the escape sequences of a terminal."""
     shown = io.StringIO()
     console = Console(file=shown, width=200, force_terminal=True, color_system=None)
-    for module in (tables, plan, compress):
-        monkeypatch.setattr(module, "console", console)
+    monkeypatch.setattr(tables, "console", console)
     text = "[/b] [bold]x[/bold] \x1b]0;title\x07 \x1b[2J \x9b31m end\\"
     names = [("model.layers.0.[/b]", 0), ("model.layers.1.\x1b[2J", 1)]
     made, _ = make_plan(model=f"models/{text}", names=names, notes=[text])

@@ -240,7 +240,7 @@ def test_what_is_kept_for_the_others_belongs_to_one_input() -> None:
         first(one)
         one.copy_(other)
         assert torch.equal(second(one), alone[1])  # the same tensor with other numbers
-        assert group._kept is None
+        assert group._outputs is None
     assert torch.equal(copy.deepcopy(nn.ModuleList([first, second]))[1](other), alone[1])
 
 

@@ -146,7 +146,10 @@ def test_compress_by_time_on_the_command_line(clock: list[tuple[int, int]], chec
         ({"latency": 0.5, "keep": 0.5}, "only one of them"),
         ({"latency": 0.0}, "`latency`"),
         ({"latency": 1.5}, "`latency`"),
-        ({"latency": 0.8, "objective": "modegpt"}, "`latency=0.8` treats each weight alone, and `objective=modegpt` cuts weights together; give `keep`"),
+        (
+            {"latency": 0.8, "objective": "modegpt"},
+            "`latency=0.8` treats each weight alone, and `objective=modegpt` cuts weights together; give `keep`",
+        ),
     ],
 )
 def test_what_does_not_go_together(

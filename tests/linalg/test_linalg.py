@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twofold.linalg.gauge import BOUND, gauge_form, gauge_rank, gauge_storage, plain_storage
 from twofold.linalg.metric import damp, roots
-from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate, truncation_loss, weighted_low_rank
+from twofold.linalg.spectrum import gram, smaller_side, spectrum_of, truncate, truncation_loss, weighted_low_rank
 
 SIZES = st.integers(2, 24)
 KINDS = st.sampled_from(["none", "diagonal", "full"])
@@ -48,7 +48,7 @@ def test_error_is_the_tail_and_no_other_matrix_does_better(m, n, left_kind, righ
     side = smaller_side(m, n)
     near, far = (left, right) if side == "rows" else (right, left)
     matrix = gram(weight, far)
-    spectrum = decompose(near, matrix, side)
+    spectrum = spectrum_of(near, matrix, side)
     a, b = truncate(weight, spectrum, near, rank)
     assert a.shape == (m, rank) and b.shape == (rank, n)
     tail = float(spectrum.tails[rank])
@@ -77,7 +77,7 @@ def test_full_rank_reproduces_the_weight(shape):
 def test_matches_the_plain_decomposition():
     weight = torch.randn(10, 15, dtype=torch.float64)
     singular = torch.linalg.svdvals(weight)
-    spectrum = decompose(None, gram(weight, None), "rows")
+    spectrum = spectrum_of(None, gram(weight, None), "rows")
     torch.testing.assert_close(spectrum.values, singular**2, rtol=1e-9, atol=1e-9)
 
 
@@ -95,9 +95,9 @@ def test_a_rank_deficient_metric_does_no_harm():
 def test_batched_as_one_by_one():
     weights = torch.randn(3, 6, 9, dtype=torch.float64)
     metrics = torch.stack([draw_metric("full", 6, torch.Generator().manual_seed(i)) for i in range(3)])
-    together = decompose(metrics, gram(weights, None), "rows")
+    together = spectrum_of(metrics, gram(weights, None), "rows")
     for i in range(3):
-        alone = decompose(metrics[i], gram(weights[i], None), "rows")
+        alone = spectrum_of(metrics[i], gram(weights[i], None), "rows")
         torch.testing.assert_close(together[i].values, alone.values)
         for one, other in zip(
             truncate(weights[i], together[i], metrics[i], 2), truncate(weights[i], alone, metrics[i], 2), strict=True
@@ -111,9 +111,9 @@ def test_equal_metrics_of_a_batch_are_decomposed_once(monkeypatch):
     grams = gram(weights, None)
     calls = []
     monkeypatch.setattr("twofold.linalg.spectrum.roots", lambda m, eps: calls.append(len(m)) or roots(m))
-    together = decompose(torch.stack([metric, metric, metric + torch.eye(6)]), grams, "columns")
+    together = spectrum_of(torch.stack([metric, metric, metric + torch.eye(6)]), grams, "columns")
     assert calls == [2]
-    alone = decompose(metric, grams[1], "columns")
+    alone = spectrum_of(metric, grams[1], "columns")
     torch.testing.assert_close(together[1].values, alone.values)
 
 
@@ -133,7 +133,7 @@ def test_damping_is_relative_and_zeros_become_the_identity():
 
 def test_nan_is_refused():
     with pytest.raises(ValueError, match="NaN"):
-        decompose(None, torch.full((3, 3), float("nan")), "rows")
+        spectrum_of(None, torch.full((3, 3), float("nan")), "rows")
 
 
 @settings(max_examples=80, deadline=None)

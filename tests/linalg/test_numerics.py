@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.factor.apply import factor_layer
-from twofold.linalg.spectrum import decompose, truncate, truncation_loss
+from twofold.linalg.spectrum import spectrum_of, truncate, truncation_loss
 from twofold.objectives import OBJECTIVES, LayerMoments
 from twofold.planning.plan import PlanEntry
 
@@ -82,7 +82,7 @@ def test_finite_and_as_predicted(kind, inputs, gradients):
         # The moments are summed in float32.
         moments = LayerMoments(**{k: v.float() if isinstance(v, torch.Tensor) else v for k, v in vars(moments).items()})
         problem = OBJECTIVES.get(name).build(weight, moments, 1e-2)
-        spectrum = decompose(problem.metric, problem.gram, problem.side)
+        spectrum = spectrum_of(problem.metric, problem.gram, problem.side)
         spectrum = replace(spectrum, basis=spectrum.basis.float())  # as it is kept
         module = torch.nn.Linear(n, m, bias=False)
         module.weight.data = weight.float()
@@ -139,7 +139,7 @@ def test_noise_in_a_deficient_metric_is_not_inverted(shape):
                                input_gradient=(weight.T @ gg.double() @ weight).float() if m > n else None,
                                input_trace=float(c.trace()), gradient_trace=float(gg.trace()))  # fmt: skip
         problem = OBJECTIVES.get("two-sided").build(weight, moments, 0.0)
-        spectrum = decompose(problem.metric, problem.gram, problem.side, torch.finfo(torch.float32).eps)
+        spectrum = spectrum_of(problem.metric, problem.gram, problem.side, torch.finfo(torch.float32).eps)
         for rank in range(1, spectrum.numerical_rank + 1):
             left, right = truncate(weight, spectrum, problem.metric, rank)
             assert (left @ right).norm() < 4 * weight.norm()
@@ -160,7 +160,7 @@ def test_any_shape_rank_dtype_and_metric(m, n, seed, bias, dtype, name, form, da
     weight = module.weight.detach().to(dtype).float()
     module.weight.data = weight
     problem = OBJECTIVES.get(name).build(weight.double(), moments_of(weight.double(), x, g), 1e-2)
-    spectrum = decompose(problem.metric, problem.gram, problem.side)
+    spectrum = spectrum_of(problem.metric, problem.gram, problem.side)
     spectrum = replace(spectrum, basis=spectrum.basis.float())
     entry = entry_of(m, n, rank).model_copy(update={"form": form, "bias": bias})
     layer, done, _ = factor_layer(module, module.weight.detach(), entry, spectrum, problem, dtype)

@@ -27,8 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import make_model
 from twofold import TwofoldError
-from twofold.checkpoint.kinds import kind_of
-from twofold.checkpoint.plugin import FORMAT_VERSION, attach
+from twofold.checkpoint.plugin import FORMAT_VERSION, attach, stored_kind
 from twofold.model.kinds import dense_weight
 from twofold.nn.compact import LAYERS, Compact, CompactLinear
 from twofold.nn.int_matrix import IntLinear, IntMatrix, groups
@@ -258,7 +257,7 @@ class CompactSuite:
                 module.KIND, module.shape, module.numbers, module.words,
             )  # fmt: skip
             assert not module.KIND or other.settings() == module.settings()
-            assert not module.KIND or kind_of(without(module.settings(), "kind")) == module.KIND  # formats up to 4
+            assert not module.KIND or stored_kind(without(module.settings(), "kind")) == module.KIND  # formats up to 4
         shapes, others = ({k: (t.shape, t.dtype) for k, t in one.state_dict().items()} for one in (home, empty))
         assert shapes == others
         whole = empty.to_empty(device="cpu")

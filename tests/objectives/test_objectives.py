@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.linalg.spectrum import decompose, gram, truncate
+from twofold.linalg.spectrum import gram, spectrum_of, truncate
 from twofold.objectives import OBJECTIVES, LayerMoments
 
 SHAPES = [(9, 16), (16, 9), (12, 12)]
@@ -91,7 +91,7 @@ def test_minimizes_its_own_loss(name, shape, small):
     g = torch.randn(60, m, dtype=torch.float64) * torch.linspace(2, 0.2, m, dtype=torch.float64)
     left, right = metrics_of(name, x, g)
     problem = OBJECTIVES.get(name).build(weight, moments_of(weight, x, g, small), DAMPING)
-    spectrum = decompose(problem.metric, problem.gram, problem.side)
+    spectrum = spectrum_of(problem.metric, problem.gram, problem.side)
     # σ are the singular values of left^½ W right^½
     a, b = torch.linalg.cholesky(left), torch.linalg.cholesky(right)
     singular = torch.linalg.svdvals(a.T @ weight @ b)

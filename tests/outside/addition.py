@@ -60,19 +60,9 @@ class OutsideLinear(tf.CompactLinear):
     CHILDREN = ("signs",)
     FORMS = ("signs",)
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        form: str = "signs",
-        bias: bool = False,
-        transposed: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(in_features, out_features, form, transposed)
-        self.signs = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
-        self._finish(bias, device, dtype)
+    def __init__(self, in_features: int, out_features: int, form: str = "signs", **place: Any) -> None:
+        super().__init__(in_features, out_features, form, **place)
+        self.signs = self.child(in_features, out_features)
 
     @property
     def words(self) -> str:

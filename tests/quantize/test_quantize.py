@@ -18,11 +18,11 @@ from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
 from twofold import TwofoldError
 from twofold.checkpoint.plugin import FORMAT_VERSION
 from twofold.evaluation.evaluate import evaluate
-from twofold.evaluation.size import model_size
+from twofold.evaluation.size import parameter_count
 from twofold.evidence.rounding import AUTO_BITS, Rounding
 from twofold.linalg.metric import damp
-from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate, weighted_low_rank
-from twofold.model.target import Target
+from twofold.linalg.spectrum import gram, smaller_side, spectrum_of, truncate, weighted_low_rank
+from twofold.model.target import Target, Targets
 from twofold.nn.int_matrix import IntLinear, IntMatrix
 from twofold.nn.layers.corrected import CorrectedLinear
 from twofold.nn.layers.embedding import QuantizedEmbedding
@@ -30,6 +30,8 @@ from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.layers.quantized import QuantizedLinear
 from twofold.objectives import OBJECTIVES, LayerMoments
 from twofold.planning.bits import Option, bit_options, pareto
+from twofold.planning.evidence import Evidence
+from twofold.planning.menu import PlanRequest
 from twofold.quantize.factors import factor_bytes, integer_factors, integer_form
 from twofold.quantize.loss import error_loss, factors_loss, far_diagonal, rounding_needs
 from twofold.quantize.rounding import round_matrix
@@ -68,7 +70,7 @@ def problem_of(shape, seed=0):
     c, e = damp(x.T @ x / 400, 1e-2), damp(g.T @ g / 400, 1e-2)
     side = smaller_side(m, n)
     near, other = (e, c) if side == "rows" else (c, e)
-    return weight, e, c, near, other, side, decompose(near, gram(weight, other), side)
+    return weight, e, c, near, other, side, spectrum_of(near, gram(weight, other), side)
 
 
 def true_loss(error, g, c):
@@ -173,7 +175,8 @@ def test_options_are_what_no_other_beats_and_cost_all_their_bytes():
         {bits: np.full(3, 4.0 ** -(bits + 2)) for bits in AUTO_BITS},
     )
     recipe = make_recipe({"model": "m", "budget": "1MB", "bits": "auto"})
-    options = bit_options(target, rounding, tails, recipe, 4, None)
+    request = PlanRequest(Targets([target], []), None, recipe, 4, Evidence(rounding={target.name: rounding}))
+    options = bit_options(request, target, tails, None)
     costs, losses = [o.bytes for o in options], [o.loss for o in options]
     assert costs == sorted(set(costs)) and losses == sorted(set(losses), reverse=True)
     assert any(o.rank is None for o in options) and len({o.bits for o in options}) > 2
@@ -446,7 +449,7 @@ def test_compress_writes_what_its_plan_says(settings, checkpoint, text_file, tmp
     again = make_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
     assert (again.bits, again.dense_bits) == (recipe.bits, recipe.dense_bits)
     loaded = twofold.load_model(str(tmp_path / "out"))
-    assert model_size(loaded.model).parameters >= 0.4 * model_size(make_model()).parameters
+    assert parameter_count(loaded.model) >= 0.4 * parameter_count(make_model())
     weights = inspect(str(tmp_path / "out")).weights
     assert any("bits" in weight.what for weight in weights)
     evaluated = evaluate(

@@ -105,11 +105,11 @@ def test_the_tangent_space_is_what_keeps_the_rank():
     torch.manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(k, 3, dtype=torch.float64))[0] for k in (9, 12))
     matrix = torch.randn(9, 12, dtype=torch.float64)
-    found = nl.on_tangent(matrix, left, right)
-    torch.testing.assert_close(nl.on_tangent(found, left, right), found)
-    assert torch.linalg.matrix_rank(found) == 6  # twice the rank: the sum of both spaces
+    projected = nl.on_tangent(matrix, left, right)
+    torch.testing.assert_close(nl.on_tangent(projected, left, right), projected)
+    assert torch.linalg.matrix_rank(projected) == 6  # twice the rank: the sum of both spaces
     # The nearest: what is left out stands at right angles to every matrix U A + B V with the two spaces.
-    outside = matrix - found
+    outside = matrix - projected
     assert outside.norm() > 1 and (left.T @ outside).norm() < 1e-10 and (outside @ right).norm() < 1e-10
 
 
@@ -175,10 +175,10 @@ def test_the_gradient_is_that_of_the_whole_weights(share):
     names = list(job.replaced)
     loss = Likeness(job)
     with training(job.model, {}):
-        found = [sum_half(job, loss, names, 0, half, "") for half in (0, 1)]
+        halves = [sum_half(job, loss, names, 0, half, "") for half in (0, 1)]
     with torch.no_grad():
         mean = sum(float(loss([i])) for i in range(6)) / 6
-    assert sum(one[1] for one in found) / 6 == pytest.approx(mean, rel=1e-6)
+    assert sum(total for _, total in halves) / 6 == pytest.approx(mean, rel=1e-6)
     # The same with dense layers whose weights ask for gradients.
     for name in names:
         layer = job.model.get_submodule(name)
@@ -194,10 +194,11 @@ def test_the_gradient_is_that_of_the_whole_weights(share):
     total.backward()
     for name in names:
         whole = job.model.get_submodule(name).weight.grad
-        got = found[0][0].gradients[name] + found[1][0].gradients[name]
-        torch.testing.assert_close(got.double(), whole, rtol=1e-6, atol=1e-9)
-        assert (got - 2 * found[0][0].gradients[name]).abs().max() > 0  # the halves are not of the same text
-    assert set(found[0][0].inputs) == {e.group for e in job.plan.entries}
+        first, second = (sums[f"gradient/{name}"] for sums, _ in halves)
+        torch.testing.assert_close((first + second).double(), whole, rtol=1e-6, atol=1e-9)
+        assert (second - first).abs().max() > 0  # the halves are not of the same text
+    leaders = {key.removeprefix("input/") for key in halves[0][0] if key.startswith("input/")}
+    assert leaders == {entry.group for entry in job.plan.entries}
 
 
 def test_it_lowers_the_divergence_and_keeps_the_size(checkpoint, text_file, tmp_path):
@@ -238,7 +239,7 @@ def test_other_layouts_and_biases(architecture, text_file, tmp_path):
 
 
 def test_what_it_begins_from_is_part_of_its_state(checkpoint, text_file, tmp_path):
-    """Killed after a round, and run again with another training before it: the round is not taken up."""
+    """Kill a run after a round, and run it again with another training before: the round is not taken up."""
 
     def flags(out: str, passes: str) -> list[str]:
         chain = ["--refine", "distill,natural-gradient", "--refine-passes", passes]
@@ -250,16 +251,16 @@ def test_what_it_begins_from_is_part_of_its_state(checkpoint, text_file, tmp_pat
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     for out in ("out", "whole"):
-        done = subprocess.run(
+        run = subprocess.run(
             [sys.executable, "-m", "twofold", *flags(out, "2")],
             env=environment(tmp_path / "cache"), capture_output=True, text=True,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        assert run.returncode == 0, run.stderr
     same(tmp_path / "out", tmp_path / "whole")
 
 
 def test_layers_that_are_called_on_some_tokens_or_twice():
-    """C over the rows that a layer was given, G over the tokens: a layer that is called twice is not counted four times."""
+    """Average C over the rows that a layer was given, and G over the tokens: two calls are not counted four times."""
     job = small_job(torch.float64)
     loss, names = Likeness(job), list(job.replaced)
     twice = next(name for name in names if name.endswith("down_proj"))
@@ -275,10 +276,10 @@ def test_layers_that_are_called_on_some_tokens_or_twice():
         sums = [sum_half(job, loss, names, 0, half, "")[0] for half in (0, 1)]
     leader = next(e.group for e in job.plan.entries if e.name == twice)
     tokens = job.samples.predictions
-    assert int(sums[0].rows[leader] + sums[1].rows[leader]) == 2 * tokens
-    inputs = (sums[0].inputs[leader] + sums[1].inputs[leader]) / (2 * tokens)
+    rows, inputs = (sums[0][f"{kind}/{leader}"] + sums[1][f"{kind}/{leader}"] for kind in ("rows", "input"))
+    assert int(rows) == 2 * tokens
     step = ng._steps(job, names, sums, [tokens // 2, tokens // 2])[twice]
-    basis = nl.Basis.of(inputs.double(), ng.DAMPING)
+    basis = nl.Basis.of((inputs / (2 * tokens)).double(), ng.DAMPING)
     torch.testing.assert_close(step.right.T, basis.vectors / basis.roots)
 
 
@@ -379,14 +380,14 @@ def test_the_estimate_counts_it(checkpoint, monkeypatch):
     monkeypatch.setattr(
         "twofold.run.estimate.estimate.probe", lambda *a: seen.append(a) or speeds()
     )  # once, so that they are the same
-    found = {}
+    estimates = {}
     for rounds in (0, 1, 3):
         more = {"refine": "natural-gradient", "refine_rounds": rounds} if rounds else {}
-        found[rounds] = plan_of(make_recipe({"model": str(checkpoint), "keep": 0.7, **more})).estimate
-    one, three = (found[rounds].seconds["refine"] for rounds in (1, 3))
-    assert one > 0.3 and 1.5 * one < three < 3 * one and "refine" not in found[0].seconds
+        estimates[rounds] = plan_of(make_recipe({"model": str(checkpoint), "keep": 0.7, **more})).estimate
+    once, three = (estimates[rounds].seconds["refine"] for rounds in (1, 3))
+    assert once > 0.3 and 1.5 * once < three < 3 * once and "refine" not in estimates[0].seconds
     # Two gradients and two pairs of moments of every weight, on the disk and in memory.
     targets = find_targets(load_skeleton(str(checkpoint)).model).targets
     numbers = sum(t.size + t.out_features**2 + t.in_features**2 for t in targets)
-    assert found[1].work_bytes - found[0].work_bytes == 8 * numbers
-    assert found[1].memory["refine"] > 8 * numbers
+    assert estimates[1].work_bytes - estimates[0].work_bytes == 8 * numbers
+    assert estimates[1].memory["refine"] > 8 * numbers

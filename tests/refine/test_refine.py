@@ -15,8 +15,9 @@ from conftest import TEXT, make_model
 from runs import DYING, command, environment, recipe_of, same
 from twofold.errors import TwofoldError
 from twofold.host.cache import cache_folder
-from twofold.linalg.spectrum import decompose, truncate, weighted_low_rank
-from twofold.model.head import before_head, find_head
+from twofold.linalg.spectrum import spectrum_of, truncate, weighted_low_rank
+from twofold.model.blocks import input_before
+from twofold.model.head import find_head
 from twofold.model.load import LoadedModel
 from twofold.nn.places import dense_again
 from twofold.objectives import OBJECTIVES, LayerMoments
@@ -52,19 +53,19 @@ def test_divergence_of_all_tokens_is_the_divergence():
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     direct = (p.exp() * (p - q)).sum(-1).mean()
     teacher = Teacher(None, "x", top=40)
-    teacher.ask(lambda batch: first, windows_of(torch.zeros(1, 5, dtype=torch.long)), "w", quiet=True)
-    assert divergence(second, *teacher.answer("w", 0)) == pytest.approx(float(direct), rel=1e-5)
+    teacher.ask(lambda batch: first, windows_of(torch.zeros(1, 5, dtype=torch.long)), quiet=True)
+    assert divergence(second, *teacher.answer(0)) == pytest.approx(float(direct), rel=1e-5)
     few = Teacher(None, "x", top=10)
-    few.ask(lambda batch: first, windows_of(torch.zeros(1, 5, dtype=torch.long)), "w", quiet=True)
+    few.ask(lambda batch: first, windows_of(torch.zeros(1, 5, dtype=torch.long)), quiet=True)
     # The others as one token, by hand.
     values, tokens = p.topk(10, -1)
     own = q.gather(-1, tokens)
     rest, own_rest = 1 - values.exp().sum(-1), 1 - own.exp().sum(-1)
     by_hand = ((values.exp() * (values - own)).sum(-1) + rest * (rest / own_rest).log()).mean()
-    found = divergence(second, *few.answer("w", 0))
-    assert found == pytest.approx(float(by_hand), rel=1e-5)
-    assert 0 < found < direct
-    assert divergence(first, *few.answer("w", 0)) == pytest.approx(0, abs=1e-6)
+    loss = divergence(second, *few.answer(0))
+    assert loss == pytest.approx(float(by_hand), rel=1e-5)
+    assert 0 < loss < direct
+    assert divergence(first, *few.answer(0)) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -87,9 +88,9 @@ def test_loss_and_gradient_are_those_of_the_formula(share, with_head, top, monke
     known = labels >= 0
     hard = -log[known].gather(-1, labels[known, None]).mean()
     (expected,) = torch.autograd.grad((1 - share) * direct.mean() + share * hard, states)
-    found = divergence(states, values, tokens, labels=labels, share=share, head=head if with_head else None)
-    assert found.item() == pytest.approx(float((1 - share) * direct.mean() + share * hard), rel=1e-9)
-    (gradient,) = torch.autograd.grad(2 * found, states)
+    loss = divergence(states, values, tokens, labels=labels, share=share, head=head if with_head else None)
+    assert loss.item() == pytest.approx(float((1 - share) * direct.mean() + share * hard), rel=1e-9)
+    (gradient,) = torch.autograd.grad(2 * loss, states)
     torch.testing.assert_close(gradient, 2 * expected, rtol=1e-7, atol=1e-10)
 
 
@@ -97,18 +98,18 @@ def test_head_is_found_where_its_outputs_are_the_logits():
     ids = torch.randint(0, 250, (2, 9))
     model = make_model().requires_grad_(False)
 
-    def found(factor=1):
+    def head_of(factor=1):
         return find_head(model, lambda: model(input_ids=ids[:1]), factor * model(input_ids=ids[:1]).logits)
 
-    head = found()
+    head = head_of()
     assert head is model.lm_head
-    torch.testing.assert_close(head(before_head(head, lambda: model(input_ids=ids))), model(input_ids=ids).logits)
-    assert found(3) is None  # something comes after it
+    torch.testing.assert_close(head(input_before(head, lambda: model(input_ids=ids))), model(input_ids=ids).logits)
+    assert head_of(3) is None  # something comes after it
     model.lm_head.requires_grad_(True)
-    assert found() is None
+    assert head_of() is None
     model.requires_grad_(False)
     model.lm_head = torch.nn.Sequential(model.lm_head)
-    assert found() is None
+    assert head_of() is None
 
 
 def test_labels_teach_the_text(checkpoint):
@@ -146,17 +147,17 @@ def test_teacher_on_disk_is_taken_up_again(tmp_path):
         return table[ids].flatten(0, 1)
 
     memory, disk = Teacher(None, "m", 8), Teacher(tmp_path, "m", 8)
-    memory.ask(logits, windows, "w", quiet=True)
-    disk.ask(logits, windows, "w", quiet=True)
+    memory.ask(logits, windows, quiet=True)
+    disk.ask(logits, windows, quiet=True)
     for i in (0, 15, 16, 19):
-        for a, b in zip(memory.answer("w", i), disk.answer("w", i), strict=True):
+        for a, b in zip(memory.answer(i), disk.answer(i), strict=True):
             assert torch.equal(a, b)
     calls.clear()
-    (tmp_path / "w-000016.safetensors").write_bytes(b"cut short")
-    Teacher(tmp_path, "m", 8).ask(logits, windows, "w", quiet=True)
+    (tmp_path / "samples-000016.safetensors").write_bytes(b"cut short")
+    Teacher(tmp_path, "m", 8).ask(logits, windows, quiet=True)
     assert sum(map(len, calls)) == 4  # the second file alone
     calls.clear()
-    Teacher(tmp_path, "another", 8).ask(logits, windows, "w", quiet=True)
+    Teacher(tmp_path, "another", 8).ask(logits, windows, quiet=True)
     assert sum(map(len, calls)) == 20
 
 
@@ -228,13 +229,13 @@ def test_killed_refinement_goes_on_with_the_same_bits(checkpoint, text_file, tmp
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert list((tmp_path / "out.partial").glob("refine/0-distill/samples-*"))
     for arguments in (rest, whole):
-        done = subprocess.run(
+        run = subprocess.run(
             [sys.executable, "-m", "twofold", *arguments],
             env=environment(tmp_path / "cache"),
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stderr
+        assert run.returncode == 0, run.stderr
     same(tmp_path / "out", tmp_path / "whole")
 
 
@@ -243,14 +244,19 @@ def parameters():
     return {"a": torch.nn.Parameter(torch.randn(6)), "b": torch.nn.Parameter(10 * torch.randn(3, 2))}
 
 
+def training_recipe(**settings):
+    return make_recipe({"model": "x", "keep": 0.5, **{f"refine_{name}": value for name, value in settings.items()}})
+
+
 def test_a_training_that_diverges_gives_back_the_best(capsys):
     given = parameters()
     before = {name: p.detach().clone() for name, p in given.items()}
-    losses = iter([1.0, *[5.0] * 50])
-    trained = train(
-        given, lambda i: given["a"].square().sum() + given["b"].sum(), lambda: next(losses), windows=4, batch=2, passes=20,
-        rate=0.1, quiet=True,
-    )  # fmt: skip
+    losses, recipe = iter([1.0, *[5.0] * 50]), training_recipe(batch=2, passes=20, rate=0.1)
+
+    def loss_of(windows):
+        return given["a"].square().sum() + given["b"].sum()
+
+    trained = train(given, loss_of, lambda: next(losses), recipe, windows=4, quiet=True)
     assert "diverged at step 5 of 40" in trained.ended and trained.after == 1.0
     assert all(torch.equal(p, before[name]) for name, p in given.items())
     assert "the best state was restored" in capsys.readouterr().err
@@ -259,27 +265,20 @@ def test_a_training_that_diverges_gives_back_the_best(capsys):
 def test_a_loss_that_is_not_a_number_ends_it():
     given = parameters()
     before = {name: p.detach().clone() for name, p in given.items()}
-    trained = train(
-        given,
-        lambda i: given["a"].sum() * float("nan"),
-        lambda: 1.0,
-        windows=4,
-        batch=1,
-        passes=2,
-        rate=0.1,
-        quiet=True,
-    )
+    recipe = training_recipe(batch=1, passes=2, rate=0.1)
+    trained = train(given, lambda i: given["a"].sum() * float("nan"), lambda: 1.0, recipe, windows=4, quiet=True)
     assert "diverged at step 1 " in trained.ended
     assert all(torch.equal(p, before[name]) for name, p in given.items())
 
 
 def test_it_stops_when_held_out_text_gains_no_more():
     given = parameters()
-    losses = iter([1.0, 0.9, *[0.95] * 50])
-    trained = train(
-        given, lambda i: given["a"].square().sum() + given["b"].square().sum(), lambda: next(losses), windows=4, batch=1,
-        passes=20, rate=0.01, quiet=True,
-    )  # fmt: skip
+    losses, recipe = iter([1.0, 0.9, *[0.95] * 50]), training_recipe(batch=1, passes=20, rate=0.01)
+
+    def loss_of(windows):
+        return given["a"].square().sum() + given["b"].square().sum()
+
+    trained = train(given, loss_of, lambda: next(losses), recipe, windows=4, quiet=True)
     assert trained.ended.startswith("no gain on held-out text since step 10 of 80") and trained.after == 0.9
     assert trained.steps == 40
 
@@ -302,7 +301,7 @@ def test_narrow_models_are_trained_in_float32(checkpoint):
 
 
 def test_dense_again_is_what_the_teacher_sees(checkpoint):
-    """The dense layers come back while the teacher is asked."""
+    """Put the dense layers back while the teacher is asked."""
     original = make_model()
     ids = torch.arange(20)[None]
     expected = original(input_ids=ids).logits
@@ -323,7 +322,8 @@ def test_what_cannot_be_refined_is_refused(checkpoint, text_file, tmp_path):
     with pytest.raises(TwofoldError, match=r"no refinement 'magic'; choose one of anchored, blockwise, distill"):
         compress(recipe_of(checkpoint, text_file, refine="magic"), tmp_path / "o", quiet=True)
     with pytest.raises(
-        TwofoldError, match=r"`refine=distill` works on a model that is whole in memory.*leave `refine` out, or give it"
+        TwofoldError,
+        match=r"`refine=distill` works on a model that is whole in mem.*leave `refine` out, or leave `stream`",
     ):
         compress(recipe_of(checkpoint, text_file, stream="always"), tmp_path / "o", quiet=True)
     with pytest.raises(TwofoldError, match="`minutes`: input should be greater than 0"):
@@ -333,7 +333,7 @@ def test_what_cannot_be_refined_is_refused(checkpoint, text_file, tmp_path):
 
 
 def test_weights_alone_can_be_refined_too(checkpoint, text_file, tmp_path):
-    """The svd objective needs no calibration; its refinement does."""
+    """Refine what the svd objective, which needs no calibration, has made."""
     run = compress(
         recipe_of(checkpoint, text_file, objective="svd", refine_rate=1e-2, refine_passes=4), tmp_path / "o", quiet=True
     )
@@ -341,7 +341,7 @@ def test_weights_alone_can_be_refined_too(checkpoint, text_file, tmp_path):
 
 
 def test_anchored_solves_the_published_problem():
-    """min ‖W X − W′ X̂‖ over W′ of a rank: the closed form against a direct one in float64."""
+    """Compare the closed form of min ‖W X − W′ X̂‖ over W′ of a rank with a direct one in float64."""
     torch.manual_seed(0)
     x = torch.randn(9, 200, dtype=torch.float64)
     own = x + 0.3 * torch.randn(9, 9, dtype=torch.float64) @ x + 0.1 * torch.randn(9, 200, dtype=torch.float64)
@@ -350,7 +350,7 @@ def test_anchored_solves_the_published_problem():
         weight = torch.randn(m, 9, dtype=torch.float64)
         layer = LayerMoments(input=x @ x.T / 200)
         aim, problem = anchored_problem(weight, layer, inputs, cross, OBJECTIVES.get("svd-llm"), 0.0, 1.0)
-        left, right = truncate(aim, decompose(problem.metric, problem.gram, problem.side), problem.metric, 4)
+        left, right = truncate(aim, spectrum_of(problem.metric, problem.gram, problem.side), problem.metric, 4)
         # Directly: least squares, then the best rank-4 approximation of the outputs that it gives.
         best = torch.linalg.lstsq(own.T, (weight @ x).T).solution.T
         u, s, v = torch.linalg.svd(best @ own, full_matrices=False)
@@ -361,7 +361,7 @@ def test_anchored_solves_the_published_problem():
 
 
 def test_anchored_in_the_metric_of_the_gradients():
-    """Both sides of a two-sided problem, from the moments of the smaller side alone, against full matrices."""
+    """Compare both sides of a two-sided problem, from the moments of the smaller side alone, with full matrices."""
     torch.manual_seed(0)
     for m, n in ((5, 8), (8, 5)):
         weight = torch.randn(m, n, dtype=torch.float64)
@@ -375,9 +375,9 @@ def test_anchored_in_the_metric_of_the_gradients():
         aim, problem = anchored_problem(weight, layer, inputs, cross, OBJECTIVES.get("two-sided"), 0.0, 0.7)
         expected = weight @ (0.7 * cross @ torch.linalg.inv(inputs) + 0.3 * torch.eye(n, dtype=torch.float64))
         assert torch.allclose(aim, expected)
-        found = truncate(aim, decompose(problem.metric, problem.gram, problem.side), problem.metric, 3)
+        factors = truncate(aim, spectrum_of(problem.metric, problem.gram, problem.side), problem.metric, 3)
         direct = weighted_low_rank(expected, 3, gradients, inputs)
-        assert torch.allclose(found[0] @ found[1], direct[0] @ direct[1], atol=1e-8)
+        assert torch.allclose(factors[0] @ factors[1], direct[0] @ direct[1], atol=1e-8)
 
 
 def gram_of(k):
@@ -414,12 +414,12 @@ def test_killed_in_its_middle_it_goes_on_with_the_same_bits(checkpoint, text_fil
         )  # fmt: skip
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     for arguments in (rest, [*command(checkpoint, text_file, tmp_path / "whole")[3:], *flags]):
-        done = subprocess.run(
+        run = subprocess.run(
             [sys.executable, "-m", "twofold", *arguments],
             env=environment(tmp_path / "cache"), capture_output=True, text=True,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert not_again is None or (not_again in done.stderr) == (arguments is not rest)
+        assert run.returncode == 0, run.stderr
+        assert not_again is None or (not_again in run.stderr) == (arguments is not rest)
     same(tmp_path / "out", tmp_path / "whole")
 
 
@@ -443,7 +443,7 @@ def test_blockwise_lowers_the_divergence(checkpoint, text_file, tmp_path, object
 
 
 def spoil(job):
-    """A refinement that does harm: it doubles every factor."""
+    """Do harm as a refinement: double every factor."""
     before = job.divergence()
     with torch.no_grad():
         for parameter in trainable(job.model).values():
@@ -517,7 +517,7 @@ def test_blocks_that_cross_one_another_are_refused_before_any_work(checkpoint, t
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_the_metric_of_a_block_is_that_of_what_it_adds(architecture):
-    """Of these blocks the last layer's output is added to what comes out, and no other's of the same width."""
+    """Find that these blocks add their last layer's output to what comes out, and no other's of the same width."""
     model = make_model(architecture)
     streams = Streams(LoadedModel(model, None, "x", None, torch.float32), {}, drawn_windows(2, 12), CAUSAL, None)
     block = streams.chain.blocks[0]

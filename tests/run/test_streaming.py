@@ -27,16 +27,17 @@ from twofold.errors import TwofoldError
 from twofold.model.blocks import Chain, Stretch, run_stretch, stretches, watch_chain
 from twofold.model.kinds import dense_weight
 from twofold.model.load import LoadedModel, load_model, load_skeleton, load_streamed
+from twofold.model.settings import Loading
 from twofold.model.streamed import EMBEDDING, HEAD, Streamed
 from twofold.model.survey import Survey, survey
 from twofold.model.target import Target
 from twofold.model.weights import find_targets
 from twofold.planning.plan import Plan
 from twofold.recipe import make_recipe
+from twofold.run.check import check_streamed
 from twofold.run.compress import compress
 from twofold.run.estimate.estimate import estimate_run
-from twofold.run.estimate.limit import memory_limit
-from twofold.run.estimate.way import choose_way
+from twofold.run.estimate.fit import choose_fit, memory_limit
 from twofold.run.plan import plan as plan_of
 from twofold.run.status import status
 from twofold.task import TASKS
@@ -160,7 +161,7 @@ def test_blocks_that_do_not_follow_one_another_are_no_chain():
 def test_only_what_is_held_is_in_memory(tmp_path):
     source = save(tmp_path / "model")
     chain = surveyed(load_skeleton(str(source))).chain
-    loaded = load_streamed(str(source), chain)
+    loaded = load_streamed(Loading(model=str(source)), chain)
     residence = loaded.residence
     assert isinstance(residence, Streamed)
     weight = "model.layers.1.mlp.up_proj.weight"
@@ -190,25 +191,25 @@ def test_a_broken_checkpoint_is_refused(tmp_path, text_file):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     save_file(stored | {"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 3)}, path, {"format": "pt"})
     with pytest.raises(TwofoldError, match=r"size mismatch|shape"):
-        load_streamed(str(source), chain)
+        load_streamed(Loading(model=str(source)), chain)
     del stored["model.layers.1.mlp.up_proj.weight"]
     save_file(stored, path, {"format": "pt"})
     with pytest.raises(TwofoldError, match=r"not whole|lacks|disagree|index"):
-        load_streamed(str(source), chain)
+        load_streamed(Loading(model=str(source)), chain)
     path.write_bytes(good[:-10])
     with pytest.raises(TwofoldError, match=re.escape(path.name)):
-        load_streamed(str(source), chain)
+        load_streamed(Loading(model=str(source)), chain)
 
 
 def test_the_memory_decides(tmp_path, text_file):
     source = save(tmp_path / "model")
-    assert choose_way(small(source, text_file)).blocks is None
+    assert choose_fit(small(source, text_file)).blocks is None
     with pytest.raises(TwofoldError, match=r"one block at a time takes about .* GB .*give it more with `memory`"):
-        choose_way(small(source, text_file, memory="1MB"))
+        choose_fit(small(source, text_file, memory="1MB"))
     with pytest.raises(TwofoldError, match="give bytes"):
-        choose_way(small(source, text_file, memory="50%"))
-    assert choose_way(small(source, text_file, stream="always")).blocks == 1
-    assert choose_way(small(source, text_file, stream="always", memory="4GB")).blocks == 2
+        choose_fit(small(source, text_file, memory="50%"))
+    assert choose_fit(small(source, text_file, stream="always")).blocks == 1
+    assert choose_fit(small(source, text_file, stream="always", memory="4GB")).blocks == 2
 
 
 def test_the_limits_of_the_process_count(tmp_path, text_file, monkeypatch):
@@ -391,6 +392,26 @@ def test_self_sampling_needs_the_whole_model(tmp_path):
         compress(recipe, tmp_path / "out", quiet=True)
 
 
+@pytest.mark.parametrize(("stream", "limit", "remedy"), [
+    ("auto", 1e9, "give it 2.0 GB with `memory`"), ("always", 1e9, "leave `stream` out and give it 2.0 GB with `memory`"),
+    ("always", 3e9, "leave `stream` out"),
+])  # fmt: skip
+def test_what_needs_the_whole_model_names_a_remedy_that_helps(stream, limit, remedy):
+    recipe = make_recipe({"model": "m", "keep": 0.6, "stream": stream})
+    with pytest.raises(TwofoldError, match=f"block by block; name some with `calibration=FILE`, or {remedy}$"):
+        check_streamed(recipe, 2e9, limit)
+
+
+def test_what_can_not_be_streamed_is_refused(tmp_path, monkeypatch):
+    """A model that fits in memory needs no more of it, but another setting."""
+    source = save(tmp_path / "model")
+    monkeypatch.setattr("twofold.run.estimate.fit.survey", lambda *a: Survey(None, frozenset(), {}))
+    with pytest.raises(TwofoldError, match=r"do not simply follow one another; leave `stream` out$"):
+        choose_fit(make_recipe({"model": str(source), "keep": 0.6, "stream": "always"}))
+    with pytest.raises(TwofoldError, match=r"0\.0 GB may be used, and .* another; give it more memory with `memory`$"):
+        choose_fit(make_recipe({"model": str(source), "keep": 0.6, "memory": "1MB"}))
+
+
 def test_blocks_that_get_the_embeddings_too_are_no_chain():
     class Model(torch.nn.Module):
         def __init__(self):
@@ -446,7 +467,7 @@ def test_targets_of_a_streamed_model(tmp_path):
     skeleton = load_skeleton(str(source))
     found = surveyed(skeleton, find_targets(skeleton.model).targets)
     assert found.chain is not None and len(found.chain) == 2
-    loaded = load_streamed(str(source), found.chain)
+    loaded = load_streamed(Loading(model=str(source)), found.chain)
     assert [t.name for t in find_targets(loaded.model).targets] == [
         t.name for t in find_targets(skeleton.model).targets
     ]

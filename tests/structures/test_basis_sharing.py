@@ -16,7 +16,7 @@ from twofold.model.settings import Override
 from twofold.model.target import Targets
 from twofold.objectives import OBJECTIVES
 from twofold.planning.make import make_plan
-from twofold.planning.menu import Asked
+from twofold.planning.menu import PlanRequest
 from twofold.planning.structures import structure_candidate
 from twofold.recipe import make_recipe
 from twofold.structures.shared_basis import CutShared
@@ -132,8 +132,8 @@ def test_what_a_rank_costs_in_bytes(form):
     structure, rank = sharing(targets, form), 7
     recipe = make_recipe({"model": "m", "budget": "9KB", "objective": "basis-sharing", "form": form})
     found = Targets(targets, [], structures=(structure,))
-    asked = Asked(found, {structure.name: np.zeros(structure.units)}, recipe, 4)
-    candidate = structure_candidate(asked, structure, asked.tails(structure.name, structure.units))
+    request = PlanRequest(found, {structure.name: np.zeros(structure.units)}, recipe, 4)
+    candidate = structure_candidate(request, structure, request.tails(structure.name, structure.units))
     (cost,) = candidate.costs[candidate.ranks == rank]
     recipe = recipe.model_copy(update={"overrides": {"*": Override(rank=rank)}})
     plan = make_plan("m", found, {structure.name: np.zeros(structure.units)}, recipe, 4)

@@ -301,7 +301,7 @@ def test_all_units_are_the_original(architecture):
     from twofold.model.streamed import Resident
     from twofold.model.weights import find_groups
     from twofold.nn.places import replace_module
-    from twofold.structures.cut import prepare
+    from twofold.structures.cut import prepare_cut
 
     found = structures_of(model)
     groups = find_groups(model, found.targets, lambda: model(input_ids=IDS))
@@ -317,7 +317,7 @@ def test_all_units_are_the_original(architecture):
     )
     made = {}
     for structure in found.structures:
-        made |= prepare(structure, model, moments, DAMPING).layers(structure.units, torch.float32)[0]
+        made |= prepare_cut(structure, model, moments, DAMPING).layers(structure.units, torch.float32)[0]
     for name, module in made.items():
         replace_module(model, name, module)
     error = (logits(model) - original).norm() / original.norm()

@@ -17,10 +17,8 @@ from conftest import make_model
 from twofold import FactoredLinear, TwofoldError
 from twofold.checkpoint.plugin import attach
 from twofold.nn.places import replace_module
-from twofold.vllm_plugin.product import merged_product
-from twofold.vllm_plugin.shards import factored_names, original_names, shard_index, shards_of
+from twofold.vllm_plugin.shards import check_modules, factored_names, original_names, shard_index, shards_of
 from twofold.vllm_plugin.stores import Stores
-from twofold.vllm_plugin.supported import check_modules
 
 IDS = torch.arange(20)[None]
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -160,7 +158,7 @@ def test_a_merged_layer_is_its_separate_layers(forms, bias):
     x, offset = torch.randn(3, 7, 20), torch.randn(sum(sizes[: len(parts)])) if bias else None
     expected = torch.cat([part(x) for part in parts], -1)
     with torch.inference_mode():
-        found = merged_product(x, layer, stores, offset)
+        found = stores.product(x, layer, offset)
     torch.testing.assert_close(found, expected.detach() + (0 if offset is None else offset), rtol=1e-5, atol=1e-5)
     stored = sum(p.numel() for p in layer.parameters() if p.is_floating_point())
     guard = 0 if "dense" in forms else 1  # a parameter of no elements is kept as one of one
@@ -174,7 +172,7 @@ def test_one_graph_serves_any_number_of_tokens():
     layer, stores = merged(parts)
 
     def product(x):
-        return merged_product(x, layer, stores)
+        return stores.product(x, layer)
 
     compiled = torch.compile(product, fullgraph=True, dynamic=True, backend="eager")
     with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twofold.calibrate.moments import Moments
 from twofold.linalg.metric import Metric, damp
-from twofold.linalg.spectrum import Spectrum, decompose, gram, smaller_side, truncate
+from twofold.linalg.spectrum import Spectrum, gram, smaller_side, spectrum_of, truncate
 from twofold.objectives import Method
 
 DAMPING: float = Method.model_fields["damping"].default
@@ -34,7 +34,7 @@ class LayerMetric:
         """A change of the layer for every rank."""
         side = smaller_side(*change.shape)
         near, far = (self.left, self.right) if side == "rows" else (self.right, self.left)
-        return Decomposed(change, decompose(near, gram(change, far), side), near)
+        return Decomposed(change, spectrum_of(near, gram(change, far), side), near)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from twofold.checkpoint.peft.register import need
+from twofold.checkpoint.peft.register import need_packages
 from twofold.model.load import LoadedModel
 
 
@@ -14,7 +14,7 @@ def put_adapter(loaded: LoadedModel, adapter: str) -> None:
     Raises:
         TwofoldError: if PEFT is not installed, there is no such adapter, or it does not belong to the model.
     """
-    need("peft")
+    need_packages("peft")
     from twofold.adapters.folder import load_adapter
 
     loaded.model = load_adapter(loaded.model, Path(adapter).expanduser(), "default", loaded).eval()

@@ -23,7 +23,7 @@ def effective_rank(candidates: list[Candidate], budget: float) -> list[Choice]:
 
 
 def entropy_rank(values: np.ndarray | None) -> float:  # σ² (k,)
-    """exp of the entropy of the values as shares of their sum, between 1 and k; 1 if all are zero."""
+    """Return exp of the entropy of the values as shares of their sum, between 1 and k; 1 if all are zero."""
     import numpy as np
 
     assert values is not None

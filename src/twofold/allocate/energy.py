@@ -1,4 +1,4 @@
-"""The same share of its energy for every weight: the smallest rank that keeps that share of Σ σ².
+"""One share of energy for all weights: each gets the smallest rank that keeps that share of its Σ σ².
 
 The rule of thumb for a truncated SVD, with the spectrum in the metric of the objective. It does not know that one weight's energy
 matters more to the model than another's.
@@ -17,5 +17,5 @@ def _keeping(candidate: Candidate, share: float) -> Choice:
     import numpy as np
 
     assert candidate.values is not None
-    kept = np.cumsum(candidate.values)
-    return at_least(candidate, int(np.searchsorted(kept, share * kept[-1] * (1 - 1e-12))) + 1)
+    sums = np.cumsum(candidate.values)
+    return at_least(candidate, int(np.searchsorted(sums, share * sums[-1] * (1 - 1e-12))) + 1)

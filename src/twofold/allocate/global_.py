@@ -21,31 +21,27 @@ BISECTIONS = 100
 
 
 class _Options:
-    """The choices of one weight, dense included: what each costs and loses."""
+    """What the choices for one weight cost and lose; dense is first: it wins a tie with full rank, being one product."""
 
     def __init__(self, candidate: Candidate) -> None:
         import numpy as np
 
-        costs, losses = candidate.costs, candidate.losses
-        indices: NDArray[np.int64] = np.arange(len(costs))
-        if candidate.dense_cost is not None:
-            # First, so that it wins a tie with full rank: it stores the same and is one product.
-            costs = np.append(candidate.dense_cost, costs)
-            losses = np.append(0.0, losses)
-            indices = np.append(-1, indices)
-        self.costs, self.losses, self.indices = costs, losses, indices
+        dense = candidate.dense_cost
+        self.first = 0 if dense is None else 1  # the position of the first rank
+        self.costs = candidate.costs if dense is None else np.append(dense, candidate.costs)
+        self.losses = candidate.losses if dense is None else np.append(0.0, candidate.losses)
 
     def position(self, choice: Choice) -> int:
-        """Where a choice stands among the options."""
-        import numpy as np
+        return 0 if choice.index is None else choice.index + self.first
 
-        return int(np.flatnonzero(self.indices == (-1 if choice.index is None else choice.index))[0])
+    def choice(self, position: int) -> Choice:
+        return Choice(None if position < self.first else position - self.first)
 
     def best(self, multiplier: float) -> int:
         return int((self.losses + multiplier * self.costs).argmin())
 
     def next_step(self, position: int, room: float) -> tuple[float, int] | None:
-        """The affordable step up from a position that saves most loss for its cost: (−saving per cost, position)."""
+        """Find the affordable step up from a position that saves most loss for its cost: (−saving per cost, position)."""
         import numpy as np
 
         extra = self.costs - self.costs[position]
@@ -61,37 +57,34 @@ class _Options:
 @allocation("global", takes={"ranks", "structures", "pairs"}, compares=True)
 def lagrangian(candidates: list[Candidate], budget: float) -> list[Choice]:
     options = [_Options(candidate) for candidate in candidates]
+    costs, losses = [option.costs for option in options], [option.losses for option in options]
 
-    def choose(multiplier: float) -> tuple[list[int], float]:
-        positions = [option.best(multiplier) for option in options]
-        return positions, sum(float(o.costs[p]) for o, p in zip(options, positions, strict=True))
+    def at(multiplier: float) -> list[int]:
+        return [option.best(multiplier) for option in options]
 
     low, high = 0.0, 1e-30
-    positions, cost = choose(low)
-    if cost > budget:
-        while choose(high)[1] > budget and high < 1e30:
+    positions = at(low)
+    if _total(costs, positions) > budget:
+        while _total(costs, at(high)) > budget and high < 1e30:
             high *= 10.0
         for _ in range(BISECTIONS):
             middle = (low * high) ** 0.5 if low > 0 else high / 2
-            if choose(middle)[1] > budget:
+            if _total(costs, at(middle)) > budget:
                 low = middle
             else:
                 high = middle
             if low > 0 and high / low < 1 + 1e-12:
                 break
-        positions, cost = choose(high)
-    positions = _spend(options, positions, budget - cost)
+        positions = at(high)
     # With few weights the jumps weigh more than the convex part; then the uniform ranks can be the better start.
-    even = uniform(candidates, budget)
-    start = [o.position(choice) for o, choice in zip(options, even, strict=True)]
-    other = _spend(options, start, budget - sum(float(o.costs[p]) for o, p in zip(options, start, strict=True)))
-    if _loss(options, other) < _loss(options, positions):
-        positions = other
-    return [Choice(None if o.indices[p] < 0 else int(o.indices[p])) for o, p in zip(options, positions, strict=True)]
+    even = [option.position(choice) for option, choice in zip(options, uniform(candidates, budget), strict=True)]
+    spent = [_spend(options, start, budget - _total(costs, start)) for start in (positions, even)]
+    best = min(spent, key=lambda positions: _total(losses, positions))
+    return [option.choice(position) for option, position in zip(options, best, strict=True)]
 
 
-def _loss(options: list[_Options], positions: list[int]) -> float:
-    return sum(float(o.losses[p]) for o, p in zip(options, positions, strict=True))
+def _total(rows: list[NDArray[np.float64]], positions: list[int]) -> float:
+    return sum(float(row[position]) for row, position in zip(rows, positions, strict=True))
 
 
 def _spend(options: list[_Options], positions: list[int], room: float) -> list[int]:
@@ -111,10 +104,8 @@ def _spend(options: list[_Options], positions: list[int], room: float) -> list[i
         extra = float(options[i].costs[position] - options[i].costs[positions[i]])
         if extra <= 0:
             continue
-        if extra > room:
-            offer(i)
-            continue
-        room -= extra
-        positions[i] = position
+        if extra <= room:
+            room -= extra
+            positions[i] = position
         offer(i)
     return positions

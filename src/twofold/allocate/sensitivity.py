@@ -7,20 +7,16 @@ whose perplexity does not exceed it, or stays whole where every share does. The 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from bisect import bisect_left
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from twofold.allocate import Candidate, Choice, allocation
+from twofold.allocate import Candidate, Choice, Measured, allocation, total_cost
 from twofold.allocate._shares import largest_within
 from twofold.allocate.uniform import uniform
 from twofold.settings.base import Settings
 from twofold.settings.price import Price
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of one weight that are measured
 
@@ -35,15 +31,15 @@ class Sensitivity(Settings):
     ] = 1
 
 
-def _measure(measurement: Any) -> Mapping[str, NDArray[np.float64]]:  # (grid,) of each weight
+def _measure(measurement: Any) -> Measured:  # (grid,) of each weight
     from twofold.evidence.truncated import perplexities
 
     return perplexities(measurement, GRID, measurement.settings.part(Sensitivity).sensitivity_windows)
 
 
 def _seconds(price: Price, settings: Settings) -> float:
-    each = len(GRID) * settings.part(Sensitivity).sensitivity_windows * price.measure
-    return len(price.figures.targets) * each
+    windows = settings.part(Sensitivity).sensitivity_windows
+    return len(price.figures.targets) * (len(GRID) * windows * price.measure)
 
 
 @allocation(
@@ -57,28 +53,23 @@ def sensitivity(candidates: list[Candidate], budget: float) -> list[Choice]:
     import numpy as np
 
     tables = [candidate.measured for candidate in candidates if candidate.measured is not None]
-    thresholds = np.unique(np.concatenate(tables))
+    thresholds = np.unique(np.concatenate(tables)).tolist()
 
-    def at(threshold: float) -> tuple[list[Choice], float]:
-        choices = [within(candidate, threshold) for candidate in candidates]
-        return choices, sum(choice.cost(c) for choice, c in zip(choices, candidates, strict=True))
+    def at(threshold: float) -> list[Choice]:
+        return [within(candidate, threshold) for candidate in candidates]
 
-    if at(0.0)[1] <= budget:  # no perplexity is as low, so all are whole
-        return at(0.0)[0]
-    if at(thresholds[-1])[1] > budget:
+    def fits(threshold: float) -> bool:
+        return total_cost(candidates, at(threshold)) <= budget
+
+    if fits(0.0):  # no perplexity is as low, so all are whole
+        return at(0.0)
+    if not fits(thresholds[-1]):
         return uniform(candidates, budget)  # below the grid nothing was measured
-    low, high = -1, len(thresholds) - 1  # the cost at high keeps the budget, that at low does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if at(thresholds[middle])[1] <= budget:
-            high = middle
-        else:
-            low = middle
-    return at(thresholds[high])[0]
+    return at(thresholds[bisect_left(thresholds, True, key=fits)])  # a higher threshold costs less
 
 
 def within(candidate: Candidate, threshold: float) -> Choice:
-    """The smallest share of the grid whose perplexity is at most the threshold; dense if there is none."""
+    """Choose the smallest share of the grid whose perplexity is at most the threshold; dense if there is none."""
     import numpy as np
 
     assert candidate.measured is not None

@@ -17,24 +17,26 @@ def svd_llm_v2(candidates: list[Candidate], budget: float) -> list[Choice]:
     factors = removal_factors(candidates, keep)
     # The factors are taken once, at the budget. What ranks and the bounds 0 and 1 leave over is made up for by R.
     most = 1 / min(factors.values())  # at this R nothing is left of any weight
-    return fit(
-        candidates, budget, lambda c, share: largest_within(c, max(1 - (1 - share) * most * factors[c.name], 0.0))
-    )
+
+    def choose(candidate: Candidate, share: float) -> Choice:
+        return largest_within(candidate, max(1 - (1 - share) * most * factors[candidate.name], 0.0))
+
+    return fit(candidates, budget, choose)
 
 
 def removal_factors(candidates: list[Candidate], keep: float) -> dict[str, float]:
-    """What a weight gives up, in parts of what all do: 1 in the mean of each kind; less where truncation loses more."""
+    """Return what each weight gives up, relative to the mean of its kind; less where truncation loses more."""
     groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         groups.setdefault(candidate.kind, []).append(candidate)
     factors: dict[str, float] = {}
     for group in groups.values():
         inverse = {candidate.name: 1 / _log_loss(candidate, keep) for candidate in group}
-        factors |= {name: len(group) * one / sum(inverse.values()) for name, one in inverse.items()}
+        factors |= {name: len(group) * share / sum(inverse.values()) for name, share in inverse.items()}
     return factors
 
 
 def _log_loss(candidate: Candidate, keep: float) -> float:
-    """log L, where L is not below e: the formula has no meaning at 1 and below, which takes hardly any loss, or few tokens."""
+    """Return log L, L at least e: at 1 and below, which takes hardly any loss or few tokens, the formula has no meaning."""
     squared = candidate.tokens * largest_within(candidate, keep).loss(candidate)
     return math.log(max(math.sqrt(squared), math.e))

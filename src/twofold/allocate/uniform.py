@@ -1,4 +1,4 @@
-"""The same share of every weight: each gets the largest rank whose storage fits in that share of its own.
+"""One share for all weights: each gets the largest rank whose storage fits in that share of its own.
 
 The share is the budget over the size of all of them; where smallest ranks, multiples or dense weights would then store more
 than the budget, the largest share that keeps it.

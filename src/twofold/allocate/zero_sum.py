@@ -8,36 +8,23 @@ is not above zero the smallest abs(d) of those with d ≥ 0 goes, else the small
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from twofold.allocate import Candidate, Choice, allocation
+from twofold.allocate import Candidate, Choice, Measured, allocation
 from twofold.allocate._shares import at_least
-from twofold.settings.base import Settings
-from twofold.settings.price import Price
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
-def _measure(
-    measurement: Any,
-) -> Mapping[str, NDArray[np.float64]]:  # (k,) of each weight, in the order of its spectrum
+def _measure(measurement: Any) -> Measured:  # (k,) of each weight, as its spectrum
     from twofold.evidence.first_order import component_scores
 
     return component_scores(measurement)
 
 
-def _seconds(price: Price, settings: Settings) -> float:
-    return price.sweep
-
-
-@allocation("zero-sum", needs={"next token", "whole model"}, measure=_measure, seconds=_seconds)
+@allocation("zero-sum", needs={"next token", "whole model"}, measure=_measure, seconds=lambda price, _: price.sweep)
 def zero_sum(candidates: list[Candidate], budget: float) -> list[Choice]:
     costs = [_costs(candidate) for candidate in candidates]
     left = [len(cost) - 1 for cost in costs]  # components that remain
-    total = sum(float(cost[-1]) for cost in costs)
+    total = sum(cost[-1] for cost in costs)
     rising: list[tuple[float, int]] = []  # (abs(d), weight) with d ≥ 0
     falling: list[tuple[float, int]] = []  # and with d < 0
 
@@ -52,19 +39,16 @@ def zero_sum(candidates: list[Candidate], budget: float) -> list[Choice]:
         offer(i)
     drift = 0.0
     while total > budget and (rising or falling):
-        first, second = (rising, falling) if drift <= 0 else (falling, rising)
-        chosen = first or second
-        size, i = heapq.heappop(chosen)
-        drift += size if chosen is rising else -size
-        total += float(costs[i][left[i] - 1] - costs[i][left[i]])
+        heap = (rising or falling) if drift <= 0 else (falling or rising)
+        size, i = heapq.heappop(heap)
+        drift += size if heap is rising else -size
+        total += costs[i][left[i] - 1] - costs[i][left[i]]
         left[i] -= 1
         offer(i)
     return [at_least(candidate, rank) for candidate, rank in zip(candidates, left, strict=True)]
 
 
-def _costs(candidate: Candidate) -> NDArray[np.float64]:  # (k + 1,)
-    """What is stored while so many components remain: the weight stays dense until factors are smaller."""
-    import numpy as np
-
+def _costs(candidate: Candidate) -> list[float]:  # (k + 1,)
+    """Return what each number of components stores: the weight stays dense until factors are smaller."""
     assert candidate.values is not None
-    return np.array([at_least(candidate, rank).cost(candidate) for rank in range(len(candidate.values) + 1)])
+    return [at_least(candidate, rank).cost(candidate) for rank in range(len(candidate.values) + 1)]

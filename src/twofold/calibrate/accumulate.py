@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twofold.calibrate.request import Request
-from twofold.calibrate.statistics import PAIRED, STATISTICS, Add, Feed, size_of
+from twofold.calibrate.statistics import STATISTICS, Add, Feed, rows_of, size_of
 from twofold.model.kinds import Sink, Taker, watch
 from twofold.model.streamed import Resident
 from twofold.model.target import Target
@@ -36,46 +36,44 @@ class Accumulator:
     ) -> None:
         self.weights = weights
         self.dtype = torch.float64 if residence.dtype == torch.float64 else torch.float32
-        self.sums: dict[str, Tensor] = {}
-        self.handles: list[Any] = []
         here = {target.name for target in targets}
-        for kind, names in request.sizes.items():
-            for name, k in names.items():
-                if kind in kinds and name in here:
-                    zeros = torch.zeros(size_of(kind, k), dtype=self.dtype, device=residence.device)
-                    self.sums[f"{kind}/{name}"] = zeros
-        for target in targets:
-            sink = self._sink(target.name, starts)
-            self.handles += watch(residence.model.get_submodule(target.name), sink)
+        self.sums = {
+            f"{kind}/{name}": torch.zeros(size_of(kind, k), dtype=self.dtype, device=residence.device)
+            for kind, owners in request.sizes.items()
+            for name, k in owners.items()
+            if kind in kinds and name in here
+        }
+        self.handles: list[Any] = []
+        for name in (target.name for target in targets):
+            self.handles += watch(residence.model.get_submodule(name), self._sink(name, starts))
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
     def _sink(self, name: str, starts: bool) -> Sink:
-        """Return what takes what passes a weight: nothing of what no sum is fed."""
+        """Return what takes what passes a weight, and takes nothing that no sum is fed."""
         inputs, outputs, gradients = (self._fed(name, feed) for feed in ("inputs", "outputs", "gradients"))
-        back = self._fed(name, "input_gradients")
-        paired = self.sums.get(f"{PAIRED}/{name}")
+        back, pairs = self._fed(name, "input_gradients"), self._fed(name, "pairs")
         # Where another layer stands, what the weight would give follows from what the layer is given.
         weight = self.weights[name].to(self.dtype) if name in self.weights else None
 
         def calls(x: Tensor, product: Callable[[], Tensor]) -> Taker | None:
-            rows = self._flat(x) if inputs or paired is not None or weight is not None else x
+            rows = self._flat(x) if inputs or pairs or weight is not None else x
             _add(inputs, rows)
             if outputs:
                 _add(outputs, self._flat(product()) if weight is None else rows @ weight.T)
-            squares = rows.square().sum(1) if paired is not None else None
+            squares = rows.square().sum(1) if pairs else None
 
             def take(gradient: Tensor) -> None:
                 g = self._flat(gradient)
                 _add(gradients, g)
                 if weight is not None and back:
                     _add(back, g @ weight)
-                if paired is not None and squares is not None:
-                    paired.add_(squares @ g.square())
+                if squares is not None:
+                    _add(pairs, squares @ g.square())
 
-            return take if gradients or paired is not None or (weight is not None and back) else None
+            return take if gradients or pairs or (weight is not None and back) else None
 
         def handed_back(gradient: Tensor) -> None:
             _add(back, self._flat(gradient))
@@ -91,7 +89,7 @@ class Accumulator:
         ]
 
     def _flat(self, x: Tensor) -> Tensor:  # (..., k) to (rows, k)
-        return x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
+        return rows_of(x).to(self.dtype)
 
 
 def _add(sums: list[tuple[Add, Tensor]], rows: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,18 +11,18 @@ from torch import Tensor
 from twofold.errors import TwofoldError
 
 
+@dataclass
 class Activations:
     """A tensor (windows, length, width) that is written and read a few windows at a time."""
 
-    def __init__(self, windows: int, path: Path | None = None) -> None:
-        self.windows = windows
-        self.path = path
-        self._tensor: Tensor | None = None
-        self._shape: tuple[int, ...] = ()  # of one window
-        self._dtype = torch.float32
+    windows: int
+    path: Path | None = None
+    _tensor: Tensor | None = None
+    _shape: tuple[int, ...] = ()  # of one window
+    _dtype: torch.dtype = torch.float32
 
     def write(self, first: int, batch: Tensor) -> None:  # batch (b, length, width)
-        """Put windows first … first + b − 1."""
+        """Write the windows first … first + b − 1."""
         batch = batch.detach().cpu().contiguous()
         self._shape, self._dtype = tuple(batch.shape[1:]), batch.dtype
         if self.path is None:
@@ -40,7 +41,7 @@ class Activations:
             ) from error
 
     def read(self, first: int, last: int) -> Tensor:  # (last − first, length, width)
-        """Windows first … last − 1."""
+        """Read the windows first … last − 1."""
         if self.path is None:
             assert self._tensor is not None
             return self._tensor[first:last].clone()
@@ -59,18 +60,14 @@ class Activations:
             )
         return batch
 
-    def shaped(self, shape: tuple[int, ...], dtype: torch.dtype) -> Activations:
-        """The same, told what an earlier process wrote to the file."""
+    def shaped(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Take note of what an earlier process wrote to the file: the shape of one window, and the dtype."""
         self._shape, self._dtype = shape, dtype
-        return self
 
     def whole(self, windows: int) -> bool:
-        """Whether so many windows have been written to the file, from the first on."""
-        if windows == 0:
-            return True
-        return (
-            self.path is not None and self.path.is_file() and self.path.stat().st_size >= windows * self._window_bytes
-        )
+        """Say whether so many windows have been written to the file, from the first on."""
+        written = self.path.stat().st_size if self.path is not None and self.path.is_file() else 0
+        return written >= windows * self._window_bytes
 
     @property
     def _window_bytes(self) -> int:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import getpass
-import hashlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from twofold.calibrate.fingerprint import fingerprint, moments_path, spectra_mark
 from twofold.calibrate.moments import DESCRIPTION, Moments
+from twofold.calibrate.opened import Opened
 from twofold.calibrate.request import Request, request_statistics
 from twofold.calibrate.settings import Calibrating
 from twofold.calibrate.sweep import collect_moments
 from twofold.errors import TwofoldError
 from twofold.host import processes
 from twofold.host.clock import Stopwatch
+from twofold.host.files import lock_of
 from twofold.host.folders import check_space
 from twofold.host.progress import say
 from twofold.host.unfinished import Work
@@ -31,9 +30,6 @@ from twofold.model.target import Targets
 from twofold.model.weights import find_groups
 from twofold.objectives import OBJECTIVES, Statistic, without_data
 from twofold.task import Samples, Task, on_device
-
-if TYPE_CHECKING:
-    from twofold.calibrate.opened import Opened
 
 
 def calibrate(
@@ -59,22 +55,42 @@ def calibrate(
         The targets with the groups that share an input, the moments, and whether they are those of an earlier run.
     """
     loaded, residence, task = opened.loaded, opened.loaded.residence, opened.need_task()
+    before: frozenset[str] = frozenset()
     with watch.stage("texts"):
-        before: frozenset[str] = frozenset()
         if residence.streamed:
-            found = survey(loaded, targets.targets, task.example(loaded.model))
-            targets, before = replace(targets, groups=found.groups), found.before
+            surveyed = survey(loaded, targets.targets, task.example(loaded.model))
+            groups, before = surveyed.groups, surveyed.before
         else:
-            targets = replace(targets, groups=_groups(loaded.model, targets, samples, task))
-    request = request_statistics(targets.targets, targets.groups, needs)
+            groups = _groups(loaded.model, targets, samples, task)
+        targets = replace(targets, groups=groups)
+    request = request_statistics(targets.targets, groups, needs)
     mark = fingerprint(hashed, samples, request, recipe, residence.dtype)
     path = moments_folder or moments_path(mark)
     if work is not None:
         work.belongs_to(spectra_mark(hashed, mark, recipe))
         work.update(stage="calibrating", moments=str(path))
-    named = moments_folder is not None
-    with _only_one(path, quiet), watch.stage("calibrate"):
-        moments, reused = _moments(opened, recipe, targets, request, samples, before, mark, path, named, quiet)
+    with _alone(path, quiet), watch.stage("calibrate"):
+        moments = reuse(path, mark, request, named=moments_folder is not None)
+        reused = processes.agree(moments is not None)
+        if moments is None or not reused:
+            check_space(path, 4 * request.numbers + _states_bytes(opened, recipe, samples))
+            about = {"model": loaded.name, "source": samples.source, "seed": str(recipe.seed)}
+            moments = collect_moments(
+                residence,
+                targets.targets,
+                request,
+                samples,
+                task,
+                empty=Moments({}, 0, groups, mark, about),
+                parts=stretches(opened.chain, opened.blocks) if opened.blocks is not None else None,
+                before=before,
+                seed=recipe.seed,
+                curvature=recipe.curvature,
+                batch_size=recipe.batch_size,
+                folder=path,
+                on_disk=recipe.activations == "disk",
+                quiet=quiet,
+            )
     if reused:
         watch.seconds.pop("calibrate")
         if not quiet:
@@ -83,7 +99,7 @@ def calibrate(
 
 
 def used_targets(targets: Targets, moments: Moments) -> Targets:
-    """The targets that the moments say something about; the others stay dense, with the reason.
+    """Return the targets that the moments say something about; the others stay dense, with the reason.
 
     Raises:
         TwofoldError: if none is left.
@@ -96,48 +112,10 @@ def used_targets(targets: Targets, moments: Moments) -> Targets:
     return used
 
 
-def _moments(
-    opened: Opened,
-    recipe: Calibrating,
-    targets: Targets,
-    request: Request,
-    samples: Samples,
-    before: frozenset[str],
-    mark: str,
-    path: Path,
-    named: bool,
-    quiet: bool,
-) -> tuple[Moments, bool]:
-    """The moments of an earlier run, or new ones; and which of the two."""
-    found = reuse(path, mark, request, named=named)
-    if processes.agree(found is not None) and found is not None:
-        return found, True
-    check_space(path, 4 * request.numbers + _states_bytes(opened, recipe, samples))
-    about = {"model": opened.loaded.name, "source": samples.source, "seed": str(recipe.seed)}
-    made = collect_moments(
-        opened.loaded.residence,
-        targets.targets,
-        request,
-        samples,
-        opened.need_task(),
-        empty=Moments({}, 0, targets.groups, mark, about),
-        parts=stretches(opened.chain, opened.blocks) if opened.blocks is not None else None,
-        before=before,
-        seed=recipe.seed,
-        curvature=recipe.curvature,
-        batch_size=recipe.batch_size,
-        folder=path,
-        on_disk=recipe.activations == "disk",
-        quiet=quiet,
-    )
-    return made, False
-
-
 @contextmanager
-def _only_one(folder: Path, quiet: bool) -> Iterator[None]:
-    """Within the block no other run on this machine collects the same moments; the lock ends with the process."""
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"twofold-{getpass.getuser()}-{name}.lock")
+def _alone(folder: Path, quiet: bool) -> Iterator[None]:
+    """Keep other runs on this machine from collecting the same moments within the block; the lock ends with the process."""
+    lock = lock_of(folder)
     if processes.is_main():
         try:
             lock.acquire(timeout=0.5)
@@ -153,13 +131,13 @@ def _only_one(folder: Path, quiet: bool) -> Iterator[None]:
 
 
 def _states_bytes(opened: Opened, recipe: Calibrating, samples: Samples) -> int:
-    """What the hidden states between stretches take on the disk."""
+    """Return what the hidden states between stretches take on the disk."""
     if opened.blocks is None or opened.chain is None or recipe.activations != "disk":
         return 0
     config = opened.loaded.model.config.get_text_config()
     width = int(getattr(config, "hidden_size", 0) or 0)
-    kept = len(stretches(opened.chain, opened.blocks)) if "gradient" in OBJECTIVES.get(recipe.objective).needs else 2
-    return kept * samples.units(0, len(samples)) * width * opened.loaded.residence.dtype.itemsize
+    states = len(stretches(opened.chain, opened.blocks)) if "gradient" in OBJECTIVES.get(recipe.objective).needs else 2
+    return states * samples.units(0, len(samples)) * width * opened.loaded.residence.dtype.itemsize
 
 
 def _groups(model: Any, targets: Targets, samples: Samples, task: Task) -> dict[str, str]:
@@ -172,15 +150,16 @@ def _groups(model: Any, targets: Targets, samples: Samples, task: Task) -> dict[
 
 
 def reuse(path: Path, mark: str, request: Request, *, named: bool) -> Moments | None:
-    """The saved moments, None if there are none.
+    """Return the saved moments; None if there are none.
 
-    Those that are not whole are removed, to be collected again; those that the user named are refused.
+    Moments that are not whole are removed, to be collected again; where the user named the folder, they are refused.
     """
     if not (path / DESCRIPTION).is_file():
         return None
     try:
         moments = Moments.load(path, mark)
-        moments.check(request)
+        for kind, _, name in (key.partition("/") for key in request.names() if key not in moments.sums):
+            raise TwofoldError(f"the moments lack {kind} of {name}; delete them and run again")
         return moments
     except TwofoldError:
         if named:

@@ -19,7 +19,7 @@ from twofold.version import __version__
 
 
 def model_hash(model: nn.Module, shards: Shards | None = None) -> str:
-    """The hash of a model's configuration and weights: those in its files, or else those in memory."""
+    """Return the hash of a model's configuration and weights: those in its files, or else those in memory."""
     config = getattr(model, "config", None)
     described = ""
     if config is not None:
@@ -37,27 +37,19 @@ def model_hash(model: nn.Module, shards: Shards | None = None) -> str:
 
 
 def fingerprint(hashed: str, samples: Samples, request: Request, recipe: Calibrating, dtype: torch.dtype) -> str:
-    """What moments belong to: the model's weights, the samples, the seed and the settings that change them."""
-    parts = {
-        "format": FORMAT,
-        "model": hashed,
-        "ids": samples.sha256,
-        "shape": samples.shape,
-        "seed": recipe.seed,
-        "batch": recipe.batch_size,
-        "dtype": str(dtype),
-        "request": request.sizes,
-    }
+    """Return what moments belong to: a hash of the model's weights, the samples, the seed and the settings that change them."""
+    parts: dict[str, object] = {"format": FORMAT, "model": hashed, "ids": samples.sha256, "shape": samples.shape}
+    parts |= {"seed": recipe.seed, "batch": recipe.batch_size, "dtype": str(dtype), "request": request.sizes}
     if recipe.curvature != "sampled" and request.backward:
         parts["curvature"] = recipe.curvature
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def moments_path(mark: str) -> Path:
-    """The folder of the moments of a fingerprint."""
+    """Return the folder of the moments of a fingerprint."""
     return cache_folder() / "moments" / mark[:24]
 
 
 def spectra_mark(hashed: str, moments: str, recipe: Calibrating) -> str:
-    """What the spectra of a run belong to."""
+    """Return what the spectra of a run belong to."""
     return json.dumps([FORMAT, __version__, hashed, moments, recipe.objective, recipe.damping, recipe.dtype])

@@ -22,14 +22,16 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twofold.calibrate.request import Request
+from twofold.calibrate.statistics import FORWARD, STATISTICS
 from twofold.errors import TwofoldError
 from twofold.host.files import write_text
-from twofold.host.parts import FORMAT, Chosen, Parts, read_names, write_part
+from twofold.host.parts import FORMAT, Parts, read_names, subset
 from twofold.model.target import Target
 from twofold.objectives import LayerMoments
 
@@ -47,45 +49,26 @@ class Moments:
     about: dict[str, str] = field(default_factory=dict)  # model, source, settings: for a reader
 
     def layer(self, name: str) -> LayerMoments:
-        """The moments of one target: of inputs averaged over the rows that it was given, of gradients over the predictions."""
-        leader = self.groups.get(name, name)
-        rows = max(self.rows(name), 1.0)
-        places = {
-            "output": (name, rows), "input": (leader, rows), "input_abs": (leader, rows), "input_trace": (leader, rows),
-            "input_mean": (leader, rows), "input_square": (leader, rows),
-            "gradient": (name, self.predictions), "input_gradient": (name, self.predictions),
-            "fisher_rows": (name, self.predictions),
-            "gradient_trace": (name, self.predictions), "gradient_square": (name, self.predictions),
-        }  # fmt: skip
-        found = {
-            kind: self.sums[f"{kind}/{owner}"] / count
-            for kind, (owner, count) in places.items()
-            if f"{kind}/{owner}" in self.sums
-        }
-        return LayerMoments(
-            input=found.get("input"),
-            output=found.get("output"),
-            gradient=found.get("gradient"),
-            input_gradient=found.get("input_gradient"),
-            input_mean=found.get("input_mean"),
-            input_trace=float(found["input_trace"]) if "input_trace" in found else 0.0,
-            gradient_trace=float(found["gradient_trace"]) if "gradient_trace" in found else 0.0,
-            input_abs=found.get("input_abs"),
-            input_square=found.get("input_square"),
-            gradient_square=found.get("gradient_square"),
-            fisher_rows=found.get("fisher_rows"),
-        )
+        """Return the moments of one target: of inputs averaged over the rows it was given, of gradients over the predictions."""
+        leader, rows = self.groups.get(name, name), max(self.rows(name), 1.0)
+        moments: dict[str, Any] = {}
+        for kind, statistic in STATISTICS.items():
+            key = f"{kind}/{leader if statistic.feed == 'inputs' else name}"
+            if kind != "rows" and key in self.sums:
+                moment = self.sums[key] / (rows if kind in FORWARD else self.predictions)
+                moments[kind] = float(moment) if statistic.shape == "number" else moment
+        return LayerMoments(**moments)
 
     def only(self, request: Request) -> Moments:
-        """What a request asks for, as if nothing else had been collected."""
-        return replace(self, sums=Chosen(self.sums, self.sums.keys() & set(request.names())))
+        """Return what a request asks for, as if nothing else had been collected."""
+        return replace(self, sums=subset(self.sums, self.sums.keys() & set(request.names())))
 
     def rows(self, name: str) -> float:
-        """How many input vectors a target was given."""
+        """Return how many input vectors a target was given."""
         return float(self.sums[f"rows/{name}"]) if f"rows/{name}" in self.sums else float(self.predictions)
 
     def unused(self, targets: Iterable[Target]) -> dict[str, str]:
-        """The targets that the calibration can say nothing about, with the reason."""
+        """Find the targets that the calibration can say nothing about, each with the reason."""
         reasons = {}
         for target in targets:
             if self.rows(target.name) == 0:
@@ -94,36 +77,10 @@ class Moments:
                 reasons[target.name] = "no gradient reaches it: it does not change the output"
         return reasons
 
-    def check(self, request: Request) -> None:
-        """Make sure that all that was asked for is there.
-
-        Raises:
-            TwofoldError: naming the first moment that is missing.
-        """
-        for kind, owners in request.sizes.items():
-            for name in owners:
-                if f"{kind}/{name}" not in self.sums:
-                    raise TwofoldError(f"the moments lack {kind} of {name}; delete them and run again")
-
-    def first_not_finite(self) -> str | None:
-        """The first moment that holds NaN or infinity."""
-        return next((name for name, tensor in self.sums.items() if not torch.isfinite(tensor).all()), None)
-
-    def save(self, folder: Path) -> None:
-        """Write all the moments as one part, and their description."""
-        write_part(folder / "sums.safetensors", dict(self.sums), self.fingerprint)
-        self.finish(folder, ["sums.safetensors"])
-
     def finish(self, folder: Path, parts: list[str]) -> None:
         """Write the description of the parts that a folder holds; from then on it counts as whole."""
-        description = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "tokens": self.predictions,
-            "groups": self.groups,
-            "about": self.about,
-            "parts": parts,
-        }
+        described = {"tokens": self.predictions, "groups": self.groups, "about": self.about, "parts": parts}
+        description = {"format": FORMAT, "fingerprint": self.fingerprint, **described}
         write_text(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
 
     @classmethod
@@ -136,7 +93,7 @@ class Moments:
             TwofoldError: if the folder is not whole, or belongs to something else.
         """
         if not folder.is_dir():
-            raise TwofoldError(f"there are no moments in {folder}: it is no folder")
+            raise TwofoldError(f"there are no moments in {folder}: it is not a folder")
         try:
             description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             if description["format"] != FORMAT:

@@ -35,16 +35,9 @@ class Opened:
         Raises:
             TwofoldError: if it is for nothing that is known.
         """
-        return need_task(self.loaded, what, self.named)
-
-
-def need_task(loaded: LoadedModel, what: str, name: str = "auto") -> Task:
-    """Return what a model is for.
-
-    Raises:
-        TwofoldError: if it is for nothing that is known.
-    """
-    found = find_task(loaded.model, name)
-    if found is None:
-        raise TwofoldError(f"{type(loaded.model).__name__} is an encoder-decoder model, which can't be {what} yet")
-    return found
+        task = self.task
+        if task is None:
+            raise TwofoldError(
+                f"{type(self.loaded.model).__name__} is an encoder-decoder model, which can't be {what} yet"
+            )
+        return task

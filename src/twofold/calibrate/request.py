@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from twofold.calibrate.statistics import BACKWARD, is_square
+from twofold.calibrate.statistics import BACKWARD, size_of
 from twofold.model.target import Target
 from twofold.objectives import Statistic
 
@@ -27,22 +28,18 @@ class Request:
         return sum(self.numbers_of(kind) for kind in self.sizes)
 
     def names(self) -> list[str]:
-        """The names of the moments, as they are kept."""
+        """Return the names of the moments, as they are kept."""
         return [f"{kind}/{name}" for kind, owners in self.sizes.items() for name in owners]
 
     def numbers_of(self, kind: str, targets: Iterable[str] | None = None) -> int:
-        """How many numbers the moments of one kind hold, of all targets or of some."""
+        """Count the numbers that the moments of one kind hold, of all targets or of some."""
         owners = self.sizes[kind]
-        chosen = owners if targets is None else owners.keys() & set(targets)
-        return sum(owners[name] ** 2 if is_square(kind) else owners[name] for name in chosen)
+        names = owners if targets is None else owners.keys() & set(targets)
+        return sum(math.prod(size_of(kind, owners[name])) for name in names)
 
 
 def request_statistics(
-    targets: Iterable[Target],
-    groups: dict[str, str],
-    needs: Iterable[Statistic],
-    *,
-    both_sides: bool = False,
+    targets: Iterable[Target], groups: dict[str, str], needs: Iterable[Statistic], *, both_sides: bool = False
 ) -> Request:
     """Choose the cheapest moments that serve the objectives.
 
@@ -64,8 +61,7 @@ def request_statistics(
         n = group[0].in_features
         if "input" in needs:
             products = sum(t.out_features**2 for t in group)
-            whole = any(t.out_features > n for t in group) or n * n <= products
-            if whole or both_sides:
+            if both_sides or any(t.out_features > n for t in group) or n * n <= products:
                 ask("input", leader, n)
             else:
                 for target in group:
@@ -73,12 +69,9 @@ def request_statistics(
             ask("input_trace", leader, 1)
         if "whole_input" in needs:
             ask("input", leader, n)
-        if "input_mean" in needs:
-            ask("input_mean", leader, n)
-        if "input_abs" in needs:
-            ask("input_abs", leader, n)
-        if "input_square" in needs:
-            ask("input_square", leader, n)
+        for kind in ("input_mean", "input_abs", "input_square"):
+            if kind in needs:
+                ask(kind, leader, n)
         for target in group:
             ask("rows", target.name, 1)
             if "gradient" in needs:

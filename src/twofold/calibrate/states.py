@@ -13,18 +13,19 @@ from torch import Tensor
 
 from twofold.calibrate.activations import Activations
 from twofold.calibrate.statistics import BACKWARD, FORWARD
-from twofold.errors import TwofoldError
 from twofold.host import processes
-from twofold.host.parts import Parts, read_names, write_part
+from twofold.host.parts import Parts, take_part, write_part
 from twofold.model.blocks import Stretch
 
 FILES = re.compile(  # that a sweep writes
     r"(forward|backward|both)-\d+-\d+\.safetensors|\.progress\.\d+\.safetensors|(hidden|gradient)-\d+\.\d+\.state|\..*\.\d+\.tmp"
 )
+# The kinds of moments that a sweep gives.
+KINDS = {"forward": FORWARD, "backward": BACKWARD, "both": FORWARD + BACKWARD}
 
 
 @dataclass(frozen=True)
-class Step:
+class SweepStep:
     """One sweep over one stretch of blocks."""
 
     sweep: Literal["forward", "backward", "both"]
@@ -32,11 +33,8 @@ class Step:
 
     @property
     def name(self) -> str:
+        """The name of the file that keeps its sums, without the ending."""
         return f"{self.sweep}-{self.stretch.first:04d}-{self.stretch.last:04d}"
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return {"forward": FORWARD, "backward": BACKWARD, "both": FORWARD + BACKWARD}[self.sweep]
 
     @property
     def writes(self) -> list[tuple[str, int]]:
@@ -52,11 +50,13 @@ class Step:
         return [*reads, ("gradient", self.stretch.last)] if self.sweep == "backward" else reads
 
 
-def steps_of(parts: list[Stretch], backward: bool) -> list[Step]:
+def steps_of(parts: list[Stretch], backward: bool) -> list[SweepStep]:
+    """Return the steps in their order: forward from the first stretch on, and backward from the last."""
     if not backward:
-        return [Step("forward", part) for part in parts]
-    first: list[Step] = [Step("forward", part) for part in parts[:-1]]
-    return [*first, Step("both", parts[-1]), *(Step("backward", part) for part in reversed(parts[:-1]))]
+        return [SweepStep("forward", part) for part in parts]
+    *others, last = parts
+    forward = [SweepStep("forward", part) for part in others]
+    return [*forward, SweepStep("both", last), *(SweepStep("backward", part) for part in reversed(others))]
 
 
 @dataclass
@@ -70,62 +70,62 @@ class States:
         on_disk: whether hidden states are kept there too.
     """
 
-    steps: list[Step]
+    steps: list[SweepStep]
     count: int
     fingerprint: str
     folder: Path | None
     on_disk: bool
     done: int = 0  # samples of the first step that are summed already
     sums: dict[str, Tensor] = field(default_factory=dict)  # of these samples
-    _held: dict[str, Activations] = field(default_factory=dict)
+    _activations: dict[str, Activations] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.way = f"{processes.world()} processes" + (", hidden states on disk" if self.on_disk else "")
-        self.on_disk = self.on_disk and self.folder is not None
+        self.disk = self.folder if self.on_disk else None
+        progress = f".progress.{processes.rank()}.safetensors"
+        self.unfinished = None if self.folder is None else self.folder / progress  # the sums of an unfinished step
 
     def of(self, kind: str, place: int) -> Activations:
         """Return the hidden states (or gradients) that go into a block."""
         name = f"{kind}-{place:04d}"
-        if name not in self._held:
-            path = None
-            if self.on_disk and self.folder is not None:
-                path = self.folder / f"{name}.{processes.rank()}.state"
-            self._held[name] = Activations(self.count, path)
-        return self._held[name]
+        if name not in self._activations:
+            path = None if self.disk is None else self.disk / f"{name}.{processes.rank()}.state"
+            self._activations[name] = Activations(self.count, path)
+        return self._activations[name]
 
     def resume(self) -> int:
         """Find the step to begin with, and what is left of it."""
-        if self.folder is None or (not self.on_disk and len(self.steps) > 1):  # else the hidden states were in memory
+        if self.folder is None or (self.disk is None and len(self.steps) > 1):  # else the hidden states were in memory
             return 0
         begin = 0
         for step in self.steps:
-            about = self._described(self._part(step))
-            if about is None:
+            part = self._take(self._part(step))
+            if part is None:
                 break
-            self._shaped(step, about)
+            self._shaped(step, part[1])
             begin += 1
         begin = processes.least(begin)
         left = [state for step in self.steps[:begin] for state in step.writes]
         needed = [state for step in self.steps[begin:] for state in step.reads if state in left]
         if not processes.agree(all(self.of(*state).whole(self.count) for state in needed)):
             begin = 0
-        about = self._described(self._unfinished)
-        mine = about is not None and begin < len(self.steps) and about["step"] == self.steps[begin].name
-        if not processes.agree(mine) or about is None:
+        part = self._take(self.unfinished)
+        mine = part is not None and begin < len(self.steps) and part[1]["step"] == self.steps[begin].name
+        if not processes.agree(mine) or part is None:
             return begin
+        sums, about = part
         self._shaped(self.steps[begin], about)
         done = int(about["windows"])
         if processes.agree(all(self.of(*state).whole(done) for state in self.steps[begin].writes)):
-            names = read_names(self._unfinished, self.fingerprint)[0]
-            self.done, self.sums = done, {name: Parts({name: self._unfinished})[name] for name in names}
+            self.done, self.sums = done, dict(sums)
         return begin
 
     def save(self, sums: dict[str, Tensor], about: dict[str, str], done: int) -> None:
         """Keep what an unfinished step has summed of its first samples."""
-        if self.folder is not None:
-            write_part(self._unfinished, sums, self.fingerprint, {"way": self.way, **about, "windows": str(done)})
+        if self.unfinished is not None:
+            write_part(self.unfinished, sums, self.fingerprint, {"way": self.way, **about, "windows": str(done)})
 
-    def finish(self, step: Step, sums: dict[str, Tensor], about: dict[str, str], *, backward: bool) -> None:
+    def finish(self, step: SweepStep, sums: dict[str, Tensor], about: dict[str, str], *, backward: bool) -> None:
         """Keep the sums of a step, and remove what no later step reads."""
         if self.folder is not None and processes.is_main():
             write_part(self._part(step), sums, self.fingerprint, {"way": self.way, **about})
@@ -134,8 +134,8 @@ class States:
             self.of("hidden", step.stretch.first).remove()
         if step.sweep == "backward":
             self.of("gradient", step.stretch.last).remove()
-        if self.folder is not None:
-            self._unfinished.unlink(missing_ok=True)
+        if self.unfinished is not None:
+            self.unfinished.unlink(missing_ok=True)
 
     def clean(self) -> list[str]:
         """Remove what finished and abandoned passes left in the folder, but nothing of another name; return the parts."""
@@ -146,25 +146,17 @@ class States:
                 path.unlink(missing_ok=True)
         return parts
 
-    @property
-    def _unfinished(self) -> Path:
-        assert self.folder is not None
-        return self.folder / f".progress.{processes.rank()}.safetensors"
-
-    def _part(self, step: Step) -> Path:
+    def _part(self, step: SweepStep) -> Path:
         assert self.folder is not None
         return self.folder / f"{step.name}.safetensors"
 
-    def _shaped(self, step: Step, about: dict[str, str]) -> None:
+    def _shaped(self, step: SweepStep, about: dict[str, str]) -> None:
         """Tell the states that an earlier process left what they hold."""
         for state in step.writes:
             if about["shape"]:
                 self.of(*state).shaped(tuple(json.loads(about["shape"])), getattr(torch, about["dtype"]))
 
-    def _described(self, path: Path) -> dict[str, str] | None:
-        """Return what the header of a part says; None if it is not whole, of something else, or made in another way."""
-        try:
-            about = read_names(path, self.fingerprint)[1]
-        except TwofoldError:
-            return None
-        return about if about.get("way") == self.way else None
+    def _take(self, path: Path | None) -> tuple[Parts, dict[str, str]] | None:
+        """Return a part and its header; None if it is not whole, of something else, or made in another way."""
+        part = take_part(path, self.fingerprint)
+        return part if part is not None and part[1].get("way") == self.way else None

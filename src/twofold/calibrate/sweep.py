@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,12 @@ from transformers.pytorch_utils import Conv1D
 from twofold.calibrate.accumulate import Accumulator
 from twofold.calibrate.moments import Moments
 from twofold.calibrate.request import Request
-from twofold.calibrate.states import States, Step, steps_of
+from twofold.calibrate.states import KINDS, States, SweepStep, steps_of
 from twofold.errors import TwofoldError
 from twofold.host import processes
 from twofold.host.files import make_folder
 from twofold.host.progress import Tick, progress
-from twofold.model.blocks import Stretch, run_stretch
+from twofold.model.blocks import Stretch, body_of, run_stretch
 from twofold.model.frozen import frozen
 from twofold.model.streamed import Resident, units_of
 from twofold.model.target import Target
@@ -81,16 +83,15 @@ def collect_moments(
     spans = spans[slice(*processes.share(len(spans)))]
     first, last = (spans[0][0], spans[-1][1]) if spans else (0, 0)
     states = States(steps, last - first, empty.fingerprint, folder, on_disk)
-    sweep = _Sweep(residence, targets, request, samples, task, states, spans, seed, curvature, weights or {})
+    sweep = _Sweep(residence, targets, request, samples, task, states, spans, first, seed, curvature, weights or {})
     sums: dict[str, Tensor] = {}
-    with frozen(residence.model):
-        begin, each = states.resume(), samples.units(first, last)
-        done = each * begin + samples.units(first, first + states.done)
-        with progress("Calibrating", each * len(steps), done=done, unit=samples.unit, quiet=quiet) as tick:
-            for step in steps[begin:]:
-                more = sweep.run(step, [t for t in targets if step.stretch.holds(t.name, before)], tick)
-                if folder is None:
-                    sums |= more
+    begin, each = states.resume(), samples.units(first, last)
+    done = each * begin + samples.units(first, first + states.done)
+    with progress("Calibrating", each * len(steps), done=done, unit=samples.unit, quiet=quiet) as tick:
+        for step in steps[begin:]:
+            more = sweep.run(step, [t for t in targets if step.stretch.holds(t.name, before)], tick)
+            if folder is None:
+                sums |= more
     moments = replace(empty, sums=sums, predictions=samples.predictions)
     if folder is None:
         return moments
@@ -111,45 +112,43 @@ class _Sweep:
     task: Task
     states: States
     spans: list[tuple[int, int]]  # batches of this process
+    first: int  # sample of this process
     seed: int
     curvature: Curvature
     weights: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
         model = self.residence.model
-        self.first, self.last = (self.spans[0][0], self.spans[-1][1]) if self.spans else (0, 0)
         # Inputs alone need no head, unless a target stands in it.
-        prefix = str(getattr(model, "base_model_prefix", ""))
-        inside = bool(prefix) and hasattr(model, prefix) and all(t.name.startswith(f"{prefix}.") for t in self.targets)
-        self.body = getattr(model, prefix) if inside else model
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        self.body = body_of(model) if all(t.name.startswith(prefix) for t in self.targets) else model
 
-    def run(self, step: Step, targets: list[Target], tick: Tick) -> dict[str, Tensor]:
+    def run(self, step: SweepStep, targets: list[Target], tick: Tick) -> dict[str, Tensor]:
         """Take one step over the samples of this process; return the sums over all processes."""
         stretch, backward, states = step.stretch, step.sweep != "forward", self.states
         starts = backward and stretch.is_first
-        accumulator = Accumulator(self.residence, targets, self.request, step.kinds, self.weights, starts=starts)
+        kinds = KINDS[step.sweep]
+        accumulator = Accumulator(self.residence, targets, self.request, kinds, self.weights, starts=starts)
         for name, tensor in states.sums.items():
             accumulator.sums[name].copy_(tensor)
         begin, states.done, states.sums = self.first + states.done, 0, {}
         saved_at = time.monotonic()
         about = {"step": step.name, "shape": "", "dtype": ""}
-        try:
-            with self.residence.hold(units_of(stretch, head=backward and stretch.is_last)):
-                for first, last in self.spans:
-                    if first < begin:
-                        continue
-                    out = self._batch(step, first, last)
-                    for state in step.writes:
-                        assert out is not None
-                        states.of(*state).write(first - self.first, out)
-                        about["shape"] = json.dumps(list(out.shape[1:]))
-                        about["dtype"] = str(out.dtype).removeprefix("torch.")
-                    tick(self.samples.units(first, last))
-                    if last < self.last and time.monotonic() - saved_at > SAVE_SECONDS:
-                        states.save(accumulator.sums, about, last - self.first)
-                        saved_at = time.monotonic()
-        finally:
-            accumulator.remove()
+        units = units_of(stretch, head=backward and stretch.is_last)
+        with frozen(self.residence.model, accumulator.handles), self.residence.hold(units):
+            for first, last in self.spans:
+                if first < begin:
+                    continue
+                out = self._batch(step, first, last)
+                for state in step.writes:
+                    assert out is not None
+                    states.of(*state).write(first - self.first, out)
+                    about["shape"] = json.dumps(list(out.shape[1:]))
+                    about["dtype"] = str(out.dtype).removeprefix("torch.")
+                tick(self.samples.units(first, last))
+                if last < self.spans[-1][1] and time.monotonic() - saved_at > SAVE_SECONDS:
+                    states.save(accumulator.sums, about, last - self.first)
+                    saved_at = time.monotonic()
         sums = {name: accumulator.sums[name] for name in sorted(accumulator.sums)}
         processes.add_up(sums.values())
         broken = next((name for name, tensor in sums.items() if not torch.isfinite(tensor).all()), None)
@@ -160,8 +159,8 @@ class _Sweep:
         states.finish(step, sums, about, backward=self.request.backward)
         return sums
 
-    def _batch(self, step: Step, first: int, last: int) -> Tensor | None:
-        """Run a stretch on one batch; gives what the step leaves for others."""
+    def _batch(self, step: SweepStep, first: int, last: int) -> Tensor | None:
+        """Run a stretch on one batch; return what the step leaves for others."""
         model, stretch, task = self.residence.model, step.stretch, self.task
         batch = on_device(self.samples.batch(first, last), self.residence.device)
         here, there = first - self.first, last - self.first
@@ -177,7 +176,7 @@ class _Sweep:
             with torch.no_grad():
                 out = run(False)
                 out = out if isinstance(out, Tensor) else out[0]
-                self._check(out, run)
+                _check_finite(out, model, partial(run, False))
                 return None if stretch.is_last else out
         with torch.enable_grad():
             if hidden is not None:
@@ -189,46 +188,35 @@ class _Sweep:
                     raise TwofoldError(
                         f"no gradient reaches the outputs of {type(model).__name__}; {without_gradients()}"
                     )
-                self._check(outputs, run)
+                _check_finite(outputs, model, partial(run, False))
                 generator = stream(self.seed, first)
                 outputs.backward(task.output.probe(outputs, task.labels(batch), generator, self.curvature))  # type: ignore[no-untyped-call]
             else:
-                gradient = self.states.of("gradient", stretch.last).read(here, there).to(out)
-                out.backward(gradient)
+                out.backward(self.states.of("gradient", stretch.last).read(here, there).to(out))
         return None if hidden is None else hidden.grad
 
-    def _check(self, output: Tensor, run: Callable[[bool], Any]) -> None:
-        """Name the first layer whose output is not finite."""
-        if torch.isfinite(output).all():
-            return
-        where = _first_broken(self.residence.model, lambda: run(False))
-        raise TwofoldError(
-            f"the activations hold NaN or infinity, first in {where}; try `dtype=float32`, or check its weights"
-        )
 
+def _check_finite(output: Tensor, model: nn.Module, run: Callable[[], Any]) -> None:
+    """Refuse an output of a run that is not finite.
 
-def _first_broken(model: nn.Module, run: Callable[[], Any]) -> str:
-    """The name of the first layer whose output is not finite."""
+    Raises:
+        TwofoldError: naming the first layer whose output is not finite.
+    """
+    if torch.isfinite(output).all():
+        return
     broken: list[str] = []
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, result: Any) -> None:
-            first = result[0] if isinstance(result, tuple) else result
-            if not broken and isinstance(first, Tensor) and not torch.isfinite(first).all():
-                broken.append(name)
+    def look(name: str, module: nn.Module, args: Any, result: Any) -> None:
+        first = result[0] if isinstance(result, tuple) else result
+        if isinstance(first, Tensor) and not torch.isfinite(first).all():
+            broken.append(name)
 
-        return hook
-
-    leaves = [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D | nn.Embedding) or not list(m.children())
-    ]
-    handles = [m.register_forward_hook(watch(name)) for name, m in leaves]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return broken[0] if broken else "the last layer"
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | Conv1D | nn.Embedding) or not list(module.children()):
+                hooks.enter_context(module.register_forward_hook(partial(look, name)))
+        run()
+    where = broken[0] if broken else "the last layer"
+    raise TwofoldError(
+        f"the activations hold NaN or infinity, first in {where}; try `dtype=float32`, or check its weights"
+    )

@@ -1,4 +1,4 @@
-"""What config.json says, checked before a model is made from it: each size is a possible one."""
+"""What config.json says, checked before a model is made from it: each size is possible."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MOST_LAYERS = 10_000  # each is built, even where no weight is read
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings in a checkpoint's config.json.
+    """Read the settings in a checkpoint's config.json.
 
     Raises:
-        TwofoldError: if it is not JSON or no object, a number in it is NaN, or a size is not a whole number above zero.
+        TwofoldError: if it is not a JSON object, a number in it is NaN, or a size is not a whole number above zero.
     """
     path = folder / "config.json"
     try:
@@ -31,8 +31,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise TwofoldError(f"the configuration {path} can't be read ({reason}); fetch the checkpoint again") from error
     if not isinstance(config, dict):
         raise TwofoldError(f"the configuration {path} holds no settings; fetch the checkpoint again")
-    inner = config.get("text_config")
-    for settings in (config, inner if isinstance(inner, dict) else {}):
+    text = config.get("text_config")
+    for settings in (config, text if isinstance(text, dict) else {}):
         for key in SIZES:
             value = settings.get(key)
             if isinstance(value, bool | float | str) or (isinstance(value, int) and value < 1):
@@ -42,16 +42,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _constant(word: str) -> float:
+    """Read Infinity and -Infinity, which JSON does not have; refuse NaN."""
     if word == "NaN":
         raise ValueError("a number in it is NaN")
     return float(word)
 
 
 def check_depth(config: Any, path: Path, most: int, words: str) -> None:
-    """Refuse a count of layers above ``most`` in any part of a configuration: making so many would take for ever.
+    """Refuse a count of layers above ``most`` in any part of a configuration: making so many would take forever.
 
     Args:
-        words: what it is more than.
+        words: what has fewer, for the message.
 
     Raises:
         TwofoldError: naming the setting.

@@ -1,7 +1,7 @@
 """What the weight files of a checkpoint say of themselves, checked before any weight is read.
 
-The safetensors library makes sure that a header is whole and covers its file. Here it is made sure that the files are those of
-the folder, that the index agrees with them, and that the shapes are those of the model that config.json describes.
+The safetensors library makes sure that a header is whole and covers its file. This module makes sure that the files are those
+of the folder, that the index agrees with them, and that the shapes are those of the model that config.json describes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SLACK, LARGER = 100_000_000, 4
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor in a weight file."""
+class TensorHeader:
+    """What a weight file says of one tensor."""
 
     file: Path
     shape: tuple[int, ...]
@@ -61,45 +61,47 @@ class Stored:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The weight map of a shard index: tensor → file.
+    """Return the weight map of a shard index: tensor → file.
 
     Raises:
         TwofoldError: if it can't be read, or names anything but safetensors files beside it.
     """
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        places = index["weight_map"].items()
+        weight_map = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TwofoldError(f"the index {path} can't be read; fetch the checkpoint again") from error
-    if not places:
+    if not weight_map:
         raise TwofoldError(f"the index {path} names no weights; fetch the checkpoint again")
-    for shard in (shard for _, shard in places):
+    for shard in weight_map.values():
         _check_name(shard, f"the index {path}")
-    return dict(places)
+    return weight_map
 
 
 def _check_name(file: Any, who: str) -> None:
-    """Refuse a name that is no safetensors file in the same folder."""
+    """Refuse a name that is not that of a safetensors file in the same folder."""
     if not isinstance(file, str) or not file.isprintable() or len(os.fsencode(file)) > 255:
-        raise TwofoldError(f"{who} names a file by what is no name, {str(file)[:80]!r}; fetch the checkpoint again")
+        raise TwofoldError(
+            f"{who} names a file {str(file)[:80]!r}, which is not a file name; fetch the checkpoint again"
+        )
     if Path(file).name != file:
         raise TwofoldError(f"{who} names a file outside of its folder, {file}; do not use this checkpoint")
     if not file.endswith(".safetensors"):
-        raise TwofoldError(f"{who} names {file}, which is no safetensors file (pickles can run code)")
+        raise TwofoldError(f"{who} names {file}, which is not a safetensors file (pickles can run code)")
 
 
 def weight_files(folder: Path, name: str) -> dict[Path, set[str]]:
-    """The files that transformers would load, each with the tensors that the index promises in it.
+    """Find the files that transformers would load, each with the tensors that the index promises in it.
 
     Raises:
         TwofoldError: if there are none, one is missing, or one is a link out of the folder.
     """
-    chosen = read_config(folder).get("transformers_weights")
-    if chosen is not None and not str(chosen).endswith(".safetensors.index.json"):
-        _check_name(chosen, f"transformers_weights in {folder / 'config.json'}")
-    single, index = folder / str(chosen or SINGLE), folder / str(chosen or INDEX)
-    if chosen is not None and Path(chosen).name != chosen:
-        raise TwofoldError(f"transformers_weights in {folder / 'config.json'} leads out of the folder, to {chosen}")
+    named = read_config(folder).get("transformers_weights")
+    setting = f"transformers_weights in {folder / 'config.json'}"
+    if named is not None and not str(named).endswith(".safetensors.index.json"):
+        _check_name(named, setting)
+    single, index = folder / str(named or SINGLE), folder / str(named or INDEX)
+    if named is not None and Path(named).name != named:
+        raise TwofoldError(f"{setting} leads out of the folder, to {named}")
     promised: dict[Path, set[str]] = {}
     if single.suffix == ".safetensors" and (single.is_file() or single.is_symlink()):
         promised[single] = set()
@@ -108,7 +110,7 @@ def weight_files(folder: Path, name: str) -> dict[Path, set[str]]:
             promised.setdefault(folder / shard, set()).add(tensor)
     else:
         raise TwofoldError(
-            f"{name} has no weights in safetensors{f' ({chosen}, as its transformers_weights says)' if chosen else ''}; "
+            f"{name} has no weights in safetensors{f' ({named}, as its transformers_weights says)' if named else ''}; "
             "Twofold loads no other format (pickles can run code)"
         )
     for file in promised:
@@ -134,38 +136,37 @@ def _check_link(file: Path, folder: Path) -> None:
         )
 
 
-def read_headers(files: dict[Path, set[str]]) -> dict[str, Stored]:
-    """Every tensor in the weight files, by name; no weight is read.
+def read_headers(files: dict[Path, set[str]]) -> dict[str, TensorHeader]:
+    """Read the header of every tensor in the weight files, by name; no weight is read.
+
+    Args:
+        files: each with the names of tensors that must be in it.
 
     Raises:
         TwofoldError: if a file is not whole, does not hold what the index says, or repeats a tensor of another one.
     """
-    found: dict[str, Stored] = {}
+    headers: dict[str, TensorHeader] = {}
     for file, promised in files.items():
         try:
             with safe_open(file, "pt") as opened:
-                names = list(opened.keys())
-                parts = [opened.get_slice(name) for name in names]
-                stored = {
-                    name: Stored(file, tuple(part.get_shape()), part.get_dtype())
-                    for name, part in zip(names, parts, strict=True)
-                }
+                parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                stored = {n: TensorHeader(file, tuple(p.get_shape()), p.get_dtype()) for n, p in parts.items()}
         except (SafetensorError, OSError) as error:
             raise TwofoldError(f"the weight file {file} can't be read ({error}); fetch it again") from error
         if not stored:
             raise TwofoldError(f"the weight file {file} holds no weights; fetch it again")
         for name in promised - stored.keys():
             raise TwofoldError(f"{file} lacks {name}, which the index says is in it; fetch the checkpoint again")
-        for name in stored.keys() & found.keys():
+        for name in stored.keys() & headers.keys():
             raise TwofoldError(
-                f"the weight {name} is in {found[name].file.name} and in {file}; fetch the checkpoint again"
+                f"the weight {name} is in {headers[name].file.name} and in {file}; fetch the checkpoint again"
             )
-        found |= stored
-    return found
+        headers |= stored
+    return headers
 
 
-def check_fit(stored: dict[str, Stored], model: nn.Module, name: str) -> None:
-    """Compare the stored tensors with an empty model, so that a wrong configuration can't ask for absurd amounts of memory.
+def check_fit(headers: dict[str, TensorHeader], model: nn.Module, name: str) -> None:
+    """Refuse tensors that do not fit an empty model, so that a wrong configuration can't ask for absurd amounts of memory.
 
     transformers may store a weight under another name or turned, so a tensor is compared by its count of numbers where the
     names are the same; the exact shapes are checked when they are loaded.
@@ -178,23 +179,24 @@ def check_fit(stored: dict[str, Stored], model: nn.Module, name: str) -> None:
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for key, tensor in model.state_dict().items():
-        one = stored.get(key) or stored.get(key.removeprefix(prefix)) or stored.get(prefix + key)
-        if one is None:
+        header = headers.get(key) or headers.get(key.removeprefix(prefix)) or headers.get(prefix + key)
+        if header is None:
             continue
-        if math.prod(one.shape) != tensor.numel():
+        if header.numbers != tensor.numel():
             raise TwofoldError(
-                f"the weight {key} in {one.file} has the shape {one.shape}, its config.json says {tuple(tensor.shape)}; "
+                f"the weight {key} in {header.file} has the shape {header.shape}, its config.json says {tuple(tensor.shape)}; "
                 "fetch the checkpoint again"
             )
-        if tensor.is_floating_point() != one.dtype.startswith(("F", "BF")):
-            wanted = "a floating-point type" if tensor.is_floating_point() else "integers"
+        if tensor.is_floating_point() != header.dtype.startswith(("F", "BF")):
+            needed = "a floating-point type" if tensor.is_floating_point() else "integers"
             raise TwofoldError(
-                f"the weight {key} in {one.file} is of type {one.dtype}, the model needs {wanted}; fetch the checkpoint again"
+                f"the weight {key} in {header.file} is of type {header.dtype}, the model needs {needed}; "
+                "fetch the checkpoint again"
             )
-    asked = sum(parameter.numel() for parameter in model.parameters())
-    held = sum(math.prod(one.shape) for one in stored.values())
-    if asked > LARGER * held + SLACK:
+    described = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(header.numbers for header in headers.values())
+    if described > LARGER * stored + SLACK:
         raise TwofoldError(
-            f"the config.json of {name} describes a model of {asked:,} numbers, its weight files hold {held:,}; "
+            f"the config.json of {name} describes a model of {described:,} numbers, its weight files hold {stored:,}; "
             "fetch the checkpoint again"
         )

@@ -7,19 +7,19 @@ replaced, on the meta device, by storage layers of the stored kind, size and for
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from twofold.checkpoint.integers import check_loaded, mind_ties
-from twofold.checkpoint.kinds import kind_of
+from twofold.checkpoint.loaded import check_layers
 from twofold.checkpoint.peft.register import register
 from twofold.errors import TwofoldError
 from twofold.host.quiet import silence
 from twofold.nn.compact import LAYERS, Compact
-from twofold.nn.int_matrix import IntMatrix
+from twofold.nn.layers.tied import TiedLinear
 from twofold.nn.places import hold_bases, replace_module
 from twofold.version import __version__
 
@@ -28,11 +28,16 @@ with silence():
 
 METHOD = "twofold"
 FORMAT_VERSION = 5  # 2: sliced layers, and dense columns; 3: shared bases; 4: integers; 5: kinds by name
+OLD_FORMS = {  # of formats up to 4 → kind
+    "kept-rows": "sliced", "kept-columns": "sliced", "dense": "quantized", "corrected": "corrected",
+    "embedding": "embedding", "tied": "tied",
+}  # fmt: skip
+OLD_KEYS = {"basis": "shared", "columns": "dense-columns"}
 
 
 @register_quantization_config(METHOD)
 class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Which modules are smaller, and how: name → settings of its layer, as {"kind": "factored", "rank": r, "form": "rows"}.
+    """The modules that are smaller, and how: name → settings of its layer, as {"kind": "factored", "rank": r, "form": "rows"}.
 
     The kinds and what each says are those of twofold.nn.layers. "bits" and "group" say that numbers are integers.
     """
@@ -45,9 +50,9 @@ class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
-        self.modules = modules or {}
         self.format_version = format_version
         self.twofold_version = twofold_version
+        self.modules = modules or {}
         if not isinstance(self.modules, dict):
             raise TwofoldError(
                 f"the factored modules in the model's config.json must be a mapping, got {type(modules).__name__}"
@@ -62,18 +67,10 @@ class TwofoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 "install a newer Twofold"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "quant_method": METHOD,
-            "format_version": self.format_version,
-            "twofold_version": self.twofold_version,
-            "modules": self.modules,
-        }
-
 
 @register_quantizer(METHOD)
 class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts smaller layers where the configuration says, and dense ones back on ``dequantize``."""
+    """The plug-in: puts smaller layers where the configuration says, and dense ones back on ``dequantize``."""
 
     requires_calibration = True
     quantization_config: TwofoldConfig
@@ -89,61 +86,27 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         prefix = str(getattr(model, "base_model_prefix", ""))
         modules = dict(model.named_modules())
-        itself = type(model).__name__ in (
-            getattr(model.config, "architectures", None) or ()
-        )  # the class that was saved
-        found = 0
+        same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+        replaced = False
         shared: dict[str, Any] = {}
-        stored_modules = self.quantization_config.modules.items()
-        for stored, settings in sorted(stored_modules, key=lambda item: not item[0].startswith(f"{prefix}.")):
+        layers = self.quantization_config.modules
+        for stored in sorted(layers, key=lambda name: not name.startswith(f"{prefix}.")):  # the base model's first
             name = _find(stored, modules, prefix)
-            if name is None and found and prefix and not stored.startswith(f"{prefix}.") and not itself:
+            if name is None and replaced and prefix and not stored.startswith(f"{prefix}.") and not same_class:
                 continue  # a part of another head, which this class does not have
             if name is None:
                 raise TwofoldError(
                     f"the checkpoint factorizes {stored}, which {type(model).__name__} does not have; "
                     "its config.json does not fit this model"
                 )
-            replace_module(model, name, _skeleton(modules[name], name, settings, shared, model))
-            found += 1
+            replace_module(model, name, _skeleton(modules[name], name, layers[stored], shared, model))
+            replaced = True
         hold_bases(model)
         mind_ties(model)
         register()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        """Refuse factors of another shape than the configuration says, and those that were not in the checkpoint.
-
-        transformers 5.16 takes tensors of any shape, and all versions leave missing ones random with a warning.
-
-        Raises:
-            TwofoldError: naming the first one.
-        """
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, Compact)}
-        children = {
-            f"{name}.{child}": getattr(layer, child) for name, layer in layers.items() for child in layer.CHILDREN
-        }
-        rounded = {name: child for name, child in model.named_modules() if isinstance(child, IntMatrix)}
-        check_loaded(rounded)
-        children = {name: child for name, child in children.items() if name not in rounded}
-        for name, child in children.items():
-            expected, found = (child.out_features, child.in_features), tuple(child.weight.shape)
-            if found != expected:
-                raise TwofoldError(
-                    f"size mismatch: the factor {name} in the checkpoint is {found}, its config.json says {expected}; "
-                    "fetch the checkpoint again"
-                )
-        for name, layer in layers.items():
-            wrong = layer.index_error()
-            if wrong is not None:
-                raise TwofoldError(f"{name}.{wrong}; fetch it again")
-        factors = {f"{name}.weight": child.weight for name, child in children.items()}
-        # Loaded parameters carry this mark; those that transformers filled in do not.
-        marked = {name: bool(getattr(p, "_is_hf_initialized", False)) for name, p in factors.items() if not p.is_meta}
-        absent = [name for name, loaded in marked.items() if not loaded]
-        if absent and len(absent) < len(marked):
-            raise TwofoldError(
-                f"the checkpoint is not whole: it lacks {len(absent)} factors, first {absent[0]}; fetch it again"
-            )
+        check_layers(model)
         if self.quantization_config.format_version < FORMAT_VERSION:
             self.describe(model)  # what is saved anew is of today's format
 
@@ -168,8 +131,9 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Whether the weights themselves can: factors of floating point can, integers can't."""
-        return not any(isinstance(one, dict) and "bits" in one for one in self.quantization_config.modules.values())
+        """Whether the weights themselves can be trained: factors of floating point can, integers can't."""
+        modules = self.quantization_config.modules.values()
+        return not any(isinstance(settings, dict) and "bits" in settings for settings in modules)
 
     @property
     def is_compileable(self) -> bool:
@@ -187,30 +151,50 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _find(stored: str, modules: dict[str, nn.Module], prefix: str) -> str | None:
-    """The module of a stored name, in this model, its base model, or a model with another head."""
-    if stored in modules:
-        return stored
-    if prefix and stored.startswith(f"{prefix}.") and stored.removeprefix(f"{prefix}.") in modules:
-        return stored.removeprefix(f"{prefix}.")
-    if prefix and f"{prefix}.{stored}" in modules:
-        return f"{prefix}.{stored}"
-    return None
+    """Find the module of a stored name, in this model, its base model, or a model with another head."""
+    names = (stored, stored.removeprefix(f"{prefix}."), f"{prefix}.{stored}") if prefix else (stored,)
+    return next((name for name in names if name in modules), None)
+
+
+def stored_kind(settings: Mapping[str, Any]) -> str:
+    """Return the kind of a storage layer; formats up to 4 do not name it, and it follows from what they say."""
+    if "kind" in settings:
+        return str(settings["kind"])
+    form = str(settings.get("form"))
+    return OLD_FORMS.get(form) or next((kind for key, kind in OLD_KEYS.items() if key in settings), "factored")
 
 
 def _skeleton(module: nn.Module, name: str, settings: Any, shared: dict[str, Any], model: nn.Module) -> Compact:
     """Make the empty storage layer that takes the place of a dense one, on its device.
 
     Args:
-        shared: by names, what the layers before refer to.
+        shared: by names, what the layers before it refer to.
     """
     try:
         if not isinstance(settings, dict):
             raise TypeError(f"it must be a mapping, got {reprlib.repr(settings)}")
-        return LAYERS.get(kind_of(settings)).empty(module, settings, model, shared)
+        return LAYERS.get(stored_kind(settings)).empty(module, settings, model, shared)
     except (ValueError, TypeError) as error:
         raise TwofoldError(
             f"the plan of {name or type(model).__name__} in the checkpoint does not fit: {error}"
         ) from error
+
+
+def mind_ties(model: Any, *, dense: bool = False) -> None:
+    """Let transformers tie the parameters that there are: an output layer that shares a table of integers has none to tie.
+
+    Args:
+        dense: whether there were such layers before, and are none now.
+    """
+    if not hasattr(model, "get_expanded_tied_weights_keys"):
+        return
+    ours = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TiedLinear)}
+    if not ours and not dense:
+        return
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.all_tied_weights_keys = {key: source for key, source in ties.items() if key not in ours}
+    if not ours:
+        model.tie_weights()
 
 
 def attach(model: Any) -> None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from twofold.checkpoint.headers import Stored, read_headers, weight_files
+from twofold.checkpoint.headers import TensorHeader, read_headers, weight_files
 from twofold.errors import TwofoldError
 
-SOME = 1 << 24  # numbers that are looked at together
+PART = 1 << 24  # numbers that are checked at once
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Shards:
     """The safetensors files of a folder."""
 
     folder: Path
-    headers: dict[str, Stored]
+    headers: dict[str, TensorHeader]
 
     @classmethod
     def open(cls, folder: Path, name: str = "") -> Shards:
@@ -39,7 +37,7 @@ class Shards:
         return cls(folder, read_headers(weight_files(folder, name or str(folder))))
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors by name, mapped from their files; they stay valid for as long as they are kept.
+        """Yield tensors by name, mapped from their files; they stay valid for as long as they are kept.
 
         Raises:
             TwofoldError: if a file can't be read.
@@ -48,12 +46,17 @@ class Shards:
         for name in names:
             files.setdefault(self.headers[name].file, []).append(name)
         for path, inside in files.items():
-            with _reading(path), safe_open(path, "pt") as file:
-                for key in inside:
-                    yield key, file.get_tensor(key)
+            try:
+                with safe_open(path, "pt") as file:
+                    for key in inside:
+                        yield key, file.get_tensor(key)
+            except (SafetensorError, OSError) as error:
+                raise TwofoldError(
+                    f"the weights in {path} can't be read ({error}); fetch the checkpoint again"
+                ) from error
 
     def hash(self, settings: str) -> str:
-        """The hash of all weights and of a text, read one at a time so that no file stays in memory."""
+        """Hash all weights and a text; weights are read one at a time so that no file stays in memory."""
         digest = hashlib.sha256(settings.encode())
         for name in sorted(self.headers):
             header = self.headers[name]
@@ -63,28 +66,15 @@ class Shards:
         return digest.hexdigest()
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite; looked at in parts, since a check takes several times the memory of its tensor."""
-    if not tensor.is_floating_point():
-        return True
-    return all(bool(torch.isfinite(part).all()) for part in torch.split(tensor.reshape(-1), SOME))
-
-
-def check_finite(name: str, tensor: Tensor, source: object) -> None:
-    """Refuse a weight that is NaN or infinite.
+def check_finite_tensor(name: str, tensor: Tensor, source: object) -> None:
+    """Refuse a weight that is NaN or infinite; checked in parts, since a check takes several times the memory of its tensor.
 
     Raises:
-        TwofoldError: naming it, and the model or folder that it is of.
+        TwofoldError: naming it, and the model or folder that it belongs to.
     """
-    if not all_finite(tensor):
+    if not tensor.is_floating_point():
+        return
+    if not all(torch.isfinite(part).all() for part in torch.split(tensor.reshape(-1), PART)):
         raise TwofoldError(
             f"the weight {name} of {source} holds NaN or infinity; the checkpoint is broken, fetch it again"
         )
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[Any]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise TwofoldError(f"the weights in {path} can't be read ({error}); fetch the checkpoint again") from error

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import errno
-import functools
 import sys
+import traceback
 from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ COMMANDS = (
     "status",
 )  # fmt: skip
 ALIASES = {"eval": "evaluate"}
+HELP = {"help_option_names": ["-h", "--help"]}
 MODELS = ("model", "models", "against", "tuned", "base")  # parameters that name models
 
 
@@ -45,34 +47,29 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         command: Any
         _, command, rest = super().resolve_command(ctx, args)
-        return command.name, _built(command.name), rest
+        single = typer.Typer(add_completion=False, context_settings=HELP)
+        function = import_module(f"{__name__}.{command.name}").command
+        single.command(name=command.name, no_args_is_help=True)(_guarded(function))
+        return command.name, typer.main.get_command(single), rest
 
 
 def _docstring(name: str) -> str:
     tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "command"]
-    return ast.get_docstring(found[0]) or ""
-
-
-def _built(name: str) -> Any:
-    """Return the command of a name with its flags."""
-    one = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-    command = import_module(f"{__name__}.{name}").command
-    one.command(name=name, no_args_is_help=True)(_guarded(command))
-    return typer.main.get_command(one)
+    command = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "command")
+    return ast.get_docstring(command) or ""
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command that finds its models before anything heavy is loaded, and ends with one sentence on Ctrl-C."""
 
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
+    @wraps(command)
+    def run(**flags: Any) -> None:
         try:
             for parameter in MODELS:
-                named = kwargs.get(parameter) or []
+                named = flags.get(parameter) or []
                 for model in [named] if isinstance(named, str) else named:
-                    find_model(model, kwargs.get("revision"))
-            command(*args, **kwargs)
+                    find_model(model, flags.get("revision"))
+            command(**flags)
         except KeyboardInterrupt:
             print("twofold: stopped; the same command goes on from what was done", file=sys.stderr)
             sys.exit(130)
@@ -87,7 +84,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
 
 
@@ -109,23 +106,21 @@ def main() -> None:
     PHRASE.set(with_flags)
     try:
         app(repeat_flags(sys.argv[1:]))
-    except TwofoldError as error:
-        print(f"twofold: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
     except Exception as error:
-        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-            print(
-                "twofold: not enough memory; give less to the run with --memory, or use a smaller --batch-size or --window",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            print(f"twofold: no file can have the name {str(error.filename)[:80]!r}…: it is too long", file=sys.stderr)
-            sys.exit(2)
-        import traceback
+        code, words = 2, _advice(error)
+        if words is None:
+            traceback.print_exc()
+            code, words = 1, f"this is a failure of ours ({type(error).__name__}: {error}); please report it"
+        print(f"twofold: {words}", file=sys.stderr)
+        sys.exit(code)
 
-        traceback.print_exc()
-        print(
-            f"twofold: this is a failure of ours ({type(error).__name__}: {error}); please report it", file=sys.stderr
-        )
-        sys.exit(1)
+
+def _advice(error: Exception) -> str | None:
+    """Say what the user can put right; None if it is a failure of ours."""
+    if isinstance(error, TwofoldError):
+        return one_line(error)
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return "not enough memory; give less to the run with --memory, or use a smaller --batch-size or --window"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"no file can have the name {str(error.filename)[:80]!r}…: it is too long"
+    return None

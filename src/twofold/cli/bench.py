@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import twofold
 from twofold.cli.flags import Against, Device, Dtype, Json, Quiet, Trust
-from twofold.cli.tables import answer, console, megabytes, print_notes, print_place, table
+from twofold.cli.tables import megabytes, number, print_notes, print_place, run_command, table, tell
+from twofold.speed.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
-    from twofold.speed.record import Bench, Ratio, Row
+    from twofold.speed.record import Bench
 
 
 def command(
     models: Annotated[list[str], typer.Argument(help="Folders, exported ones too, hub ids, .gguf files, or smollm2.")],
     against: Against = None,
-    runtime: Annotated[str, typer.Option(help="Between commas: eager, compile, onnx, openvino.")] = "eager",
+    runtime: Annotated[str, typer.Option(help=f"Between commas: {', '.join(RUNTIMES.names())}.")] = "eager",
     batch: Annotated[str, typer.Option(help="Sequences that are written at once, between commas.")] = "1,8",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens before those that are written.")] = 32,
     new: Annotated[int, typer.Option(min=1, help="Tokens that are written.")] = 64,
@@ -35,36 +37,36 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Time models: tokens a second, prompts, memory, loading, and how near the speed-up comes to the ideal one."""
-    settings: dict[str, Any] = {**locals()}
-    del settings["json_output"]
-    bench = twofold.bench(**settings)
-    answer(bench, json_output, lambda: print_bench(bench, out))
+    run_command(twofold.bench, {**locals()}, partial(print_bench, out=out))
 
 
 def print_bench(bench: Bench, out: Path | None) -> None:
-    """Every model in every runtime, the speed-ups beside the ideal ones, and the layers by shape."""
+    """Print every model in every runtime, the speed-ups beside the ideal ones, and the layers by shape."""
     machine = bench.machine
+    decode = [f"decode {batch}, tokens/s" for batch in bench.batches]
+    prefill = f"prefill {bench.prefill}, tokens/s"
     table(
         f"{bench.processor}, {machine.threads} threads, {machine.dtype}, torch {machine.torch}: medians of {bench.repeats}",
-        [
-            "model",
-            "runtime",
-            *(f"decode {batch}, tokens/s" for batch in bench.batches),
-            f"prefill {bench.prefill}, tokens/s",
-            "first token",
-            "load",
-            "weights",
-            "peak memory",
-            "disk",
-        ],
-        (_row(bench, row) for row in bench.rows),
+        ["model", "runtime", *decode, prefill, "first token", "load", "weights", "peak memory", "disk"],
+        (
+            [
+                row.model,
+                row.runtime,
+                *(f"{row.decode[batch].rate:,.1f}" for batch in bench.batches),
+                f"{row.prefill.rate:,.0f}",
+                f"{1e3 * row.first_token.median:,.1f} ms",
+                f"{row.load.median:.2f} s",
+                *(megabytes(size) for size in (row.memory, row.peak_memory, row.disk)),
+            ]
+            for row in bench.rows
+        ),
         left=2,
     )
     if bench.ratios:
         table(
             "Times as fast as the original in the same runtime",
             ["model", "runtime", "what", "measured", "ideal", "share of the ideal"],
-            ([r.model, r.runtime, r.what, f"{r.measured:.2f} ×", *_ideal(r)] for r in bench.ratios),
+            ([r.model, r.runtime, r.what, *_times(r.measured, r.ideal), number(r.share, ".0%")] for r in bench.ratios),
             left=3,
         )
     if bench.layers:
@@ -75,11 +77,10 @@ def print_bench(bench: Bench, out: Path | None) -> None:
                 [
                     layer.model,
                     f"{layer.out_features} × {layer.in_features}",
-                    str(layer.layers),
-                    str(layer.rank),
-                    str(layer.tokens),
-                    f"{layer.dense:,.0f} µs",
-                    f"{layer.factored:,.0f} µs",
+                    layer.layers,
+                    layer.rank,
+                    layer.tokens,
+                    *(f"{time:,.0f} µs" for time in (layer.dense, layer.factored)),
                     f"{layer.dense / layer.factored:.2f}",
                     f"{layer.ideal:.2f}",
                 ]
@@ -87,31 +88,15 @@ def print_bench(bench: Bench, out: Path | None) -> None:
             ),
             left=2,
         )
-    console.print(
+    tell(
         f"decode: {bench.new} tokens behind {bench.prompt}; ideal: bytes moved for decode, multiplications for prompts, bytes on "
         "disk for loading.",
-        soft_wrap=True,
+        wrap=False,
     )
     print_notes(bench.notes)
     if out is not None:
         print_place("Record and roofline", out)
 
 
-def _row(bench: Bench, row: Row) -> list[str]:
-    return [
-        row.model,
-        row.runtime,
-        *(f"{row.decode[batch].rate:,.1f}" for batch in bench.batches),
-        f"{row.prefill.rate:,.0f}",
-        f"{1e3 * row.first_token.median:,.1f} ms",
-        f"{row.load.median:.2f} s",
-        megabytes(row.memory),
-        megabytes(row.peak_memory),
-        megabytes(row.disk),
-    ]
-
-
-def _ideal(ratio: Ratio) -> list[str]:
-    if ratio.ideal is None or ratio.share is None:
-        return ["–", "–"]
-    return [f"{ratio.ideal:.2f} ×", f"{ratio.share:.0%}"]
+def _times(*ratios: float | None) -> list[str]:
+    return [number(ratio, ".2f", " ×") for ratio in ratios]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,6 +22,5 @@ def command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a model; lines from a pipe are turns of one conversation."""
-    settings: dict[str, Any] = {**locals()}
     with suppress(KeyboardInterrupt):  # the way to end it
-        twofold.chat(**settings)
+        twofold.chat(**locals())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 import twofold
 from twofold.cli.flags import Json, Quiet
 from twofold.cli.settings import settings_flags
-from twofold.cli.tables import answer, console, number, plain, print_notes, print_place, table
+from twofold.cli.tables import number, plain, print_notes, print_place, print_record, table, tell
 from twofold.cli.words import with_flags
 from twofold.comparison.grid import Grid, grid_fields, make_grid
 from twofold.recipe import Recipe
@@ -30,12 +31,11 @@ def command(
 
     A comparison that was stopped goes on with its next row, and one more keep ratio runs its own rows only.
     """
-    comparison = twofold.compare(grid, out, quiet=quiet)
-    answer(comparison, json_output, lambda: print_comparison(comparison, out))
+    print_record(twofold.compare(grid, out, quiet=quiet), json_output, partial(print_comparison, out=out))
 
 
 def print_comparison(comparison: Comparison, out: Path) -> None:
-    """Every row that was measured, those that were not with the reason, and where the files are."""
+    """Print every row that was measured, those that were not with the reason, and where the files are."""
     texts = comparison.texts
     table(
         f"{comparison.model}: perplexity on {', '.join(text.words for text in texts)}",
@@ -43,7 +43,7 @@ def print_comparison(comparison: Comparison, out: Path) -> None:
         (
             [
                 row.name,
-                f"{(row.bytes_16 or 0) / 1e6:,.1f}",
+                f"{row.megabytes_16:,.1f}",
                 *(f"{now:.4g}, {ratio:.3f} ×" for now, ratio in zip(row.perplexity, row.ratio, strict=True)),
                 number(row.divergence, ".4f"),
             ]
@@ -51,9 +51,9 @@ def print_comparison(comparison: Comparison, out: Path) -> None:
         ),
     )
     for reason, names in comparison.skipped.items():
-        console.print(f"Not measured: {plain('; '.join(names))}: {plain(with_flags(reason))}", soft_wrap=True)
-    console.print(
-        "MB: the whole model, numbers in 16 bits; ×: over the dense model's; divergence: on the first text, nats per token."
+        tell(f"Not measured: {plain('; '.join(names))}: {plain(with_flags(reason))}", wrap=False)
+    tell(
+        "MB: the whole model, numbers in 16 bits; ×: over the dense model's; divergence: on the first text, nats per token.",
     )
     print_notes(comparison.notes)
     print_place("Tables and figure", out / "compare.md")

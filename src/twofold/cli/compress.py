@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import twofold
 from twofold.cli.flags import Json, Moments, Out, Overwrite, Quiet
 from twofold.cli.settings import settings_flags
-from twofold.cli.tables import answer, console, plain, print_place, print_sizes, print_spent, table
+from twofold.cli.tables import print_end, print_record, print_samples, print_sizes, table
 from twofold.recipe import Recipe, make_recipe
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ def command(
     """Factorize the weight matrices of a model and write the smaller checkpoint, with its plan, card and report."""
     run = twofold.compress(recipe, out, overwrite=overwrite, moments=moments, quiet=quiet)
     if run is not None:  # else one of many processes; the first prints
-        answer(run, json_output, lambda: print_run(run, twofold.Plan.load(out / "plan.json"), out))
+        print_record(run, json_output, lambda run: print_run(run, twofold.Plan.load(out / "plan.json"), out))
 
 
 def print_run(run: Run, plan: Plan, out: Path) -> None:
-    """What a compress run did, cost and gained."""
+    """Print what a compress run did, cost and gained."""
     kinds: dict[str, list[PlanEntry]] = {}
     for entry in plan.entries:
         kinds.setdefault(entry.kind, []).append(entry)
@@ -42,9 +42,9 @@ def print_run(run: Run, plan: Plan, out: Path) -> None:
         (
             [
                 kind,
-                str(len(group)),
+                len(group),
                 *_spread([e.rank for e in group if e.rank is not None]),
-                str(sum(e.rank is None for e in group)),
+                sum(e.rank is None for e in group),
                 f"{sum(e.numbers_after for e in group) / sum(e.numbers_before for e in group):.1%}",
             ]
             for kind, group in kinds.items()
@@ -62,16 +62,10 @@ def print_run(run: Run, plan: Plan, out: Path) -> None:
                 ["same most likely token", "–", f"{q.factored['agreement']:.1%}"],
             ],
         )
-    for sample in run.samples:
-        console.print(f"[bold]{plain(sample.prompt)}[/bold]")
-        console.print(f"  original: {plain(sample.original.strip())}")
-        console.print(f"  factored: {plain(sample.factored.strip())}")
-    print_spent(run.notes, run.seconds, run.peak_memory)
-    print_place("Checkpoint", out)
-    print_place("Report", out / "report.html")
+    print_samples(run.samples, "original", "factored")
+    print_end(run, {"Checkpoint": out, "Report": out / "report.html"})
 
 
-def _spread(ranks: list[int]) -> list[str]:
-    if not ranks:
-        return ["–", "–", "–"]
-    return [str(min(ranks)), f"{sum(ranks) / len(ranks):.0f}", str(max(ranks))]
+def _spread(ranks: list[int]) -> list[object]:
+    """Return the lowest, the mean and the highest rank."""
+    return [min(ranks), f"{sum(ranks) / len(ranks):.0f}", max(ranks)] if ranks else ["–"] * 3

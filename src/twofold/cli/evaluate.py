@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import twofold
 from twofold.cli.flags import Against, Device, Dtype, Json, Model, Quiet, Trust
-from twofold.cli.tables import answer, megabytes, millions, number, table
+from twofold.cli.tables import megabytes, millions, number, run_command, table
 
 if TYPE_CHECKING:
     from twofold.evaluation.lm_eval import TaskEvaluation, TaskScores
@@ -40,54 +40,28 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Measure a model on a text (perplexity, sizes, with --against the divergence from the original) or on tasks of lm-eval."""
-    settings: dict[str, Any] = {**locals()}
-    del settings["json_output"]
-    evaluation = twofold.evaluate(**settings)
-    show: Any = print_evaluation if tasks is None else print_tasks
-    answer(evaluation, json_output, lambda: show(evaluation))
+    run_command(twofold.evaluate, {**locals()}, print_evaluation if tasks is None else print_tasks)
 
 
 def print_evaluation(result: Evaluation) -> None:
-    """The models side by side."""
-    many = len(result.models) > 1
-    table(
-        f"{result.text}: {result.windows} windows of {result.window} tokens",
-        [
-            "model",
-            "perplexity",
-            *(["× original", "divergence", "same token"] if many else []),
-            "parameters",
-            "memory",
-            "disk",
-        ],
-        (
-            [
-                m.name,
-                f"{m.perplexity:.3f}",
-                *(
-                    [
-                        f"{m.perplexity / result.models[0].perplexity:.4f}",
-                        number(m.divergence, ".4f"),
-                        number(m.agreement, ".1%"),
-                    ]
-                    if many
-                    else []
-                ),
-                millions(m.parameters),
-                megabytes(m.memory),
-                megabytes(m.disk),
-            ]
-            for m in result.models
-        ),
-    )
+    """Print the models side by side."""
+    first, many = result.models[0], len(result.models) > 1
+    rows = []
+    for m in result.models:
+        ratio = f"{m.perplexity / first.perplexity:.4f}"
+        compared = [ratio, number(m.divergence, ".4f"), number(m.agreement, ".1%")] if many else []
+        sizes = [millions(m.parameters), megabytes(m.memory), megabytes(m.disk)]
+        rows.append([m.name, f"{m.perplexity:.3f}", *compared, *sizes])
+    columns = ["× original", "divergence", "same token"] if many else []
+    title = f"{result.text}: {result.windows} windows of {result.window} tokens"
+    table(title, ["model", "perplexity", *columns, "parameters", "memory", "disk"], rows)
 
 
 def print_tasks(result: TaskEvaluation) -> None:
-    """Each task and the mean, the models side by side."""
-    first = result.models[0]
-    rows = [
-        [score.task, score.metric, str(score.rows), *(_score(model.tasks[place]) for model in result.models)]
-        for place, score in enumerate(first.tasks)
+    """Print each task and the mean, the models side by side."""
+    rows: list[list[object]] = [
+        [score.task, score.metric, score.rows, *(_score(model.tasks[place]) for model in result.models)]
+        for place, score in enumerate(result.models[0].tasks)
     ]
     means = [model.mean for model in result.models if model.mean is not None]
     if len(means) == len(result.models):

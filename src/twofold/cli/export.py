@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import twofold
 from twofold.cli.flags import Json, Quiet, Trust
-from twofold.cli.tables import answer
+from twofold.cli.tables import run_command
 from twofold.exports.formats import FORMATS
 
 
@@ -18,7 +18,7 @@ def command(
     to: Annotated[str, typer.Option(help=f"The format: {', '.join(FORMATS.names())}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     rank: Annotated[int | None, typer.Option(min=1, help="Of a LoRA adapter; by default what is exact.")] = None,
-    base: Annotated[str | None, typer.Option(help="The original, for lora; its .gguf file, for gguf.")] = None,
+    base: Annotated[str | None, typer.Option(help="The original, or its .gguf file, where a format needs it.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights; auto is the stored one, float32 for runtimes.")] = "auto",
     check_tokens: Annotated[int, typer.Option(min=0, help="Tokens to decode in both, for the comparison.")] = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that Twofold wrote.")] = False,
@@ -27,7 +27,4 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Write a model for another program, and compare what that program will compute with the model."""
-    settings: dict[str, Any] = {**locals()}
-    del settings["json_output"]
-    exported = twofold.export(**settings)
-    answer(exported, json_output, lambda: print("\n".join(exported.words())))
+    run_command(twofold.export, {**locals()}, lambda exported: print("\n".join(exported.words())))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import twofold
 from twofold.cli.flags import Json, Out, Overwrite, Quiet
-from twofold.cli.tables import answer, console, millions, plain, print_notes, print_place
+from twofold.cli.tables import millions, plain, print_notes, print_place, run_command, tell
 
 if TYPE_CHECKING:
     from twofold.adapters.extract import Extraction
@@ -31,18 +32,15 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Write a LoRA adapter that turns one model into another as far as its ranks go; each layer has a rank of its own."""
-    settings: dict[str, Any] = {**locals()}
-    del settings["json_output"]
-    extraction = twofold.extract(**settings)
-    answer(extraction, json_output, lambda: print_extracted(extraction, out))
+    run_command(twofold.extract, {**locals()}, partial(print_extracted, out=out))
 
 
 def print_extracted(extraction: Extraction, out: Path) -> None:
-    """What was extracted."""
+    """Print what was extracted."""
     ranks = list(extraction.ranks.values())
-    console.print(
+    tell(
         f"{len(ranks)} layers, ranks {min(ranks)} to {max(ranks)}, {millions(extraction.numbers)} numbers: "
-        f"{extraction.energy:.1%} of the change {plain(extraction.metric)}."
+        f"{extraction.energy:.1%} of the change {plain(extraction.metric)}.",
     )
     print_notes(extraction.notes)
     print_place("Adapter", out)

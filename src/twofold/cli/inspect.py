@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import twofold
 from twofold.cli.flags import Json, Model, Trust
-from twofold.cli.tables import answer, console, millions, plain, table
+from twofold.cli.tables import millions, plain, print_record, table, tally, tell
 
 if TYPE_CHECKING:
     from twofold.run.inspect import Inspection
@@ -26,40 +27,32 @@ def command(
     inspection = twofold.inspect(
         model, include=include or [], exclude=exclude or [], trust_remote_code=trust_remote_code
     )
-    answer(inspection, json_output, lambda: print_inspection(inspection, every))
+    print_record(inspection, json_output, partial(print_inspection, every=every))
 
 
 def print_inspection(inspection: Inspection, every: bool) -> None:
-    """The weights of a model, by kind or one by one."""
+    """Print the weights of a model, by kind or one by one."""
+    shapes = [" × ".join(map(str, w.shape)) for w in inspection.weights]
+    weights = list(zip(inspection.weights, shapes, strict=True))
     if every:
         table(
             inspection.model,
             ["weight", "shape", "parameters", "what", "shares its input with"],
-            (
-                [w.name, " × ".join(map(str, w.shape)), f"{w.numbers:,}", w.what, w.group or ""]
-                for w in inspection.weights
-            ),
+            ([w.name, shape, f"{w.numbers:,}", w.what, w.group or ""] for w, shape in weights),
         )
     else:
-        kinds: dict[tuple[str, str, str], tuple[int, int]] = {}
-        for w in inspection.weights:
-            key = (w.kind, " × ".join(map(str, w.shape)), w.what)
-            count, numbers = kinds.get(key, (0, 0))
-            kinds[key] = (count + 1, numbers + w.numbers)
+        kinds = tally(((w.kind, shape, w.what), w.numbers) for w, shape in weights)
         table(
             inspection.model,
             ["kind", "shape", "what", "weights", "parameters"],
-            (
-                [kind, shape, what, str(count), millions(numbers)]
-                for (kind, shape, what), (count, numbers) in kinds.items()
-            ),
+            ([*kind, count, millions(numbers)] for kind, (count, numbers) in kinds.items()),
             left=3,
         )
         if inspection.shared:
-            console.print("Weights that share an input: " + "; ".join(plain(s) for s in inspection.shared) + ".")
+            tell("Weights that share an input: " + "; ".join(map(plain, inspection.shared)) + ".")
     share = inspection.target_numbers / inspection.total_numbers
-    console.print(
+    tell(
         f"{inspection.architecture}: {millions(inspection.total_numbers)} parameters, of which "
         f"{millions(inspection.target_numbers)} ({share:.1%}) "
-        f"{'are' if not inspection.factored else 'are or were'} in weights that can be factorized."
+        f"{'are' if not inspection.factored else 'are or were'} in weights that can be factorized.",
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import twofold
 from twofold.cli.flags import Json, Out, Overwrite
-from twofold.cli.tables import answer, console, millions, plain, print_notes, print_place
+from twofold.cli.tables import millions, plain, print_notes, print_place, run_command, tell
 
 if TYPE_CHECKING:
     from twofold.adapters.merge import Merge
@@ -35,21 +36,17 @@ def command(
     json_output: Json = False,
 ) -> None:
     """Merge LoRA adapters into a model: exactly, the rank of a factored layer grows by theirs; or back to the old size."""
-    settings: dict[str, Any] = {**locals()}
-    del settings["json_output"]
-    merge = twofold.merge(**settings)
-    answer(merge, json_output, lambda: print_merged(merge, out))
+    run_command(twofold.merge, {**locals()}, partial(print_merged, out=out))
 
 
 def print_merged(merge: Merge, out: Path) -> None:
-    """What was merged."""
+    """Print what was merged."""
     if merge.ranks:
         ranks = list(merge.ranks.values())
-        console.print(f"{len(ranks)} layers of ranks {min(ranks)} to {max(ranks)}.")
+        tell(f"{len(ranks)} layers of ranks {min(ranks)} to {max(ranks)}.")
     if merge.metric:
-        console.print(f"What was left out was chosen {plain(merge.metric)}.")
-    console.print(
-        f"Parameters: {millions(merge.parameters_after)}, the model alone has {millions(merge.parameters_before)}."
-    )
+        tell(f"What was left out was chosen {plain(merge.metric)}.")
+    before, after = millions(merge.parameters_before), millions(merge.parameters_after)
+    tell(f"Parameters: {after}, the model alone has {before}.")
     print_notes(merge.notes)
     print_place("Written", out)

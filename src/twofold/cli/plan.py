@@ -10,7 +10,7 @@ import typer
 import twofold
 from twofold.cli.flags import Json, Moments, Quiet
 from twofold.cli.settings import settings_flags
-from twofold.cli.tables import answer, console, megabytes, millions, number, plain, print_sizes, table
+from twofold.cli.tables import megabytes, millions, number, plain, print_record, print_sizes, table, tally, tell
 from twofold.cli.words import with_flags
 from twofold.recipe import Recipe, make_recipe
 
@@ -31,12 +31,11 @@ def command(
     With --calibration the plan is the one that compress would carry out, and the moments are kept for it.
     Without it the ranks come from the weights' shapes alone, and the plan says so.
     """
-    plan = twofold.plan(recipe, moments=moments, out=out, quiet=quiet)
-    answer(plan, json_output, lambda: print_plan(plan))
+    print_record(twofold.plan(recipe, moments=moments, out=out, quiet=quiet), json_output, print_plan)
 
 
 def print_plan(plan: Plan) -> None:
-    """Every weight with its rank, parameters and predicted loss, then what stays dense, then the sizes."""
+    """Print every weight with its rank, parameters and predicted loss, then what stays dense, then the sizes."""
     table(
         f"Plan for {plan.model}: {plan.objective}, {plan.allocate}",
         ["weight", "shape", "rank", "parameters", "kept", "predicted loss", "why"],
@@ -53,37 +52,24 @@ def print_plan(plan: Plan) -> None:
             for e in plan.entries
         ),
     )
-    reasons: dict[str, tuple[int, int]] = {}
-    for entry in plan.dense:
-        count, numbers = reasons.get(entry.reason, (0, 0))
-        reasons[entry.reason] = (count + 1, numbers + entry.numbers)
-    table(
-        "Left as they are",
-        ["why", "weights", "parameters"],
-        ([r, str(c), millions(n)] for r, (c, n) in reasons.items()),
-    )
+    reasons = tally((entry.reason, entry.numbers) for entry in plan.dense)
+    rows = [[reason, count, millions(numbers)] for reason, (count, numbers) in reasons.items()]
+    table("Left as they are", ["why", "weights", "parameters"], rows)
     print_sizes(plan)
     if plan.predicted_divergence is not None:
-        console.print(
-            f"Predicted divergence from the original: {plan.predicted_divergence:.4f} nats per token (second order)."
+        tell(
+            f"Predicted divergence from the original: {plan.predicted_divergence:.4f} nats per token (second order).",
         )
     if plan.estimate is not None:
         print_estimate(plan.estimate)
     for note in plan.notes:
-        console.print(f"Note: {plain(with_flags(note))}.")
+        tell(f"Note: {plain(with_flags(note))}.")
 
 
 def print_estimate(estimate: Estimate) -> None:
-    """What a run will take."""
-    blocks = estimate.blocks_at_once
-    how = (
-        "the whole model in memory"
-        if blocks is None
-        else "block by block"
-        if blocks == 1
-        else f"{blocks} blocks at a time"
-    )
-    stages = [[name, f"{seconds:.0f} s"] for name, seconds in estimate.seconds.items() if seconds >= 0.5]
+    """Print what a run will take."""
+    blocks, total = estimate.blocks_at_once, estimate.total_seconds
+    how = {None: "the whole model in memory", 1: "block by block"}.get(blocks, f"{blocks} blocks at a time")
     longest = max(estimate.memory, key=lambda name: estimate.memory[name])
     rows = [
         ["how", how],
@@ -92,13 +78,8 @@ def print_estimate(estimate: Estimate) -> None:
         ["disk while it runs", megabytes(estimate.work_bytes)],
         ["disk for the moments, kept for the next budget", megabytes(estimate.moments_bytes)],
         ["disk for the checkpoint", megabytes(estimate.output_bytes)],
-        *stages,
-        [
-            "time in all",
-            f"{estimate.total_seconds / 60:.0f} min"
-            if estimate.total_seconds > 120
-            else f"{estimate.total_seconds:.0f} s",
-        ],
+        *([name, f"{seconds:.0f} s"] for name, seconds in estimate.seconds.items() if seconds >= 0.5),
+        ["time in all", f"{total / 60:.0f} min" if total > 120 else f"{total:.0f} s"],
     ]
     table(f"Estimate for this machine, {estimate.threads} threads", ["", ""], rows)
 

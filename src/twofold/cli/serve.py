@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,6 +21,5 @@ def command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer chat and completion requests as OpenAI's API does, until it is stopped."""
-    settings: dict[str, Any] = {**locals()}
     with suppress(KeyboardInterrupt):  # the way to end it
-        twofold.serve(**settings)
+        twofold.serve(**locals())

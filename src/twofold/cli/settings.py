@@ -16,7 +16,7 @@ from twofold.errors import TwofoldError
 from twofold.model.place import find_model
 from twofold.model.settings import parse_override
 from twofold.planning.settings import SIZES
-from twofold.settings.file import read_settings
+from twofold.settings.base import read_settings
 
 MOST_USED = ("keep", "budget", "calibration", "refine", "data", "method", "out")  # in the first panel, that of --help
 PANELS = ("Size", "Calibration", "Method", "Refinement", "Storage", "Weights", "Measuring", "Model and machine")
@@ -36,29 +36,26 @@ def settings_flags(
     fields = {name: field for kind in reversed(kinds) for name, field in kind.model_fields.items()}
     panels = {name: _panel(name, kinds) for name in (fields if names is None else names) if name != "model"}
     order = [*MOST_USED, *PANELS, *panels.values()]
-    chosen = sorted(panels, key=lambda name: order.index(name if panels[name] is None else panels[name]))
+    ordered = sorted(panels, key=lambda name: order.index(name if panels[name] is None else panels[name]))
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         first, *own = inspect.signature(function).parameters.values()
         hints = get_type_hints(function, include_extras=True)
-        given = [("model", Annotated[str | None, typer.Argument(help=fields["model"].description)], None)]
-        given += [(name, *_flag(name, fields[name], panels[name])) for name in chosen]
         recipe_help = "A YAML file with any of these settings; flags come first."
         recipe = typer.Option("--recipe", help=recipe_help, rich_help_panel="Run")
-        given.append(("recipe", Annotated[Path | None, recipe], None))
-        given += [_own(one, hints[one.name]) for one in own]
+        flags = [
+            _flag("model", Annotated[str | None, typer.Argument(help=fields["model"].description)], None),
+            *(_field_flag(name, fields[name], panels[name]) for name in ordered),
+            _flag("recipe", Annotated[Path | None, recipe], None),
+            *(_own_flag(parameter, hints[parameter.name]) for parameter in own),
+        ]
 
         def command(**values: Any) -> None:
-            rest = {one.name: values.pop(one.name) for one in own}
+            rest = {parameter.name: values.pop(parameter.name) for parameter in own}
             function(**{first.name: make(_settings(values))}, **rest)
 
-        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-                for name, annotation, default in given
-            ]
-        )
-        command.__annotations__ = {name: annotation for name, annotation, _ in given}
+        command.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+        command.__annotations__ = {flag.name: flag.annotation for flag in flags}
         command.__doc__ = function.__doc__
         return command
 
@@ -69,17 +66,16 @@ def _settings(given: dict[str, Any]) -> dict[str, object]:
     """Put flags over what a YAML file says."""
     file = given.pop("recipe")
     settings = read_settings(file) if file is not None else {}
-    for name, value in given.items():
-        if value is None or value is False or value == []:
-            continue
-        settings[name] = dict(parse_override(text) for text in value) if name == "overrides" else value
-    if any(given.get(name) not in (None, []) for name in SIZES):  # then the file's size is put aside
-        for name in SIZES:
-            settings.pop(name, None) if given.get(name) in (None, []) else None
+    flags = {name: value for name, value in given.items() if value is not None and value is not False and value != []}
+    if "overrides" in flags:
+        flags["overrides"] = dict(parse_override(text) for text in flags["overrides"])
+    if flags.keys() & set(SIZES):  # then the file's size is put aside
+        settings = {name: value for name, value in settings.items() if name not in SIZES}
+    settings |= flags
     if not settings.get("model"):
         raise TwofoldError("name a model: a folder, a hub id, a .gguf file, or smollm2")
     model, revision = settings["model"], settings.get("revision")
-    if given.get("model") is None and isinstance(model, str):  # what else stands in the file is refused by the settings
+    if "model" not in flags and isinstance(model, str):  # what else stands in the file is refused by the settings
         find_model(model, revision if isinstance(revision, str) else None)
     return settings
 
@@ -88,42 +84,40 @@ def _panel(name: str, kinds: Iterable[type[BaseModel]]) -> str | None:
     """Return the title of the settings that a field stands in."""
     if name in MOST_USED:
         return None
-    owners = [one for kind in kinds for one in kind.__mro__ if name in inspect.get_annotations(one)]
-    return str(getattr(owners[0], "TITLE", "Run"))
+    owner = next(part for kind in kinds for part in kind.__mro__ if name in inspect.get_annotations(part))
+    return str(getattr(owner, "TITLE", "Run"))
 
 
-def _own(parameter: inspect.Parameter, hint: Any) -> tuple[str, Any, Any]:
+def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _own_flag(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
     """Put a flag of the command itself into the panel of the run."""
     if parameter.name not in MOST_USED:
         kind, option = get_args(hint)
         option = copy(option)
         option.rich_help_panel = "Run"
         hint = Annotated[kind, option]
-    return parameter.name, hint, parameter.default
+    return _flag(parameter.name, hint, parameter.default)
 
 
-def _flag(name: str, field: Any, panel: str | None) -> tuple[Any, Any]:
-    """Return the annotation and the default of a field's flag."""
+def _field_flag(name: str, field: Any, panel: str | None) -> inspect.Parameter:
+    """Return the flag of a field."""
     flag = "--override" if name == "overrides" else "--" + name.replace("_", "-")
+    default = " ".join(map(str, field.default)) if isinstance(field.default, list) else field.default
     unsaid = field.is_required() or field.default in (None, [], {}, [[]])
-    shown = "" if unsaid else f"[default: {_plain(field.default)}]"
+    shown = "" if unsaid else f"[default: {default}]"
     words = with_flags(f"{field.description} {shown}").strip().replace("[", "\\[")
     option = typer.Option(flag, help=words, show_default=False, rich_help_panel=panel)
     if field.annotation is bool:
-        return Annotated[bool, option], False
-    return Annotated[_flag_type(field.annotation), option], None
-
-
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return _flag(name, Annotated[bool, option], False)
+    return _flag(name, Annotated[_flag_type(field.annotation), option], None)
 
 
 def _flag_type(annotation: Any) -> Any:
-    """The type of a flag for the type of a field; each may be left out. Pydantic checks the values."""
-    arguments = [a for a in get_args(annotation) if a is not type(None)]
-    if get_origin(annotation) in (list, dict):
-        return list[str] | None
-    inner = arguments[0] if arguments else annotation
-    if get_origin(inner) in (list, dict):
+    """Return the type of a flag for the type of a field; each may be left out. Pydantic checks the values."""
+    inner = next((a for a in get_args(annotation) if a is not type(None)), annotation)
+    if {get_origin(annotation), get_origin(inner)} & {list, dict}:
         return list[str] | None
     return (inner if inner in (int, float, str) else str) | None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 import twofold
 from twofold.cli.flags import Json
-from twofold.cli.tables import answer, console, megabytes, table
+from twofold.cli.tables import megabytes, plain, print_record, table, tell
 
 if TYPE_CHECKING:
     from twofold.run.status import Status
@@ -25,39 +25,34 @@ def command(
 
     The same command that began a run takes it up again. --remove deletes its unfinished state.
     """
-    status = twofold.status(out, remove=remove)
-    answer(status, json_output, lambda: print_status(status, remove))
+    print_record(twofold.status(out, remove=remove), json_output, partial(print_status, removed=remove))
 
 
 def print_status(status: Status, removed: bool) -> None:
-    """How far a run has come."""
+    """Print how far a run has come."""
     if status.state == "finished":
-        console.print(
-            f"finished: {escape(status.model)}, in {status.hours:.2f} h; {escape(status.out)}", soft_wrap=True
-        )
+        tell(f"finished: {plain(status.model)}, in {status.hours:.2f} h; {plain(status.out)}", wrap=False)
         return
     if removed:
-        console.print(f"removed: {escape(status.work)} ({megabytes(status.work_bytes)})", soft_wrap=True)
+        tell(f"removed: {plain(status.work)} ({megabytes(status.work_bytes)})", wrap=False)
         return
-    rows = [
+    calibration = "finished" if status.moments_done else f"{status.moments_parts} sweeps over some blocks finished"
+    rows: list[list[object]] = [
         ["state", f"{status.state}, at: {status.stage}"],
         ["model", status.model],
         ["begun", f"{60 * status.hours:.0f} minutes ago"],
-        [
-            "calibration",
-            "finished" if status.moments_done else f"{status.moments_parts} sweeps over some blocks finished",
-        ],
+        ["calibration", calibration],
         ["weights decomposed", f"{status.decomposed} of {status.targets or '?'}"],
-        *([["models measured to find the size", str(status.measured)]] if status.measured else []),
-        ["parts of the checkpoint written", str(status.parts)],
+        *([["models measured to find the size", status.measured]] if status.measured else []),
+        ["parts of the checkpoint written", status.parts],
         ["state on disk", megabytes(status.work_bytes)],
         ["moments on disk", megabytes(status.moments_bytes)],
     ]
     table(status.out, ["", ""], rows, left=2)
-    console.print(f"State: {escape(status.work)}", soft_wrap=True)
+    tell(f"State: {plain(status.work)}", wrap=False)
     if status.moments:
-        console.print(f"Moments: {escape(status.moments)}", soft_wrap=True)
+        tell(f"Moments: {plain(status.moments)}", wrap=False)
     if status.finished:
-        console.print("A finished checkpoint of an earlier run stands in the folder.")
+        tell("A finished checkpoint of an earlier run stands in the folder.")
     if status.state == "stopped":
-        console.print("The command that began it goes on from here; twofold status --remove deletes it.")
+        tell("The command that began it goes on from here; twofold status --remove deletes it.")

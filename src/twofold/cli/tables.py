@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 from unicodedata import category
 
 import pydantic
@@ -16,23 +16,31 @@ from twofold.cli.words import with_flags
 
 if TYPE_CHECKING:
     from twofold.planning.plan import Plan
+    from twofold.report.record import Run, Sample
+    from twofold.tuning.record import TuneRun
 
 console = Console()
+Key = TypeVar("Key", bound=Hashable)
 
 
 def plain(text: str) -> str:
-    """Text from a model or from data as itself: no markup, and nothing else that a terminal obeys."""
+    """Return text from a model or from data as itself: no markup, and nothing else that a terminal obeys."""
     return escape("".join(sign if sign in "\n\t" or category(sign) not in ("Cc", "Cs") else "\ufffd" for sign in text))
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
-    """Print a table; the columns after the first ``left`` are numbers."""
-    made = Table(title=plain(title), title_justify="left", title_style="bold")
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> None:
+    """Print a table of words and numbers; the columns after the first ``left`` stand to the right."""
+    grid = Table(title=plain(title), title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i < left else "right")
+        grid.add_column(column, justify="left" if i < left else "right")
     for row in rows:
-        made.add_row(*(plain(cell) for cell in row))
-    console.print(made)
+        grid.add_row(*(plain(str(cell)) for cell in row))
+    console.print(grid)
+
+
+def tell(text: str, *, wrap: bool = True) -> None:
+    """Print a sentence, which may have markup, on one line or wrapped to the width of the terminal."""
+    console.print(text, soft_wrap=not wrap)
 
 
 def millions(numbers: float) -> str:
@@ -43,82 +51,73 @@ def megabytes(count: float | None) -> str:
     return "–" if count is None else f"{count / 1e6:.1f} MB"
 
 
-def number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def number(value: float | None, form: str, unit: str = "") -> str:
+    return "–" if value is None else format(value, form) + unit
 
 
-def answer(record: pydantic.BaseModel, as_json: bool, show: Callable[[], None]) -> None:
+def tally(weights: Iterable[tuple[Key, int]]) -> dict[Key, tuple[int, int]]:
+    """Count weights of each kind, and sum their numbers."""
+    sums: dict[Key, tuple[int, int]] = {}
+    for key, numbers in weights:
+        count, total = sums.get(key, (0, 0))
+        sums[key] = count + 1, total + numbers
+    return sums
+
+
+def run_command(function: Callable[..., Any], flags: dict[str, Any], show: Callable[[Any], None]) -> None:
+    """Call a public function with the flags of the command of its name, and print its record."""
+    as_json = flags.pop("json_output")
+    print_record(function(**flags), as_json, show)
+
+
+def print_record(record: pydantic.BaseModel, as_json: bool, show: Callable[[Any], None]) -> None:
     """Print a record as JSON, or show it."""
     if as_json:
         print(record.model_dump_json(indent=1))
     else:
-        show()
+        show(record)
 
 
 def print_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        console.print(f"Note: {plain(with_flags(note))}.", soft_wrap=True)
+        tell(f"Note: {plain(with_flags(note))}.", wrap=False)
 
 
 def print_place(what: str, place: Path) -> None:
     console.print(f"{what}: {plain(str(place))}", highlight=False, soft_wrap=True)
 
 
-def print_spent(notes: list[str], seconds: dict[str, float], peak_memory: float) -> None:
-    """The notes of a run, and what it took."""
-    print_notes(notes)
-    spent = ", ".join(f"{name} {took:.0f} s" for name, took in seconds.items() if took >= 0.5)
-    console.print(f"Time: {spent}. Peak memory: {peak_memory / 2**30:.2f} GiB.")
+def print_samples(samples: Iterable[Sample], before: str, after: str) -> None:
+    """Print what two models answer, each under its name."""
+    for sample in samples:
+        tell(f"[bold]{plain(sample.prompt[-300:].strip())}[/bold]")
+        tell(f"  {before}: {plain(sample.original.strip())}")
+        tell(f"  {after}: {plain(sample.factored.strip())}")
+
+
+def print_end(run: Run | TuneRun, places: Mapping[str, Path]) -> None:
+    """Print the notes of a run, what it took, and where its files are."""
+    print_notes(run.notes)
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items() if seconds >= 0.5)
+    tell(f"Time: {spent}. Peak memory: {run.peak_memory / 2**30:.2f} GiB.")
+    for what, place in places.items():
+        print_place(what, place)
 
 
 def print_sizes(plan: Plan) -> None:
-    """Both numbers for size: over the targeted weights and over the whole model, in parameters and bytes."""
-    element = plan.element_bytes
-    table(
-        "Size",
-        ["", "before", "after", "kept"],
-        [
-            [
-                "factorized weights, parameters",
-                millions(plan.target_before),
-                millions(plan.target_after),
-                f"{plan.keep:.2%}",
-            ],
-            [
-                "whole model, parameters",
-                millions(plan.model_before),
-                millions(plan.model_after),
-                f"{plan.keep_model:.2%}",
-            ],
-            [
-                "multiplications a token, factorized weights",
-                millions(plan.target_before),
-                millions(plan.multiplications_after),
-                f"{plan.multiplications_after / plan.target_before:.2%}",
-            ],
-            [
-                "factorized weights, bytes",
-                megabytes(plan.target_before * element),
-                megabytes(plan.bytes_after - plan.dense_bytes),
-                f"{(plan.bytes_after - plan.dense_bytes) / (plan.target_before * element):.2%}",
-            ],
-            [
-                "whole model, bytes",
-                megabytes(plan.bytes_before),
-                megabytes(plan.bytes_after),
-                f"{plan.bytes_after / plan.bytes_before:.2%}",
-            ],
-            *(
-                [
-                    [
-                        "time for one token, factorized weights, as measured",
-                        f"{sum(e.dense_microseconds or 0 for e in plan.entries) / 1e3:.2f} ms",
-                        f"{sum(e.microseconds or 0 for e in plan.entries) / 1e3:.2f} ms",
-                        f"{plan.latency:.2%}",
-                    ]
-                ]
-                if plan.latency is not None
-                else []
-            ),
-        ],
-    )
+    """Print both numbers for size: over the targeted weights and over the whole model, in parameters and bytes."""
+    targets, model = "factorized weights", "whole model"
+    bytes_before, bytes_after = plan.target_before * plan.element_bytes, plan.bytes_after - plan.dense_bytes
+    rows: list[tuple[str, float, float, Callable[[float], str]]] = [
+        (f"{targets}, parameters", plan.target_before, plan.target_after, millions),
+        (f"{model}, parameters", plan.model_before, plan.model_after, millions),
+        (f"multiplications a token, {targets}", plan.target_before, plan.multiplications_after, millions),
+        (f"{targets}, bytes", bytes_before, bytes_after, megabytes),
+        (f"{model}, bytes", plan.bytes_before, plan.bytes_after, megabytes),
+    ]
+    if plan.latency is not None:
+        before = sum(entry.dense_microseconds or 0 for entry in plan.entries)
+        after = sum(entry.microseconds or 0 for entry in plan.entries)
+        rows.append((f"time for one token, {targets}, as measured", before, after, lambda t: f"{t / 1e3:.2f} ms"))
+    cells = ([name, show(before), show(after), f"{after / before:.2%}"] for name, before, after, show in rows)
+    table("Size", ["", "before", "after", "kept"], cells)

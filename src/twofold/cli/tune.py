@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 import twofold
 from twofold.cli.flags import Json, Out, Overwrite, Quiet
 from twofold.cli.settings import settings_flags
-from twofold.cli.tables import answer, console, megabytes, millions, number, plain, print_place, print_spent, table
+from twofold.cli.tables import megabytes, millions, number, print_end, print_record, print_samples, table, tell
 from twofold.tuning.settings import TuneSettings, make_settings
 
 if TYPE_CHECKING:
@@ -32,15 +33,14 @@ def command(
     Started again with the same settings, a run that was stopped goes on from its last checkpoint.
     """
     if dry_run:
-        estimate = twofold.tune(settings, out, dry_run=True)
-        answer(estimate, json_output, lambda: print_estimated(estimate))
+        print_record(twofold.tune(settings, out, dry_run=True), json_output, print_estimated)
     else:
         run = twofold.tune(settings, out, overwrite=overwrite, quiet=quiet)
-        answer(run, json_output, lambda: print_tuned(run, out))
+        print_record(run, json_output, partial(print_tuned, out=out))
 
 
 def print_tuned(run: TuneRun, out: Path) -> None:
-    """What a fine-tuning did, cost and gained."""
+    """Print what a fine-tuning did, cost and gained."""
     table(
         "Fine-tuning",
         ["", ""],
@@ -53,24 +53,20 @@ def print_tuned(run: TuneRun, out: Path) -> None:
             ["held-out loss after", number(run.held_out_after, ".4f")],
         ],
     )
-    for sample in run.samples:
-        console.print(f"[bold]{plain(sample.prompt[-300:].strip())}[/bold]")
-        console.print(f"  before: {plain(sample.original.strip())}")
-        console.print(f"  after: {plain(sample.factored.strip())}")
-    print_spent(run.notes, run.seconds, run.peak_memory)
-    print_place("Written", out)
+    print_samples(run.samples, "before", "after")
+    print_end(run, {"Written": out})
 
 
 def print_estimated(estimate: TuneEstimate) -> None:
-    """What a fine-tuning would take."""
+    """Print what a fine-tuning would take."""
     parts = ("program", "weights", "gradients", "optimizer", "activations", "head", "spare")
     rows = [[name, megabytes(getattr(estimate, name))] for name in parts]
     table("Peak memory, estimated", ["", ""], [*rows, ["in all", megabytes(estimate.memory)]])
     again = ", activations computed anew" if estimate.gradient_checkpointing else ""
-    console.print(
+    tell(
         f"Method {estimate.method}: {millions(estimate.trainable)} of {millions(estimate.parameters)} numbers are trained, "
-        f"{estimate.micro_batch} × {estimate.accumulation} rows a step{again}."
+        f"{estimate.micro_batch} × {estimate.accumulation} rows a step{again}.",
     )
-    console.print(
-        f"Time: about {estimate.step_seconds:.1f} s a step, {estimate.seconds / 60:.1f} min for {estimate.steps:,} steps."
+    tell(
+        f"Time: about {estimate.step_seconds:.1f} s a step, {estimate.seconds / 60:.1f} min for {estimate.steps:,} steps.",
     )

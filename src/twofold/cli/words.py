@@ -14,15 +14,15 @@ def with_flags(sentence: str) -> str:
     'give --keep 0.8, or leave --eval-windows out'
     """
 
-    def flag(found: re.Match[str]) -> str:
-        name = "--" + found.group(1).replace("_", "-")
-        return name if found.group(2) is None else f"{name} {found.group(2)}"
+    def flag(match: re.Match[str]) -> str:
+        name = "--" + match[1].replace("_", "-")
+        return name if match[2] is None else f"{name} {match[2]}"
 
     return SETTING.sub(flag, sentence)
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, as one line without what a terminal would obey: it may hold names from a checkpoint."""
+    """Return what an error says, as one line without what a terminal would obey: it may hold names from a checkpoint."""
     words = with_flags(" ".join(str(error).split()))
     return "".join(sign if sign.isprintable() else "\ufffd" for sign in words)
 
@@ -43,14 +43,11 @@ def repeat_flags(arguments: list[str]) -> list[str]:
     if len(arguments) < 2 or (arguments[1].startswith("-") and "--recipe" not in arguments):
         return arguments
     spread = arguments[:1]
-    flag: str | None = None
-    values = 0
+    flag = None
     for argument in arguments[1:]:
         if argument.startswith("-") and argument != "-":
-            flag, values = (argument if argument in SEVERAL else None), 0
-        elif flag is not None:
-            values += 1
-            if values > 1:
-                spread.append(flag)
+            flag = argument if argument in SEVERAL else None
+        elif flag is not None and spread[-1] != flag:
+            spread.append(flag)
         spread.append(argument)
     return spread

@@ -1,4 +1,4 @@
-"""The comparison itself: one model, one calibration, a row for every cell of the grid."""
+"""The comparison itself: one model, one calibration, a row for every cell of the grid, and the files, all or none."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from typing import Any
 
 from twofold.allocate import ALLOCATIONS
 from twofold.comparison.cells import only_run
+from twofold.comparison.figure import draw_front
 from twofold.comparison.grid import Cell, Grid, make_grid
 from twofold.comparison.quantized import choose_baselines
-from twofold.comparison.record import Comparison, Row
-from twofold.comparison.rows import Rows
-from twofold.comparison.shared import Shared, prepare
+from twofold.comparison.record import Comparison, ComparisonRow
+from twofold.comparison.rows import GridRunner
+from twofold.comparison.shared import GridSetup, set_up
+from twofold.comparison.tables import csv_table, markdown
 from twofold.errors import TwofoldError
 from twofold.host.clock import machine
 from twofold.host.progress import say
 from twofold.objectives import OBJECTIVES
 from twofold.refine import REFINEMENTS
+from twofold.report.names import public_name, without_paths
 from twofold.run.check import check_methods
 from twofold.run.prepare import plan_of_shapes
-from twofold.settings.base import given
+from twofold.settings.base import from_call
 
 
 def compare(
@@ -41,30 +44,27 @@ def compare(
     Raises:
         TwofoldError: for whatever the user can put right.
     """
-    from twofold.comparison.output import write_output  # with matplotlib, which no other command needs at once
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TwofoldError("a comparison runs in one process; start it without a launcher")
-    grid = given(Grid, make_grid, grid, settings)
+    grid = from_call(Grid, make_grid, grid, settings)
     out = Path(out).expanduser().resolve()
     impossible = check_names(grid)
     baselines, note = choose_baselines(grid.baselines)
     with only_run(out):
-        shared = prepare(grid, impossible, quiet=quiet)
-        impossible |= _check_sizes(shared, impossible)
+        setup = set_up(grid, impossible, quiet=quiet)
+        impossible |= _check_sizes(setup, impossible)
         if note is not None:
-            shared.notes.append(note)
+            setup.notes.append(note)
             if not quiet:
                 say(note)
-        rows = list(Rows(shared, out, impossible, baselines).all())
-        comparison = _record(shared, rows)
-        write_output(comparison, out)
+        comparison = _record(setup, list(GridRunner(setup, out, impossible, baselines).rows()))
+        write_files(comparison, out)
         shutil.rmtree(out / "work", ignore_errors=True)
     return comparison
 
 
 def check_names(grid: Grid) -> dict[Cell, str]:
-    """The cells that are impossible whatever the model is, with the reason.
+    """Find the cells that are impossible whatever the model is, with the reason.
 
     Raises:
         TwofoldError: if a name is unknown, or a refinement goes with none of the objectives.
@@ -73,9 +73,8 @@ def check_names(grid: Grid) -> dict[Cell, str]:
         OBJECTIVES.get(name)
     for name in grid.allocate:
         ALLOCATIONS.get(name)
-    for chain in grid.chains:
-        for name in chain:
-            REFINEMENTS.get(name)
+    for name in (name for chain in grid.chains for name in chain):
+        REFINEMENTS.get(name)
     reasons: dict[Cell, str] = {}
     possible = set()
     for cell in grid.cells():
@@ -90,46 +89,60 @@ def check_names(grid: Grid) -> dict[Cell, str]:
     return reasons
 
 
-def _check_sizes(shared: Shared, impossible: Mapping[Cell, str]) -> dict[Cell, str]:
-    """The cells whose size the model can't have, with the reason.
+def _check_sizes(setup: GridSetup, impossible: Mapping[Cell, str]) -> dict[Cell, str]:
+    """Find the cells whose size the model can't have, with the reason.
 
     Raises:
         TwofoldError: if no cell is left.
     """
     reasons: dict[Cell, str] = {}
-    cells = list(shared.grid.cells())
-    for keep in shared.grid.keep:  # the shapes alone say it, whatever the rest of the cell is
-        some = [cell for cell in cells if cell.keep == keep]
+    cells = list(setup.grid.cells())
+    for keep in setup.grid.keep:  # the shapes alone say it, whatever the rest of the cell is
+        same = [cell for cell in cells if cell.keep == keep]
         try:
-            plan_of_shapes(shared.loaded, shared.targets, shared.recipe_of(some[0]))
+            plan_of_shapes(setup.loaded, setup.targets, setup.recipe_of(same[0]))
         except TwofoldError as error:
-            reasons |= dict.fromkeys(some, str(error))
+            reasons |= dict.fromkeys(same, str(error))
     if all(cell in reasons or cell in impossible for cell in cells):
         raise TwofoldError(next(iter(reasons.values())) if reasons else impossible[cells[0]])
     return reasons
 
 
-def _calibrated(rows: list[Row]) -> dict[str, float]:
-    """The seconds of the calibration, as the rows of the run that did it tell them."""
-    spent = [row.seconds["calibrate"] for row in rows if "calibrate" in row.seconds]
-    return {"calibrate": max(spent)} if spent else {}
-
-
-def _record(shared: Shared, rows: list[Row]) -> Comparison:
-    from twofold.report.names import public_name, without_paths
-
-    loaded, data = shared.loaded, shared.data if shared.calibrated else None
+def _record(setup: GridSetup, rows: list[ComparisonRow]) -> Comparison:
+    loaded, data = setup.loaded, setup.data if setup.calibrated else None
+    calibrated = [row.seconds["calibrate"] for row in rows if "calibrate" in row.seconds]  # of the run that did it
     return Comparison(
-        command=shared.grid.command(),
+        command=setup.grid.command(),
         model=public_name(loaded.name),
         machine=machine(loaded.residence.device, loaded.residence.dtype),
-        seed=shared.recipe.seed,
+        seed=setup.recipe.seed,
         calibration=without_paths(data.samples.source) if data is not None else "none: the weights alone are used",
         calibration_tokens=data.units if data is not None else 0,
         calibration_sha256=data.samples.sha256 if data is not None else "",
         fingerprint=next((row.fingerprint for row in rows if row.fingerprint), ""),
-        texts=[text for text, _ in shared.texts],
+        texts=[text for text, _ in setup.texts],
         rows=rows,
-        seconds={**_calibrated(rows), **shared.watch.seconds},
-        notes=shared.notes,
+        seconds={**({"calibrate": max(calibrated)} if calibrated else {}), **setup.watch.seconds},
+        notes=setup.notes,
     )
+
+
+def write_files(comparison: Comparison, out: Path) -> None:
+    """Write the tables and the figure beside the finished rows.
+
+    Raises:
+        TwofoldError: if the disk does not take them; then those of an earlier run are left as they were.
+    """
+    staged = out / f".{os.getpid()}.output"
+    try:
+        staged.mkdir(exist_ok=True)
+        (staged / "compare.json").write_text(comparison.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (staged / "compare.csv").write_text(csv_table(comparison), encoding="utf-8", newline="")
+        (staged / "compare.md").write_text(markdown(comparison), encoding="utf-8")
+        draw_front(comparison, [staged / "compare.png", staged / "compare.svg"])
+        for path in sorted(staged.iterdir()):
+            path.replace(out / path.name)
+    except OSError as error:
+        raise TwofoldError(f"the tables can't be written to {out}: {error}; free some space and run again") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pydantic
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from twofold.comparison.record import Row
+from twofold.comparison.record import ComparisonRow
 from twofold.errors import TwofoldError
-from twofold.host.files import make_folder, write_text
+from twofold.host.files import lock_of, make_folder, write_text
 
-STATE = "arena.json"
+SETTINGS_FILE = "arena.json"
 
 
 @contextmanager
 def only_run(out: Path) -> Iterator[None]:
-    """Within the block no other comparison writes to the folder; the lock ends with the process.
+    """Let no other comparison write to the folder within the block; the lock ends with the process.
 
     Raises:
         TwofoldError: if another one does, or the folder holds what no comparison wrote.
     """
     if out.is_file():
         raise TwofoldError(f"the output {out} is a file; name a folder")
-    if out.is_dir() and not (out / STATE).is_file() and any(out.iterdir()):
+    if out.is_dir() and not (out / SETTINGS_FILE).is_file() and any(out.iterdir()):
         raise TwofoldError(f"the folder {out} was not written by twofold compare; name another one with `out`")
-    made = not out.exists()
+    is_new = not out.exists()
     make_folder(out)
-    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:24]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"twofold-{getpass.getuser()}-{name}.lock")
+    lock = lock_of(out)
     try:
         lock.acquire(timeout=0.5)
     except Timeout as error:
@@ -45,12 +42,12 @@ def only_run(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if made and not any(out.iterdir()):
+        if is_new and not any(out.iterdir()):
             out.rmdir()  # refused before any work
         lock.release()
 
 
-class Cells:
+class CellStore:
     """The rows in a folder that belong to one model, its texts and one set of settings."""
 
     def __init__(self, out: Path, belongs: dict[str, Any]) -> None:
@@ -63,40 +60,40 @@ class Cells:
         """
         self.folder = out / "cells"
         self.mark = hashlib.sha256(json.dumps(belongs, sort_keys=True).encode()).hexdigest()
-        state = out / STATE
-        if state.is_file():
-            try:
-                found: dict[str, Any] = dict(json.loads(state.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError) as error:
-                raise TwofoldError(f"{state} can't be read; delete the folder {out} or name another one") from error
-            differs = sorted(key for key in found.keys() | belongs.keys() if found.get(key) != belongs.get(key))
-            if differs:
-                raise TwofoldError(
-                    f"{out} holds a comparison of another kind (it differs in: {', '.join(differs)}); name another folder "
-                    "with `out`, or delete this one"
-                )
-        else:
-            write_text(state, json.dumps(belongs, indent=1) + "\n")
-
-    def path(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
-
-    def load(self, name: str, extra: str = "") -> Row | None:
-        """A finished row; None if there is none that can be read and belongs here."""
+        path = out / SETTINGS_FILE
+        if not path.is_file():
+            write_text(path, json.dumps(belongs, indent=1) + "\n")
+            return
         try:
-            kept = json.loads(self.path(name).read_text(encoding="utf-8"))
-            return Row.model_validate(kept["row"]) if kept["mark"] == self._mark(name, extra) else None
+            stored: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise TwofoldError(f"{path} can't be read; delete the folder {out} or name another one") from error
+        differs = sorted(key for key in stored.keys() | belongs.keys() if stored.get(key) != belongs.get(key))
+        if differs:
+            raise TwofoldError(
+                f"{out} holds a comparison of another kind (it differs in: {', '.join(differs)}); name another folder "
+                "with `out`, or delete this one"
+            )
+
+    def load(self, name: str, extra: str = "") -> ComparisonRow | None:
+        """Read a finished row; None if there is none that can be read and belongs here."""
+        try:
+            entry = json.loads(self._path(name).read_text(encoding="utf-8"))
+            return ComparisonRow.model_validate(entry["row"]) if entry["mark"] == self._mark(name, extra) else None
         except (OSError, ValueError, KeyError, TypeError, pydantic.ValidationError):
             return None
 
-    def save(self, name: str, row: Row, extra: str = "") -> None:
+    def save(self, name: str, row: ComparisonRow, extra: str = "") -> None:
         """Keep a finished row.
 
         Args:
             extra: what it depends on beside the rest, as the version of another library.
         """
-        kept = {"mark": self._mark(name, extra), "row": row.model_dump(mode="json")}
-        write_text(self.path(name), json.dumps(kept, indent=1) + "\n")
+        entry = {"mark": self._mark(name, extra), "row": row.model_dump(mode="json")}
+        write_text(self._path(name), json.dumps(entry, indent=1) + "\n")
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
 
     def _mark(self, name: str, extra: str) -> str:
         return hashlib.sha256(f"{self.mark} {name} {extra}".encode()).hexdigest()

@@ -16,43 +16,40 @@ from twofold.objectives import OBJECTIVES
 from twofold.planning.settings import SIZES
 from twofold.recipe import Recipe, make_recipe
 from twofold.refine import REFINEMENTS
-from twofold.settings.base import Settings, checked
+from twofold.report.names import public_name
+from twofold.settings.base import Settings, validated
 
-OWN = (
-    *SIZES,
-    "objective",
-    "allocate",
-    "refine",
-    "eval_windows",
-    "bits",
-    "dense_bits",
-    "group_size",
-)  # of the recipe, that a grid has in its own way
+# Settings of a recipe that a grid has in a way of its own, or not at all.
+OWN = (*SIZES, "objective", "allocate", "refine", "eval_windows", "bits", "dense_bits", "group_size")
 HELD_OUT_MEASURED = 4  # of the held-out windows of the calibration, at the most; refinement stops on the others
 BASELINES = {"int8": 8, "int4": 4}  # quantizations of the dense model → bits
 # Published methods that are an objective and a refinement after it, by name.
-COMPOSED = {name: (objective, (one.name,)) for one in REFINEMENTS.all() for name, objective in one.published.items()}
+COMPOSED = {name: (objective, (step.name,)) for step in REFINEMENTS.all() for name, objective in step.published.items()}
+STEPS = REFINEMENTS.names()
+
+
+def _parts(value: object) -> list[Any]:
+    """Split one value, or each of several, at commas."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [part for item in values for part in (item.split(",") if isinstance(item, str) else [item])]
 
 
 def _several(value: object) -> object:
-    """One value, or several between commas, as a list without repeats; ``none`` stands for nothing."""
-    values = value if isinstance(value, list | tuple) else [value]
-    parts = [part for one in values for part in (one.split(",") if isinstance(one, str) else [one])]
-    parts = [part.strip() if isinstance(part, str) else part for part in parts]
-    return list(dict.fromkeys(part for part in parts if part not in ("", "none")))
+    """Return one value, or several between commas, as a list without repeats; ``none`` stands for nothing."""
+    parts = [part.strip() if isinstance(part, str) else part for part in _parts(value)]
+    return [part for i, part in enumerate(parts) if part not in ("", "none") and part not in parts[:i]]
+
+
+Names = Annotated[list[str], BeforeValidator(_several)]
 
 
 def _chains(value: object) -> object:
-    """Chains of refinements: ``none,blockwise+distill`` is no refinement, and one after the other."""
-    values = value if isinstance(value, list | tuple) else [value]
-    parts = [part for one in values for part in (one.split(",") if isinstance(one, str) else [one])]
-    chains = [part.split("+") if isinstance(part, str) else part for part in parts]
-    found: dict[tuple[str, ...], None] = {}
-    for chain in chains:
-        if not isinstance(chain, list | tuple) or not all(isinstance(name, str) for name in chain):
-            return chains  # pydantic says what is wrong with it
-        found[tuple(name.strip() for name in chain if name.strip() not in ("", "none"))] = None
-    return [list(chain) for chain in found]
+    """Return chains of refinements: between commas are several, + joins the steps of one, and ``none`` has no step."""
+    chains = [part.split("+") if isinstance(part, str) else part for part in _parts(value)]
+    if not all(isinstance(chain, list | tuple) and all(isinstance(name, str) for name in chain) for chain in chains):
+        return chains  # pydantic says what is wrong with it
+    steps = [tuple(name.strip() for name in chain if name.strip() not in ("", "none")) for chain in chains]
+    return [list(chain) for chain in dict.fromkeys(steps)]
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As a file is called."""
+        """The name of its file, without the ending."""
         return f"{self.objective}_{self.allocate}_{self.keep!r}_{self.chain}"
 
 
@@ -85,21 +82,15 @@ class Grid(Settings):
     TITLE = "Grid"
 
     objectives: Annotated[
-        list[str],
-        BeforeValidator(_several),
+        Names,
         Field(
             min_length=1,
-            description=f"objectives, with commas between: {', '.join([*OBJECTIVES.names(), *COMPOSED])}, or two metrics as in "
-            "whitened+rows",
+            description=f"objectives, with commas between: {', '.join([*OBJECTIVES.names(), *COMPOSED])}, or "
+            f"{OBJECTIVES.others.partition(':')[0]}",
         ),
     ] = ["two-sided"]
     allocate: Annotated[
-        list[str],
-        BeforeValidator(_several),
-        Field(
-            min_length=1,
-            description=f"allocations, with commas between: {', '.join(ALLOCATIONS.names())}",
-        ),
+        Names, Field(min_length=1, description=f"allocations, with commas between: {', '.join(ALLOCATIONS.names())}")
     ] = ["global"]
     keep: Annotated[
         list[Annotated[float, Field(gt=0, le=1)]],
@@ -112,21 +103,19 @@ class Grid(Settings):
         Field(
             min_length=1,
             description="refinements, with commas between; + for one after another, none for no refinement: "
-            "none,anchored,blockwise+distill",
+            f"none,{STEPS[0]},{'+'.join(STEPS[1:3])}",
         ),
     ] = [[]]
     baselines: Annotated[
         list[str] | None,
         BeforeValidator(lambda value: None if value is None else _several(value)),
         Field(
-            description="quantizations of the dense model in the same table: int8,int4, or none; by default both where "
-            "torchao is installed"
+            description=f"quantizations of the dense model in the same table: {','.join(BASELINES)}, or none; by default both "
+            "where torchao is installed"
         ),
     ] = None
     other_text: Annotated[
-        list[str],
-        BeforeValidator(_several),
-        Field(description="text files to measure on, of another kind than the calibration"),
+        Names, Field(description="text files to measure on, of another kind than the calibration")
     ] = []
     eval_windows: Annotated[int, Field(ge=0, description="windows of each text to measure on; 0 means all")] = 16
     settings: dict[str, Any] = {}
@@ -134,36 +123,37 @@ class Grid(Settings):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _apart(cls, given: Any) -> Any:
-        """Settings of a recipe that all cells share are put together."""
+        """Put the settings of a recipe, which all cells share, together."""
         if not isinstance(given, dict):
             return given
         own = {**given}
-        for other in SIZES:
-            if other != "keep" and own.pop(other, None) is not None:
-                raise ValueError(f"a comparison goes by keep ratios, not by {other}: name them with `keep=0.8,0.6`")
-        single = own.pop("objective", None)
-        if single is not None:
-            own.setdefault("objectives", single)
+        for size in SIZES:
+            if size != "keep" and own.pop(size, None) is not None:
+                raise ValueError(f"a comparison goes by keep ratios, not by {size}: name them with `keep=0.8,0.6`")
+        objective = own.pop("objective", None)
+        if objective is not None:
+            own.setdefault("objectives", objective)
         if not isinstance(own.get("settings", {}), dict):
             raise ValueError("settings must be a mapping of settings that all cells share")
         shared = {name: own.pop(name) for name in list(own) if name in Recipe.model_fields and name not in OWN}
         return {**own, "settings": {**own.get("settings", {}), **shared}}
 
     @pydantic.model_validator(mode="after")
-    def _names(self) -> Grid:
+    def _check(self) -> Grid:
         self.keep = list(dict.fromkeys(self.keep))  # 0.8 and 0.80 are one
         for name in self.baselines or []:
             if name not in BASELINES:
-                raise ValueError(f"there is no baseline {name!r}; choose of {', '.join(BASELINES)}")
+                raise ValueError(f"there is no baseline {name!r}; choose one of {', '.join(BASELINES)}")
         self.recipe(next(self.cells()))  # what is wrong with a shared setting shows at once
         return self
 
     def cells(self) -> Iterator[Cell]:
-        """Every combination, once; those of one objective follow one another."""
+        """Yield every combination, once; those of one objective follow one another."""
+        methods = [COMPOSED.get(name, (name, ())) for name in self.objectives]
         yield from dict.fromkeys(
             Cell(objective, allocate, keep, (*first, *(step for step in chain if step not in first)))
             for objective in self.kernels
-            for first in self._firsts(objective)
+            for first in [first for kernel, first in methods if kernel == objective]
             for allocate in self.allocate
             for keep in self.keep
             for chain in self.refine
@@ -179,67 +169,61 @@ class Grid(Settings):
         """The refinements of all cells, each once."""
         return list(dict.fromkeys(cell.refine for cell in self.cells()))
 
-    def _firsts(self, objective: str) -> list[tuple[str, ...]]:
-        """What the methods of one objective begin their refinement with."""
-        methods = [COMPOSED.get(name, (name, ())) for name in self.objectives]
-        return [first for kernel, first in methods if kernel == objective]
-
     def recipe(self, cell: Cell) -> Recipe:
-        """The recipe of one cell.
+        """Return the recipe of one cell.
 
         Raises:
             TwofoldError: naming the setting that is wrong.
         """
-        own = {"objective": cell.objective, "allocate": cell.allocate, "keep": cell.keep, "refine": list(cell.refine)}
         measured = min(self.eval_windows or HELD_OUT_MEASURED, HELD_OUT_MEASURED)
-        return make_recipe({**self.settings, **own, "eval_windows": measured})
+        return make_recipe({**self.settings, **vars(cell), "refine": list(cell.refine), "eval_windows": measured})
 
     def command(self) -> str:
-        """The command that repeats the comparison, with no folder of this machine in it."""
-        from twofold.report.names import public_name
-
+        """Return the command that repeats the comparison, with no folder of this machine in it."""
+        refine = ",".join("+".join(chain) or "none" for chain in self.refine)
         words = ["twofold", "compare", public_name(str(self.settings["model"]))]
         words += ["--objectives", ",".join(self.objectives), "--allocate", ",".join(self.allocate)]
-        words += ["--keep", ",".join(f"{keep:g}" for keep in self.keep)]
-        words += ["--refine", ",".join("+".join(chain) or "none" for chain in self.refine)]
+        words += ["--keep", ",".join(f"{keep:g}" for keep in self.keep), "--refine", refine]
         if self.baselines is not None:
             words += ["--baselines", ",".join(self.baselines) or "none"]
         for name, value in self.settings.items():
-            flag = "--override" if name == "overrides" else f"--{name.replace('_', '-')}"
-            if name == "model" or value is None or value is False:
-                continue
-            if value is True:
-                words.append(flag)
-            elif isinstance(value, dict):
-                for pattern, override in value.items():
-                    words += [flag, f"{pattern}={_override(override)}"]
-            else:
-                for one in value if isinstance(value, list) else [value]:
-                    words += [flag, public_name(str(one)) if name in ("calibration", "eval_text") else str(one)]
+            if name != "model" and value is not None and value is not False:
+                words += _flags(name, value)
         for text in self.other_text:
             words += ["--other-text", public_name(text)]
         return shlex.join([*words, "--eval-windows", str(self.eval_windows), "--out", "arena"])
 
 
-def _override(given: Any) -> str:
-    """An override as it is written in a flag."""
-    settings = given if isinstance(given, dict) else given.model_dump(exclude_defaults=True)
-    return next(
-        ("dense" if key == "dense" else f"{key}:{value}") for key, value in settings.items() if value is not None
-    )
+def _flags(name: str, value: Any) -> list[str]:
+    """Return a setting as it is written on the command line, without the folders of this machine."""
+    flag = "--override" if name == "overrides" else f"--{name.replace('_', '-')}"
+    if value is True:
+        return [flag]
+    if isinstance(value, dict):
+        values = [f"{pattern}={_override(override)}" for pattern, override in value.items()]
+    else:
+        public = public_name if name in ("calibration", "eval_text") else str
+        values = [public(str(item)) for item in (value if isinstance(value, list) else [value])]
+    return [word for item in values for word in (flag, item)]
+
+
+def _override(override: Any) -> str:
+    """Return an override as it is written in a flag."""
+    settings = override if isinstance(override, dict) else override.model_dump(exclude_defaults=True)
+    return next("dense" if key == "dense" else f"{key}:{value}" for key, value in settings.items() if value is not None)
 
 
 def grid_fields() -> dict[str, FieldInfo]:
-    """The fields of a grid, and those of a recipe that all of its cells share."""
+    """Return the fields of a grid, and those of a recipe that all of its cells share."""
     shared = {name: field for name, field in Recipe.model_fields.items() if name not in OWN}
     own = {name: field for name, field in Grid.model_fields.items() if name != "settings"}
     return {**own, **shared}
 
 
 def make_grid(settings: dict[str, object]) -> Grid:
-    """Check settings and give the grid.
+    """Check settings and return the grid.
 
     Raises:
         TwofoldError: naming the first setting that is wrong, what it must be, and what came.
     """
-    return checked(Grid, settings, list(grid_fields()))
+    return validated(Grid, settings, list(grid_fields()))

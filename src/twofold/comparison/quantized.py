@@ -8,6 +8,7 @@ is called, so that any processor measures them; it tells quality and size, not s
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from twofold.comparison.grid import BASELINES
 from twofold.errors import TwofoldError
 from twofold.model.kinds import dense_weight
 from twofold.model.target import Target
-from twofold.nn.places import replace_module
+from twofold.nn.places import put_back, replace_module
 from twofold.quantize.rounding import INSTALL, torchao_version
 
 GROUPS = (128, 32)
@@ -30,18 +31,19 @@ GROUPS = (128, 32)
 class Quantized:
     """What the quantized targets store."""
 
+    replaced: dict[str, nn.Module]  # the dense layers by name
     numbers: int  # of all weights, each of so many bits
     bits: int
     scales: int  # floating-point numbers; the zero points are all zero, and not stored
     note: str
 
     def bytes(self, element: int) -> int:
-        """What is stored, scales in numbers of ``element`` bytes."""
+        """Return what is stored, scales in numbers of ``element`` bytes."""
         return self.numbers * self.bits // 8 + self.scales * element
 
 
 def choose_baselines(named: list[str] | None) -> tuple[list[str], str | None]:
-    """The baselines to measure, and a note if those that nobody named are left out.
+    """Return the baselines to measure, and a note if those that nobody named are left out.
 
     Raises:
         TwofoldError: if some are named, and torchao is not installed.
@@ -57,31 +59,26 @@ def choose_baselines(named: list[str] | None) -> tuple[list[str], str | None]:
 
 @contextmanager
 def quantized(model: nn.Module, targets: list[Target], name: str) -> Iterator[Quantized]:
-    """Within the block the targets of a model are quantized; afterwards it has its dense layers back."""
-    replaced: dict[str, nn.Module] = {}
-    scales, kinds = 0, dict[str, int]()
-    try:
+    """Quantize the targets of a model within the block; afterwards it has its dense layers back."""
+    bits, scales, kinds = BASELINES[name], 0, Counter[str]()
+    dense = {target.name: model.get_submodule(target.name) for target in targets}
+    with put_back(model, list(dense)):
         for target in targets:
-            module = model.get_submodule(target.name)
-            layer, group, count = _quantize(module, target, BASELINES[name])
+            layer, group, count = _quantize(dense[target.name], target, bits)
             scales += count
-            kind = "one scale for each output" if group is None else f"groups of {group}"
-            kinds[kind] = kinds.get(kind, 0) + 1
-            replaced[target.name] = replace_module(model, target.name, layer)
+            kinds["one scale for each output" if group is None else f"groups of {group}"] += 1
+            replace_module(model, target.name, layer)
         how = ", ".join(f"{kind} in {weights} weights" for kind, weights in kinds.items())
         note = f"{name}: torchao {torchao_version()}, weights alone, symmetric, round to nearest; {how}"
-        if BASELINES[name] < 8:
+        if bits < 8:
             note += (
                 "; on a processor torchao keeps these numbers in a byte each, and the bytes here are of two in a byte"
             )
-        yield Quantized(sum(target.size for target in targets), BASELINES[name], scales, note)
-    finally:
-        for place, module in replaced.items():
-            replace_module(model, place, module)
+        yield Quantized(dense, sum(target.size for target in targets), bits, scales, note)
 
 
 def _quantize(module: nn.Module, target: Target, bits: int) -> tuple[nn.Linear, int | None, int]:
-    """A linear layer with the quantized weight, the size of its groups (None: one scale for each output), and its scales."""
+    """Return a linear layer with the quantized weight, its group size (None: a scale for each output), and its scales."""
     ao: Any = importlib.import_module("torchao.quantization")
     weight = dense_weight(module).detach()  # (out, in)
     bias = getattr(module, "bias", None)

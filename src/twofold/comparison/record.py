@@ -29,7 +29,7 @@ class Text(pydantic.BaseModel, extra="forbid"):
         return "in-domain" if self.domain == "in" else "out-of-domain"
 
 
-class Row(pydantic.BaseModel, extra="forbid"):
+class ComparisonRow(pydantic.BaseModel, extra="forbid"):
     """One model. A row that was skipped has a reason in the place of figures."""
 
     name: str
@@ -47,9 +47,7 @@ class Row(pydantic.BaseModel, extra="forbid"):
     ratio: list[float] = []  # to the dense model's
     divergence: float | None = None  # on the first text, KL(dense ‖ this) in nats per token
     predicted_divergence: float | None = None  # before refinement
-    seconds: dict[
-        str, float
-    ] = {}  # factorize, refine, measure; decompose and calibrate are of all rows that share them
+    seconds: dict[str, float] = {}  # factorize, refine, measure; decompose and calibrate of all rows that share them
     refinement: list[Refined] = []
     fingerprint: str = ""  # of the moments that it was made from
     notes: list[str] = []
@@ -59,6 +57,11 @@ class Row(pydantic.BaseModel, extra="forbid"):
     def method(self) -> str:
         """What a line of the figure joins: all but the keep ratio."""
         return self.name if self.kind != "factored" else f"{self.objective}, {self.allocate}, {self.refine}"
+
+    @property
+    def megabytes_16(self) -> float:
+        """The size at which rows are compared."""
+        return (self.bytes_16 or 0) / 1e6
 
 
 class Comparison(pydantic.BaseModel, extra="forbid"):
@@ -74,12 +77,13 @@ class Comparison(pydantic.BaseModel, extra="forbid"):
     calibration_sha256: str
     fingerprint: str  # of the moments; empty if no objective needs any
     texts: list[Text]
-    rows: list[Row]
+    rows: list[ComparisonRow]
     seconds: dict[str, float] = {}  # of what all cells share
     notes: list[str] = []
 
     @property
-    def dense(self) -> Row:
+    def dense(self) -> ComparisonRow:
+        """The row of the model before factorization."""
         return self.rows[0]
 
     @property
@@ -92,14 +96,13 @@ class Comparison(pydantic.BaseModel, extra="forbid"):
         return reasons
 
     @property
-    def measured(self) -> list[Row]:
+    def measured(self) -> list[ComparisonRow]:
         return [row for row in self.rows if row.skipped is None]
 
-    def front(self, text: int) -> list[Row]:
-        """The rows that no other beats in both size and perplexity on a text, from the smallest on."""
-        rows = sorted(self.measured, key=lambda row: (row.bytes_16 or 0, row.perplexity[text]))
-        best: list[Row] = []
-        for row in rows:
+    def front(self, text: int) -> list[ComparisonRow]:
+        """Find the rows that no other beats in both size and perplexity on a text, from the smallest on."""
+        best: list[ComparisonRow] = []
+        for row in sorted(self.measured, key=lambda row: (row.bytes_16 or 0, row.perplexity[text])):
             if not best or row.perplexity[text] < best[-1].perplexity[text]:
                 best.append(row)
         return best

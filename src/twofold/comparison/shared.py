@@ -6,7 +6,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -19,43 +19,41 @@ from twofold.calibrate.opened import Opened
 from twofold.calibrate.request import request_statistics
 from twofold.comparison.grid import Cell, Grid
 from twofold.comparison.record import Text
-from twofold.decompose.decompose import Decomposition, decompose
-from twofold.decompose.spectra import Spectra
+from twofold.decompose.decompose import Decomposition
 from twofold.errors import TwofoldError
 from twofold.host.clock import Stopwatch
 from twofold.host.progress import say
-from twofold.model.blocks import plain_chain
-from twofold.model.load import LoadedModel, check_ids, need_tokenizer, positions
+from twofold.model.load import LoadedModel, check_ids, need_tokenizer, window_limit
 from twofold.model.target import Targets
 from twofold.model.weights import find_targets
 from twofold.objectives import OBJECTIVES, Objective, Statistic
 from twofold.recipe import Recipe
 from twofold.run.check import check_methods
 from twofold.run.open import open_for
-from twofold.run.prepare import RESIDENT_BLOCKS, with_structures
+from twofold.run.prepare import decompose_under, with_structures
 from twofold.task import Data, Samples
 from twofold.task.text.held_out import evaluation_windows
 from twofold.task.text.settings import HELD_OUT
 from twofold.task.text.windows import fit_window
 from twofold.version import __version__
 
-APART = {  # settings that a row does not depend on, or whose tokens and weights are hashed in their place
+UNRELATED = {  # settings that a row does not depend on, or whose tokens and weights are hashed in their place
     "model", "keep", "budget", "objective", "allocate", "refine", "calibration", "dataset_config", "dataset_split",
     "text_column", "eval_text", "memory", "stream", "activations", "revision", "trust_remote_code", "device", "dtype",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Decomposed:
+class SharedDecomposition:
     """What the cells of one objective share."""
 
     targets: Targets  # without those that its moments say nothing about
-    made: Decomposition
+    decomposition: Decomposition
     seconds: dict[str, float]  # of the decompositions, and of the calibration if this run did it
 
 
 @dataclass
-class Shared:
+class GridSetup:
     """What all cells share. The moments are collected when the first cell asks for them."""
 
     grid: Grid
@@ -83,20 +81,15 @@ class Shared:
     def element_bytes(self) -> int:
         return self.loaded.stored_dtype.itemsize
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the moments; empty if no cell has asked for them."""
-        return self._moments.fingerprint if self._moments is not None else ""
-
     def recipe_of(self, cell: Cell) -> Recipe:
-        """The recipe of a cell, in the window that the model has positions for."""
+        """Return the recipe of a cell, in the window that the model has positions for."""
         return fit_window(self.grid.recipe(cell), self.loaded, quiet=True)
 
     def belongs(self) -> dict[str, Any]:
-        """What every row depends on, by names that a reader knows."""
+        """Return what every row depends on, by names that a reader knows."""
         residence = self.loaded.residence
         return {
-            **self.recipe.model_dump(mode="json", exclude=APART),
+            **self.recipe.model_dump(mode="json", exclude=UNRELATED),
             "version": __version__,
             "libraries": [torch.__version__, transformers.__version__],
             "model": self.hashed,
@@ -108,24 +101,17 @@ class Shared:
         }
 
     def moments(self) -> Moments:
-        """The moments for the union of what all objectives need, collected in one pass or taken from the cache."""
+        """Return the moments for the union of what all objectives need, collected in one pass or taken from the cache."""
         if self._moments is None:
             assert self.data is not None
-            needs = union_of_needs(self.grid)
+            needs, samples = union_of_needs(self.grid), self.data.samples
             self.targets, self._moments, _ = calibrate(
-                self.recipe,
-                self.opened,
-                self.targets,
-                needs,
-                self.data.samples,
-                self.hashed,
-                self.watch,
-                quiet=self.quiet,
+                self.recipe, self.opened, self.targets, needs, samples, self.hashed, self.watch, quiet=self.quiet
             )
         return self._moments
 
-    def decomposed(self, objective: Objective) -> Decomposed:
-        """All targets decomposed under one objective, as if it were the only one."""
+    def decompose(self, objective: Objective) -> SharedDecomposition:
+        """Decompose all targets under one objective, as if it were the only one."""
         targets, moments = self.targets, None
         recipe = self.recipe.model_copy(update={"objective": objective.name})
         if objective.needs:
@@ -134,22 +120,21 @@ class Shared:
             moments = everything.only(request_statistics(targets.targets, targets.groups, objective.needs))
             targets = used_targets(with_structures(self.opened, targets, recipe), moments)
         watch = Stopwatch()
+        if objective.needs and "calibrate" in self.watch.seconds:
+            watch.seconds["calibrate"] = self.watch.seconds["calibrate"]
         with watch.stage("decompose"):
-            spectra = Spectra(None, spectra_mark(self.hashed, self.fingerprint, recipe))
-            made = Decomposition(moments, objective, recipe.damping, spectra)
-            chain = plain_chain(self.model)
-            decompose(self.loaded.residence, targets, made, chain=chain, blocks=RESIDENT_BLOCKS, quiet=self.quiet)
-        shared = {name: spent for name, spent in self.watch.seconds.items() if name == "calibrate" and objective.needs}
-        return Decomposed(targets, made, {**shared, **watch.seconds})
+            mark = spectra_mark(self.hashed, self._moments.fingerprint if self._moments is not None else "", recipe)
+            decomposition = decompose_under(self.opened, targets, recipe, moments, mark, quiet=self.quiet)
+        return SharedDecomposition(targets, decomposition, watch.seconds)
 
 
 def union_of_needs(grid: Grid) -> frozenset[Statistic]:
-    """What the objectives of a grid ask for, together."""
+    """Return what the objectives of a grid ask for, together."""
     return frozenset().union(*(OBJECTIVES.get(name).needs for name in grid.kernels))
 
 
 def _heaviest(grid: Grid, recipe: Recipe) -> Recipe:
-    """The recipe that takes the most memory: refined, if any cell that goes with its objective is."""
+    """Return the recipe that takes the most memory: refined, if any cell that goes with its objective is."""
     for chain in sorted(grid.chains, key=len, reverse=True):
         refined = recipe.model_copy(update={"refine": list(chain)})
         with suppress(TwofoldError):
@@ -158,7 +143,7 @@ def _heaviest(grid: Grid, recipe: Recipe) -> Recipe:
     return recipe
 
 
-def prepare(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False) -> Shared:
+def set_up(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False) -> GridSetup:
     """Load the model and read the texts, once for all cells.
 
     Args:
@@ -208,28 +193,25 @@ def prepare(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = Fals
             raise TwofoldError(
                 "the calibration text is too short to hold some of it out to measure on; name a text with `eval_text`"
             )
-        texts.insert(0, _text(f"held-out {data.samples.source}", "in", held_out))
+        texts.insert(0, _described(f"held-out {data.samples.source}", "in", held_out))
     if not task.predicts(loaded.model, texts[0][1]):
         raise TwofoldError(f"{loaded.name} gives no token logits, so it has no perplexity to compare")
-    return Shared(grid, recipe, opened, targets, hashed, data, calibrated, texts, watch, quiet, notes)
+    return GridSetup(grid, recipe, opened, targets, hashed, data, calibrated, texts, watch, quiet, notes)
 
 
 def _texts(grid: Grid, loaded: LoadedModel) -> list[tuple[Text, Samples]]:
-    """The texts that are named to measure on; the one of the calibration's kind first."""
-    window = min(1024, positions(loaded.model) or 1024)
-    named = [("in", one) for one in [grid.settings.get("eval_text")] if one is not None]
-    named += [("out", one) for one in grid.other_text]
+    """Read the texts that are named to measure on; the one of the calibration's kind first."""
+    window, windows = min(1024, window_limit(loaded.model) or 1024), grid.eval_windows or None
+    sources = [grid.settings.get("eval_text"), *grid.other_text]
     texts = []
-    for domain, source in named:
-        samples = evaluation_windows(
-            str(source), need_tokenizer(loaded), window=window, windows=grid.eval_windows or None
-        )
-        check_ids(samples.ids, loaded)
-        texts.append(_text(Path(str(source)).name, domain, samples))
+    for i, source in enumerate(sources):
+        if source is not None:
+            samples = evaluation_windows(str(source), need_tokenizer(loaded), window=window, windows=windows)
+            check_ids(samples.ids, loaded)
+            texts.append(_described(Path(str(source)).name, "out" if i else "in", samples))
     return texts
 
 
-def _text(name: str, domain: str, samples: Samples) -> tuple[Text, Samples]:
-    described = {"name": name, "domain": domain, "sha256": samples.sha256}
+def _described(name: str, domain: Literal["in", "out"], samples: Samples) -> tuple[Text, Samples]:
     windows, window = samples.shape
-    return Text.model_validate({**described, "windows": windows, "window": window}), samples
+    return Text(name=name, domain=domain, windows=windows, window=window, sha256=samples.sha256), samples

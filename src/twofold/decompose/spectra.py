@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from twofold.errors import TwofoldError
-from twofold.host.parts import read_names, write_part
+from twofold.host.parts import take_part, write_part
 from twofold.linalg.spectrum import Spectrum, smaller_side
 from twofold.model.target import Target
 
@@ -35,50 +35,45 @@ class Spectra:
         self.values: dict[str, NDArray[np.float64]] = {}  # σ² (k,), largest first
         self._bases: dict[str, torch.Tensor] = {}
         self._places: dict[str, Path] = {}
-        for path in sorted(folder.glob("spectra-*.safetensors")) if folder is not None and folder.is_dir() else []:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take up what an earlier run or other processes have written."""
+        for path in sorted(self.folder.glob("spectra-*.safetensors")) if self.folder is not None else []:
             self._take(path)
 
     def _take(self, path: Path) -> None:
-        """Use a file of an earlier run, or of another process, if it is whole and belongs here."""
-        try:
-            names, _ = read_names(path, self.mark)
-            with safe_open(path, "pt") as file:
-                for name in names:
-                    kind, _, target = name.partition("/")
-                    if kind == "values":
-                        self.values[target] = file.get_tensor(name).numpy().copy()
-                        self._places[target] = path
-        except (TwofoldError, SafetensorError, OSError):
+        """Take up a file if it is whole and belongs here; remove it if not."""
+        part = take_part(path, self.mark)
+        if part is None:
             path.unlink(missing_ok=True)
-
-    def refresh(self) -> None:
-        """Take up what other processes have written."""
-        if self.folder is not None:
-            for path in sorted(self.folder.glob("spectra-*.safetensors")):
-                self._take(path)
+            return
+        for name in part[0]:
+            kind, _, target = name.partition("/")
+            if kind == "values":
+                self.values[target], self._places[target] = part[0][name].numpy(), path
 
     def lacks(self, targets: Iterable[Target]) -> list[Target]:
-        """The targets that have not been decomposed."""
+        """Return the targets that have not been decomposed."""
         return [target for target in targets if target.name not in self.values]
 
     def add(self, unit: str, spectra: dict[str, Spectrum]) -> None:
         """Keep the spectra of some targets under a name of their own."""
         for name, spectrum in spectra.items():
             self.values[name] = spectrum.values.cpu().double().numpy()
+        bases = {name: spectrum.basis.to(torch.float32) for name, spectrum in spectra.items() if self.bases}
         if self.folder is None:
-            if self.bases:
-                self._bases |= {name: spectrum.basis.to(torch.float32) for name, spectrum in spectra.items()}
+            self._bases |= bases
             return
         tensors = {f"values/{name}": spectrum.values.double() for name, spectrum in spectra.items()}
-        if self.bases:
-            tensors |= {f"basis/{name}": spectrum.basis.to(torch.float32) for name, spectrum in spectra.items()}
+        tensors |= {f"basis/{name}": basis for name, basis in bases.items()}
         names = hashlib.sha256(" ".join(sorted(spectra)).encode()).hexdigest()[:8]  # other targets, another file
         path = self.folder / f"spectra-{unit}-{names}.safetensors"
         write_part(path, tensors, self.mark)
         self._places |= dict.fromkeys(spectra, path)
 
     def get(self, target: Target, dtype: torch.dtype, device: torch.device) -> Spectrum:
-        """The spectrum of one target.
+        """Return the spectrum of one target.
 
         Raises:
             TwofoldError: if its file can't be read any more.

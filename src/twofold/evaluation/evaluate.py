@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from twofold.errors import TwofoldError
 from twofold.evaluation.lm_eval import TaskEvaluation, evaluate_tasks
 from twofold.evaluation.on_text import Evaluation, evaluate_text
 from twofold.model.load import load_model
+
+ON_TASKS = ("task_folder", "limit", "fewshot", "batch_size", "seed")  # settings of either kind of measuring
+ON_TEXT = ("dataset_config", "dataset_split", "text_column", "windows", "window")
 
 
 def evaluate(
@@ -50,24 +52,19 @@ def evaluate(
     Raises:
         TwofoldError: if a model, the text or a task can't be used, or a setting is of the other kind of measuring.
     """
+    settings = {**locals()}
     if (text is None) == (tasks is None):
         raise TwofoldError("give either `text=FILE` to measure perplexity, or `tasks=NAMES` to measure accuracy")
-    of_tasks: dict[str, Any] = {
-        "task_folder": task_folder, "limit": limit, "fewshot": fewshot, "batch_size": batch_size, "seed": seed,
-    }  # fmt: skip
-    of_text: dict[str, Any] = {
-        "dataset_config": dataset_config, "dataset_split": dataset_split, "text_column": text_column, "windows": windows,
-        "window": window,
-    }  # fmt: skip
+    here, there, foreign = ("text", "tasks", ON_TASKS) if tasks is None else ("tasks", "text", ON_TEXT)
     defaults = inspect.signature(evaluate).parameters
-    for name, value in (of_tasks if tasks is None else of_text).items():
-        if value != defaults[name].default:
-            there, here = ("tasks", "text") if tasks is None else ("text", "tasks")
+    for name in foreign:
+        if settings[name] != defaults[name].default:
             raise TwofoldError(f"`{name}` goes with `{there}` and not with `{here}`; leave it out")
     models = [*([(against, None)] if against else []), (model, adapter)]
     load = partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if tasks is not None:
         names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
-        return evaluate_tasks(models, load, names, quiet=quiet, **of_tasks)
+        return evaluate_tasks(models, load, names, quiet=quiet, **{name: settings[name] for name in ON_TASKS})
     assert text is not None
-    return evaluate_text(models, load, text, quiet=quiet, **{**of_text, "windows": windows or None})
+    source = {name: settings[name] for name in ON_TEXT}
+    return evaluate_text(models, load, text, quiet=quiet, **{**source, "windows": windows or None})

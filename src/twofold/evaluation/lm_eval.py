@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.util
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +57,12 @@ def evaluate_tasks(
     load: Callable[[str], LoadedModel],
     tasks: Sequence[str],
     *,
-    task_folder: str | None = None,
-    limit: int | None = None,
-    fewshot: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    quiet: bool = False,
+    task_folder: str | None,
+    limit: int | None,
+    fewshot: int | None,
+    batch_size: int,
+    seed: int,
+    quiet: bool,
 ) -> TaskEvaluation:
     """Measure models on tasks of lm-eval.
 
@@ -80,10 +79,15 @@ def evaluate_tasks(
         raise TwofoldError("`tasks` names no task; give some with commas between, as arc_easy,piqa")
     if task_folder is not None and not Path(task_folder).is_dir():
         raise TwofoldError(f"there is no folder {task_folder}; `task_folder` names one with the YAML files of tasks")
-    with silence(), _quiet():
+    with silence(), silence("lm_eval"):
         import lm_eval
 
         manager = _manager(tasks, task_folder)
+        seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+        run = partial(
+            lm_eval.simple_evaluate, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=fewshot,
+            bootstrap_iters=BOOTSTRAP, log_samples=False, **seeds,
+        )  # fmt: skip
     rows: list[ScoredModel] = []
     for name, adapter in models:
         if not quiet:
@@ -91,20 +95,18 @@ def evaluate_tasks(
         loaded = load(name)
         if adapter is not None:
             put_adapter(loaded, adapter)
-        rows.append(_score(loaded, list(tasks), manager, limit, fewshot, batch_size, seed))
+        rows.append(_score(loaded, tasks, run, batch_size))
         del loaded  # before the next one is read
         gc.collect()
     return TaskEvaluation(lm_eval=lm_eval.__version__, limit=limit, fewshot=fewshot, seed=seed, models=rows)
 
 
 def _manager(tasks: Sequence[str], folder: str | None) -> Any:
-    """lm-eval's table of tasks; its own thousands are read only if the user's folder has not all that are asked for."""
+    """Return lm-eval's table of tasks; its own thousands are read only if the user's folder lacks some that are asked for."""
     from lm_eval.tasks import TaskManager
 
     absent = ""
-    for defaults in (False, True):
-        if folder is None and not defaults:
-            continue
+    for defaults in (True,) if folder is None else (False, True):
         try:
             manager = TaskManager(include_path=folder, include_defaults=defaults)
         except Exception as error:  # whatever a YAML file of the user's leads to
@@ -118,29 +120,17 @@ def _manager(tasks: Sequence[str], folder: str | None) -> Any:
 
 
 def _score(
-    loaded: LoadedModel,
-    tasks: list[str],
-    manager: Any,
-    limit: int | None,
-    fewshot: int | None,
-    batch_size: int,
-    seed: int,
+    loaded: LoadedModel, tasks: Sequence[str], run: Callable[..., dict[str, Any]], batch_size: int
 ) -> ScoredModel:
-    """One model, by lm-eval's own loop."""
-    from lm_eval import simple_evaluate
+    """Measure one model by lm-eval's own loop."""
     from lm_eval.models.huggingface import HFLM
 
-    tokenizer = need_tokenizer(loaded)
+    tokenizer, model = need_tokenizer(loaded), loaded.model
     try:
-        with _quiet(), quiet_bars():
-            runner = HFLM(
-                pretrained=loaded.model, tokenizer=tokenizer, batch_size=batch_size, device=str(loaded.model.device)
+        with silence("lm_eval"), quiet_bars():
+            results = run(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
             )
-            found = simple_evaluate(
-                model=runner, tasks=tasks, task_manager=manager, limit=limit, num_fewshot=fewshot, bootstrap_iters=BOOTSTRAP,
-                log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )  # fmt: skip
     except TwofoldError:
         raise
     except Exception as error:  # a data set that is not on disk, a package that a task needs, an architecture …
@@ -148,65 +138,50 @@ def _score(
             f"lm-eval could not measure {loaded.name} on {', '.join(tasks)} ({type(error).__name__}: {first_line(error)}); most "
             "tasks fetch a data set from the hub: see that it can be reached, or give tasks on local files with `task_folder`"
         ) from error
-    scores = [_task(name, found) for name in dict.fromkeys(tasks)]
+    scores = [_task(name, results) for name in dict.fromkeys(tasks)]
     comparable = all(score.higher_is_better for score in scores)
     mean = sum(score.value for score in scores) / len(scores) if comparable else None
     return ScoredModel(name=loaded.name, tasks=scores, mean=mean)
 
 
-def _task(name: str, found: dict[str, Any]) -> TaskScores:
-    """What stands for a task that was asked for; for a group its own aggregate, or else the mean over its tasks.
+def _task(name: str, results: dict[str, Any]) -> TaskScores:
+    """Find the scores of a task that was asked for; of a group its own aggregate, or else the mean over its tasks.
 
     lm-eval keys its numbers by metric and filter, with a comma between; beside a group it gives the tasks of it.
     """
-    leaves = _leaves(name, found.get("group_subtasks", {}))
-    values = found["results"].get(name, {})
+    leaves = _leaves(name, results.get("group_subtasks", {}))
+    values = results["results"].get(name, {})
     metrics = _numbers(values)
     if not metrics:
-        each = [_numbers(found["results"].get(leaf, {})) for leaf in leaves]
-        shared = [key for key in each[0] if all(key in one for one in each)]
-        metrics = {key: sum(one[key] for one in each) / len(each) for key in shared}
+        parts = [_numbers(results["results"].get(leaf, {})) for leaf in leaves]
+        shared = [key for key in parts[0] if all(key in part for part in parts)]
+        metrics = {key: sum(part[key] for part in parts) / len(parts) for key in shared}
     if not metrics:
         raise TwofoldError(f"the task {name} gives no number that its parts share; name its parts instead")
     ranks = {metric: place for place, metric in enumerate(FIRST)}
     first = min(metrics, key=lambda key: ranks.get(key.split(",")[0], len(FIRST)))
-    metric, _, chosen = first.partition(",")
-    error = values.get(f"{metric}_stderr,{chosen}")
-    better = [found.get("higher_is_better", {}).get(leaf, {}).get(metric) for leaf in leaves]
-    counts = found.get("n-samples", {})
+    metric, _, filtered = first.partition(",")
+    error = values.get(f"{metric}_stderr,{filtered}")
+    counts = results.get("n-samples", {})
     return TaskScores(
         task=name,
         rows=sum(int(counts.get(leaf, {}).get("effective", 0)) for leaf in leaves),
         metric=metric,
         value=metrics[first],
         standard_error=float(error) if isinstance(error, int | float) else None,
-        higher_is_better=all(better),
+        higher_is_better=all(results.get("higher_is_better", {}).get(leaf, {}).get(metric) for leaf in leaves),
         metrics=metrics,
     )
 
 
 def _leaves(name: str, groups: dict[str, list[str]]) -> list[str]:
-    """The tasks of a group, of its groups too; of a task itself."""
+    """Return the tasks of a group and of the groups in it; a task is its own."""
     if not groups.get(name):
         return [name]
     return [leaf for part in groups[name] for leaf in _leaves(part, groups)]
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    return {
-        key: float(value)
-        for key, value in values.items()
-        if "," in key and "_stderr" not in key and isinstance(value, int | float)
-    }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval logs to the root of its own tree; errors alone are let through."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    """Return the metrics alone, without their standard errors and without words."""
+    scores = {key: value for key, value in values.items() if "," in key and "_stderr" not in key}
+    return {key: float(value) for key, value in scores.items() if isinstance(value, int | float)}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pydantic
 
 from twofold.adapters.put import put_adapter
-from twofold.calibrate.opened import need_task
+from twofold.calibrate.opened import Opened
 from twofold.errors import TwofoldError
-from twofold.evaluation.size import model_size, weight_bytes
-from twofold.model.load import LoadedModel, check_ids, need_tokenizer, positions
+from twofold.evaluation.size import disk_bytes, memory_bytes, parameter_count
+from twofold.model.load import LoadedModel, check_ids, need_tokenizer, window_limit
 from twofold.task.output.quality import Predict, Quality, measure_quality
 from twofold.task.text.held_out import evaluation_windows
 
@@ -44,75 +45,59 @@ def evaluate_text(
     load: Callable[[str], LoadedModel],
     text: str | Sequence[str],
     *,
-    dataset_config: str | None = None,
-    dataset_split: str = "test",
-    text_column: str = "text",
-    windows: int | None = 16,
-    window: int = 1024,
-    quiet: bool = False,
+    window: int,
+    quiet: bool,
+    **source: Any,
 ) -> Evaluation:
     """Measure models on a text; divergence and agreement are from the first one.
 
     Args:
         models: names, each with the folder of an adapter that is put on it.
+        source: the other settings of ``evaluation_windows``.
 
     Raises:
         TwofoldError: if a model or the text can't be used, or two models do not share a vocabulary.
     """
-    names = [name for name, _ in models]
-    loaded = [load(name) for name in names]
-    added = [0] * len(models)
-    for number, (_, adapter) in enumerate(models):
+    loaded = [load(name) for name, _ in models]
+    for model, (_, adapter) in zip(loaded, models, strict=True):
         if adapter is not None:
-            put_adapter(loaded[number], adapter)
-            added[number] = weight_bytes(Path(adapter).expanduser())
-    longest = min((p for p in (positions(one.model) for one in loaded) if p is not None), default=window)
+            put_adapter(model, adapter)
+    longest = min((p for p in (window_limit(model.model) for model in loaded) if p is not None), default=window)
     if window > longest:
         raise TwofoldError(f"`window={window}` is longer than this model's {longest} positions; use `window={longest}`")
-    task = need_task(loaded[-1], "evaluated on a text")
-    sizes = {getattr(one.model.config.get_text_config(), "vocab_size", None) for one in loaded}
-    if len(sizes) > 1:
+    task = Opened(loaded[-1]).need_task("evaluated on a text")
+    if len({getattr(model.model.config.get_text_config(), "vocab_size", None) for model in loaded}) > 1:
         raise TwofoldError(
-            f"{names[0]} and {names[-1]} have different vocabularies, so their predictions can't be compared"
+            f"{models[0][0]} and {models[-1][0]} have different vocabularies, so their predictions can't be compared"
         )
-    samples = evaluation_windows(
-        text,
-        need_tokenizer(loaded[-1]),
-        window=window,
-        windows=windows,
-        dataset_config=dataset_config,
-        dataset_split=dataset_split,
-        text_column=text_column,
-    )
+    samples = evaluation_windows(text, need_tokenizer(loaded[-1]), window=window, **source)
     check_ids(samples.ids, loaded[-1])
 
-    def predict(one: LoadedModel) -> Predict:
-        return lambda i: task.outputs(one.model, samples.batch(i, i + 1))
+    def predict(model: LoadedModel) -> Predict:
+        return lambda i: task.outputs(model.model, samples.batch(i, i + 1))
 
-    qualities = measure_quality([predict(one) for one in loaded], samples, task, quiet=quiet)
+    qualities = measure_quality([predict(model) for model in loaded], samples, task, quiet=quiet)
     return Evaluation(
-        text=", ".join(Path(source).name for source in ([text] if isinstance(text, str) else text)),
+        text=", ".join(Path(name).name for name in ([text] if isinstance(text, str) else text)),
         windows=samples.shape[0],
         window=samples.shape[1],
         predicted_tokens=qualities[0].tokens,
-        models=[_row(*measured) for measured in zip(loaded, qualities, added, strict=True)],
+        models=[
+            _row(model, quality, adapter)
+            for model, quality, (_, adapter) in zip(loaded, qualities, models, strict=True)
+        ],
     )
 
 
-def _row(loaded: LoadedModel, quality: Quality, added: int) -> EvaluatedModel:
-    """Return the row of a model.
-
-    Args:
-        added: bytes on disk of what was put on it.
-    """
-    size = model_size(loaded.model, loaded.source)
-    return EvaluatedModel(
-        name=loaded.name,
-        perplexity=quality.perplexity,
-        loss=quality.loss,
-        divergence=quality.divergence,
-        agreement=quality.agreement,
-        parameters=size.parameters,
-        memory=size.memory,
-        disk=None if size.disk is None else size.disk + added,
-    )
+def _row(loaded: LoadedModel, quality: Quality, adapter: str | None) -> EvaluatedModel:
+    """Put together what was measured of a model; its adapter counts to its size on disk."""
+    disk = disk_bytes(loaded.source)
+    if adapter is not None and disk is not None:
+        disk += disk_bytes(Path(adapter).expanduser()) or 0
+    sizes: dict[str, Any] = {
+        "parameters": parameter_count(loaded.model),
+        "memory": memory_bytes(loaded.model),
+        "disk": disk,
+    }
+    scores = {name: score for name, score in vars(quality).items() if name != "tokens"}
+    return EvaluatedModel(name=loaded.name, **scores, **sizes)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twofold.calibrate.activations import Activations
 from twofold.host.progress import progress
 from twofold.model.blocks import Stretch, body_of, output_of, run_stretch, stretches
 from twofold.model.streamed import EMBEDDING, HEAD, Streamed
-from twofold.task import Batch, Samples, Task, on_device
+from twofold.task import Samples, Task, on_device
 
 
 class LastStates:
@@ -25,32 +25,28 @@ class LastStates:
         total = samples.units(0, len(samples)) * len(parts)
         with progress("Running the blocks", total, unit=samples.unit, quiet=quiet) as tick:
             for part in parts:
-                ending = Stretch(part.chain, part.first, part.last)
                 with residence.hold([*([EMBEDDING] * part.is_first), *residence.chain.blocks[part.first : part.last]]):
                     for i in range(len(samples)):
-                        self.states.write(i, self._run(i, ending))
+                        self.states.write(i, self._state_after(i, part))
                         tick(samples.units(i, i + 1))
 
-    def _batch(self, i: int) -> Batch:
-        return on_device(self.samples.batch(i, i + 1), self.residence.device)
-
-    def _run(self, i: int, part: Stretch) -> Tensor:
-        """Run one sample through a stretch, to the hidden state after its last block."""
-        model: Any = self.residence.model
+    def _run(self, module: nn.Module, i: int, part: Stretch) -> Any:
+        """Run one sample through a stretch of the model, or of its body."""
+        batch = on_device(self.samples.batch(i, i + 1), self.residence.device)
         hidden = None if part.is_first else self.states.read(i, i + 1).to(self.residence.device)
-        last = model.get_submodule(self.residence.chain.blocks[-1])
-        body, batch = body_of(model), self._batch(i)
-        with output_of(last) as kept:
-            out = run_stretch(lambda: self.task.call(body, batch), model, part, hidden)
-        return kept[0] if part.is_last else out  # type: ignore[no-any-return]
+        return run_stretch(lambda: self.task.call(module, batch), self.residence.model, part, hidden)
+
+    def _state_after(self, i: int, part: Stretch) -> Tensor:
+        """Return the hidden state of one sample after the last block of a stretch."""
+        model = self.residence.model
+        with output_of(model.get_submodule(self.residence.chain.blocks[-1])) as states:
+            out = self._run(body_of(model), i, part)
+        return states[0] if part.is_last else out  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def outputs(self, i: int) -> Tensor:  # (predictions, k)
         """Return the outputs of one of the samples."""
-        model: Any = self.residence.model
-        hidden = self.states.read(i, i + 1).to(self.residence.device)
-        chain, batch = self.residence.chain, self._batch(i)
+        model, chain = self.residence.model, self.residence.chain
         with self.residence.hold([HEAD]):
-            after = Stretch(chain, len(chain), len(chain))
-            out = run_stretch(lambda: self.task.call(model, batch), model, after, hidden)
+            out = self._run(model, i, Stretch(chain, len(chain), len(chain)))
         return self.task.read(out, model)

@@ -11,13 +11,13 @@ E[x zᵀ] (n, n), z = Wᵀ g. Sums over tokens of products that stand on the sma
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from twofold.calibrate.statistics import rows_of
 from twofold.evidence.base import Measurement
 from twofold.host.progress import progress
 from twofold.linalg.metric import Metric, metric_product
@@ -25,29 +25,25 @@ from twofold.linalg.spectrum import Spectrum, smaller_side
 from twofold.model.frozen import frozen
 from twofold.model.kinds import Sink, Taker, dense_weight, watch
 from twofold.model.target import Target
-from twofold.task import Samples, Task
 
 
 def component_scores(
     work: Measurement,
 ) -> dict[str, NDArray[np.float64]]:  # (k,) of each weight, in the order of its spectrum
     """Return the first-order change of the loss, in nats a prediction, without each component of each weight."""
-    assert work.samples is not None and work.task is not None
-    products = gradient_products(work.model, work.targets, work.samples, work.task, quiet=work.quiet)
-    scores = {}
+    products, scores = _gradient_products(work), {}
     for target in work.targets:
-        problem = work.made.problem(work.model, target)
-        spectrum = work.made.spectrum(target, problem)
-        scores[target.name] = without_each(spectrum, problem.metric, products.pop(target.name)).cpu().double().numpy()
+        problem, spectrum, _ = work.decomposed(target)
+        scores[target.name] = _without_each(spectrum, problem.metric, products.pop(target.name)).cpu().double().numpy()
     return scores
 
 
-def without_each(
+def _without_each(
     spectrum: Spectrum,
     metric: Metric,  # over the k directions of the smaller side
     product: Tensor,  # K (k, k)
 ) -> Tensor:  # (k,)
-    """−bᵀ M K b, or −bᵀ K M b, for every column b of the basis; zero where the spectrum is."""
+    """Return −bᵀ M K b, or −bᵀ K M b, for every column b of the basis; zero where the spectrum is."""
     basis = spectrum.basis.to(spectrum.values.dtype)
     product = product.to(basis)
     weighed = metric_product(metric, basis)
@@ -55,22 +51,22 @@ def without_each(
     return torch.where(spectrum.values > 0, -changes, 0)
 
 
-def gradient_products(
-    model: Any, targets: list[Target], samples: Samples, task: Task, *, quiet: bool = False
-) -> dict[str, Tensor]:  # K (k, k) of each weight
+def _gradient_products(work: Measurement) -> dict[str, Tensor]:  # K (k, k) of each weight
     """Return K of every weight for the mean loss of the samples' own labels, from one pass forward and backward."""
+    assert work.samples is not None and work.task is not None
+    model, samples, task = work.model, work.samples, work.task
     wide = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    sums = {}
-    for target in targets:
+    sums, hooks = {}, []
+    for target in work.targets:
         k = min(target.out_features, target.in_features)
         sums[target.name] = torch.zeros(k, k, dtype=wide, device=model.device)
-    hooks = [hook for t in targets for hook in watch(model.get_submodule(t.name), _adding(sums[t.name], t, model))]
+        hooks += watch(model.get_submodule(target.name), _adding(sums[target.name], target, model))
     labels = [task.labels(batch) for batch in samples]
-    labelled = sum(int((some >= 0).sum()) for some in labels if some is not None)
+    labelled = sum(int((own >= 0).sum()) for own in labels if own is not None)
     with (
         frozen(model, hooks),
         torch.enable_grad(),
-        progress("Gradients", samples.units(0, len(samples)), unit=samples.unit, quiet=quiet) as tick,
+        progress("Gradients", samples.units(0, len(samples)), unit=samples.unit, quiet=work.quiet) as tick,
     ):
         for i, batch in enumerate(samples):
             own = labels[i]
@@ -85,16 +81,13 @@ def _adding(total: Tensor, target: Target, model: nn.Module) -> Sink:
     """Add y gᵀ, or x zᵀ, of every row to K when the gradient g reaches the output."""
     rows = smaller_side(target.out_features, target.in_features) == "rows"
 
-    def flat(x: Tensor) -> Tensor:  # (..., k) to (rows, k)
-        return x.detach().reshape(-1, x.shape[-1]).to(total)
-
     def called(x: Tensor, product: Callable[[], Tensor]) -> Taker | None:
-        left = flat(product() if rows else x)
+        left = rows_of(product() if rows else x).to(total)
 
         def add(gradient: Tensor) -> None:
-            g = flat(gradient)
-            weight = dense_weight(model.get_submodule(target.name))
-            total.addmm_(left.T, g if rows else g @ flat(weight))
+            g = rows_of(gradient).to(total)
+            weight = dense_weight(model.get_submodule(target.name)).detach()
+            total.addmm_(left.T, g if rows else g @ weight.to(total))
 
         return add
 

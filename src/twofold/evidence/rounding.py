@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 
 from twofold.evidence.base import Measurement
 from twofold.host.progress import progress
-from twofold.linalg.spectrum import Spectrum
-from twofold.model.kinds import dense_weight
+from twofold.model.target import Target
 from twofold.nn.int_matrix import IntLinear
-from twofold.objectives import Problem
+from twofold.nn.layers.factored import Form
 from twofold.quantize.factors import integer_factors, integer_form
 from twofold.quantize.loss import error_loss, factors_loss, far_diagonal
 from twofold.quantize.rounding import round_matrix
-from twofold.quantize.settings import Integers
 
 AUTO_BITS = (2, 3, 4, 5, 6, 8)
 SHARES = (0.08, 0.25, 0.7)  # of the full rank, at which factors are rounded
@@ -41,37 +39,31 @@ class Rounding:
         self,
         bits: int,
         ranks: NDArray[np.int64],  # (r,)
-        kept: NDArray[np.float64],  # (r,), the loss that these ranks save
+        saved: NDArray[np.float64],  # (r,), the loss that these ranks save
     ) -> NDArray[np.float64]:  # (r,)
-        """What rounding the factors of some ranks loses."""
-        found: NDArray[np.float64] = np.interp(np.log(ranks), np.log(self.ranks), self.shares[bits]) * kept
-        return found
+        """Return what rounding the factors of some ranks loses."""
+        lost: NDArray[np.float64] = np.interp(np.log(ranks), np.log(self.ranks), self.shares[bits]) * saved
+        return lost
 
 
 def measure_rounding(work: Measurement) -> dict[str, Rounding]:
     """Round every weight at each number of bits, whole and in factors of some ranks, and measure what that loses."""
-    found: dict[str, Rounding] = {}
+    losses: dict[str, Rounding] = {}
     with progress("Rounding", len(work.targets), unit="weights", quiet=work.quiet) as tick:
         for target in work.targets:
-            problem = work.made.problem(work.model, target)
-            spectrum = work.made.spectrum(target, problem)
-            weight = dense_weight(work.model.get_submodule(target.name)).detach().to(problem.gram.dtype)
-            far = far_diagonal(weight, work.made.layer(target.name), work.made.objective, work.made.damping)
-            assert far is not None  # other objectives are refused before
-            found[target.name] = _round(weight, spectrum, problem, far, work.settings)
+            losses[target.name] = _round(work, target)
             tick()
-    return found
+    return losses
 
 
 @torch.no_grad()
-def _round(
-    weight: torch.Tensor,  # (m, n)
-    spectrum: Spectrum,
-    problem: Problem,
-    far: torch.Tensor,  # (p,)
-    settings: Integers,
-) -> Rounding:
-    """The same for one weight."""
+def _round(work: Measurement, target: Target) -> Rounding:
+    """Round one weight, and measure what that loses."""
+    decomposition, settings = work.decomposition, work.settings
+    problem, spectrum, weight = work.decomposed(target)
+    weight = weight.to(problem.gram.dtype)  # (m, n)
+    far = far_diagonal(weight, decomposition.layer(target.name), decomposition.objective, decomposition.damping)
+    assert far is not None  # other objectives are refused before
     dense: dict[int, float] = {}
     shares: dict[int, np.ndarray] = {}
     tails = spectrum.tails.cpu().numpy()
@@ -81,14 +73,13 @@ def _round(
         group = settings.group(bits)
         error = weight - round_matrix(weight, bits, group, IntLinear).weight
         dense[bits] = error_loss(error, problem.metric, problem.side, far)
-        form = integer_form(settings.form, bits, *weight.shape)
+        forms: tuple[Form, Form] = (integer_form(settings.form, bits, *weight.shape), "plain")
         lost = []
         for rank in ranks:
-            made = integer_factors(weight, spectrum, problem.metric, int(rank), form, bits, group)
-            made = made or integer_factors(weight, spectrum, problem.metric, int(rank), "plain", bits, group)
-            assert made is not None
-            whole = factors_loss(made, problem.metric, problem.side, problem.gram, far)
-            kept = max(tails[0] - tails[rank], np.finfo(np.float64).tiny)
-            lost.append(max(whole - tails[rank], 0.0) / kept)
+            tries = (integer_factors(weight, spectrum, problem.metric, int(rank), form, bits, group) for form in forms)
+            factors = next(factors for factors in tries if factors is not None)
+            whole = factors_loss(factors, problem.metric, problem.side, problem.gram, far)
+            saved = max(tails[0] - tails[rank], np.finfo(np.float64).tiny)
+            lost.append(max(whole - tails[rank], 0.0) / saved)
         shares[bits] = np.array(lost)
     return Rounding(dense, ranks, shares)

@@ -9,18 +9,18 @@ K-FAC's Kronecker product takes g and x for independent of one another; this doe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from twofold.calibrate.statistics import rows_of
 from twofold.evidence.base import Measurement
 from twofold.host.progress import progress
 from twofold.linalg.metric import metric_product
 from twofold.model.frozen import frozen
-from twofold.model.kinds import Sink, Taker, dense_weight, watch
+from twofold.model.kinds import Sink, Taker, watch
 from twofold.task.output.curvature import stream
 
 
@@ -28,22 +28,18 @@ def rank_losses(work: Measurement) -> dict[str, NDArray[np.float64]]:  # (k + 1,
     """Return ½ E[(gᵀ ΔW x)²] of every rank, in nats a prediction, from one pass forward and backward over the samples."""
     assert work.samples is not None and work.task is not None
     model, samples, task = work.model, work.samples, work.task
-    sums: dict[str, Tensor] = {}
-    hooks: list[Any] = []
+    sums, hooks = {}, []
     for target in work.targets:
-        module = model.get_submodule(target.name)
-        problem = work.made.problem(model, target)
-        spectrum = work.made.spectrum(target, problem)
+        problem, spectrum, weight = work.decomposed(target)
         basis = spectrum.basis.to(problem.gram)
         basis = basis * (spectrum.values.to(basis) > 0)
         weighed = metric_product(problem.metric, basis)
-        weight = dense_weight(module).detach()
         if spectrum.side == "rows":
             left, right = basis, weight.to(basis).T @ weighed  # g · left (m, k), x · right (n, k)
         else:
             left, right = weight.to(basis) @ weighed, basis
         total = sums[target.name] = torch.zeros(basis.shape[1] + 1, dtype=torch.float64, device=weight.device)
-        hooks += watch(module, _adding(total, left.to(weight), right.to(weight)))
+        hooks += watch(model.get_submodule(target.name), _adding(total, left.to(weight), right.to(weight)))
     with (
         frozen(model, hooks),
         torch.enable_grad(),
@@ -65,10 +61,10 @@ def _adding(
     """Add (gᵀ ΔW x)² of every row for every rank when the gradient g reaches the output."""
 
     def called(x: Tensor, product: Callable[[], Tensor]) -> Taker:
-        along = x.detach().reshape(-1, x.shape[-1]) @ right
+        along = rows_of(x) @ right
 
         def add(gradient: Tensor) -> None:
-            parts = along * (gradient.detach().reshape(-1, gradient.shape[-1]) @ left)  # (rows, k)
+            parts = along * (rows_of(gradient) @ left)  # (rows, k)
             left_out = parts.flip(1).cumsum(1).flip(1)  # of rank 0, 1, …
             total[:-1] += left_out.double().square().sum(0)
 

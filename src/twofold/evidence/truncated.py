@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -22,7 +23,6 @@ from twofold.host.progress import progress, say
 from twofold.linalg.gauge import gauge_rank
 from twofold.linalg.spectrum import truncate
 from twofold.model.frozen import frozen
-from twofold.model.kinds import dense_weight
 from twofold.model.target import Target
 from twofold.task import Samples, Task
 from twofold.task.output.quality import Predict, measure_quality
@@ -39,16 +39,13 @@ class _Table(pydantic.BaseModel, extra="forbid", ser_json_inf_nan="constants"):
         """Take up what an earlier run, or one that was stopped, has measured."""
         assert work.samples is not None
         settings = work.settings
-        told = [
-            work.made.spectra.mark, work.samples.sha256, windows, settings.form, settings.dtype, settings.device, list(grid)
-        ]  # fmt: skip
-        table = cls(mark=hashlib.sha256(json.dumps(told).encode()).hexdigest())
-        try:
-            found = cls.model_validate_json(table.path.read_text(encoding="utf-8"))
-            if found.mark == table.mark and all(len(row) == len(grid) for row in found.perplexities.values()):
-                return found
-        except (OSError, ValueError):  # none, or none that can be read
-            pass
+        way = [settings.form, settings.dtype, settings.device, list(grid)]
+        mark = json.dumps([work.decomposition.spectra.mark, work.samples.sha256, windows, *way])
+        table = cls(mark=hashlib.sha256(mark.encode()).hexdigest())
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it can't be read
+            earlier = cls.model_validate_json(table.path.read_text(encoding="utf-8"))
+            if earlier.mark == table.mark and all(len(row) == len(grid) for row in earlier.perplexities.values()):
+                return earlier
         return table
 
     @property
@@ -56,7 +53,7 @@ class _Table(pydantic.BaseModel, extra="forbid", ser_json_inf_nan="constants"):
         return cache_folder() / "sensitivity" / f"{self.mark[:24]}.json"
 
     def keep(self) -> bool:
-        """Write the table for another run; say so where the disk does not take it."""
+        """Write the table for another run; say so if the disk does not take it. Return whether it did."""
         try:
             write_text(self.path, self.model_dump_json())
             return True
@@ -75,7 +72,7 @@ def perplexities(
     model, known = work.model, table.perplexities
     missing = [target for target in work.targets if target.name not in known]
     total, done = len(work.targets) * len(grid), (len(work.targets) - len(missing)) * len(grid)
-    kept = True
+    writable = True
 
     def predict(i: int) -> Tensor:
         return task.outputs(model, samples.batch(i, i + 1))
@@ -86,22 +83,20 @@ def perplexities(
     ):
         for target in missing:
             module = model.get_submodule(target.name)
-            problem = work.made.problem(model, target)
-            spectrum = work.made.spectrum(target, problem)
-            weight = dense_weight(module).detach()
+            problem, spectrum, weight = work.decomposed(target)
             row = []
-            for share in grid:
-                left, right = truncate(weight, spectrum, problem.metric, rank_within(target, share, work.settings.form))
+            for rank in [_rank_within(target, share, work.settings.form) for share in grid]:
+                left, right = truncate(weight, spectrum, problem.metric, rank)
                 truncated = (left @ right).to(weight)
                 row.append(_perplexity(module, truncated, target.transposed, predict, samples, task))
                 tick()
             known[target.name] = row
-            kept = kept and table.keep()
+            writable = writable and table.keep()
     return {target.name: np.array(known[target.name]) for target in work.targets}
 
 
-def rank_within(target: Target, share: float, form: str) -> int:
-    """The largest rank that stores at most a share of a weight; at least 1."""
+def _rank_within(target: Target, share: float, form: str) -> int:
+    """Return the largest rank that stores at most a share of a weight; at least 1."""
     m, n = target.out_features, target.in_features
     allowed = share * target.size * (1 + 1e-9)
     return max(int(allowed / (m + n)) if form == "plain" else gauge_rank(m, n, allowed), 1)

@@ -13,7 +13,7 @@ from twofold.errors import TwofoldError
 from twofold.exports.decoding import Decoder, ModelDecoder, greedy
 from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line
-from twofold.model.load import LoadedModel, positions
+from twofold.model.load import LoadedModel, window_limit
 
 TEXTS = (
     "The castle stands above the river, and its people tell of the year when the water rose to",
@@ -51,7 +51,7 @@ class Reference:
 
 def prompts(loaded: LoadedModel) -> list[Tensor]:
     """Some token ids to compare on: short texts, or drawn ones if there is no tokenizer for them."""
-    longest = min(positions(loaded.model) or LONGEST, LONGEST)
+    longest = min(window_limit(loaded.model) or LONGEST, LONGEST)
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
     found: list[Tensor] = []
     for number, text in enumerate(TEXTS):
@@ -82,7 +82,7 @@ def refer(loaded: LoadedModel, count: int) -> Reference:
         for ids in asked:
             decoder.start()
             logits.append(decoder.read(ids).float())
-        room = (positions(loaded.model) or count + LONGEST) - asked[0].shape[1]
+        room = (window_limit(loaded.model) or count + LONGEST) - asked[0].shape[1]
         pieces = bool(loaded.model.can_generate())
         count = max(0, min(count, room)) if pieces else 0
         tokens, leads = greedy(decoder, asked[0], count) if count else NONE

@@ -20,7 +20,7 @@ from twofold.host.folders import EXPORTED, check_apart, check_output, check_spac
 from twofold.host.progress import progress
 from twofold.host.quiet import quiet_bars
 from twofold.model.load import LoadedModel, load_model
-from twofold.model.work import Work, work_of
+from twofold.model.work import TokenWork, work_of
 from twofold.version import __version__
 
 TOKENS = 64  # decoded greedily for the comparison
@@ -38,7 +38,7 @@ class Exported(pydantic.BaseModel, extra="forbid"):
     compared_in: str  # dtype of the computation
     comparison: Comparison
     notes: list[str]
-    work: Work | None = None  # of a graph: what it moves and multiplies for a token
+    work: TokenWork | None = None  # of a graph: what it moves and multiplies for a token
     twofold_version: str = __version__
 
     def words(self) -> list[str]:

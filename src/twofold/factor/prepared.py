@@ -27,7 +27,7 @@ class Prepared:
     targets: Targets
     data: Data | None
     reused: bool  # whether the moments are those of an earlier run
-    made: Decomposition
+    decomposition: Decomposition
     evidence: Evidence
     plan: Plan
 
@@ -37,15 +37,15 @@ class Prepared:
 
     @property
     def objective(self) -> Objective:
-        return self.made.objective
+        return self.decomposition.objective
 
     @property
     def moments(self) -> Moments | None:
-        return self.made.moments
+        return self.decomposition.moments
 
     @property
     def spectra(self) -> Spectra:
-        return self.made.spectra
+        return self.decomposition.spectra
 
     def apply(self, plan: Plan, *, quiet: bool = False) -> tuple[Plan, dict[str, nn.Module]]:
         """Put the factored layers of a plan in the place of the dense ones of a model in memory.
@@ -54,10 +54,13 @@ class Prepared:
             The plan as it was carried out, and the dense modules that were replaced.
         """
         stored, structures = self.loaded.stored_dtype, self.targets.structures
-        return apply_plan(self.loaded.model, plan, self.made, stored, structures=structures, quiet=quiet)
+        return apply_plan(self.loaded.model, plan, self.decomposition, stored, structures=structures, quiet=quiet)
 
+    def factorize(self, *, quiet: bool = False) -> dict[str, nn.Module]:
+        """Factorize the model, which is in memory, by its plan; the plan becomes what was carried out.
 
-def carry_out(prepared: Prepared, *, quiet: bool = False) -> dict[str, nn.Module]:
-    """Factorize a model in memory by its plan; gives the dense modules that were replaced."""
-    prepared.plan, replaced = prepared.apply(prepared.plan, quiet=quiet)
-    return replaced
+        Returns:
+            The dense modules that were replaced.
+        """
+        self.plan, replaced = self.apply(self.plan, quiet=quiet)
+        return replaced

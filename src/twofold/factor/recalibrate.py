@@ -34,28 +34,25 @@ def recalibrate(prepared: Prepared, recipe: Planning, *, folder: Path | None = N
     """
     moments, data, loaded = prepared.moments, prepared.data, prepared.loaded
     assert moments is not None and data is not None
-    targets, model, element = prepared.targets.targets, loaded.model, loaded.stored_dtype
+    targets, model = prepared.targets.targets, loaded.model
     request = request_statistics(targets, prepared.targets.groups, prepared.objective.needs)
     model_of = prepared.plan.model_dump_json(include={"entries", "dense"})  # what the plan makes of the model
     mark = hashlib.sha256(json.dumps([moments.fingerprint, recipe.damping, model_of]).encode()).hexdigest()
-    found = None if folder is None else reuse(folder, mark, request, named=False)
-    if found is None:
+    again = None if folder is None else reuse(folder, mark, request, named=False)
+    if again is None:
         weights = {target.name: dense_weight(model.get_submodule(target.name)).detach() for target in targets}
         with put_back(model, [*weights, *rest_names(prepared.plan, model)]):
             prepared.apply(prepared.plan, quiet=quiet)
-            found = collect_moments(
+            again = collect_moments(
                 loaded.residence, targets, request, data.samples, prepared.opened.need_task(),
                 empty=replace(moments, sums={}, fingerprint=mark), seed=recipe.seed, curvature=recipe.curvature,
                 batch_size=recipe.batch_size, weights=weights, folder=folder, quiet=quiet,
             )  # fmt: skip
-    old = moments.sums
-    mixed = dict(old) | {
-        name: old[name] + SHARE * (found.sums[name].to(old[name]) - old[name]) for name in request.names()
-    }
-    prepared.made = replace(
-        prepared.made, moments=replace(moments, sums=mixed, fingerprint=mark), spectra=Spectra(None, mark)
-    )
-    decompose_targets(loaded.residence, targets, prepared.made, chain=plain_chain(model), quiet=quiet)
-    prepared.plan = make_plan(
-        loaded.name, prepared.targets, prepared.spectra.values, recipe, element.itemsize, prepared.evidence
-    )
+    old, new = moments.sums, again.sums
+    mixed = {name: old[name] + SHARE * (new[name].to(old[name]) - old[name]) for name in request.names()}
+    moments = replace(moments, sums={**old, **mixed}, fingerprint=mark)
+    prepared.decomposition = replace(prepared.decomposition, moments=moments, spectra=Spectra(None, mark))
+    chain, spectra = plain_chain(model), prepared.spectra.values
+    decompose_targets(loaded.residence, prepared.targets, prepared.decomposition, chain=chain, quiet=quiet)
+    element, evidence = loaded.stored_dtype.itemsize, prepared.evidence
+    prepared.plan = make_plan(loaded.name, prepared.targets, spectra, recipe, element, evidence)

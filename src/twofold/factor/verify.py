@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import nn
 
-from twofold.checkpoint.headers import Stored
+from twofold.checkpoint.headers import read_headers
 from twofold.nn.layers.tied import TiedLinear
 from twofold.nn.places import BASES
 from twofold.planning.plan import Plan
@@ -21,46 +18,23 @@ def verify(folder: Path, plan: Plan, model: nn.Module) -> None:
     Raises:
         RuntimeError: if it is not what the plan says; a failure of ours.
     """
-    if plan.integers:
-        _verify_bytes(folder, plan, model)
-        return
-    stored = sum(prod(tensor.shape) for tensor in _stored(folder))
-    ours = sum(1 for entry in plan.entries if entry.rank is not None) + plan.order_numbers
-    factored = tuple(f"{entry.name}." for entry in plan.entries if entry.rank is not None)
+    headers = read_headers({path: set() for path in folder.glob("model*.safetensors")}).values()
+    layers = [entry.name for entry in plan.entries if entry.replaced]
+    layers += [entry.name.removesuffix(".weight") for entry in plan.dense if entry.bits is not None]
+    layers += [name for name, module in model.named_modules() if isinstance(module, TiedLinear)]
     bases = {f"{BASES}.{entry.basis}." for entry in plan.entries if entry.basis is not None}
-    persistent = model.state_dict().keys()
-    buffers = {
-        id(b): b.numel()
-        for n, b in model.named_buffers()
-        if n in persistent and not (factored and n.startswith(factored)) and not any(basis in n for basis in bases)
-    }
-    foreign = sum(buffers.values())
-    if stored != plan.model_after + ours + foreign:
-        raise RuntimeError(
-            f"the checkpoint holds {stored} numbers, the plan says {plan.model_after + ours + foreign}; please report this"
-        )
 
+    def planned_for(name: str) -> bool:
+        return name.startswith(tuple(f"{layer}." for layer in layers)) or any(basis in name for basis in bases)
 
-def _stored(folder: Path) -> Iterator[Stored]:
-    """Yield what the headers of the weight files of a folder say of each tensor."""
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                yield Stored(path, tuple(part.get_shape()), part.get_dtype())
-
-
-def _verify_bytes(folder: Path, plan: Plan, model: nn.Module) -> None:
-    ours = tuple(f"{entry.name}." for entry in plan.entries if entry.replaced)
-    ours += tuple(f"{entry.name.removesuffix('.weight')}." for entry in plan.dense if entry.bits is not None)
     persistent = model.state_dict()
-    ours += tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, TiedLinear))
-    foreign = {
-        id(b): b.numel() * b.element_size()
-        for n, b in model.named_buffers()
-        if n in persistent and not n.startswith(ours)
-    }
-    stored = sum(tensor.bytes for tensor in _stored(folder))
-    planned = plan.bytes_after + sum(foreign.values())
+    foreign = {id(b): b for n, b in model.named_buffers() if n in persistent and not planned_for(n)}.values()
+    if plan.integers:
+        unit, stored = "bytes", sum(header.bytes for header in headers)
+        planned = plan.bytes_after + sum(buffer.numel() * buffer.element_size() for buffer in foreign)
+    else:
+        unit, stored = "numbers", sum(header.numbers for header in headers)
+        guards = sum(entry.replaced for entry in plan.entries)
+        planned = plan.model_after + guards + plan.order_numbers + sum(buffer.numel() for buffer in foreign)
     if stored != planned:
-        raise RuntimeError(f"the checkpoint holds {stored} bytes, the plan says {planned}; please report this")
+        raise RuntimeError(f"the checkpoint holds {stored} {unit}, the plan says {planned}; please report this")

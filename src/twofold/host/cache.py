@@ -7,8 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """TWOFOLD_CACHE, or else XDG_CACHE_HOME/twofold, or else ~/.cache/twofold."""
-    chosen = os.environ.get("TWOFOLD_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
+    """Return TWOFOLD_CACHE, or else XDG_CACHE_HOME/twofold, or else ~/.cache/twofold."""
+    if folder := os.environ.get("TWOFOLD_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "twofold"

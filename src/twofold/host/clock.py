@@ -48,9 +48,9 @@ class Stopwatch:
 
 
 def peak_memory() -> int:
-    """The largest resident memory of this process so far, in bytes."""
+    """Return the largest resident memory of this process so far, in bytes."""
     with suppress(OSError, ValueError, StopIteration):
-        # Linux: that of getrusage counts what the program that started this one had, too.
+        # Linux, where getrusage also counts what the parent process had.
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
         return 1024 * int(next(line for line in status if line.startswith("VmHWM:")).split()[1])
     try:
@@ -64,7 +64,7 @@ def peak_memory() -> int:
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """This machine."""
+    """Describe this machine and what it computes with."""
     import transformers
 
     return Machine(
@@ -76,7 +76,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def processor(device: torch.device) -> str:
-    """The name of the processor, or of the accelerator."""
+    """Return the name of the processor or accelerator."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

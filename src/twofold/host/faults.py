@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import dropwhile
 from pathlib import Path
 
 from twofold.errors import TwofoldError
@@ -14,10 +15,9 @@ PACKAGE = str(Path(__file__).resolve().parents[1])
 
 def is_ours(error: BaseException) -> bool:
     """Say whether an error comes from our code: a hook or a layer that the model's code has called."""
-    ours = [frame.filename.startswith(PACKAGE) for frame in traceback.extract_tb(error.__traceback__)]
-    while ours and ours[0]:  # what leads to the model
-        ours.pop(0)
-    return any(ours) or not ours
+    ours = (frame.filename.startswith(PACKAGE) for frame in traceback.extract_tb(error.__traceback__))
+    inner = list(dropwhile(bool, ours))  # without what leads to the model
+    return any(inner) or not inner
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def errors_in_words(
     """Turn an error of another library within the block into a sentence.
 
     Args:
-        but: what goes on as it is.
+        but: says which errors go on as they are.
 
     Raises:
         TwofoldError: with the words for the error.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from twofold.errors import TwofoldError
@@ -54,3 +58,9 @@ def write_text(path: Path, text: str) -> None:
         TwofoldError: if the disk does not take it.
     """
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def lock_of(folder: Path) -> FileLock:
+    """Return the lock of a folder among the processes of a user on this machine; it ends with the process that holds it."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
+    return FileLock(Path(tempfile.gettempdir()) / f"twofold-{getpass.getuser()}-{name}.lock")

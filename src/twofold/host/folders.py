@@ -9,15 +9,17 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from twofold.errors import TwofoldError
 
-OURS = ("config.json", "plan.json", "run.json")  # what a folder that we wrote holds
-EXPORTED = "twofold-export.json"  # or this, if it is an export
+COMPRESSED = ("config.json", "plan.json", "run.json")  # what every factored checkpoint of ours holds
+EXPORTED = "twofold-export.json"  # what an export holds
 TUNED = ("tune", "merge", "extract")  # the kinds of run.json in the folders of those commands
 
 
@@ -28,7 +30,7 @@ def check_output(out: Path, overwrite: bool) -> None:
         TwofoldError: if it exists and may not be replaced, or can't be made.
     """
     if not out.name:
-        raise TwofoldError(f"the output {out} is no folder that can be made; name another one")
+        raise TwofoldError(f"the output {out} can't be made a folder; name another one")
     if out.is_file():
         raise TwofoldError(f"the output {out} is a file; name a folder")
     if out.exists() and any(out.iterdir()):
@@ -38,22 +40,24 @@ def check_output(out: Path, overwrite: bool) -> None:
             raise TwofoldError(
                 f"the output folder {out} was not written by Twofold, so it is not replaced; name another"
             )
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _nearest(out.absolute().parent)
     if not os.access(parent, os.W_OK):
         raise TwofoldError(f"the output folder {out} can't be made: no permission to write in {parent}")
 
 
 def _is_ours(out: Path) -> bool:
-    """Whether a folder holds what we write: a factored checkpoint, an export, or what was tuned, merged or extracted."""
-    if all((out / name).exists() for name in OURS) or (out / EXPORTED).exists():
-        return True
-    try:
-        record = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(record, dict) and record.get("kind") in TUNED
+    """Say whether a folder holds what we write: a factored checkpoint, an export, or what was tuned, merged or extracted."""
+    compressed = all((out / name).exists() for name in COMPRESSED)
+    return compressed or (out / EXPORTED).exists() or tuned_record(out) is not None
+
+
+def tuned_record(folder: Path) -> dict[str, Any] | None:
+    """Read the run.json of a fine-tuning, a merge or an extraction; None if the folder holds none of them."""
+    with suppress(OSError, ValueError):
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if isinstance(record, dict) and record.get("kind") in TUNED:
+            return record
+    return None
 
 
 def check_apart(out: Path, source: Path | None, texts: list[Path]) -> None:
@@ -63,9 +67,9 @@ def check_apart(out: Path, source: Path | None, texts: list[Path]) -> None:
         TwofoldError: if the model or a text lies in it, or it lies in the model's folder.
     """
     place = out.resolve()
-    for read in [*([source] if source is not None else []), *texts]:
-        if read.resolve().is_relative_to(place):
-            raise TwofoldError(f"the output folder {out} holds {read}, which this run reads; name another one")
+    for path in filter(None, (source, *texts)):
+        if path.resolve().is_relative_to(place):
+            raise TwofoldError(f"the output folder {out} holds {path}, which this run reads; name another one")
     if source is not None and place.is_relative_to(source.resolve()):
         raise TwofoldError(f"the output folder {out} lies in the model's own folder; name another one")
 
@@ -78,7 +82,7 @@ def check_space(out: Path, needed: int) -> None:
     """
     parent = _nearest(out)
     if parent != out.absolute() and (not parent.is_dir() or not os.access(parent, os.W_OK)):
-        raise TwofoldError(f"{out} can't be written: {parent} is no folder that can be written to; name another place")
+        raise TwofoldError(f"{out} can't be written: {parent} is not a writable folder; name another place")
     free = free_space(out)
     if free < needed:
         raise TwofoldError(
@@ -87,16 +91,14 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def free_space(out: Path) -> int:
-    """Free bytes on the disk where a file or folder is, or will be."""
+    """Return the free bytes of the disk where a file or folder is or will be."""
     return shutil.disk_usage(_nearest(out)).free
 
 
-def _nearest(out: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    parent = out.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    return parent
+def _nearest(path: Path) -> Path:
+    """Return a path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 @contextmanager
@@ -120,18 +122,16 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
                 file.chmod(0o666 & ~_umask())
         _put_in_place(staged, out)
     except (OSError, SafetensorError) as error:
-        if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(
-            error
-        ):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise TwofoldError(f"no space left while writing {out}; free some space and run again") from error
         raise TwofoldError(f"the output folder {out} can't be written: {error}") from error
     finally:
-        if staged is not None and staged.exists():
+        if staged is not None:
             shutil.rmtree(staged, ignore_errors=True)
 
 
 def _put_in_place(staged: Path, out: Path) -> None:
-    """Rename the finished folder to its place; if that fails, what was there before is put back."""
+    """Rename the finished folder to its place; if that fails, put back what was there before."""
     if not out.exists():
         staged.rename(out)
         return
@@ -149,19 +149,9 @@ def _remove_stale(out: Path) -> None:
     """Remove what killed runs to the same place left; those that still run are left alone."""
     ours = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.(?:[^.]+\.partial|old)")
     for folder in out.parent.iterdir():
-        found = ours.fullmatch(folder.name)
-        if found and not _alive(int(found.group(1))):
+        match = ours.fullmatch(folder.name)
+        if match and not psutil.pid_exists(int(match[1])):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _umask() -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,24 +17,6 @@ from twofold.host.files import write_whole
 FORMAT = "twofold-moments-3"
 
 
-class Chosen(Mapping[str, Tensor]):
-    """Some of the sums by name."""
-
-    def __init__(self, sums: Mapping[str, Tensor], names: Set[str]) -> None:
-        self.sums, self.names = sums, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        return self.sums[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self.names))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
 class Parts(Mapping[str, Tensor]):
     """The sums of several files by name; each is read when it is asked for, so that they need not fit in memory."""
 
@@ -40,20 +24,37 @@ class Parts(Mapping[str, Tensor]):
         self.places = places
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self.places[name]
-        try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor(name).clone()  # type: ignore[no-any-return]
-        except (SafetensorError, OSError) as error:
-            raise TwofoldError(
-                f"the moments in {path} can't be read ({error}); delete {path.parent} and run again"
-            ) from error
+        with _opened(self.places[name]) as file:
+            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
 
     def __len__(self) -> int:
         return len(self.places)
+
+
+def subset(sums: Mapping[str, Tensor], names: Set[str]) -> Mapping[str, Tensor]:
+    """Return some of the sums by name; what is in files stays there."""
+    if isinstance(sums, Parts):
+        return Parts({name: sums.places[name] for name in sorted(names)})
+    return {name: sums[name] for name in sorted(names)}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a part to read it.
+
+    Raises:
+        TwofoldError: if it can't be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise TwofoldError(
+            f"the moments in {path} can't be read ({error}); delete {path.parent} and run again"
+        ) from error
 
 
 def write_part(path: Path, sums: dict[str, Tensor], fingerprint: str, about: dict[str, str] | None = None) -> None:
@@ -68,19 +69,24 @@ def write_part(path: Path, sums: dict[str, Tensor], fingerprint: str, about: dic
 
 
 def read_names(path: Path, fingerprint: str) -> tuple[list[str], dict[str, str]]:
-    """The names in a part, and what else its header says.
+    """Read the names in a part, and what else its header says.
 
     Raises:
         TwofoldError: if it is not whole, or belongs to something else.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            names = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise TwofoldError(
-            f"the moments in {path} can't be read ({error}); delete {path.parent} and run again"
-        ) from error
+    with _opened(path) as file:
+        metadata, names = dict(file.metadata() or {}), list(file.keys())
     if metadata.get("format") != FORMAT or metadata.get("fingerprint") != fingerprint:
         raise TwofoldError(f"{path} belongs to other moments; delete {path.parent} and run again")
     return names, metadata
+
+
+def take_part(path: Path | None, fingerprint: str) -> tuple[Parts, dict[str, str]] | None:
+    """Return the sums of a part and what else its header says; None if there is no whole one that belongs here."""
+    if path is None:
+        return None
+    try:
+        names, about = read_names(path, fingerprint)
+    except TwofoldError:
+        return None
+    return Parts(dict.fromkeys(names, path)), about

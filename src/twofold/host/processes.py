@@ -17,38 +17,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 PATIENCE = timedelta(days=2)  # one process may work long while the others wait
 
 
 def join() -> None:
-    """Join the processes that a launcher started; does nothing without a launcher."""
+    """Join the processes that a launcher started; do nothing without one."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available() or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     dist.init_process_group(backend, timeout=PATIENCE)
-    atexit.register(leave)
-
-
-def leave() -> None:
-    """Part from the other processes."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """Return the number of this process."""
     return dist.get_rank() if world() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Say whether this is the process that writes and prints."""
     return rank() == 0
 
 
@@ -66,7 +61,7 @@ def add_up(sums: Iterable[Tensor]) -> None:
 
 
 def agree(value: bool) -> bool:
-    """Whether a thing is so for all processes."""
+    """Say whether something is true in all processes."""
     if world() == 1:
         return value
     flag = torch.tensor([int(value)])
@@ -74,31 +69,31 @@ def agree(value: bool) -> bool:
     return bool(flag.item())
 
 
-def least(value: float) -> Any:
-    """The smallest of a number over all processes."""
+def least(value: N) -> N:
+    """Return the smallest of a number over all processes."""
     if world() == 1:
         return value
-    found = torch.tensor([value], dtype=torch.float64)
-    dist.all_reduce(found, dist.ReduceOp.MIN)
-    return type(value)(found.item())
+    number = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(number, dist.ReduceOp.MIN)
+    return type(value)(number.item())
 
 
 def same(make: Callable[[], T]) -> T:
-    """What the first process makes, given to all; if it fails, its error is raised in all."""
+    """Make something in the first process and give it to all; if that fails, raise its error in all."""
     if world() == 1:
         return make()
-    made: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # result, error
     if is_main():
         try:
-            made[0] = make()
+            outcome[0] = make()
         except Exception as error:
-            made[1] = error
-    dist.broadcast_object_list(made)
-    if made[1] is not None:
-        raise made[1]
-    return made[0]  # type: ignore[no-any-return]
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]  # type: ignore[no-any-return]
 
 
 def share(count: int) -> tuple[int, int]:
-    """This process's part of a count of things, first … last − 1."""
+    """Return this process's part of a number of items: first, last + 1."""
     return -(-count * rank() // world()), -(-count * (rank() + 1) // world())

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_SECONDS = 15.0  # how often a log gets a line
-PHRASE: ContextVar[Callable[[str], str]] = ContextVar("phrase", default=str)  # how sentences about settings are told
+PHRASE: ContextVar[Callable[[str], str]] = ContextVar("phrase", default=str)  # how sentences name settings
 
 
 class Tick(Protocol):
@@ -24,7 +24,7 @@ class Tick(Protocol):
 
 @contextmanager
 def progress(title: str, total: int, *, done: int = 0, unit: str = "", quiet: bool = False) -> Iterator[Tick]:
-    """Show the progress of ``total`` units of work on standard error; yields the function to call after each.
+    """Show the progress of ``total`` units of work on standard error; yield the function to call after each.
 
     >>> with progress("Decomposing", total=3, quiet=True) as tick:
     ...     for _ in range(3):

@@ -10,9 +10,9 @@ TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 @contextmanager
-def silence() -> Iterator[None]:
-    """Within the block torchao and bitsandbytes do not warn of the accelerators and kernels that they have not found."""
-    loggers = [logging.getLogger(name) for name in TALKATIVE]
+def silence(*libraries: str) -> Iterator[None]:
+    """Let libraries log errors alone; by default those that warn of accelerators and kernels that they did not find."""
+    loggers = [logging.getLogger(name) for name in libraries or TALKATIVE]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -40,7 +40,7 @@ def quiet_bars() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, with the second one if it announces that, or its kind."""
+    """Return the first line of what an error says, with the second if the first ends in a colon; without words, its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, KeyError):
         return f"it does not know {error}"

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -20,11 +21,9 @@ from twofold.host.files import write_text
 from twofold.version import __version__
 
 STATE = "state.json"
-
-
-# Folders of what took long, kept after a failure; of a fine-tuning its checkpoints, and not what it chose at the start.
+# Folders of what took long, kept after a failure; of a fine-tuning its checkpoints, not what it chose at the start.
 LONG = ("spectra", "checkpoint", "recalibrated", "refine", "tune/checkpoint-*", "tune/last-good")
-BEFORE = "before"  # a fine-tuning's loss of before, which took not long
+BEFORE = "before"  # the loss before a fine-tuning, which is measured quickly
 
 
 class State(pydantic.BaseModel):
@@ -45,12 +44,12 @@ class State(pydantic.BaseModel):
 
 
 def work_folder(out: Path) -> Path:
-    """Where the unfinished state of an output is."""
+    """Return where the unfinished state of an output is."""
     return out.with_name(f"{out.name}.partial")
 
 
 def read_state(folder: Path) -> State | None:
-    """The state of an unfinished run; None if there is none.
+    """Read the state of an unfinished run; None if there is none.
 
     Raises:
         TwofoldError: if it can't be read.
@@ -64,7 +63,7 @@ def read_state(folder: Path) -> State | None:
 
 
 def is_running(state: State) -> bool:
-    """Whether the process that wrote a state still runs on this machine."""
+    """Say whether the process that wrote a state still runs on this machine."""
     if state.host != platform.node() or state.process in (0, os.getpid()):
         return False
     try:
@@ -74,38 +73,25 @@ def is_running(state: State) -> bool:
         return False
 
 
+@dataclass
 class Work:
-    """The state of the run that this process does."""
+    """The unfinished state of the run that this process does."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.state = State()
-
-    @property
-    def spectra(self) -> Path:
-        return self.folder / "spectra"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint"
-
-    @property
-    def recalibrated(self) -> Path:
-        return self.folder / "recalibrated"
+    folder: Path
+    state: State = field(default_factory=State)
 
     def update(self, **changes: object) -> None:
         """Write down how far the run has come."""
         if not processes.is_main():
             return
         self.state = self.state.model_copy(update={**changes, "updated": time.time()})
-        text = json.dumps(self.state.model_dump(), indent=1) + "\n"
-        write_text(self.folder / STATE, text)
+        write_text(self.folder / STATE, json.dumps(self.state.model_dump(), indent=1) + "\n")
 
     def belongs_to(self, mark: str) -> None:
-        """Make sure that what the folder holds is of this model, data and settings.
+        """Make sure that what the folder holds belongs to this model, data and settings.
 
         Raises:
-            TwofoldError: if it is of others.
+            TwofoldError: if it does not.
         """
         if self.state.mark not in ("", mark):
             raise TwofoldError(
@@ -117,32 +103,31 @@ class Work:
 
 @contextmanager
 def working(out: Path, model: str) -> Iterator[Work]:
-    """Take up or begin the unfinished state of an output; it is removed if the block ends well.
+    """Take up or begin the unfinished state of an output; remove it if the block ends well.
 
-    What is kept after a failure or a kill is what took long; an empty state is not.
+    After a failure or a kill, what took long is kept; an empty state is not.
 
     Raises:
         TwofoldError: if another process works on the same output.
     """
-    work = Work(work_folder(out))
-    state = read_state(work.folder)
+    folder = work_folder(out)
+    state = read_state(folder)
     if state is not None and is_running(state) and processes.is_main():
         raise TwofoldError(
             f"the process {state.process} works on {out}; wait for it, stop it, or name another output folder"
         )
-    work.state = state or State(started=time.time())
+    work = Work(folder, state or State(started=time.time()))
     work.update(model=model, process=os.getpid(), host=platform.node())
     processes.wait()
     try:
         yield work
     except BaseException:
         if processes.is_main():
-            folders = [found for pattern in LONG for found in work.folder.glob(pattern)]
-            kept = any(path.is_file() for found in folders for path in found.rglob("*"))
-            if not kept and not set(work.state.measured) - {BEFORE}:
-                shutil.rmtree(work.folder, ignore_errors=True)
+            took_long = any(path.is_file() for pattern in LONG for path in folder.glob(f"{pattern}/**/*"))
+            if not took_long and not work.state.measured.keys() - {BEFORE}:
+                shutil.rmtree(folder, ignore_errors=True)
             else:
                 work.update(process=0)
         raise
     if processes.is_main():
-        shutil.rmtree(work.folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

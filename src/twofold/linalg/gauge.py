@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -39,18 +39,39 @@ class GaugeForm:
     largest: float  # the largest coefficient in magnitude
 
 
+class Shaped(Protocol):
+    """A weight (m, n)."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+
+
 def plain_storage(out_features: int, in_features: int, rank: int) -> int:
-    """The numbers that a plain product of two factors stores: r (m + n)."""
+    """Count the numbers that a plain product of two factors stores: r (m + n)."""
     return rank * (out_features + in_features)
 
 
 def gauge_storage(out_features: int, in_features: int, rank: int) -> int:
-    """The numbers that the gauge form stores: r (m + n − r), which is m·n at full rank."""
+    """Count the numbers that the gauge form stores: r (m + n − r), which is m·n at full rank."""
     return rank * (out_features + in_features - rank)
 
 
+def rank_numbers(form: str, weight: Shaped, rank: int) -> int:
+    """Count the numbers that a rank stores in a form."""
+    count = plain_storage if form == "plain" else gauge_storage
+    return count(weight.out_features, weight.in_features, rank)
+
+
+def order_integers(form: str, weight: Shaped) -> int:
+    """Count the integers of the order; for a form not chosen yet, of the longer of the two."""
+    m, n = weight.out_features, weight.in_features
+    return {"rows": m, "columns": n, "gauge": max(m, n)}.get(form, 0)
+
+
 def gauge_rank(out_features: int, in_features: int, numbers: float) -> int:
-    """The largest rank whose gauge form stores at most ``numbers``: r = ((m+n) − √((m+n)² − 4·numbers)) / 2."""
+    """Find the largest rank whose gauge form stores at most ``numbers``: r = ((m+n) − √((m+n)² − 4·numbers)) / 2."""
     total = out_features + in_features
     inside = total * total - 4 * min(numbers, out_features * in_features)
     rank = int((total - math.sqrt(max(inside, 0.0))) / 2 + 1e-9)
@@ -98,7 +119,7 @@ def gauge_form(
     right: Tensor,  # (r, n)
     form: Literal["auto", "rows", "columns"] = "auto",
 ) -> GaugeForm | None:
-    """The product of two factors in gauge form: on rows or columns, whichever has the smaller coefficients.
+    """Bring the product of two factors into gauge form: on rows or columns, whichever has the smaller coefficients.
 
     Pivots are sought on the thin factor alone; no decomposition of the whole product is needed. Returns None where no
     side has bounded coefficients (a factor without full rank), so that the caller can store the plain factors.
@@ -107,24 +128,18 @@ def gauge_form(
     n = right.shape[1]
     if right.shape[0] != r:
         raise ValueError(f"the factors do not fit: left is {tuple(left.shape)}, right is {tuple(right.shape)}")
-    found: list[GaugeForm] = []
-    if form != "columns" and r < m:
-        pivoted = _pivot(left)
-        if pivoted is not None:
-            permutation, coefficients, largest = pivoted
-            order = torch.empty(m, dtype=torch.int32)
-            order[permutation] = torch.arange(m, dtype=torch.int32)
-            base = left[permutation[:r].to(left.device)] @ right
-            found.append(GaugeForm("rows", base, coefficients, order, largest))
-    if form != "rows" and r < n:
-        pivoted = _pivot(right.mT)
-        if pivoted is not None:
-            permutation, coefficients, largest = pivoted
-            base = left @ right[:, permutation[:r].to(right.device)]
-            found.append(GaugeForm("columns", coefficients.mT, base, permutation.to(torch.int32), largest))
+    forms: list[GaugeForm] = []
+    if form != "columns" and r < m and (pivoted := _pivot(left)) is not None:
+        permutation, coefficients, largest = pivoted
+        base = left[permutation[:r].to(left.device)] @ right
+        forms.append(GaugeForm("rows", base, coefficients, permutation.argsort().to(torch.int32), largest))
+    if form != "rows" and r < n and (pivoted := _pivot(right.mT)) is not None:
+        permutation, coefficients, largest = pivoted
+        base = left @ right[:, permutation[:r].to(right.device)]
+        forms.append(GaugeForm("columns", coefficients.mT, base, permutation.to(torch.int32), largest))
     bounded = [
-        one
-        for one in found
-        if one.largest <= BOUND and torch.isfinite(one.reduce).all() and torch.isfinite(one.expand).all()
+        gauge
+        for gauge in forms
+        if gauge.largest <= BOUND and torch.isfinite(gauge.reduce).all() and torch.isfinite(gauge.expand).all()
     ]
-    return min(bounded, key=lambda one: one.largest) if bounded else None
+    return min(bounded, key=lambda gauge: gauge.largest, default=None)

@@ -44,7 +44,7 @@ def natural_step(
     inputs: Basis,  # of C (n, n)
     rank: int,
 ) -> Step:
-    """Where to move a weight, in the coordinates of the eigenbases."""
+    """Find where to move a weight, in the coordinates of the eigenbases."""
 
     def turn(matrix: Tensor) -> Tensor:
         return outputs.vectors.T @ matrix @ inputs.vectors
@@ -66,7 +66,7 @@ def natural_step(
 
 
 def agreement(first: Tensor, second: Tensor, parts: int = PARTS) -> Tensor:  # (m, n)
-    """How much of each block of their mean two noisy matrices agree on, between 0 and 1."""
+    """Say how much of each block of their mean two noisy matrices agree on, between 0 and 1."""
     rows, columns = (torch.arange(k, device=first.device) * parts // k for k in first.shape)
     block = (rows[:, None] * parts + columns[None, :]).flatten()
 
@@ -79,7 +79,7 @@ def agreement(first: Tensor, second: Tensor, parts: int = PARTS) -> Tensor:  # (
 
 
 def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # (m, r) and (r, n)
-    """Factors of the nearest matrix of rank r, by the eigenvectors of the smaller Gram matrix."""
+    """Return factors of the nearest matrix of rank r, by the eigenvectors of the smaller Gram matrix."""
     if matrix.shape[0] <= matrix.shape[1]:
         left = eigen(matrix @ matrix.T)[1][:, -rank:]
         return left, left.T @ matrix
@@ -92,13 +92,13 @@ def on_tangent(
     left: Tensor,  # (m, r), orthonormal
     right: Tensor,  # (n, r), orthonormal
 ) -> Tensor:
-    """The nearest matrix in the tangent space of the matrices of rank r at one with these column and row spaces."""
+    """Return the nearest matrix in the tangent space of the matrices of rank r at one with these column and row spaces."""
     inside = left @ (left.T @ matrix)
     return inside + (matrix - inside) @ right @ right.T
 
 
 def stepped(step: Step, size: float, rank: int) -> tuple[Tensor, Tensor]:  # (m, r) and (r, n)
-    """The factors of the weight after a step, cut to its rank in the same coordinates; in the weight's own ones."""
+    """Return the factors of the weight after a step, cut to its rank in the same coordinates; in the weight's own ones."""
     wide = working_dtype(step.weight.device)
     moved = step.weight.to(wide) - size * step.direction.to(wide)
     left, right = _cut(moved, rank)

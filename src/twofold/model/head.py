@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from twofold.model.blocks import input_before
 
 
-def before_head(head: nn.Module, run: Callable[[], object]) -> Tensor | None:  # (..., width)
-    """Return what the head is given when the model is run, with its graph, without running the head; None if it is not called."""
-    return input_before(head, run)
+def output_layer(model: Any) -> Any:
+    """Return the layer that turns the last hidden states into outputs; None if the model has none or does not say."""
+    with suppress(NotImplementedError, AttributeError):  # a model of several inputs, or of another library
+        return model.get_output_embeddings()
+    return None
 
 
 def output_linear(model: Any) -> nn.Linear | None:
-    """The output layer, where it is a plain linear one."""
-    head = None
-    with suppress(NotImplementedError, AttributeError):  # a model of several inputs
-        head = model.get_output_embeddings()
+    """Return the output layer, where it is a plain linear one."""
+    head = output_layer(model)
     return head if type(head) is nn.Linear else None
 
 
@@ -40,12 +40,10 @@ def find_head(
         trained: a layer that is to be trained will do, too.
     """
     head = output_linear(model)
-    if head is None:
+    if head is None or (not trained and any(parameter.requires_grad for parameter in head.parameters())):
         return None
-    if not trained and any(parameter.requires_grad for parameter in head.parameters()):
-        return None
-    states = before_head(head, run)
+    states = input_before(head, run)
     if states is None or states.shape[-1] != head.in_features:
         return None
-    own, given = head(states).flatten(0, -2).float(), outputs.flatten(0, -2).float()
-    return head if own.shape == given.shape and torch.allclose(own, given, rtol=1e-3, atol=1e-3) else None
+    logits, expected = head(states).flatten(0, -2).float(), outputs.flatten(0, -2).float()
+    return head if logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-3, atol=1e-3) else None

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from twofold.checkpoint import shards
 from twofold.checkpoint.headers import check_fit
-from twofold.checkpoint.shards import Shards
+from twofold.checkpoint.loaded import check_missing, check_shape
+from twofold.checkpoint.shards import Shards, check_finite_tensor
 from twofold.errors import TwofoldError
 from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line, quiet_bars
 from twofold.model.blocks import Chain
+from twofold.model.settings import Loading
 from twofold.model.skeleton import empty_model, forget_gguf, is_plain, model_on_meta
 from twofold.model.source import choose_device, compute_dtype, config_and_class, locate, open_shards, stored_dtype
 from twofold.model.streamed import Resident, Streamed
@@ -63,15 +64,15 @@ def load_model(
     Raises:
         TwofoldError: if there is no such model, it is not whole, or a weight is NaN or infinite.
     """
-    chosen_device = choose_device(device)
+    torch_device = choose_device(device)
     source, where, folder = locate(name, revision, trust_remote_code)
-    held = open_shards(folder, name)
+    shards = open_shards(folder, name)
     with errors_in_words(lambda error: f"the model {name} can't be loaded: {first_line(error)}"):
         config, model_class = config_and_class(source, where)
-        stored = stored_dtype(config, folder)
-        compute = compute_dtype(dtype, stored, chosen_device)
-        if held is not None and is_plain(config, trust_remote_code):
-            check_fit(held.headers, model_on_meta(config, model_class, trust_remote_code), name)
+        stored = stored_dtype(config, shards)
+        compute = compute_dtype(dtype, stored, torch_device)
+        if shards is not None and is_plain(config, trust_remote_code):
+            check_fit(shards.headers, model_on_meta(model_class, config, trust_remote_code), name)
         with quiet_bars():
             model, report = model_class.from_pretrained(
                 source,
@@ -81,23 +82,16 @@ def load_model(
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **where,
             )
-    for key, found, expected in sorted(report["mismatched_keys"]):
-        raise TwofoldError(
-            f"size mismatch: the weight {key} in the checkpoint {name} is {tuple(found)}, its config.json says "
-            f"{tuple(expected)}; fetch it again"
-        )
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise TwofoldError(
-            f"the checkpoint {name} is not whole: {len(missing)} weights are missing, first {missing[0]}; fetch it again"
-        )
+    for key, shape, expected in sorted(report["mismatched_keys"]):
+        check_shape(f"the weight {key}", f"the checkpoint {name}", tuple(shape), tuple(expected))
+    check_missing(sorted(report["missing_keys"]), place=name)
     _check_layers(model, report["unexpected_keys"], name)
     if "gguf_file" in where:
         forget_gguf(model)
-    model = model.to(chosen_device).eval()
-    check_finite(model, name)
+    model = model.to(torch_device).eval()
+    check_finite_weights(model, name)
     tokenizer, reason = _tokenizer(source, where)
-    return LoadedModel(model, tokenizer, name, folder, stored or compute, reason, shards=held)
+    return LoadedModel(model, tokenizer, name, folder, stored or compute, reason, shards=shards)
 
 
 def _readable(name: str) -> AbstractContextManager[None]:
@@ -105,7 +99,7 @@ def _readable(name: str) -> AbstractContextManager[None]:
 
 
 def _tokenizer(source: str | Path, where: dict[str, Any]) -> tuple[Any, str]:
-    """The tokenizer of a model, or None and why there is none."""
+    """Load the tokenizer of a model; None and the reason if there is none."""
     try:
         with quiet_bars():
             return AutoTokenizer.from_pretrained(source, **where), ""
@@ -114,7 +108,7 @@ def _tokenizer(source: str | Path, where: dict[str, Any]) -> tuple[Any, str]:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model that is not loaded.
+    """Load the tokenizer of a model without the model.
 
     Raises:
         TwofoldError: if there is no such model, or it has none.
@@ -124,16 +118,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     return need_tokenizer(LoadedModel(None, tokenizer, name, folder, torch.float32, reason))
 
 
-def load_streamed(
-    name: str,
-    chain: Chain,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> LoadedModel:
-    """A model whose weights stay on disk, to be read block by block; see ``residence``.
+def load_streamed(settings: Loading, chain: Chain) -> LoadedModel:
+    """Open a model whose weights stay on disk, to be read block by block; see ``residence``.
 
     Args:
         chain: its blocks, as ``survey`` finds them.
@@ -141,32 +127,32 @@ def load_streamed(
     Raises:
         TwofoldError: if there is no such model, or it is not whole.
     """
-    chosen_device = choose_device(device)
-    source, where, folder = locate(name, revision, trust_remote_code)
-    folder = folder or _download(name, revision)
-    held = open_shards(folder, name)
-    assert held is not None
+    name, device = settings.model, choose_device(settings.device)
+    source, where, folder = locate(name, settings.revision, settings.trust_remote_code)
+    folder = folder or _download(name, settings.revision)
+    shards = open_shards(folder, name)
+    assert shards is not None
     with _readable(name):
         config, model_class = config_and_class(source, where)
-        stored = stored_dtype(config, folder)
-        compute = compute_dtype(dtype, stored, chosen_device)
-        check_fit(held.headers, model_on_meta(config, model_class, trust_remote_code), name)
-        model = empty_model(model_class, config, compute)
-    residence = Streamed(model, held, chain, compute, chosen_device)
+        stored = stored_dtype(config, shards)
+        dtype = compute_dtype(settings.dtype, stored, device)
+        check_fit(shards.headers, model_on_meta(model_class, config, settings.trust_remote_code), name)
+        model = empty_model(model_class, config, dtype)
+    residence = Streamed(model, shards, chain, dtype, device)
     _check_layers(model, residence.unexpected, name)
     tokenizer, reason = _tokenizer(source, where)
-    return LoadedModel(model, tokenizer, name, folder, stored or compute, reason, residence, held)
+    return LoadedModel(model, tokenizer, name, folder, stored or dtype, reason, residence, shards)
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """The files of a hub model, on this disk."""
+    """Fetch the files of a hub model, and return their folder."""
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     with errors_in_words(lambda error: f"the model {name} can't be fetched: {first_line(error)}"):
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
 def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
-    """A model without its weights, on the meta device: made from the configuration alone, however large it is.
+    """Make a model without its weights, on the meta device: from the configuration alone, however large it is.
 
     A GGUF file is loaded whole, since its configuration stands in the file.
 
@@ -176,20 +162,19 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
     if name.endswith(".gguf"):
         return load_model(name, trust_remote_code=trust_remote_code)
     source, where, folder = locate(name, revision, trust_remote_code)
+    # A configuration alone will do.
+    shards = open_shards(folder, name) if folder is not None and any(folder.glob("*.safetensors")) else None
     with _readable(name):
         config, model_class = config_and_class(source, where)
-        model = model_on_meta(config, model_class, trust_remote_code)
-        stored = stored_dtype(config, folder) or torch.float32
-        held = None
-        if folder is not None and any(folder.glob("*.safetensors")):  # a configuration alone will do
-            held = open_shards(folder, name)
-            if held is not None and is_plain(config, trust_remote_code):
-                check_fit(held.headers, model, name)
-    return LoadedModel(model.eval(), None, name, folder, stored, shards=held)
+        model = model_on_meta(model_class, config, trust_remote_code)
+        stored = stored_dtype(config, shards) or torch.float32
+        if shards is not None and is_plain(config, trust_remote_code):
+            check_fit(shards.headers, model, name)
+    return LoadedModel(model.eval(), None, name, folder, stored, shards=shards)
 
 
-def positions(model: Any) -> int | None:
-    """The longest window that a model can read, None if its configuration sets no limit."""
+def window_limit(model: Any) -> int | None:
+    """Return the longest window that a model can read, None if its configuration sets no limit."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(longest, int):
         return None
@@ -200,10 +185,10 @@ def positions(model: Any) -> int | None:
 
 
 def need_tokenizer(loaded: LoadedModel) -> Any:
-    """The tokenizer.
+    """Return the tokenizer of a model.
 
     Raises:
-        TwofoldError: if the model has none.
+        TwofoldError: if it has none.
     """
     if loaded.tokenizer is None:
         raise TwofoldError(
@@ -213,18 +198,18 @@ def need_tokenizer(loaded: LoadedModel) -> Any:
     return loaded.tokenizer
 
 
-def check_finite(model: nn.Module, name: str) -> None:
-    """Refuse weights that are NaN or infinite.
+def check_finite_weights(model: nn.Module, name: str) -> None:
+    """Refuse a model with weights that are NaN or infinite.
 
     Raises:
         TwofoldError: naming the first such weight.
     """
     for key, tensor in model.state_dict().items():
-        shards.check_finite(key, tensor, name)
+        check_finite_tensor(key, tensor, name)
 
 
 def check_ids(ids: Tensor, loaded: LoadedModel) -> None:
-    """Refuse token ids that the model has no embedding of.
+    """Refuse token ids that the model has no embedding for.
 
     Raises:
         TwofoldError: if the tokenizer gives ids beyond the model's vocabulary.
@@ -243,7 +228,7 @@ def check_ids(ids: Tensor, loaded: LoadedModel) -> None:
 
 
 def _check_layers(model: nn.Module, unexpected: Iterable[str], name: str) -> None:
-    """Refuse to drop layers that the checkpoint has and config.json does not; other weights that are left over do no harm.
+    """Refuse to drop layers that the checkpoint has and config.json does not; other leftover weights do no harm.
 
     Raises:
         TwofoldError: naming the first weight.

@@ -12,10 +12,7 @@ KNOWN = f"name a folder, a hub id, a .gguf file, or {ALIAS}"
 
 
 def find_model(name: str, revision: str | None = None) -> Path | None:
-    """Find what a name stands for.
-
-    Returns:
-        A folder or a GGUF file; None for a model of the hub, and for the built-in one.
+    """Find the folder or GGUF file that a name stands for; None for a model of the hub, and for the built-in one.
 
     Raises:
         TwofoldError: if there is no such model.
@@ -29,7 +26,7 @@ def find_model(name: str, revision: str | None = None) -> Path | None:
         reason = getattr(error, "strerror", None) or error
         raise TwofoldError(f"the model {name[:80]!r} can't be found: {reason}") from error
     if path.is_file() and path.suffix != ".gguf":
-        raise TwofoldError(f"{name} is a file but no .gguf; name the folder of a Transformers checkpoint")
+        raise TwofoldError(f"{name} is a file but not a .gguf; name the folder of a Transformers checkpoint")
     if path.is_file() or path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -40,7 +37,7 @@ def find_model(name: str, revision: str | None = None) -> Path | None:
 
 @lru_cache
 def _check_hub(name: str, revision: str | None) -> None:
-    """Refuse a name that is not in the cache of the hub and not on the hub; one question, which is not repeated.
+    """Refuse a name that is neither in the cache of the hub nor on the hub; asked once, and not repeated.
 
     Raises:
         TwofoldError: if the hub has no such model, or can't be reached.
@@ -54,14 +51,11 @@ def _check_hub(name: str, revision: str | None) -> None:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
-    except (HfHubHTTPError, HFValidationError) as error:
-        response = getattr(error, "response", None)
-        if response is not None and (response.status_code == 429 or response.status_code >= 500):
-            return  # transformers asks again
-        raise TwofoldError(
-            f"there is no folder {name}, and no such model on the hub ({first_line(error)}); {KNOWN}"
-        ) from error
-    except Exception as error:  # no network, no name server, offline by a setting …
-        raise TwofoldError(
-            f"there is no folder {name}, and the hub can't be reached ({first_line(error)}); {KNOWN}"
-        ) from error
+    except Exception as error:
+        reason = "the hub can't be reached"  # no network, no name server, offline by a setting …
+        if isinstance(error, HfHubHTTPError | HFValidationError):
+            response = getattr(error, "response", None)
+            if response is not None and (response.status_code == 429 or response.status_code >= 500):
+                return  # transformers asks again
+            reason = "no such model on the hub"
+        raise TwofoldError(f"there is no folder {name}, and {reason} ({first_line(error)}); {KNOWN}") from error

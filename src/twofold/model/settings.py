@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Literal
 
 import pydantic
@@ -39,14 +40,14 @@ class Loading(Settings):
 
 
 class Override(pydantic.BaseModel, extra="forbid"):
-    """What is forced on the weights that match a pattern: one of keep, rank, dense."""
+    """A choice that is forced on the weights that match a pattern: one of keep, rank, dense."""
 
     keep: float | None = Field(None, gt=0, le=1)
     rank: int | None = Field(None, ge=1)
     dense: bool = False
 
     @pydantic.model_validator(mode="after")
-    def _one(self) -> Override:
+    def _exactly_one(self) -> Override:
         if (self.keep is not None) + (self.rank is not None) + self.dense != 1:
             raise ValueError("an override needs exactly one of keep, rank, dense")
         return self
@@ -71,18 +72,13 @@ def parse_override(text: str) -> tuple[str, dict[str, object]]:
     Raises:
         TwofoldError: if it is none of these.
     """
-    pattern, equals, value = text.rpartition("=")
+    pattern, _, value = text.rpartition("=")
     key, _, number = value.partition(":")
-    try:
-        if pattern and equals:
-            if key == "dense" and not number:
-                return pattern, {"dense": True}
-            if key == "rank":
-                return pattern, {"rank": int(number)}
-            if key == "keep":
-                return pattern, {"keep": float(number)}
-    except ValueError:
-        pass
+    with suppress(ValueError):
+        if pattern and key == "dense" and not number:
+            return pattern, {"dense": True}
+        if pattern and key in ("rank", "keep"):
+            return pattern, {key: int(number) if key == "rank" else float(number)}
     raise TwofoldError(
         f"the override {text!r} is not understood: write PATTERN=dense, PATTERN=rank:64 or PATTERN=keep:0.5"
     )

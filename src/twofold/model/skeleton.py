@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
@@ -12,46 +12,40 @@ from twofold.checkpoint.plugin import METHOD, TwofoldConfig, TwofoldQuantizer
 from twofold.errors import TwofoldError
 from twofold.host.quiet import quiet_bars
 
-if TYPE_CHECKING:
-    pass
-
 
 def empty_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
-    """A model with parameters on the meta device, and with its buffers (rotary frequencies and the like) computed."""
+    """Make a model with parameters on the meta device, and with its buffers (rotary frequencies and the like) computed."""
     with quiet_bars(), init_empty_weights(include_buffers=False):
-        model = model_from_config(model_class, config, dtype)
-    model.tie_weights()
-    _replace_factored(model, config)
-    return model.eval().requires_grad_(False)
+        model = model_from_config(model_class, config, dtype=dtype)
+    return _with_factored_layers(model, config).eval().requires_grad_(False)
 
 
-def model_on_meta(config: Any, model_class: Any, trust_remote_code: bool) -> Any:
-    """A model of this configuration on the meta device, with its factored layers if it has some."""
+def model_on_meta(model_class: Any, config: Any, trust_remote_code: bool) -> Any:
+    """Make a model on the meta device, buffers and all."""
     with quiet_bars(), torch.device("meta"):
-        model = model_from_config(model_class, config, None, trust_remote_code)
+        model = model_from_config(model_class, config, trust_remote_code)
+    return _with_factored_layers(model, config)
+
+
+def _with_factored_layers(model: Any, config: Any) -> Any:
+    """Tie the weights of a skeleton, and give it the factored layers that its configuration names."""
     model.tie_weights()
-    _replace_factored(model, config)
+    settings = getattr(config, "quantization_config", None)
+    settings = settings if isinstance(settings, dict) else getattr(settings, "to_dict", dict)()
+    if settings.get("quant_method") == METHOD:
+        TwofoldQuantizer(TwofoldConfig(**settings)).replace_modules(model)
     return model
 
 
-def model_from_config(model_class: Any, config: Any, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
-    """A model made from its configuration; an Auto class finds the architecture."""
-    settings = {} if dtype is None else {"dtype": dtype}
+def model_from_config(model_class: Any, config: Any, trust_remote_code: bool = False, **settings: Any) -> Any:
+    """Make a model from its configuration; an Auto class finds the architecture."""
     if hasattr(model_class, "_from_config"):
         return model_class._from_config(config, **settings)
     return model_class.from_config(config, trust_remote_code=trust_remote_code, **settings)
 
 
-def _replace_factored(model: Any, config: Any) -> None:
-    """Give a skeleton the factored layers that its configuration names."""
-    settings = getattr(config, "quantization_config", None)
-    settings = settings if isinstance(settings, dict) else getattr(settings, "to_dict", dict)()
-    if settings.get("quant_method") == METHOD:
-        TwofoldQuantizer(TwofoldConfig(**settings)).replace_modules(model)
-
-
 def is_plain(config: Any, trust_remote_code: bool) -> bool:
-    """Whether the weights are stored as the configuration alone says: not packed by a quantizer, no code of their own.
+    """Say whether the weights are stored as the configuration alone says: not packed by a quantizer, no code of their own.
 
     Raises:
         TwofoldError: if transformers does not know how they are packed; it would go on with a warning.
@@ -66,7 +60,7 @@ def is_plain(config: Any, trust_remote_code: bool) -> bool:
 
 
 def forget_gguf(model: Any) -> None:
-    """Drop what the dequantized GGUF leaves in a model, so that it can be saved as an ordinary one."""
+    """Drop what a dequantized GGUF leaves in a model, so that it can be saved as an ordinary one."""
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if hasattr(owner, name):
             delattr(owner, name)

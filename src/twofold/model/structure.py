@@ -1,4 +1,4 @@
-"""What a structure is: weights whose sizes are chosen together, since one makes what the other reads, or they share a part."""
+"""What a structure is: weights whose sizes are chosen together, since one writes what the other reads, or they share a part."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Structure:
     units: int
     heads: int = 0  # query heads of an attention
     key_heads: int = 0
-    watched: str = ""  # the module behind the structure, whose output the check looks at
+    watched: str = ""  # the module behind the structure, whose output is checked
     pairing: Pairing = "single"
 
     @property
@@ -44,27 +44,27 @@ class Structure:
 
     @property
     def basis(self) -> str | None:
-        """The name of what the members store in common, if they do."""
+        """The name of the basis that the members store in common, if they do."""
         return None
 
     @property
     def layers(self) -> int:
-        """How many layers its losses are of."""
+        """The number of layers whose losses it holds."""
         return 1
 
     def words(self, last: bool, dense: bool) -> str:
-        """What the reason of a member in the plan says of the structure."""
+        """Return what the plan's reason for a member says of the structure."""
         return "" if last else f", together with {self.name}"
 
     def common_numbers(self, units: int) -> int:
-        """The numbers that the members store in common, beside their own."""
+        """Return the numbers that the members store in common, beside their own."""
         return 0
 
     @property
     def common_integers(self) -> int:
-        """The integers that they store in common."""
+        """The integers that the members store in common."""
         return 0
 
     def less(self, gone: Collection[str]) -> Structure | None:
-        """The structure of those that are left when some stay dense; None if it takes all of them."""
+        """Return the structure of the members that are left when some stay dense; None if it needs all of them."""
         return None

@@ -19,7 +19,7 @@ from twofold.model.weights import find_groups
 
 @dataclass(frozen=True)
 class Survey:
-    """What a run without weights tells of a model."""
+    """The findings of a run without weights."""
 
     chain: Chain | None
     before: frozenset[str]  # modules that run before the first block
@@ -27,20 +27,17 @@ class Survey:
 
 
 def survey(loaded: LoadedModel, targets: list[Target], example: Mapping[str, Tensor]) -> Survey:
-    """Run a model of the same configuration whose tensors have shapes but no numbers.
+    """Survey a model by a run of one of its configuration whose tensors have shapes but no numbers.
 
     Args:
         example: a small batch, as arguments of the model's forward.
 
     Raises:
-        TwofoldError: if it does not run so.
+        TwofoldError: if it does not run that way.
     """
 
     def words(error: Exception) -> str:
-        return (
-            f"{type(loaded.model).__name__} can't be run block by block ({first_line(error)}); "
-            "give it the memory to be loaded whole, with `memory`"
-        )
+        return f"{type(loaded.model).__name__} can't be run block by block ({first_line(error)})"
 
     # An architecture that needs other inputs, or looks at its numbers, fails in its own way.
     with models_errors(words), quiet_bars(), FakeTensorMode():
@@ -49,8 +46,7 @@ def survey(loaded: LoadedModel, targets: list[Target], example: Mapping[str, Ten
         batch = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in example.items()}
         groups = find_groups(model, targets, lambda: model(**batch))
         model.requires_grad_(False)
-        mark = model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))
-        with watch_chain(model) as watch, torch.enable_grad():
+        marked = model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))
+        with marked, watch_chain(model) as watch, torch.enable_grad():
             model(**batch)
-        mark.remove()
     return Survey(watch.chain(), watch.before(), groups)

@@ -1,4 +1,4 @@
-"""What in a model can be factorized, as values: every weight that is a target, and every other with its reason."""
+"""What can be factorized in a model, as values: every weight that is a target, and every other with its reason."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from twofold.model.structure import Structure
 
+Holder = Literal["", "linear", "transposed", "embedding"]  # a layer that can be made of integers; "" for others
 BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")  # the number in a name that tells the block
 
 
@@ -30,7 +31,7 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the parameter, as the module keeps it."""
+        """The shape of the parameter, as the module keeps it."""
         return (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
 
     @property
@@ -51,7 +52,7 @@ class DenseWeight:
     name: str
     shape: tuple[int, ...]
     reason: str
-    layer: Literal["", "linear", "transposed", "embedding"] = ""  # that holds it, where one can be made of integers
+    layer: Holder = ""  # that holds it
     tied: tuple[str, ...] = ()  # linear layers that use it too
 
     @property
@@ -61,33 +62,31 @@ class DenseWeight:
 
 @dataclass(frozen=True)
 class Targets:
-    """What in a model can be factorized, and all the rest."""
+    """The weights of a model that can be factorized, and all the rest."""
 
     targets: list[Target]
     dense: list[DenseWeight]
     groups: dict[str, str] = field(default_factory=dict)  # target → the first target that shares its input
-    structures: tuple[
-        Structure, ...
-    ] = ()  # targets whose sizes are chosen together; if there are any, all belong to one
+    structures: tuple[Structure, ...] = ()  # targets whose sizes are chosen together; if any are, all belong to one
 
     def without(self, reasons: dict[str, str]) -> Targets:
-        """The same with some targets left dense, each for its reason; those that can't be cut without them stay dense too."""
-        reasons, whole = dict(reasons), []
+        """Leave some targets dense, each for its reason; those that can't be cut without them stay dense too."""
+        structures = []
         for structure in self.structures:
             names = [member.name for member in structure.members]
-            gone = [name for name in names if name in reasons]
-            rest = structure.less(gone) if gone else structure
+            dropped = [name for name in names if name in reasons]
+            rest = structure.less(dropped) if dropped else structure
             if rest is not None:
-                whole.append(rest)
+                structures.append(rest)
             else:
-                reasons = {**dict.fromkeys(names, f"cut together with {gone[0]}, which stays dense"), **reasons}
+                reasons = {**dict.fromkeys(names, f"cut together with {dropped[0]}, which stays dense"), **reasons}
         left = [t for t in self.targets if t.name not in reasons]
-        dropped = [
+        dense = [
             DenseWeight(f"{t.name}.weight", t.shape, reasons[t.name], "transposed" if t.transposed else "linear")
             for t in self.targets
             if t.name in reasons
         ]
-        return Targets(left, dropped + self.dense, self.groups, tuple(whole))
+        return Targets(left, dense + self.dense, self.groups, tuple(structures))
 
     @property
     def target_numbers(self) -> int:
@@ -101,6 +100,6 @@ class Targets:
 
 
 def block_of(name: str) -> int | None:
-    """The first number in a name, None if there is none."""
-    found = BLOCK.search(name)
-    return int(found.group(1)) if found else None
+    """Return the first number in a name, None if there is none."""
+    number = BLOCK.search(name)
+    return int(number.group(1)) if number else None

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, TypeVar
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
-from twofold.model.kinds import Sink, Watcher, kind_of, watch
-from twofold.model.target import DenseWeight, Target, Targets
+from twofold.model.kinds import Sink, kind_of, watch
+from twofold.model.target import DenseWeight, Holder, Target, Targets
 from twofold.nn.compact import Compact, CompactLinear
 from twofold.nn.int_matrix import IntMatrix
 
@@ -31,16 +33,19 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def last_match(name: str, by_pattern: Mapping[str, T]) -> T | None:
-    """What the last pattern that a module's name matches stands for; None if there is none."""
-    found = [value for pattern, value in by_pattern.items() if matches(name, [pattern])]
-    return found[-1] if found else None
+    """Return the value of the last pattern that a module's name matches; None if there is none."""
+    return next((value for pattern, value in reversed(list(by_pattern.items())) if matches(name, [pattern])), None)
 
 
-def find_targets(
-    model: nn.Module,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-) -> Targets:
+def parameter_names(model: nn.Module) -> dict[int, list[str]]:
+    """Return all names of each parameter by its id; one that several modules share has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def find_targets(model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> Targets:
     """List every parameter of a model as ``list_weights`` does, and make sure that there is something to factorize.
 
     Raises:
@@ -48,23 +53,19 @@ def find_targets(
     """
     if any(isinstance(module, IntMatrix) for module in model.modules()):
         raise TwofoldError(
-            "the model holds weights of integers, which are not factorized again; start from the model that it was made of"
+            "the model holds weights of integers, which are not factorized again; start from the model that it was made from"
         )
-    found = list_weights(model, include, exclude)
-    if not found.targets:
+    weights = list_weights(model, include, exclude)
+    if not weights.targets:
         factored = any(isinstance(module, CompactLinear) for module in model.modules())
         raise TwofoldError(
             "nothing to factorize: the model has no linear layer that is included and large enough"
             + (" (it is factorized already)" if factored else "")
         )
-    return found
+    return weights
 
 
-def list_weights(
-    model: nn.Module,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-) -> Targets:
+def list_weights(model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> Targets:
     """List every parameter of a model: those that are factorized, and those that stay dense with the reason.
 
     Args:
@@ -76,28 +77,26 @@ def list_weights(
         TwofoldError: if a pattern matches no linear layer.
     """
     include, exclude = list(include), list(exclude)
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    weighty = {name: (module, kind) for name, module in model.named_modules() if (kind := kind_of(module)) is not None}
-    factored = {name for name, module in model.named_modules() if isinstance(module, Compact)}
+    owners, modules = parameter_names(model), dict(model.named_modules())
+    kinds = {name: kind for name, module in modules.items() if (kind := kind_of(module)) is not None}
     for pattern in [*include, *exclude]:
-        if not any(matches(name, [pattern]) for name in weighty):
+        if not any(matches(name, [pattern]) for name in kinds):
             raise TwofoldError(
                 f"the pattern {pattern!r} matches no linear layer of this model; list them with: twofold inspect"
             )
 
     targets: list[Target] = []
     reasons: dict[str, str] = {}
-    for name, (module, kind) in weighty.items():
+    for name, kind in kinds.items():
+        module: Any = modules[name]
         target = kind.target(name, module)
         m, n = target.out_features, target.in_features
-        if name.rpartition(".")[0] in factored:
+        if isinstance(modules[name.rpartition(".")[0]], Compact):
             reason = "a factor: the layer is factorized already"
         elif (against := kind.reason(model, module)) is not None:
             reason = against
-        elif len(owners[id(module.weight)]) > 1:
-            reason = "shared with " + next(o for o in owners[id(module.weight)] if o != f"{name}.weight")
+        elif len(names := owners[id(module.weight)]) > 1:
+            reason = "shared with " + next(other for other in names if other != f"{name}.weight")
         elif include and not matches(name, include):
             reason = "not included"
         elif matches(name, exclude):
@@ -109,44 +108,43 @@ def list_weights(
             continue
         reasons[f"{name}.weight"] = reason
 
-    chosen = {f"{target.name}.weight" for target in targets}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    modules = dict(model.named_modules())
+    targeted = {f"{target.name}.weight" for target in targets}
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     dense = [
         DenseWeight(
             name,
             tuple(parameter.shape),
             reasons.get(name) or _reason(name, parameter, id(parameter) in embeddings),
-            *_holder(owners[id(parameter)], modules),
+            *_holder(owners[id(parameter)], model),
         )
         for name, parameter in model.named_parameters()
-        if name not in chosen
+        if name not in targeted
     ]
     return Targets(targets, dense)
 
 
-def _holder(
-    names: list[str], modules: Mapping[str, nn.Module]
-) -> tuple[Literal["", "linear", "transposed", "embedding"], tuple[str, ...]]:
-    """Of which kind the layer is that holds a parameter, "" where no layer of integers can take its place, and who shares it.
+def _holder(names: list[str], model: nn.Module) -> tuple[Holder, tuple[str, ...]]:
+    """Return the kind of the layer that holds a parameter, and the others that share it.
+
+    The kind is "" where no layer of integers can take its place.
 
     Args:
-        names: of the parameter, its first one first; where several layers share it, an embedding has to come first.
+        names: all names of the parameter; where several layers share it, an embedding has to come first.
     """
     places = [name.rpartition(".") for name in names]
     if any(leaf != "weight" for _, _, leaf in places):
         return "", ()
-    kinds = [type(modules[owner]) for owner, _, _ in places]
-    rest = tuple(owner for owner, _, _ in places[1:])
-    biased = any(getattr(modules[owner], "bias", None) is not None for owner in rest)  # shared tables have none yet
-    if kinds[0] is nn.Embedding and all(kind is nn.Linear for kind in kinds[1:]) and not biased:
-        return "embedding", rest
-    if len(kinds) == 1 and kinds[0] in (nn.Linear, Conv1D):
-        return ("linear" if kinds[0] is nn.Linear else "transposed"), ()
+    first, *rest = (model.get_submodule(owner) for owner, _, _ in places)
+    # Shared tables have no bias yet.
+    if type(first) is nn.Embedding and all(type(module) is nn.Linear and module.bias is None for module in rest):
+        return "embedding", tuple(owner for owner, _, _ in places[1:])
+    if not rest and type(first) in (nn.Linear, Conv1D):
+        return ("linear" if type(first) is nn.Linear else "transposed"), ()
     return "", ()
 
 
 def _reason(name: str, parameter: Tensor, embedding: bool) -> str:
+    """Say why a parameter that no kind of weight takes stays dense."""
     if embedding:
         return "embedding: left dense for now"
     if parameter.dim() < 2:
@@ -154,11 +152,7 @@ def _reason(name: str, parameter: Tensor, embedding: bool) -> str:
     return f"unsupported layer type: a parameter of {parameter.dim()} dimensions outside of a linear layer"
 
 
-def find_groups(
-    model: nn.Module,
-    targets: Iterable[Target],
-    run: Callable[[], object],
-) -> dict[str, str]:
+def find_groups(model: nn.Module, targets: Iterable[Target], run: Callable[[], object]) -> dict[str, str]:
     """Find the modules that receive the same tensor, by running the model once.
 
     Args:
@@ -171,21 +165,16 @@ def find_groups(
     inputs: dict[str, list[tuple[object, ...]]] = {target.name: [] for target in targets}
     alive: list[Tensor] = []  # keeps each input, so that no address is used twice during the run
 
-    def watcher(name: str) -> Watcher:
-        def called(x: Tensor, product: Callable[[], Tensor]) -> None:
-            alive.append(x)
-            where = (x.untyped_storage()._cdata, x.storage_offset())
-            inputs[name].append((*where, tuple(x.shape), x.stride(), x._version))
+    def called(name: str, x: Tensor, product: Callable[[], Tensor]) -> None:
+        alive.append(x)
+        address = (x.untyped_storage()._cdata, x.storage_offset())
+        inputs[name].append((*address, tuple(x.shape), x.stride(), x._version))
 
-        return called
-
-    handles = [handle for name in inputs for handle in watch(model.get_submodule(name), Sink(watcher(name)))]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name in inputs:
+            for handle in watch(model.get_submodule(name), Sink(partial(called, name))):
+                hooks.enter_context(handle)
+        run()
     # A module that is called several times shares its input only with one that gets the same tensors in the same order.
     leaders: dict[tuple[tuple[object, ...], ...], str] = {}
     return {name: leaders.setdefault(tuple(keys), name) if keys else name for name, keys in inputs.items()}

@@ -13,30 +13,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from typing_extensions import Self
+from typing_extensions import Self, TypedDict, Unpack
 
 from twofold.nn.int_matrix import IntLinear
 from twofold.registry import Registry
 
 
-def bare_linear(
-    in_features: int, out_features: int, device: torch.device | str | None, dtype: torch.dtype | None
-) -> nn.Linear:
-    """Return an ``nn.Linear`` without a bias; on the meta device nothing is initialized, which is slow there."""
-    if not torch.empty(0, device=device).is_meta:
-        return nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
-    layer = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(layer)
-    layer.in_features, layer.out_features = in_features, out_features
-    layer.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-    layer.register_parameter("bias", None)
-    return layer
+class Factory(TypedDict, total=False):
+    """How the tensors of a layer are made."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
-def counted(length: int, device: torch.device | str | None) -> Tensor:  # (length,), int32
-    """Return 0, 1, 2, …; on the meta device just its shape, since ``torch.arange`` is slow there."""
-    order = torch.empty(length, device=device, dtype=torch.int32)
-    return order if order.is_meta else torch.arange(length, device=device, dtype=torch.int32)
+class Place(Factory, total=False):
+    """How a layer is made to take the place of a linear one."""
+
+    bias: bool  # whether it has one (m,), as it has by default
+    transposed: bool  # whether the dense layer keeps its weight as (in, out), as GPT-2's Conv1D does
 
 
 class Compact(nn.Module):
@@ -44,13 +38,22 @@ class Compact(nn.Module):
 
     ``CHILDREN`` name the modules that hold its numbers. ``weight`` is a buffer of one element, a guard: a program that does not
     know the layer finds a weight of the wrong shape in the checkpoint and stops, where it would else start from random weights.
+    Code that asks for ``layer.weight.dtype`` or ``.device`` gets the right answer.
     """
 
     KIND: ClassVar[str] = ""  # by which config.json names it; "" for what belongs to other layers
     CHILDREN: ClassVar[tuple[str, ...]] = ()
     FORMS: ClassVar[tuple[str, ...]] = ()  # that it may have; the first one, where config.json says none
+    NUMBERS: ClassVar[Mapping[str, str]] = {}  # its settings that are whole numbers, each with what it is, in words
+    OTHERS: ClassVar[tuple[str, ...]] = (
+        "bits",
+        "group",
+    )  # the settings that it may have beside these, its kind and form
 
     weight: Tensor
+    form: str
+    bits: int | None = None  # of the children's numbers, where they are integers
+    group: int | None = None  # inputs that share a scale; None: all of an output
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,9 +75,53 @@ class Compact(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> dict[str, int]:
+        """Return the whole numbers of settings, all of which are checked.
+
+        Raises:
+            TypeError: if one of them is none, or there is a setting that the layer does not have; with what it must have.
+            ValueError: if there is no such form.
+        """
+        others = {"kind", "form", *cls.OTHERS}
+        wrong = [words for key, words in cls.NUMBERS.items() if type(settings.get(key)) is not int]
+        unknown = settings.keys() - cls.NUMBERS.keys() - others
+        if unknown and not cls.NUMBERS:
+            raise TypeError(f"it may have {', '.join(sorted(others))} alone, and not {reprlib.repr(min(unknown))}")
+        if wrong or unknown:
+            whole = " and ".join(f"a whole number as {words}" for words in wrong or cls.NUMBERS.values())
+            raise TypeError(f"it must have {whole}, and a form, got {reprlib.repr(dict(settings))}")
+        cls.check_form(settings.get("form", cls.FORMS[0]))
+        return {name: settings[name] for name in cls.NUMBERS}
+
+    @classmethod
+    def check_form(cls, form: str) -> None:
+        """Refuse a form that the layer does not have.
+
+        Raises:
+            ValueError: with those that it has.
+        """
+        if form not in cls.FORMS:
+            raise ValueError(f"the form must be one of {', '.join(cls.FORMS)}, got {reprlib.repr(form)}")
+
+    @torch.no_grad()
+    def fill(self, device: torch.device, **numbers: Tensor | None) -> Self:
+        """Give a layer that was made on the meta device its numbers: of children, buffers and the bias, by their names."""
+        self.to_empty(device=device)
+        for name, value in numbers.items():
+            if value is not None:
+                place = getattr(self, name)
+                target: Any = place.weight if isinstance(place, nn.Module) else place
+                target.copy_(value)
+        if self.KIND:
+            self.weight.zero_()
+        return self
+
     def settings(self) -> dict[str, Any]:
         """Return what config.json says of the layer, beside its shape."""
-        raise NotImplementedError
+        numbers = {name: getattr(self, name) for name in self.NUMBERS}
+        integers = {} if self.bits is None else {"bits": self.bits, "group": self.group}
+        return {"kind": self.KIND, **numbers, "form": self.form, **integers}
 
     @property
     def numbers(self) -> int:
@@ -121,52 +168,49 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 class CompactLinear(Compact):
-    """y = W′x + b with W′ (out, in) kept in fewer than out · in numbers, by ``nn.Linear`` children.
-
-    ``NUMBERS`` are the settings that are whole numbers, each with what it is, in words.
-    """
-
-    NUMBERS: ClassVar[Mapping[str, str]] = {}
+    """y = W′x + b with W′ (out, in) kept in fewer than out · in numbers, by ``nn.Linear`` children."""
 
     bias: nn.Parameter | None
-    bits: int | None = None  # of the children's numbers, where they are integers
-    group: int | None = None  # inputs that share a scale; None: all of an output
 
-    def __init__(self, in_features: int, out_features: int, form: str, transposed: bool) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        form: str,
+        bias: bool = True,
+        transposed: bool = False,
+        **factory: Unpack[Factory],
+    ) -> None:
         super().__init__()
+        self.check_form(form)
         self.in_features, self.out_features = in_features, out_features
         self.form, self.transposed = form, transposed
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **factory)) if bias else None)
+        self.register_buffer("weight", torch.zeros(1, **factory))
 
     @classmethod
     def empty(cls, module: nn.Module, settings: Mapping[str, Any], model: nn.Module, shared: dict[str, Any]) -> Self:
-        check_settings(settings, cls.NUMBERS, {"kind", "form", "bits", "group"})
-        given: dict[str, Any] = {name: settings[name] for name in cls.NUMBERS}
-        in_features, out_features = linear_shape(module)
-        form = form_of(settings, cls.FORMS)
-        layer = cls(in_features, out_features, form=form, **given, **place_of(module))  # type: ignore[arg-type]
+        numbers: dict[str, Any] = cls.read(settings)
+        form = settings.get("form", cls.FORMS[0])
+        layer = cls(*linear_shape(module), form=form, **numbers, **place_of(module))
         if "bits" in settings or "group" in settings:
             layer.hold_integers(*integers_of(settings))
         return layer
 
-    def _finish(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Add the bias and the guard, behind the children."""
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
+    def child(self, in_features: int, out_features: int) -> nn.Linear:
+        """Return an ``nn.Linear`` without a bias, on the device and in the dtype of the layer.
 
-    @torch.no_grad()
-    def _fill(self, bias: Tensor | None, **numbers: Tensor) -> Self:
-        """Give a layer that was made on the meta device its numbers: of children by their names, and of buffers."""
-        for name, value in numbers.items():
-            place = getattr(self, name)
-            target: Any = place.weight if isinstance(place, nn.Module) else place
-            target.copy_(value)
-        self.weight.zero_()
-        if self.bias is not None and bias is not None:
-            self.bias.copy_(bias)
-        return self
+        On the meta device nothing is initialized, which is slow there.
+        """
+        like = self.weight
+        if not like.is_meta:
+            return nn.Linear(in_features, out_features, bias=False, device=like.device, dtype=like.dtype)
+        layer = nn.Linear.__new__(nn.Linear)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = in_features, out_features
+        layer.weight = nn.Parameter(like.new_empty(out_features, in_features))
+        layer.register_parameter("bias", None)
+        return layer
 
     @property
     def numbers(self) -> int:
@@ -182,12 +226,11 @@ class CompactLinear(Compact):
         """Give the layer children of integers: those that are named, and else empty ones of the same shapes."""
         for name in self.CHILDREN:
             old = getattr(self, name)
-            made = children.get(name) or IntLinear(old.out_features, old.in_features, bits, group, old.weight.device)
-            if (made.rows, made.columns) != (old.out_features, old.in_features):
-                raise ValueError(
-                    f"{name} must be {(old.out_features, old.in_features)}, got {(made.rows, made.columns)}"
-                )
-            setattr(self, name, made)
+            shape = old.out_features, old.in_features
+            child = children.get(name) or IntLinear(*shape, bits, group, old.weight.device)
+            if (child.rows, child.columns) != shape:
+                raise ValueError(f"{name} must be {shape}, got {(child.rows, child.columns)}")
+            setattr(self, name, child)
         self.bits, self.group = bits, group
 
     @property
@@ -198,11 +241,6 @@ class CompactLinear(Compact):
     def keep(self) -> float:
         """The numbers that represent the weight over out · in."""
         return self.numbers / (self.out_features * self.in_features)
-
-    def settings(self) -> dict[str, Any]:
-        numbers = {name: getattr(self, name) for name in self.NUMBERS}
-        integers = {} if self.bits is None else {"bits": self.bits, "group": self.group}
-        return {"kind": self.KIND, **numbers, "form": self.form, **integers}
 
     def product(
         self,
@@ -249,38 +287,34 @@ def dense_linear(
     return dense
 
 
-def place_of(module: nn.Module) -> dict[str, Any]:
-    """Return how a layer must be made to take the place of a linear one: bias, layout, device and dtype."""
+def place_of(module: nn.Module) -> Place:
+    """Return how a layer must be made to take the place of a linear one."""
     weight: Any = module.weight
     bias = getattr(module, "bias", None) is not None
     return {"bias": bias, "transposed": isinstance(module, Conv1D), "device": weight.device, "dtype": weight.dtype}
 
 
-def check_settings(settings: Mapping[str, Any], numbers: Mapping[str, str], others: set[str]) -> None:
-    """Refuse settings of a layer whose numbers are none, or that there are not.
+def unfilled(
+    bias: Tensor | None, transposed: bool, dtype: torch.dtype | None, device: torch.device | str = "meta"
+) -> Place:
+    """Return how a layer must be made that gets its numbers afterwards, by ``fill``."""
+    return {"bias": bias is not None, "transposed": transposed, "device": device, "dtype": dtype}
+
+
+def counted(length: int, device: torch.device | str | None) -> Tensor:  # (length,), int32
+    """Return 0, 1, 2, …; on the meta device just its shape, since ``torch.arange`` is slow there."""
+    order = torch.empty(length, device=device, dtype=torch.int32)
+    return order if order.is_meta else torch.arange(length, device=device, dtype=torch.int32)
+
+
+def check_size(size: int, largest: int, before: str, after: str = "") -> None:
+    """Refuse a size that is not between 1 and the largest.
 
     Raises:
-        TypeError: with what it must have.
+        ValueError: with the words that stand before and after what it must be.
     """
-    wrong = [words for key, words in numbers.items() if type(settings.get(key)) is not int]
-    unknown = settings.keys() - numbers.keys() - others
-    if unknown and not numbers:
-        raise TypeError(f"it may have {', '.join(sorted(others))} alone, and not {reprlib.repr(min(unknown))}")
-    if wrong or unknown:
-        whole = " and ".join(f"a whole number as {words}" for words in wrong or numbers.values())
-        raise TypeError(f"it must have {whole}, and a form, got {reprlib.repr(dict(settings))}")
-
-
-def form_of(settings: Mapping[str, Any], forms: tuple[str, ...]) -> str:
-    """Return the form that the settings of a layer name, or else the first one.
-
-    Raises:
-        ValueError: if there is none of that name.
-    """
-    form = settings.get("form", forms[0])
-    if form not in forms:
-        raise ValueError(f"the form must be one of {', '.join(forms)}, got {reprlib.repr(form)}")
-    return str(form)
+    if not 1 <= size <= largest:
+        raise ValueError(f"{before} between 1 and {largest}{after}, got {size}")
 
 
 def integers_of(settings: Mapping[str, Any]) -> tuple[int, int | None]:

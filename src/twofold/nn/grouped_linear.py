@@ -14,6 +14,7 @@ ordering them copies each output twice, and each small product has its own start
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -39,23 +40,23 @@ class Part:
 
 
 def fixed(tensor: Tensor) -> nn.Parameter:
-    """A weight that is not trained."""
+    """Return a weight that is not trained."""
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def laid_out(weight: Tensor, by_columns: bool) -> Tensor:  # (m, n), the same numbers
-    """A weight in the memory order that its product with one vector reads fastest, as a machine's measurement has it."""
+    """Return a weight in the memory order that its product with one vector reads fastest, as a machine's measurement has it."""
     if by_columns and weight.shape[0] > weight.shape[1]:
         return weight.T.contiguous().T
     return weight.contiguous()
 
 
 def _in_place(x: Tensor) -> bool:
-    """Whether products may write into a buffer: no gradient is asked for, nothing traces, and no dtype is chosen on the way."""
+    """Say whether products may write into a buffer: without a gradient, a trace, or a dtype that is chosen on the way."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
-    asked = torch.is_grad_enabled() and x.requires_grad
-    return not asked and not torch.is_autocast_enabled(x.device.type)
+    traced = torch.is_grad_enabled() and x.requires_grad
+    return not traced and not torch.is_autocast_enabled(x.device.type)
 
 
 class InputGroup(nn.Module):
@@ -78,72 +79,58 @@ class InputGroup(nn.Module):
         if len(loose) > 1:
             raise ValueError("only one layer of a group can go without an order")
         self.in_features = parts[0].reduce.shape[1]
-        stacked = [i for i in range(len(parts)) if i not in loose] + loose  # in the order of z
+        others = [i for i in range(len(parts)) if i not in loose]
+        stacked, self._after = others + loose, loose + others  # in the order of z, and of e
         self.reduce = fixed(laid_out(torch.cat([parts[i].reduce for i in stacked]), by_columns))
         self.expands = nn.ParameterList([fixed(laid_out(part.expand, by_columns)) for part in parts])
-        inner: dict[int, tuple[int, int]] = {}  # where z_i stands
-        outer: dict[int, tuple[int, int]] = {}  # where e_i stands
-        at = 0
-        for i in stacked:
-            inner[i] = (at, at + len(parts[i].reduce))
-            at = inner[i][1]
-        self.rank = at
-        for i in [*loose, *(i for i in range(len(parts)) if i not in loose)]:
-            outer[i] = (at, at + len(parts[i].expand))
-            at = outer[i][1]
-        self.width = at
-        self.inner, self.outer = [inner[i] for i in range(len(parts))], [outer[i] for i in range(len(parts))]
-        self._after = sorted(outer, key=lambda i: outer[i][0])  # in the order of e
+        widths = [*(len(parts[i].reduce) for i in stacked), *(len(parts[i].expand) for i in self._after)]
+        spans, k = list(pairwise(accumulate(widths, initial=0))), len(parts)
+        self.rank, self.width = spans[k - 1][1], spans[-1][1]
+        inner, outer = dict(zip(stacked, spans[:k], strict=True)), dict(zip(self._after, spans[k:], strict=True))
+        self.inner, self.outer = [inner[i] for i in range(k)], [outer[i] for i in range(k)]  # where z_i and e_i stand
         self._take(parts)
-        self._kept: tuple[Tensor, int, list[Tensor]] | None = None
+        self._outputs: tuple[Tensor, int, list[Tensor]] | None = None
         self._remember()
 
     def _remember(self) -> None:
         """Hold the tensors where they are found faster than among a module's parameters."""
         steps = [(self.expands[i], *self.inner[i], *self.outer[i]) for i in self._after]
-        self._fast = self.reduce, steps, self.order, self.order_bias
+        biases = [self.biases.get(str(i)) for i in range(len(self.places))]
+        self._fast = self.reduce, steps, self.order, self.order_bias, biases
 
     def _apply(self, fn: Any, recurse: bool = True) -> InputGroup:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._kept = None
+        self._outputs = None
         self._remember()
         return self
 
     def _take(self, parts: list[Part]) -> None:
-        """Where each output is found: in the buffer, or among the ordered ones."""
+        """Find each output: in the buffer, or among the ordered ones."""
         self.places: list[tuple[bool, int, int]] = []  # ordered or not, from, to
         orders, biases, at = [], [], 0
-        for i, part in enumerate(parts):
-            (z, r), (e, end) = self.inner[i], self.outer[i]
-            m = len(part.expand) + (r - z if part.pivots else 0)
+        for part, (z, r), (e, end) in zip(parts, self.inner, self.outer, strict=True):
             if part.pivots and part.order is not None:
                 whole = torch.cat([torch.arange(z, r), torch.arange(e, end)]).to(part.order.device)
                 orders.append(whole[part.order.long()])
-                biases.append(part.bias if part.bias is not None else part.reduce.new_zeros(m))
-                self.places.append((True, at, at + m))
-                at += m
+                biases.append(part.reduce.new_zeros(len(whole)) if part.bias is None else part.bias)
+                self.places.append((True, at, at + len(whole)))
+                at += len(whole)
             else:
                 self.places.append((False, z if part.pivots else e, end))
         self.register_buffer("order", torch.cat(orders) if orders else None, persistent=False)
-        ordered = any(part.bias is not None and part.pivots and part.order is not None for part in parts)
-        self.register_buffer("order_bias", torch.cat(biases) if ordered else None, persistent=False)
-        self.biases = nn.ParameterList()
-        self.bias_of: list[int | None] = []
-        for part, (is_ordered, _, _) in zip(parts, self.places, strict=True):
-            plain = part.bias is not None and not is_ordered
-            self.bias_of.append(len(self.biases) if plain else None)
-            if plain:
-                assert part.bias is not None
-                self.biases.append(fixed(part.bias))
+        added = any(place[0] and part.bias is not None for part, place in zip(parts, self.places, strict=True))
+        self.register_buffer("order_bias", torch.cat(biases) if added else None, persistent=False)
+        plain = {i: part.bias for i, part in enumerate(parts) if part.bias is not None and not self.places[i][0]}
+        self.biases = nn.ParameterDict({str(i): fixed(bias) for i, bias in plain.items()})
 
     def forward(
         self,
         x: Tensor,  # (..., n)
     ) -> list[Tensor]:  # k of (..., m_i)
-        """The outputs of all layers; some are parts of one tensor."""
+        """Compute the outputs of all layers; some are parts of one tensor."""
         flat = x.reshape(-1, self.in_features)
-        buffer = self._write(flat) if len(flat) > FEW and _in_place(flat) else self._join(flat)
-        _, _, order, bias = self._fast
+        buffer = self._products(flat)
+        _, _, order, bias, biases = self._fast
         ordered = buffer
         if order is not None:
             ordered = buffer.index_select(1, order)
@@ -154,27 +141,22 @@ class InputGroup(nn.Module):
             return [ordered]
         buffer = buffer.view(*x.shape[:-1], self.width)
         outputs = []
-        for (is_ordered, first, last), own in zip(self.places, self.bias_of, strict=True):
+        for (is_ordered, first, last), own in zip(self.places, biases, strict=True):
             y = (ordered if is_ordered else buffer).narrow(-1, first, last - first)
-            outputs.append(y if own is None else y + self.biases[own])
+            outputs.append(y if own is None else y + own)
         return outputs
 
-    def _write(
+    def _products(
         self,
         flat: Tensor,  # (tokens, n)
     ) -> Tensor:  # (tokens, width)
-        reduce, steps, _, _ = self._fast
-        buffer = flat.new_empty(len(flat), self.width)
-        torch.mm(flat, reduce.T, out=buffer[:, : self.rank])
-        for expand, z, r, e, end in steps:
-            torch.mm(buffer[:, z:r], expand.T, out=buffer[:, e:end])
-        return buffer
-
-    def _join(
-        self,
-        flat: Tensor,  # (tokens, n)
-    ) -> Tensor:  # (tokens, width)
-        reduce, steps, _, _ = self._fast
+        reduce, steps, *_ = self._fast
+        if len(flat) > FEW and _in_place(flat):
+            buffer = flat.new_empty(len(flat), self.width)
+            torch.mm(flat, reduce.T, out=buffer[:, : self.rank])
+            for expand, z, r, e, end in steps:
+                torch.mm(buffer[:, z:r], expand.T, out=buffer[:, e:end])
+            return buffer
         inner = F.linear(flat, reduce)
         if len(steps) == 1:
             return torch.cat((inner, F.linear(inner, steps[0][0])), 1)
@@ -182,7 +164,7 @@ class InputGroup(nn.Module):
         return torch.cat((inner, *outer), 1)
 
     def output(self, index: int, x: Tensor) -> Tensor:  # (..., m)
-        """The output of one layer. All are computed for the first that asks, and kept until the last one has asked.
+        """Return the output of one layer. All are computed for the first that asks, and kept until the last one has asked.
 
         What is kept belongs to this very tensor, unchanged, and is replaced as a whole: threads that run the model at once
         compute it again at the worst.
@@ -191,11 +173,11 @@ class InputGroup(nn.Module):
         if last == 0:
             return self.forward(x)[0]
         version = -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
-        kept = self._kept
-        if kept is None or kept[0] is not x or kept[1] != version:
-            kept = (x, version, self.forward(x))
-        self._kept = None if index == last else kept
-        return kept[2][index]
+        outputs = self._outputs
+        if outputs is None or outputs[0] is not x or outputs[1] != version:
+            outputs = (x, version, self.forward(x))
+        self._outputs = None if index == last else outputs
+        return outputs[2][index]
 
 
 class GroupedLinear(nn.Module):

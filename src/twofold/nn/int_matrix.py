@@ -15,7 +15,7 @@ Kind = TypeVar("Kind", bound="IntMatrix")
 
 
 def int_bytes(rows: int, columns: int, bits: int, group: int | None) -> int:
-    """What a matrix takes: its codes, and a scale of two bytes for each group. The zero points are all zero, and not stored.
+    """Count what a matrix takes: its codes, and a scale of two bytes for each group. All zero points are zero, and not stored.
 
     >>> int_bytes(10, 100, 4, 64)    # 50 bytes and two scales a row
     540
@@ -24,7 +24,7 @@ def int_bytes(rows: int, columns: int, bits: int, group: int | None) -> int:
 
 
 def groups(columns: int, group: int | None) -> int:
-    """The groups of a row; the last one may be shorter, so any number of inputs (a rank, say) will do."""
+    """Count the groups of a row; the last one may be shorter, so any number of inputs (a rank, say) will do."""
     return 1 if group is None else -(-columns // group)
 
 
@@ -53,11 +53,14 @@ class IntMatrix(nn.Module):
         if group is not None and group < 1:
             raise ValueError(f"a group must have at least one input, got {group!r}")
         self.rows, self.columns, self.bits, self.group = rows, columns, bits, group
-        for name, width, dtype in (
-            ("codes", row_bytes(columns, bits), torch.uint8),
-            ("scales", groups(columns, group), torch.int16),
-        ):
-            self.register_buffer(name, torch.zeros(rows, width, dtype=dtype, device=device))
+        for name, (shape, dtype) in self.layout.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def layout(self) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+        """The shape and the dtype of each buffer."""
+        codes, scales = row_bytes(self.columns, self.bits), groups(self.columns, self.group)
+        return {"codes": ((self.rows, codes), torch.uint8), "scales": ((self.rows, scales), torch.int16)}
 
     @classmethod
     def of(
@@ -69,9 +72,9 @@ class IntMatrix(nn.Module):
     ) -> Kind:
         """Build it from codes and their scales."""
         rows, columns = codes.shape
-        made = cls(rows, columns, bits, group, device="meta")
-        made.codes, made.scales = pack(codes, bits), scales.to(torch.bfloat16).contiguous().view(torch.int16)
-        return made
+        matrix = cls(rows, columns, bits, group, device="meta")
+        matrix.codes, matrix.scales = pack(codes, bits), scales.to(torch.bfloat16).contiguous().view(torch.int16)
+        return matrix
 
     @property
     def numbers(self) -> int:
@@ -92,7 +95,7 @@ class IntMatrix(nn.Module):
         self,
         index: Tensor,  # (...), int64
     ) -> Tensor:  # (..., columns), float32
-        """Some rows of the matrix, as an input embedding looks them up."""
+        """Return some rows of the matrix, as an input embedding looks them up."""
         flat = index.reshape(-1)
         return self._dequantize(self.codes[flat], self.scales[flat]).view(*index.shape, self.columns)
 
@@ -103,16 +106,13 @@ class IntMatrix(nn.Module):
         return unpack(codes, self.columns, self.bits) * wide
 
     def index_error(self) -> str | None:
-        """What is wrong with the numbers that were loaded, in words that follow a name; None if nothing is."""
-        for name, dtype, width in (
-            ("codes", torch.uint8, row_bytes(self.columns, self.bits)),
-            ("scales", torch.int16, groups(self.columns, self.group)),
-        ):
-            found = getattr(self, name)
-            if found.dtype != dtype or found.shape != (self.rows, width):
+        """Say what is wrong with the numbers that were loaded, in words that follow a name; None if nothing is."""
+        for name, (shape, dtype) in self.layout.items():
+            buffer = getattr(self, name)
+            if buffer.dtype != dtype or buffer.shape != shape:
                 return (
-                    f"{name} in the checkpoint is {tuple(found.shape)} of {found.dtype}, its config.json says "
-                    f"{(self.rows, width)} of {dtype}"
+                    f"{name} in the checkpoint is {tuple(buffer.shape)} of {buffer.dtype}, its config.json says {shape} of "
+                    f"{dtype}"
                 )
         if not self.scales.is_meta and not bool(torch.isfinite(self.scales.view(torch.bfloat16)).all()):
             return "scales in the checkpoint hold NaN or infinity"

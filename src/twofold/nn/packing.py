@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def row_bytes(columns: int, bits: int) -> int:
-    """The bytes that a row of codes takes; each row begins with a byte of its own.
+    """Count the bytes that a row of codes takes; each row begins with a byte of its own.
 
     >>> row_bytes(5, 4)
     3
@@ -38,7 +38,7 @@ def unpack(
     columns: int,
     bits: int,
 ) -> Tensor:  # (rows, columns), int16
-    """The signed codes again."""
+    """Return the signed codes again."""
     rows = len(packed)
     if bits == 8:
         shifted = packed

@@ -24,7 +24,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 @contextmanager
 def put_back(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """After the block the model has the same modules again at these places, however the block ends."""
+    """Give the model the modules again that it had at these places, however the block ends."""
     before = {name: model.get_submodule(name) for name in names}
     try:
         yield
@@ -37,7 +37,7 @@ def put_back(model: nn.Module, names: list[str]) -> Iterator[None]:
 
 @contextmanager
 def dense_again(model: nn.Module, replaced: dict[str, nn.Module]) -> Iterator[None]:
-    """Within the block the model has its dense layers back, with no copy made."""
+    """Give the model its dense layers back within the block, without a copy."""
     factored = {name: replace_module(model, name, module) for name, module in replaced.items()}
     try:
         yield
@@ -72,11 +72,11 @@ def hold_bases(model: nn.Module) -> None:
         ValueError: if layers refer to two bases of one name, as when one layer was copied alone.
     """
     home = getattr(model, "base_model", model)
-    found: dict[str, nn.Module] = {}
+    bases: dict[str, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, SharedLinear) and found.setdefault(module.basis.name, module.basis) is not module.basis:
+        if isinstance(module, SharedLinear) and bases.setdefault(module.basis.name, module.basis) is not module.basis:
             raise ValueError(f"the layers of the model refer to two bases that are called {module.basis.name}")
-    if found:
-        setattr(home, BASES, nn.ModuleDict(found))
+    if bases:
+        setattr(home, BASES, nn.ModuleDict(bases))
     elif hasattr(home, BASES):
         delattr(home, BASES)

@@ -87,14 +87,14 @@ OBJECTIVES: Registry[Objective] = Registry(
 
 def without_gradients() -> str:
     """Say which objectives that look at data need no gradient."""
-    able = [one.name for one in OBJECTIVES.all() if one.needs == {"input"}]
-    return f"use `objective={able[0]}`" if able else "use another objective"
+    able = next((method.name for method in OBJECTIVES.all() if method.needs == {"input"}), None)
+    return f"use `objective={able}`" if able else "use another objective"
 
 
 def without_data() -> str:
     """Say which objectives need no data."""
-    able = [one.name for one in OBJECTIVES.all() if not one.needs]
-    return f"`objective={able[0]}` needs none" if able else "no objective does without"
+    able = next((method.name for method in OBJECTIVES.all() if not method.needs), None)
+    return f"`objective={able}` needs none" if able else "no objective does without"
 
 
 class Method(Settings):
@@ -149,18 +149,9 @@ def structural_objective(
     together: Callable[[Settings], int] = lambda settings: 1,
 ) -> None:
     """Register an objective that chooses the sizes of several weights together, or has more than one way to a size."""
-    OBJECTIVES.add(
-        name,
-        Objective(
-            name,
-            source,
-            frozenset(needs),
-            loss,
-            structures=frozenset(structures),
-            settings=settings,
-            together=together,
-        ),
-    )
+    kinds = frozenset(structures)
+    method = Objective(name, source, frozenset(needs), loss, structures=kinds, settings=settings, together=together)
+    OBJECTIVES.add(name, method)
 
 
 def corrective_objective(

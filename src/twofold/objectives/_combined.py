@@ -11,24 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from twofold import linalg
 from twofold.objectives import OBJECTIVES, LayerMoments, Loss, Objective, Problem, Statistic
-from twofold.objectives._sides import gradient_side, input_side
+from twofold.objectives._sides import diagonal, gradient_side, input_side, problem_of
 from twofold.objectives.asvd import scaled_columns
-from twofold.objectives.fwsvd import fisher_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Diagonal: TypeAlias = "Callable[[Tensor, LayerMoments, float], Tensor | None]"
+Metric: TypeAlias = "Callable[[Tensor, LayerMoments, float], Tensor | None]"
 
 
 class _Side(NamedTuple):
-    """A metric of one side: what it needs, and its diagonal; ``full`` has none, and is the damped moment itself."""
+    """A metric of one side: what it needs, and how it is made."""
 
     needs: tuple[Statistic, ...]
-    diagonal: Diagonal
-    full: bool = False
+    metric: Metric
     nats: bool = False  # whether it is a part of the second-order estimate
 
 
@@ -36,48 +33,32 @@ def _none(weight: Tensor, moments: LayerMoments, damping: float) -> None:
     return None
 
 
-def _inputs(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:  # (n,)
-    assert moments.input_square is not None
-    return linalg.damp(moments.input_square.to(weight), damping, full=False)
-
-
-def _outputs(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:  # (m,)
-    assert moments.gradient_square is not None
-    return linalg.damp(moments.gradient_square.to(weight), damping, full=False)
-
-
 INPUTS = {
     "plain": _Side((), _none),
     "abs": _Side(("input_abs",), scaled_columns),
-    "diagonal": _Side(("input_square",), _inputs, nats=True),
-    "whitened": _Side(("input",), _none, full=True, nats=True),
+    "diagonal": _Side(("input_square",), lambda w, moments, d: diagonal(w, moments.input_square, d), nats=True),
+    "whitened": _Side(("input",), input_side, nats=True),
 }
 OUTPUTS = {
     "plain": _Side((), _none),
-    "rows": _Side(("fisher_rows",), fisher_rows),
-    "diagonal": _Side(("gradient_square",), _outputs, nats=True),
-    "whitened": _Side(("gradient",), _none, full=True, nats=True),
+    "rows": _Side(("fisher_rows",), lambda w, moments, d: diagonal(w, moments.fisher_rows, d)),
+    "diagonal": _Side(("gradient_square",), lambda w, moments, d: diagonal(w, moments.gradient_square, d), nats=True),
+    "whitened": _Side(("gradient",), gradient_side, nats=True),
 }
 
 
 @OBJECTIVES.family
 def combined(name: str) -> Objective | None:
-    """The objective of two metrics; None if the name is not of that form."""
+    """Return the objective of two metrics; None if the name is not of that form."""
     left, plus, right = name.partition("+")
     if not plus or left not in INPUTS or right not in OUTPUTS:
         return None
     inputs, outputs = INPUTS[left], OUTPUTS[right]
+    needs = frozenset((*inputs.needs, *outputs.needs))  # "input" and "gradient" for full moments alone
 
     def build(weight: Tensor, moments: LayerMoments, damping: float) -> Problem:
-        of_inputs = input_side if inputs.full else inputs.diagonal
-        of_outputs = gradient_side if outputs.full else outputs.diagonal
-        near, far = of_inputs(weight, moments, damping), of_outputs(weight, moments, damping)
-        side = linalg.smaller_side(*weight.shape)
-        # On the larger side a full moment is given as the weight's Gram matrix in it already.
-        if side == "rows":
-            return Problem(far, near if inputs.full and near is not None else linalg.gram(weight, near), side)
-        return Problem(near, far if outputs.full and far is not None else linalg.gram(weight, far), side)
+        layer = weight, moments, damping
+        return problem_of(weight, inputs.metric(*layer), outputs.metric(*layer), needs)
 
     loss: Loss = "nats" if inputs.nats and outputs.nats else "output" if inputs.nats and right == "plain" else "weight"
-    needs = frozenset((*inputs.needs, *outputs.needs))
     return Objective(name, f"two metrics combined: {left} inputs, {right} outputs", needs, loss, build)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from twofold import linalg
 from twofold.objectives import LayerMoments, Problem, objective
+from twofold.objectives._sides import problem_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,14 +15,11 @@ ALPHA = 0.5
 
 
 def scaled_columns(weight: Tensor, moments: LayerMoments, damping: float) -> Tensor:  # (n,)
-    """The damped diagonal of C."""
+    """Return the damped diagonal of C."""
     assert moments.input_abs is not None
     return linalg.damp(moments.input_abs.to(weight).pow(2 * ALPHA), damping, full=False)
 
 
 @objective("asvd", source="Yuan et al. 2023 (arXiv 2312.05821)", needs={"input_abs"}, loss="weight")
 def asvd(weight: Tensor, moments: LayerMoments, damping: float) -> Problem:
-    columns = scaled_columns(weight, moments, damping)
-    if linalg.smaller_side(*weight.shape) == "rows":
-        return Problem(None, linalg.gram(weight, columns), "rows")
-    return Problem(columns, linalg.gram(weight, None), "columns")
+    return problem_of(weight, scaled_columns(weight, moments, damping), None)

@@ -11,10 +11,8 @@ from twofold.objectives._correction import Correction
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOURCE = "Liu et al. 2024 (arXiv 2410.21271)"
 
-
-@corrective_objective("eora", source=SOURCE, needs={"whole_input"}, settings=Correction)
+@corrective_objective("eora", source="Liu et al. 2024 (arXiv 2410.21271)", needs={"whole_input"}, settings=Correction)
 def eora(error: Tensor, moments: LayerMoments, damping: float, rank: int) -> tuple[Tensor, Tensor]:
     assert moments.input is not None
     return linalg.eigen_low_rank(error, rank, linalg.damp(moments.input.to(error), damping))

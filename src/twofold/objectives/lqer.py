@@ -11,10 +11,8 @@ from twofold.objectives._correction import Correction
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOURCE = "Zhang et al. 2024 (arXiv 2402.02446)"
 
-
-@corrective_objective("lqer", source=SOURCE, needs={"input_abs"}, settings=Correction)
+@corrective_objective("lqer", source="Zhang et al. 2024 (arXiv 2402.02446)", needs={"input_abs"}, settings=Correction)
 def lqer(error: Tensor, moments: LayerMoments, damping: float, rank: int) -> tuple[Tensor, Tensor]:
     assert moments.input_abs is not None
     scales = linalg.damp(moments.input_abs.to(error).square(), damping, full=False)

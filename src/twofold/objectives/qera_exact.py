@@ -11,10 +11,10 @@ from twofold.objectives._correction import Correction
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOURCE = "Zhang et al. 2024 (arXiv 2410.06040)"
 
-
-@corrective_objective("qera-exact", source=SOURCE, needs={"whole_input"}, settings=Correction)
+@corrective_objective(
+    "qera-exact", source="Zhang et al. 2024 (arXiv 2410.06040)", needs={"whole_input"}, settings=Correction
+)
 def qera_exact(error: Tensor, moments: LayerMoments, damping: float, rank: int) -> tuple[Tensor, Tensor]:
     assert moments.input is not None
     return linalg.weighted_low_rank(error, rank, None, linalg.damp(moments.input.to(error), damping))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from twofold import linalg
 from twofold.objectives import LayerMoments, Problem, objective
+from twofold.objectives._sides import problem_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,4 +13,4 @@ if TYPE_CHECKING:
 
 @objective("svd", source="Eckart & Young 1936", needs=set(), loss="weight", full=set())
 def svd(weight: Tensor, moments: LayerMoments, damping: float) -> Problem:
-    return Problem(None, linalg.gram(weight, None), linalg.smaller_side(*weight.shape))
+    return problem_of(weight, None, None)

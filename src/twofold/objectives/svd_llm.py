@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from twofold import linalg
 from twofold.objectives import LayerMoments, Problem, objective
-from twofold.objectives._sides import input_side
+from twofold.objectives._sides import input_side, problem_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +18,4 @@ if TYPE_CHECKING:
     "svd-llm", source="Wang et al., ICLR 2025 (arXiv 2403.07378)", needs={"input"}, loss="output", full={"input"}
 )
 def svd_llm(weight: Tensor, moments: LayerMoments, damping: float) -> Problem:
-    near = input_side(weight, moments, damping)
-    if linalg.smaller_side(*weight.shape) == "rows":
-        return Problem(None, near, "rows")
-    return Problem(near, linalg.gram(weight, None), "columns")
+    return problem_of(weight, input_side(weight, moments, damping), None, {"input"})

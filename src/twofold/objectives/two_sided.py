@@ -8,24 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from twofold import linalg
 from twofold.objectives import LayerMoments, Problem, objective
-from twofold.objectives._sides import gradient_side, input_side
+from twofold.objectives._sides import gradient_side, input_side, problem_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @objective(
-    "two-sided",
-    source="K-FAC metric; arXiv 2604.00821",
-    needs={"input", "gradient"},
-    loss="nats",
+    "two-sided", source="K-FAC metric; arXiv 2604.00821", needs={"input", "gradient"}, loss="nats",
     full={"input", "gradient"},
-)
+)  # fmt: skip
 def two_sided(weight: Tensor, moments: LayerMoments, damping: float) -> Problem:
-    inputs = input_side(weight, moments, damping)
-    gradients = gradient_side(weight, moments, damping)
-    if linalg.smaller_side(*weight.shape) == "rows":
-        return Problem(gradients, inputs, "rows")
-    return Problem(inputs, gradients, "columns")
+    inputs, gradients = input_side(weight, moments, damping), gradient_side(weight, moments, damping)
+    return problem_of(weight, inputs, gradients, {"input", "gradient"})

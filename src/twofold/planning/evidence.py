@@ -29,7 +29,7 @@ def gather(work: Measurement, allocate: str) -> Evidence:
     """Measure what an allocation asks for, or what rounding loses where bits are chosen too; nothing for most."""
     if work.settings.bits == "auto":
         return Evidence(rounding=measure_rounding(work))
-    # Losses of the unit "weight" are no means over tokens.
-    tokens = work.samples.predictions if work.samples is not None and work.made.objective.loss != "weight" else 1
+    means = work.decomposition.objective.loss != "weight"  # those are no means over tokens
+    tokens = work.samples.predictions if work.samples is not None and means else 1
     measure = ALLOCATIONS.get(allocate).measure
     return Evidence(tokens) if measure is None else Evidence(tokens, measure(work))

@@ -9,7 +9,8 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from twofold.errors import TwofoldError
-from twofold.nn.layers._basis import SharedBasis, basis_storage
+from twofold.nn.layers._basis import SharedBasis, SharedForm, basis_storage
+from twofold.nn.layers.sliced import SlicedForm
 
 
 class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
@@ -23,22 +24,9 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     group: str  # the first target that shares its input
     rank: PositiveInt | None  # None: dense
     # "gauge": rows or columns, chosen when it is factorized; for kept-rows and kept-columns the rank is how many
-    form: (
-        Literal[
-            "plain",
-            "rows",
-            "columns",
-            "gauge",
-            "kept-rows",
-            "kept-columns",
-            "shared-plain",
-            "shared-columns",
-            "corrected",
-        ]
-        | None
-    )
+    form: Literal["plain", "rows", "columns", "gauge", SlicedForm, SharedForm, "corrected"] | None
     basis: str | None = None  # that it shares with others: each of them counts an equal part of it
-    columns: NonNegativeInt = 0  # of the inputs that are dense beside the factors
+    columns: NonNegativeInt = 0  # inputs that are dense beside the factors
     bits: Annotated[int, Field(ge=2, le=8)] | None = None  # of the stored numbers; None: in the dtype of the checkpoint
     scale_group: PositiveInt | None = None  # inputs that share a scale; None: all of an output
     quantized_bytes: PositiveInt | None = None  # of codes and scales
@@ -48,7 +36,7 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     numbers_after: NonNegativeInt
     predicted_loss: NonNegativeFloat | None  # Σ σ² left out, None if no spectrum was taken
     total_loss: NonNegativeFloat | None  # Σ σ²
-    measured_loss: float | None = None  # the same, measured from the stored factors
+    measured_loss: float | None = None  # Σ σ² left out, measured from the stored factors
     microseconds: NonNegativeFloat | None = None  # for one token, where the budget is in time
     dense_microseconds: NonNegativeFloat | None = None
     reason: str
@@ -66,6 +54,7 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
 
     @property
     def keep(self) -> float:
+        """The share of the weight that is stored."""
         return self.numbers_after / self.numbers_before
 
     @property
@@ -74,15 +63,24 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
         return self.rank is not None or self.bits is not None
 
     def weight_bytes(self, element: int) -> int:
-        """What the numbers take, with scales; without order and guard."""
+        """Return the bytes of the numbers, with scales; without order and guard."""
         return self.numbers_after * element if self.quantized_bytes is None else self.quantized_bytes
 
     @property
     def multiplications(self) -> int:
-        """For one token: as many as it stores, but for a shared basis, which each of its layers applies in full."""
+        """The multiplications for one token: as many as numbers are stored, but each layer applies a shared basis in full."""
         if self.rank is None or (self.form != "shared-plain" and self.form != "shared-columns"):
             return self.numbers_after
         return self.rank * self.out_features + basis_storage(self.form, self.in_features, self.rank)
+
+    @property
+    def order_numbers(self) -> int:
+        """The integers (four bytes each) that it stores by itself; of a form not chosen yet, the longer order of the two."""
+        if self.rank is None:
+            return 0
+        m, n = self.out_features, self.in_features - self.columns
+        orders = {"rows": m, "columns": n, "gauge": max(m, n), "kept-rows": self.rank, "kept-columns": self.rank}
+        return orders.get(self.form or "", 0) + (self.in_features if self.columns else 0)
 
 
 class DenseEntry(pydantic.BaseModel, extra="forbid"):
@@ -97,7 +95,7 @@ class DenseEntry(pydantic.BaseModel, extra="forbid"):
     quantized_bytes: PositiveInt | None = None  # of codes, scales and guards
 
     def weight_bytes(self, element: int) -> int:
-        """What the numbers take."""
+        """Return the bytes of the numbers."""
         return self.numbers * element if self.quantized_bytes is None else self.quantized_bytes
 
 
@@ -140,7 +138,7 @@ class Plan(pydantic.BaseModel, extra="forbid"):
 
     @property
     def multiplications_after(self) -> int:
-        """By the targeted weights, for one token."""
+        """The multiplications of the targeted weights for one token."""
         return sum(entry.multiplications for entry in self.entries)
 
     @property
@@ -158,14 +156,8 @@ class Plan(pydantic.BaseModel, extra="forbid"):
     @property
     def order_numbers(self) -> int:
         """The integers (four bytes each) that the forms add."""
-        shared = {e.basis: e.in_features for e in self.entries if e.form == "shared-columns"}
-        own = sum(
-            order_length(e.form, e.out_features, e.in_features - e.columns, e.rank)
-            + (e.in_features if e.columns else 0)
-            for e in self.entries
-            if e.rank is not None
-        )
-        return own + sum(shared.values())
+        shared = {entry.basis: entry.in_features for entry in self.entries if entry.form == "shared-columns"}
+        return sum(entry.order_numbers for entry in self.entries) + sum(shared.values())
 
     @property
     def bytes_before(self) -> int:
@@ -178,28 +170,28 @@ class Plan(pydantic.BaseModel, extra="forbid"):
 
     @property
     def dense_bytes(self) -> int:
-        """What all that is no target stores."""
+        """The bytes of all that is no target."""
         return sum(entry.weight_bytes(self.element_bytes) for entry in self.dense)
 
     @property
     def bytes_after(self) -> int:
-        guards = sum(1 for entry in self.entries if entry.replaced)
+        guards = sum(entry.replaced for entry in self.entries) * self.element_bytes
         numbers = sum(entry.weight_bytes(self.element_bytes) for entry in self.entries)
-        return numbers + guards * self.element_bytes + self.dense_bytes + 4 * self.order_numbers
+        return numbers + guards + self.dense_bytes + 4 * self.order_numbers
 
     @property
     def keep(self) -> float:
-        """Share of the targeted weights."""
+        """The share of the targeted weights that is stored."""
         return self.target_after / self.target_before
 
     @property
     def keep_model(self) -> float:
-        """Share of the whole model."""
+        """The share of the whole model that is stored."""
         return self.model_after / self.model_before
 
     @property
     def latency(self) -> float | None:
-        """Share of the dense weights' measured time for one token; None where the budget was not in time."""
+        """The share of the dense weights' measured time for one token; None where the budget was not in time."""
         times = [(entry.microseconds, entry.dense_microseconds) for entry in self.entries]
         before = sum(dense for _, dense in times if dense is not None)
         return sum(now for now, _ in times if now is not None) / before if before else None
@@ -236,11 +228,3 @@ class Plan(pydantic.BaseModel, extra="forbid"):
             ) from error
         except UnicodeDecodeError as error:
             raise TwofoldError(f"{path} is not a plan of this version of Twofold: it is no text in UTF-8") from error
-
-
-def order_length(form: str | None, out_features: int, in_features: int, rank: int) -> int:
-    """The length of the integer order that a weight stores by itself; for a form not chosen yet, the longer of the two."""
-    return {
-        "rows": out_features, "columns": in_features, "gauge": max(out_features, in_features),
-        "kept-rows": rank, "kept-columns": rank,
-    }.get(form or "", 0)  # fmt: skip

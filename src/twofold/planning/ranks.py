@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-from numpy.typing import NDArray
 
 from twofold.allocate import Candidate, Choice
 from twofold.errors import TwofoldError
@@ -13,78 +10,59 @@ from twofold.linalg.gauge import gauge_rank
 from twofold.model.settings import Override
 from twofold.model.target import Target
 from twofold.model.weights import last_match
-from twofold.planning.menu import Asked, Menu, aligned, at_most
+from twofold.planning.menu import Menu, PlanRequest, at_most
 from twofold.planning.plan import PlanEntry
-from twofold.planning.storage import Storage, dense_integers
+from twofold.planning.storage import Storage
 
 
-def rank_menu(asked: Asked) -> Menu:
+def rank_menu(request: PlanRequest) -> Menu:
     """Return what may be chosen for every target."""
-    candidates = [_candidate(asked, target) for target in asked.targets.targets]
-    by_name = {candidate.name: candidate for candidate in candidates}
-    storage = Storage(asked.recipe, asked.element, asked.recipe.fixed_bits)
+    recipe = request.recipe
+    storage = Storage(recipe, request.element, recipe.fixed_bits)
+    candidates = [_candidate(request, target, storage) for target in request.targets.targets]
     forced = {
-        target.name: _forced(target, override, by_name[target.name], storage)
-        for target in asked.targets.targets
-        if (override := last_match(target.name, asked.recipe.overrides)) is not None
+        candidate.name: _forced(request.by_name[candidate.name], override, candidate, storage)
+        for candidate in candidates
+        if (override := last_match(candidate.name, recipe.overrides)) is not None
     }
 
-    def entry(target: Target, choice: Choice) -> PlanEntry:
-        tails = asked.tails(target.name, min(target.out_features, target.in_features))
-        rank = None if choice.index is None else int(by_name[target.name].ranks[choice.index])
-        bits = asked.recipe.kept_bits if rank is None else asked.recipe.fixed_bits
-        lost = 0.0 if rank is None else float(tails[rank])
-        return asked.stored(target, rank, bits, lost, float(tails[0]), forced=target.name in forced)
-
-    def entries(choices: Mapping[str, Choice]) -> list[PlanEntry]:
-        return [entry(target, choices[target.name]) for target in asked.targets.targets]
+    def entries(candidate: Candidate, choice: Choice) -> list[PlanEntry]:
+        target, rank = request.by_name[candidate.name], choice.rank(candidate)
+        tails = request.tails(target.name, min(target.shape))
+        bits = recipe.kept_bits if rank is None else recipe.fixed_bits
+        losses = (0.0 if rank is None else float(tails[rank]), float(tails[0]))
+        return [request.stored(target, rank, bits, losses, forced=target.name in forced)]
 
     return Menu(candidates, forced, entries)
 
 
-def _candidate(asked: Asked, target: Target) -> Candidate:
-    recipe, scale = asked.recipe, asked.scale
-    storage = Storage(recipe, asked.element, recipe.fixed_bits)
-    values = asked.values(target.name)
-    numerical = None if values is None else int((values > 0).sum())
-    ranks = possible_ranks(target, storage.form(target), recipe.aligned, recipe.min_rank, numerical)
-    tails = asked.tails(target.name, min(target.out_features, target.in_features))
-    cost = storage.bytes if recipe.in_bytes else storage.numbers
-    whole = target.size * scale
-    if recipe.in_bytes and recipe.kept_bits is not None:
-        whole = dense_integers(target, recipe.kept_bits, recipe.group(recipe.kept_bits)) + asked.element
+def _candidate(request: PlanRequest, target: Target, storage: Storage) -> Candidate:
+    values = request.values(target.name)
+    ranks = request.ranks(_largest(target, storage.form(target), values))
+    tails = request.tails(target.name, min(target.shape))
     return Candidate(
         target.name,
         ranks,
-        np.array([cost(target, int(rank)) for rank in ranks], dtype=np.float64),
-        tails[ranks] * asked.weight(tails),
-        float(whole),
-        float(target.size * scale),
+        np.array([storage.cost(target, int(rank)) for rank in ranks], dtype=np.float64),
+        tails[ranks] * request.weight(tails),
+        float(Storage(request.recipe, request.element, request.recipe.kept_bits).cost(target, None)),
+        float(target.size * request.scale),
         values,
         target.kind,
-        asked.evidence.tokens,
-        asked.evidence.measured.get(target.name),
+        request.evidence.tokens,
+        request.evidence.measured.get(target.name),
     )
 
 
-def possible_ranks(
-    target: Target,
-    form: str,
-    multiple: int,
-    min_rank: int,
-    numerical_rank: int | None = None,
-) -> NDArray[np.int64]:  # (c,), ascending
-    """Return the ranks at which a factored weight stores no more than the dense one; at least one if it can be factored at all.
+def _largest(target: Target, form: str, values: np.ndarray | None) -> int:
+    """Return the largest rank at which a factored weight stores no more than the dense one, within the numerical rank.
 
     In the gauge form a square weight has no full rank: dense stores the same numbers.
     """
     m, n = target.out_features, target.in_features
     whole = m != n and form not in ("rows", "columns")  # a gauge form of a chosen side has no full rank
     largest = (m * n - 1) // (m + n) if form == "plain" else min(m, n) - (0 if whole else 1)
-    if numerical_rank is not None:
-        largest = min(largest, max(numerical_rank, 1))
-    lowest = min(max(min_rank, 1), largest)
-    return aligned(np.arange(max(lowest, 1), largest + 1), multiple)
+    return largest if values is None else min(largest, max(int((values > 0).sum()), 1))
 
 
 def forced_rank(target: Target, override: Override, form: str) -> int:
@@ -110,6 +88,4 @@ def _forced(target: Target, override: Override, candidate: Candidate, storage: S
     if override.dense:
         return Choice(None)
     rank = forced_rank(target, override, storage.form(target))
-    if storage.numbers(target, rank) >= target.size:
-        return Choice(None)
-    return at_most(candidate.ranks, max(rank, 1))
+    return Choice(None) if storage.numbers(target, rank) >= target.size else at_most(candidate.ranks, max(rank, 1))

@@ -17,13 +17,7 @@ from twofold.settings.goal import Goal, parse_perplexity
 from twofold.settings.sizes import parse_budget
 
 ALIGNED = 8  # ranks are multiples of this where the budget is in time and nothing else was asked for
-SIZES = (
-    "keep",
-    "budget",
-    "latency",
-    "perplexity_at_most",
-    "kl_at_most",
-)  # exactly one of these says how small a model gets
+SIZES = ("keep", "budget", "latency", "perplexity_at_most", "kl_at_most")  # exactly one says how small a model becomes
 
 
 def _readable(perplexity: str | None) -> str | None:
@@ -69,7 +63,7 @@ class Size(Settings):
 
     @property
     def aligned(self) -> int:
-        """What ranks are multiples of."""
+        """The number that ranks are multiples of."""
         return self.rank_multiple or (1 if self.latency is None else ALIGNED)
 
     @property
@@ -79,7 +73,7 @@ class Size(Settings):
 
     @property
     def goal(self) -> Goal | None:
-        """How good the model must stay, if that is asked for in the place of a size."""
+        """The quality that the model must keep, if that is asked for in the place of a size."""
         if self.kl_at_most is not None:
             return Goal("divergence", self.kl_at_most)
         if self.perplexity_at_most is not None:

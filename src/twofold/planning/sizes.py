@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from twofold.errors import TwofoldError
-from twofold.settings.sizes import Unit, parse_budget
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the targeted weights may store, in parameters or in bytes."""
-
-    amount: float
-    unit: Unit
+from twofold.settings.sizes import parse_budget
 
 
 @dataclass(frozen=True)
@@ -23,17 +15,16 @@ class ModelSize:
     target_numbers: int  # parameters of the targeted weights
     dense_numbers: int  # parameters of all the rest
     element_bytes: int  # of one parameter on disk
-    smallest: float  # parameters of the targets at their smallest possible ranks
-    dense_bytes: int | None = None  # of all the rest, where it is not of ``element_bytes`` a parameter
+    dense_bytes: int  # of all the rest
+    smallest: float  # what the targets store at their smallest possible ranks, in the unit of the budget
 
 
-def target_budget(keep: float | None, budget: str | None, size: ModelSize, order_numbers: int = 0) -> Budget:
-    """What is left for the targeted weights.
+def target_budget(keep: float | None, budget: str | None, size: ModelSize) -> float:
+    """Return the parameters, or the bytes of a budget in bytes, that are left for the targeted weights.
 
     Args:
         keep: share of the targeted weights, in (0, 1].
         budget: size of the whole model; exactly one of the two is given.
-        order_numbers: the integers (of four bytes) that the gauge form adds at the most.
 
     Raises:
         TwofoldError: if the budget is below what the dense parts and the smallest ranks need; it says the smallest possible.
@@ -43,36 +34,30 @@ def target_budget(keep: float | None, budget: str | None, size: ModelSize, order
     if keep is not None:
         if not 0 < keep <= 1:
             raise TwofoldError(f"`keep` must be above 0 and at most 1, got {keep:g}")
-        allowed = keep * size.target_numbers
-        if allowed < size.smallest:
-            least = size.smallest / size.target_numbers
+        if keep * size.target_numbers < size.smallest:
+            least = _up(size.smallest / size.target_numbers, 4)
             raise TwofoldError(
-                f"`keep={keep:g}` is below the smallest possible, {_up(least, 4):g}: every weight keeps rank 1 at least"
+                f"`keep={keep:g}` is below the smallest possible, {least:g}: every weight keeps rank 1 at least"
             )
-        return Budget(allowed, "parameters")
+        return keep * size.target_numbers
     assert budget is not None
     number, unit = parse_budget(budget)
     whole = size.target_numbers + size.dense_numbers
     if unit == "share":
         if not 0 < number <= 1:
             raise TwofoldError(f"a budget of {budget} of the whole model must be above 0 and at most 100%")
-        number, unit = number * whole, "parameters"
-    if unit == "parameters":
-        if number < size.dense_numbers + size.smallest:
-            least = size.dense_numbers + size.smallest
-            raise TwofoldError(
-                f"the budget {budget} can't be met: the smallest possible is {_up(least / 1e6, 2):g}M parameters "
-                f"({_up(100 * least / whole, 1):g}%), of which {size.dense_numbers / 1e6:.2f}M are in parts that stay dense"
-            )
-        return Budget(min(number - size.dense_numbers, size.target_numbers), "parameters")
-    fixed = size.dense_numbers * size.element_bytes if size.dense_bytes is None else size.dense_bytes
-    least = fixed + size.smallest * size.element_bytes + 4 * order_numbers
-    if number < least:
+        number *= whole
+    if unit == "bytes":
+        dense, targets, name, share = size.dense_bytes, size.target_numbers * size.element_bytes, "MB", ""
+    else:
+        dense, targets, name = size.dense_numbers, size.target_numbers, "M"
+        share = f" parameters ({_up(100 * (dense + size.smallest) / whole, 1):g}%)"
+    if number < dense + size.smallest:
         raise TwofoldError(
-            f"the budget {budget} can't be met: the smallest possible is {_up(least / 1e6, 2):g}MB, "
-            f"of which {fixed / 1e6:.2f}MB are in parts that stay dense"
+            f"the budget {budget} can't be met: the smallest possible is {_up((dense + size.smallest) / 1e6, 2):g}{name}"
+            f"{share}, of which {dense / 1e6:.2f}{name} are in parts that stay dense"
         )
-    return Budget(min(number - fixed, size.target_numbers * size.element_bytes), "bytes")
+    return min(number - dense, targets)
 
 
 def _up(value: float, digits: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twofold.linalg.storage import Shaped, order_integers, rank_numbers
+from twofold.linalg.gauge import Shaped, order_integers, rank_numbers
 from twofold.nn.int_matrix import int_bytes
 from twofold.planning.settings import Planning
 from twofold.quantize.factors import factor_bytes, integer_form
@@ -14,34 +14,39 @@ ORDER_BYTES = 4  # of each integer of an order
 
 @dataclass(frozen=True)
 class Storage:
-    """How the factors of a recipe are stored: in floating point, or in integers of so many bits."""
+    """How a recipe stores weights, in floating point or in integers of so many bits; a rank of None is a whole weight."""
 
     recipe: Planning
     element: int  # bytes of a number of floating point
     bits: int | None
 
     def form(self, weight: Shaped) -> str:
-        """The form of the factors: as the recipe says, "gauge" if the side is not chosen yet."""
+        """Return the form of the factors: as the recipe says, "gauge" if the side is not chosen yet."""
         if self.bits is None:
             return self.recipe.form
         return integer_form(self.recipe.form, self.bits, weight.out_features, weight.in_features)
 
-    def numbers(self, weight: Shaped, rank: int) -> int:
+    def numbers(self, weight: Shaped, rank: int | None) -> int:
+        """Return the numbers that are stored."""
+        if rank is None:
+            return weight.out_features * weight.in_features
         return rank_numbers(self.form(weight), weight, rank)
 
-    def integers(self, weight: Shaped, rank: int) -> int:
-        """The bytes of codes and scales of a rank."""
+    def integers(self, weight: Shaped, rank: int | None) -> int:
+        """Return the bytes of codes and scales."""
         assert self.bits is not None
-        group = self.recipe.group(self.bits)
-        return factor_bytes(self.form(weight), weight.out_features, weight.in_features, rank, self.bits, group)
+        m, n, group = weight.out_features, weight.in_features, self.recipe.group(self.bits)
+        if rank is None:
+            return int_bytes(m, n, self.bits, group)
+        return factor_bytes(self.form(weight), m, n, rank, self.bits, group)
 
-    def bytes(self, weight: Shaped, rank: int) -> int:
-        """All that a rank stores: numbers, order and guard."""
-        form = self.form(weight)
+    def bytes(self, weight: Shaped, rank: int | None) -> int:
+        """Return the bytes of all that is stored: numbers, order, and the guard of a layer in the dense one's place."""
         numbers = self.numbers(weight, rank) * self.element if self.bits is None else self.integers(weight, rank)
-        return numbers + ORDER_BYTES * order_integers(form, weight) + self.element
+        guard = 0 if rank is None and self.bits is None else self.element
+        order = 0 if rank is None else ORDER_BYTES * order_integers(self.form(weight), weight)
+        return numbers + order + guard
 
-
-def dense_integers(weight: Shaped, bits: int, group: int | None) -> int:
-    """The bytes of codes and scales of a whole weight."""
-    return int_bytes(weight.out_features, weight.in_features, bits, group)
+    def cost(self, weight: Shaped, rank: int | None) -> int:
+        """Return what is stored in the unit of the budget."""
+        return self.bytes(weight, rank) if self.recipe.in_bytes else self.numbers(weight, rank)

@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 
 from twofold.allocate import Candidate, Choice
 from twofold.errors import TwofoldError
-from twofold.linalg.gauge import gauge_storage, plain_storage
+from twofold.linalg.gauge import order_integers, rank_numbers
 from twofold.model.settings import Override
 from twofold.model.structure import Member, Structure
-from twofold.model.target import Target, Targets
+from twofold.model.target import Target
 from twofold.model.weights import matches
 from twofold.nn.layers._basis import SharedBasis
-from twofold.planning.menu import Asked, Menu, aligned, at_most
+from twofold.planning.menu import Menu, PlanRequest, at_most
 from twofold.planning.plan import PlanEntry
+from twofold.planning.storage import ORDER_BYTES
 from twofold.structures.units import even_shares
 
 
@@ -28,96 +29,87 @@ class MemberSize:
     target: Target
     member: Member
     kept: int | None  # rows, columns or ranks; None: dense
-    common: int = 0  # its share of the numbers that the members store in common
+    common: int  # its share of the numbers that the members store in common
 
     @property
     def numbers(self) -> int:
-        return self.target.size if self.kept is None else cost(self.target, self.member, self.kept) + self.common
+        """The numbers that it stores."""
+        target, form = self.target, self.member.form
+        if self.kept is None:
+            return target.size
+        if form in ("gauge", "plain"):
+            return rank_numbers(form, target, self.kept) + self.common
+        return self.kept * (target.in_features if form == "kept-rows" else target.out_features) + self.common
+
+    @property
+    def integers(self) -> int:
+        """The integers that it stores beside them, at the most."""
+        if self.member.form in ("gauge", "plain"):
+            return self.target.in_features + order_integers(self.member.form, self.target)
+        return 0 if self.member.form in SharedBasis.FORMS else self.kept or 0
 
 
-def cost(target: Target, member: Member, kept: int) -> int:
-    """Count the numbers that so many rows, columns or ranks of a weight store by themselves."""
-    if member.form == "gauge":
-        return gauge_storage(target.out_features, target.in_features, kept)
-    if member.form == "plain":
-        return plain_storage(target.out_features, target.in_features, kept)
-    if member.form in SharedBasis.FORMS:
-        return kept * target.out_features
-    return kept * (target.in_features if member.form == "kept-rows" else target.out_features)
-
-
-def integers(target: Target, member: Member, kept: int) -> int:
-    """Count the integers that are stored beside them, at the most."""
-    if member.form == "gauge":
-        return target.in_features + max(target.out_features, target.in_features)
-    if member.form in SharedBasis.FORMS:
-        return 0
-    return target.in_features if member.form == "plain" else kept
-
-
-def sizes_at(targets: Targets, structure: Structure, units: int | None) -> list[MemberSize]:
+def member_sizes(request: PlanRequest, structure: Structure, units: int | None) -> list[MemberSize]:
     """Return what each weight of a structure keeps at a number of units; None: dense."""
-    by_name = {target.name: target for target in targets.targets}
     shares = even_shares(0 if units is None else structure.common_numbers(units), len(structure.members))
     return [
-        MemberSize(by_name[member.name], member, None if units is None else units * member.per_unit, share)
+        MemberSize(request.by_name[member.name], member, None if units is None else units * member.per_unit, share)
         for member, share in zip(structure.members, shares, strict=True)
     ]
 
 
-def structure_menu(asked: Asked) -> Menu:
+def structure_menu(request: PlanRequest) -> Menu:
     """Return what may be chosen for weights that are cut together: one candidate for each structure, by its name."""
-    targets, structures = asked.targets, asked.targets.structures
-    tails = {one.name: asked.tails(one.name, one.units * one.members[-1].per_unit) for one in structures}
-    candidates = [structure_candidate(asked, one, tails[one.name]) for one in structures]
-    by_name = {candidate.name: candidate for candidate in candidates}
-    wanted = {one.name: forced_size(one, by_name[one.name], asked.recipe.overrides) for one in structures}
-    forced = {name: choice for name, choice in wanted.items() if choice is not None}
+    structures = {structure.name: structure for structure in request.targets.structures}
+    tails = {name: request.tails(name, one.units * one.members[-1].per_unit) for name, one in structures.items()}
+    candidates = [structure_candidate(request, one, tails[name]) for name, one in structures.items()]
+    overrides = request.recipe.overrides
+    forced = {
+        candidate.name: choice
+        for candidate in candidates
+        if (choice := forced_size(structures[candidate.name], candidate, overrides)) is not None
+    }
 
-    def entries(choices: Mapping[str, Choice]) -> list[PlanEntry]:
-        """Return the entries in the order of the targets; the last of a structure has its loss."""
-        by_target: dict[str, PlanEntry] = {}
-        for structure in structures:
-            index, loss = choices[structure.name].index, tails[structure.name]
-            units = None if index is None else int(by_name[structure.name].ranks[index])
-            for size in sizes_at(targets, structure, units):
-                last = size.member.name == structure.name
-                lost = float(max(loss[size.kept], 0.0)) if last and size.kept is not None else 0.0
-                reason = asked.reason(size.kept, forced=structure.name in forced)
-                reason += structure.words(last, size.kept is None)
-                losses = (lost, float(loss[0]) if last else 0.0)
-                by_target[size.target.name] = asked.entry(
-                    size.target, size.kept, size.member.form, size.numbers, losses, reason, structure.basis
-                )
-        return [by_target[target.name] for target in targets.targets]
+    def entries(candidate: Candidate, choice: Choice) -> list[PlanEntry]:
+        """Return the entries of all members; the last one has the loss."""
+        structure, loss, units = structures[candidate.name], tails[candidate.name], choice.rank(candidate)
+        entries = []
+        for size in member_sizes(request, structure, units):
+            last, kept = size.member.name == structure.name, size.kept
+            lost = float(max(loss[kept], 0.0)) if last and kept is not None else 0.0
+            reason = request.reason(kept, forced=structure.name in forced) + structure.words(last, kept is None)
+            losses, basis = (lost, float(loss[0]) if last else 0.0), None if kept is None else structure.basis
+            form = size.member.form
+            entries.append(request.entry(size.target, kept, form, size.numbers, losses, reason, basis=basis))
+        return entries
 
     return Menu(candidates, forced, entries)
 
 
 def structure_candidate(
-    asked: Asked,
+    request: PlanRequest,
     structure: Structure,
     tails: NDArray[np.float64],  # (rows or columns of the last member + 1,), what keeping so many loses
 ) -> Candidate:
     """Return a structure as a candidate: its ranks are units."""
-    recipe, targets, element = asked.recipe, asked.targets, asked.scale
-    units = np.arange(min(max(recipe.min_rank, 1), structure.units - 1), structure.units)
-    units = aligned(units[units > 0], recipe.aligned)
+    units = request.ranks(structure.units - 1)
     if structure.kind == "shared-basis" and tails[0] > 0:
         units = units[: int((tails[units] > 0).sum()) + 1]  # more rank than the numerical one buys nothing
-    costs = []
+    in_bytes, costs = request.recipe.in_bytes, []
     for count in units:
-        members = sizes_at(targets, structure, int(count))
-        extra = sum(4 * integers(one.target, one.member, one.kept or 0) + element for one in members)
-        extra = extra + 4 * structure.common_integers if recipe.in_bytes else 0
-        costs.append(element * sum(one.numbers for one in members) + extra)
-    full = float(element * sum(one.numbers for one in sizes_at(targets, structure, None)))
-    losses = tails[units * structure.members[-1].per_unit] * asked.weight(tails, structure.layers)
-    return Candidate(structure.name, units, np.array(costs, dtype=np.float64), losses, full, full, kind=structure.kind)
+        sizes = member_sizes(request, structure, int(count))
+        order = structure.common_integers + sum(size.integers for size in sizes)
+        beside = ORDER_BYTES * order + request.element * len(sizes) if in_bytes else 0
+        costs.append(request.scale * sum(size.numbers for size in sizes) + beside)
+    whole = float(request.scale * sum(size.numbers for size in member_sizes(request, structure, None)))
+    losses = tails[units * structure.members[-1].per_unit] * request.weight(tails, structure.layers)
+    return Candidate(
+        structure.name, units, np.array(costs, dtype=np.float64), losses, whole, whole, kind=structure.kind
+    )
 
 
 def forced_size(structure: Structure, candidate: Candidate, overrides: Mapping[str, Override]) -> Choice | None:
-    """Choose what an override of any of its weights asks for; the last one that matches wins.
+    """Choose what an override of any of its weights asks for; the last one that matches wins; None if there is none.
 
     Raises:
         TwofoldError: if it asks for a rank, which says nothing of several weights.
@@ -136,11 +128,7 @@ def forced_size(structure: Structure, candidate: Candidate, overrides: Mapping[s
     if last.dense or not len(candidate.ranks):
         return Choice(None)
     if last.rank is not None:
-        if last.rank >= structure.units:
-            return Choice(None)
-        return at_most(candidate.ranks, last.rank)
+        return Choice(None) if last.rank >= structure.units else at_most(candidate.ranks, last.rank)
     assert last.keep is not None
     allowed = last.keep * candidate.full_cost * (1 + 1e-9)
-    if allowed >= candidate.full_cost:
-        return Choice(None)
-    return at_most(candidate.costs, allowed)
+    return Choice(None) if allowed >= candidate.full_cost else at_most(candidate.costs, allowed)

@@ -15,41 +15,30 @@ In eight bits the gauge form is kept, with its coefficients over the smaller sid
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from twofold.linalg.gauge import gauge_form
 from twofold.linalg.metric import Metric, metric_product
-from twofold.linalg.spectrum import Spectrum, smaller_side, solve_overlap
+from twofold.linalg.spectrum import Spectrum, smaller_side, solve_semidefinite
+from twofold.nn.compact import unfilled
 from twofold.nn.int_matrix import IntLinear, int_bytes
-from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear, Form, factor_shapes
 from twofold.quantize.rounding import round_matrix
 
 GAUGE_BITS = 8  # from which the gauge form pays
 
-IntForm = Literal["plain", "rows", "columns"]
 
-
-def integer_form(form: str, bits: int, out_features: int, in_features: int) -> IntForm:
-    """The form in which factors of so many bits are stored, for a recipe's form."""
+def integer_form(form: str, bits: int, out_features: int, in_features: int) -> Form:
+    """Return the form in which factors of so many bits are stored, for a recipe's form."""
     if form == "plain" or bits < GAUGE_BITS:
         return "plain"
     return smaller_side(out_features, in_features)
 
 
-def factor_shapes(
-    form: str, out_features: int, in_features: int, rank: int
-) -> tuple[tuple[int, int], tuple[int, int]]:  # of reduce and of expand, (rows, columns)
-    """The shapes of the two stored matrices."""
-    inner = in_features - rank if form == "columns" else in_features
-    outer = out_features - rank if form == "rows" else out_features
-    return (rank, inner), (outer, rank)
-
-
 def factor_bytes(form: str, out_features: int, in_features: int, rank: int, bits: int, group: int | None) -> int:
-    """What the integers of both factors take, without the order and the guard."""
+    """Count what the integers of both factors take, without the order and the guard."""
     shapes = factor_shapes(form, out_features, in_features, rank)
     return sum(int_bytes(rows, columns, bits, group) for rows, columns in shapes)
 
@@ -58,7 +47,7 @@ def factor_bytes(form: str, out_features: int, in_features: int, rank: int, bits
 class IntFactors:
     """Two factors in integers."""
 
-    form: IntForm
+    form: Form
     reduce: IntLinear
     expand: IntLinear
     order: Tensor | None  # of a gauge form
@@ -67,18 +56,13 @@ class IntFactors:
     outer: Tensor  # (r, p), the best other factor for A, before it was rounded
 
     def layer(self, bias: Tensor | None, transposed: bool, dtype: torch.dtype) -> FactoredLinear:
-        """The layer that holds them; ``dtype`` is that of the bias and of the guard."""
-        rank, columns = self.reduce.rows, self.reduce.columns
-        n = columns + rank if self.form == "columns" else columns
-        m = self.expand.rows + rank if self.form == "rows" else self.expand.rows
-        device = self.lifted.device
-        layer = FactoredLinear(n, m, rank, self.form, bias is not None, transposed, "meta", dtype)
+        """Return the layer that holds them; ``dtype`` is that of the bias and of the guard."""
+        rank = self.reduce.rows
+        n = self.reduce.columns + (rank if self.form == "columns" else 0)
+        m = self.expand.rows + (rank if self.form == "rows" else 0)
+        layer = FactoredLinear(n, m, rank, self.form, **unfilled(bias, transposed, dtype))
+        layer.fill(self.lifted.device, bias=bias, order=self.order)
         layer.hold_integers(self.reduce.bits, self.reduce.group, reduce=self.reduce, expand=self.expand)
-        layer.weight = torch.zeros(1, device=device, dtype=dtype)
-        if self.order is not None:
-            layer.order = self.order.to(device)
-        if bias is not None:
-            layer.bias = torch.nn.Parameter(bias.detach().to(device, dtype, copy=True))
         return layer
 
 
@@ -87,41 +71,39 @@ def integer_factors(
     spectrum: Spectrum,
     metric: Metric,  # over the k directions of the smaller side
     rank: int,
-    form: IntForm,
+    form: Form,
     bits: int,
     group: int | None,
 ) -> IntFactors | None:
-    """The factors of a rank in integers; None where the gauge form has no bounded coefficients."""
-    dtype = spectrum.values.dtype
-    wide = weight.to(dtype) if spectrum.side == "rows" else weight.to(dtype).T  # (k, p)
+    """Return the factors of a rank in integers; None where the gauge form has no bounded coefficients."""
+    dtype, rows = spectrum.values.dtype, spectrum.side == "rows"
+
+    def turned(matrix: Tensor) -> Tensor:
+        return matrix if rows else matrix.T
+
     basis = spectrum.basis[:, :rank].to(dtype)
     order: Tensor | None = None
     if form == "plain":
         mixed = (basis * spectrum.values[:rank].clamp_min(0).sqrt().sqrt()) @ rotation(rank, basis)
-        first = round_matrix(mixed if spectrum.side == "rows" else mixed.T, bits, group, IntLinear)
-        near = first.weight.to(dtype)
-        near = near if spectrum.side == "rows" else near.T
+        first = round_matrix(turned(mixed), bits, group, IntLinear)
+        near = turned(first.weight.to(dtype))
     else:
         stand_in = basis.new_ones(rank, 1)
-        sides = (basis, stand_in) if spectrum.side == "rows" else (stand_in.T, basis.T)
+        sides = (basis, stand_in) if rows else (stand_in.T, basis.T)
         gauge = gauge_form(*sides, spectrum.side)
         if gauge is None:
             return None
         order = gauge.order
-        coefficients = gauge.expand if spectrum.side == "rows" else gauge.reduce
-        first = round_matrix(coefficients, bits, group, IntLinear)
-        one = torch.eye(rank, dtype=dtype, device=basis.device)
-        if spectrum.side == "rows":
-            near = torch.cat([one, first.weight.to(dtype)])[order.to(basis.device).long()]
-        else:
-            near = torch.empty_like(basis)
-            near[order.to(basis.device).long()] = torch.cat([one, first.weight.to(dtype).T])
+        first = round_matrix(gauge.expand if rows else gauge.reduce, bits, group, IntLinear)
+        identity = torch.eye(rank, dtype=dtype, device=basis.device)
+        places = (order if rows else order.argsort()).to(basis.device).long()
+        near = torch.cat([identity, turned(first.weight.to(dtype))])[places]
     lifted = metric_product(metric, near)  # M A
     overlap = near.T @ lifted
     overlap = (overlap + overlap.T) / 2
-    outer = solve_overlap(overlap, lifted.T @ wide)  # (r, p)
-    second = round_matrix(outer if spectrum.side == "rows" else outer.T, bits, group, IntLinear)
-    reduce, expand = (second, first) if spectrum.side == "rows" else (first, second)
+    outer = solve_semidefinite(overlap, lifted.T @ turned(weight.to(dtype)))  # (r, p)
+    second = round_matrix(turned(outer), bits, group, IntLinear)
+    reduce, expand = (second, first) if rows else (first, second)
     return IntFactors(form, reduce, expand, order, lifted, overlap, outer)
 
 
@@ -129,7 +111,7 @@ def rotation(
     rank: int,
     like: Tensor,
 ) -> Tensor:  # (rank, rank)
-    """An orthogonal matrix, the same one for the same rank."""
+    """Return an orthogonal matrix, the same one for the same rank."""
     generator = torch.Generator().manual_seed(rank)
     drawn = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
     orthogonal: Tensor = torch.linalg.qr(drawn)[0].to(like)

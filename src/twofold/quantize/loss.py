@@ -11,20 +11,15 @@ import torch
 from torch import Tensor
 
 from twofold.linalg.metric import Metric, metric_product
-from twofold.linalg.spectrum import Side, smaller_side, solve_overlap
+from twofold.linalg.spectrum import Side, smaller_side, solve_semidefinite
 from twofold.objectives import LayerMoments, Objective, Statistic
 from twofold.quantize.factors import IntFactors
 
 
 def rounding_needs(objective: Objective) -> frozenset[Statistic]:
-    """What calibration must collect beside the objective's own moments, so that rounding can be measured."""
-    full = objective.full or frozenset()
-    wanted: set[Statistic] = set()
-    if "input" in full:
-        wanted.add("input_square")
-    if "gradient" in full:
-        wanted.add("gradient_square")
-    return frozenset(wanted)
+    """Return what calibration must collect beside the objective's own moments, so that rounding can be measured."""
+    squares: dict[str, Statistic] = {"input": "input_square", "gradient": "gradient_square"}
+    return frozenset(square for side, square in squares.items() if side in (objective.full or ()))
 
 
 def far_diagonal(
@@ -33,21 +28,19 @@ def far_diagonal(
     objective: Objective,
     damping: float,
 ) -> Tensor | None:  # (p,), p = max(m, n)
-    """The diagonal of the damped metric over the larger side; None for an objective that it is not known of."""
-    full = objective.full
-    if full is None:
+    """Return the diagonal of the damped metric over the larger side; None for an objective that it is not known of."""
+    if objective.full is None:
         return None
     rows = smaller_side(*weight.shape) == "rows"
-    size = weight.shape[1] if rows else weight.shape[0]
-    found = moments.input_square if rows else moments.gradient_square
-    if ("input" if rows else "gradient") not in full:
-        return weight.new_ones(size)
-    if found is None:
+    if ("input" if rows else "gradient") not in objective.full:
+        return weight.new_ones(max(weight.shape))
+    square = moments.input_square if rows else moments.gradient_square
+    if square is None:
         return None
-    found = found.to(weight)
-    if not torch.any(found):
-        return torch.ones_like(found)  # nothing was measured: every direction weighs the same, as damp() does
-    return found + damping * found.mean()
+    square = square.to(weight)
+    if not torch.any(square):
+        return torch.ones_like(square)  # nothing was measured: every direction weighs the same, as damp() does
+    return square + damping * square.mean()
 
 
 def factors_loss(
@@ -57,12 +50,14 @@ def factors_loss(
     gram: Tensor,  # (k, k), of the weight in the other metric
     far: Tensor,  # (p,), the diagonal of the other metric
 ) -> float:
-    """The loss of factors in integers: of the space that the first one spans, exactly, and of the rounding of the second."""
+    """Return the loss of factors in integers: of the space that the first one spans, exactly, and of the second's rounding."""
     whole = float(
         (gram * metric).sum() if metric is not None and metric.dim() == 2 else metric_product(metric, gram).trace()
     )
-    kept = solve_overlap(factors.overlap, factors.lifted.T @ gram @ factors.lifted)  # what the projector on A leaves
-    truncated = whole - float(kept.trace())
+    spanned = solve_semidefinite(
+        factors.overlap, factors.lifted.T @ gram @ factors.lifted
+    )  # what the projector on A leaves
+    truncated = whole - float(spanned.trace())
     rounded = (factors.reduce.weight if side == "rows" else factors.expand.weight.T).to(gram.dtype)  # (r, p)
     noise = rounded - factors.outer.to(gram.dtype)
     return max(truncated, 0.0) + float((factors.overlap * ((noise * far.to(gram.dtype)) @ noise.T)).sum())
@@ -74,6 +69,6 @@ def error_loss(
     side: Side,
     far: Tensor,  # (p,)
 ) -> float:
-    """The loss of an error whose entries are independent of one another, as those of a rounded dense matrix are."""
+    """Return the loss of an error whose entries are independent of one another, as those of a rounded dense matrix are."""
     wide = error if side == "rows" else error.T
     return float((metric_product(metric, (wide * far)) * wide).sum())

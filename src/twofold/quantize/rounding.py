@@ -28,7 +28,7 @@ Kind = TypeVar("Kind", bound=IntMatrix)
 
 
 def torchao_version() -> str | None:
-    """The version of torchao; None if it is not installed."""
+    """Return the version of torchao; None if it is not installed."""
     return importlib.metadata.version("torchao") if importlib.util.find_spec("torchao") is not None else None
 
 
@@ -51,7 +51,7 @@ def round_matrix(
     group: int | None,
     kind: type[Kind],
 ) -> Kind:
-    """The integers nearest to a matrix, with scales of bfloat16 that are rounded before the numbers are.
+    """Return the integers nearest to a matrix, with scales of bfloat16 that are rounded before the numbers are.
 
     Args:
         group: inputs that share a scale; the last group of a row may be shorter. None: one scale a row.

@@ -8,21 +8,22 @@ import pydantic
 from pydantic import Field
 
 from twofold.calibrate.settings import Calibrating
-from twofold.nn.bits import BITS, GROUP, default_group
+from twofold.nn.bits import BITS, GROUP
 from twofold.settings.base import Settings
 
 REST_BITS = 8  # of the embeddings, where a budget shares out ranks and bits together
 
 
-def _number(value: object) -> object:
-    return str(value) if isinstance(value, int) else value
+def _bits_or(word: str) -> pydantic.BeforeValidator:
+    """Return the validator of a number of bits or a word."""
 
+    def check(value: object) -> object:
+        text = str(value) if isinstance(value, int) else value
+        if isinstance(text, str) and text not in (word, *map(str, BITS)):
+            raise ValueError(f"must be {word}, or a whole number from {BITS[0]} to {BITS[-1]}")
+        return text
 
-def _check_bits(bits: str | None, word: str) -> str | None:
-    """Refuse what is neither a number of bits nor a word."""
-    if bits is None or bits == word or bits in [str(number) for number in BITS]:
-        return bits
-    raise ValueError(f"must be {word}, or a whole number from {BITS[0]} to {BITS[-1]}")
+    return pydantic.BeforeValidator(check)
 
 
 class Integers(Settings):
@@ -35,8 +36,7 @@ class Integers(Settings):
     ] = "gauge"
     bits: Annotated[
         str | None,
-        pydantic.BeforeValidator(_number),
-        pydantic.AfterValidator(lambda value: _check_bits(value, "auto")),
+        _bits_or("auto"),
         Field(
             description="bits of the factors' numbers, 2 to 8, or auto: a budget in bytes is shared out over ranks and bits "
             "together; without it they keep the dtype of the checkpoint"
@@ -44,8 +44,7 @@ class Integers(Settings):
     ] = None
     dense_bits: Annotated[
         str | None,
-        pydantic.BeforeValidator(_number),
-        pydantic.AfterValidator(lambda value: _check_bits(value, "none")),
+        _bits_or("none"),
         Field(
             description="bits of the embedding, the output layer and the linear layers that stay dense, 2 to 8; none leaves "
             "them as they are, and is the default; with `bits=auto` that is 8"
@@ -72,7 +71,7 @@ class Integers(Settings):
 
     def group(self, bits: int) -> int | None:
         """Return the inputs that share a scale at so many bits; None: all of an output."""
-        return None if default_group(bits) is None else self.group_size
+        return None if bits == 8 else self.group_size
 
 
 class Stored(Calibrating, Integers):

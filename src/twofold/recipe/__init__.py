@@ -11,7 +11,7 @@ from twofold.allocate import ALLOCATIONS
 from twofold.objectives import OBJECTIVES
 from twofold.planning.settings import SIZES
 from twofold.refine import REFINEMENTS, Stages
-from twofold.settings.base import Settings, checked
+from twofold.settings.base import Settings, validated
 from twofold.task.text.settings import HELD_OUT
 
 
@@ -26,18 +26,17 @@ class _Recipe(Stages):
 
     @pydantic.model_validator(mode="after")
     def _sized(self) -> _Recipe:
-        """Refuse no size, or more than one."""
+        """Refuse no size, more than one, and what a size does not go with."""
         sizes = sum(getattr(self, name) is not None for name in SIZES)
-        if self.corrects:
-            if sizes:
-                raise ValueError(
-                    f"`objective={self.objective}` has its size from `bits` and `rank`; leave `keep`, `budget` and the qualities "
-                    "out"
-                )
-        elif sizes != 1:
+        if self.corrects and sizes:
             raise ValueError(
-                "give either keep (share of the factorized weights), budget (size of the whole model), latency (share of the "
-                "time for one token), perplexity_at_most (25 or 1.1x) or kl_at_most (nats per token), and only one of them"
+                f"`objective={self.objective}` has its size from `bits` and `rank`; leave `keep`, `budget` and the qualities out"
+            )
+        if not self.corrects and sizes != 1:
+            raise ValueError(
+                "give either `keep` (share of the factorized weights), `budget` (size of the whole model), `latency` (share of "
+                "the time for one token), `perplexity_at_most` (25 or 1.1x) or `kl_at_most` (nats per token), and only one of "
+                "them"
             )
         if self.goal is not None and self.eval_windows == 0:
             raise ValueError(
@@ -55,7 +54,7 @@ class _Recipe(Stages):
         return HELD_OUT + (self.eval_windows if self.refine and self.eval_text is None else 0)
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML; what is at its default is left in, so that a stored recipe says all."""
+        """Return the recipe as YAML, defaults included, so that a stored recipe says all."""
         settings = self.model_dump(mode="json", exclude_none=True, exclude={"trust_remote_code"})
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
@@ -68,9 +67,8 @@ else:
 
 
 def recipe_type() -> type[Recipe]:
-    """Return the recipe with the settings of methods that were registered since, by other packages."""
-    known = Recipe.model_fields
-    more = [settings for settings in method_settings() if not settings.model_fields.keys() <= known.keys()]
+    """Return the recipe with the settings of methods that other packages have registered since."""
+    more = [kind for kind in method_settings() if not kind.model_fields.keys() <= Recipe.model_fields.keys()]
     bases: Any = (Recipe, *more)
     return pydantic.create_model("Recipe", __base__=bases) if more else Recipe
 
@@ -82,4 +80,4 @@ def make_recipe(settings: dict[str, object]) -> Recipe:
         TwofoldError: naming the first setting that is wrong, what it must be, and what came.
     """
     kind = recipe_type()
-    return checked(kind, settings, list(kind.model_fields))
+    return validated(kind, settings, list(kind.model_fields))

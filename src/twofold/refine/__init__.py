@@ -25,14 +25,14 @@ class Refined(pydantic.BaseModel, extra="forbid"):
     tokens: int  # seen in training, repeats counted
     parameters: int  # trained
     seconds: float
-    unit: str  # of the two losses, which are of held-out calibration text
+    unit: str = "nats"  # of the two losses, which are of held-out calibration text
     loss_before: float
     loss_after: float
     ended: str  # why it ended, in words
 
     @property
     def words(self) -> str:
-        """What it did, in a sentence without its full stop."""
+        """What the refinement did, in a sentence without its full stop."""
         return (
             f"refined by {self.method}: {self.steps:,} of {self.planned:,} steps over {self.tokens:,} tokens "
             f"in {self.seconds / 60:.1f} minutes changed {self.parameters:,} parameters; on held-out calibration text "
@@ -101,19 +101,13 @@ class Stages(Planning, Refining):
     """The settings of all stages, from the calibration to the refinement."""
 
 
-TRAINED = (
-    24  # bytes of a trained number beside itself: gradient, two moments, the best, what stood before, one more at work
-)
+# Bytes of a trained number beside itself: gradient, two moments, the best, what stood before, one more at work.
+TRAINED = 24
 
 
 def training_memory(price: Price, settings: Settings) -> float:
     """Return what a training of all factors holds beside them, in bytes."""
     return price.trained * TRAINED
-
-
-def nothing(price: Price, settings: Settings) -> float:
-    """Return that it takes none."""
-    return 0.0
 
 
 def refinement(
@@ -124,18 +118,18 @@ def refinement(
     trains: bool = True,
     settings: type[Settings] | None = None,
     memory: Cost = training_memory,
-    disk: Cost = nothing,
+    disk: Cost = lambda price, settings: 0.0,
     published: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Refine], Refine]:
     """Register a function that refines a model in place.
 
     Every refinement works on a whole model with factors of floating point, and is judged by the outputs that the task gives.
     """
-    always = ("whole model", "float factors", "token logits")
+    all_needs = frozenset((*needs, "whole model", "float factors", "token logits"))
 
     def register(function: Refine) -> Refine:
-        of = (frozenset((*needs, *always)), trains, settings, seconds, memory, disk, published)
-        REFINEMENTS.add(name, Refinement(name, function, *of))
+        method = Refinement(name, function, all_needs, trains, settings, seconds, memory, disk, published)
+        REFINEMENTS.add(name, method)
         return function
 
     return register

@@ -1,4 +1,1 @@
-"""What was done to a model and why: the page report.html and the model card README.md.
-
-matplotlib is imported only when a report is written.
-"""
+"""What was done to a model and why: the page report.html and the model card README.md, which alone import matplotlib."""

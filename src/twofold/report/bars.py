@@ -8,15 +8,15 @@ import numpy as np
 
 from twofold.planning.plan import Plan
 from twofold.report.drawing import AFTER, BEFORE, canvas, inline, label_of
-from twofold.report.formats import percent, share
-from twofold.report.kinds import Group, Loss, by_kind, by_layer
+from twofold.report.formats import fraction, percent
+from twofold.report.kinds import Group, LossScale, by_kind, by_layer
 
 ROW = 30  # pixels
 
 
 @inline
 def size_bars(plan: Plan) -> tuple[Any, str]:
-    """Parameters before and after for every kind, and for all that is no target."""
+    """Draw parameters before and after for every kind, and for all that is no target."""
     rows = [(group.label, group.before, group.after) for group in by_kind(plan)]
     if plan.dense_numbers:
         rows.append(("all the rest, left dense", plan.dense_numbers, plan.dense_numbers))
@@ -26,36 +26,35 @@ def size_bars(plan: Plan) -> tuple[Any, str]:
     axes.barh(places, [before / scale for _, before, _ in rows], height=0.74, color=BEFORE)
     axes.barh(places, [after / scale for _, _, after in rows], height=0.4, color=AFTER)
     for place, (_, before, after) in zip(places, rows, strict=True):
-        words = percent(share(after, before))
+        words = percent(fraction(after, before))
         axes.annotate(words, (before / scale, place), (6, 0), textcoords="offset points", va="center", fontsize=10)
-    axes.set_yticks(places, [label_of(label) for label, _, _ in rows])
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", length=0)
-    axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel(f"parameters, {unit}")
-    axes.grid(True, axis="x")
+    _name_rows(axes, [label_of(label) for label, _, _ in rows], f"parameters, {unit}", 6)
     return figure, "Parameters before and after factorizing, by kind"
 
 
 @inline
-def loss_by_kind(plan: Plan, loss: Loss) -> tuple[Any, str]:
-    """Where the predicted loss sits among the kinds."""
+def loss_by_kind(plan: Plan, loss: LossScale) -> tuple[Any, str]:
+    """Draw where the predicted loss sits among the kinds."""
     groups = by_kind(plan)
     figure, axes = canvas(300, max(ROW * len(groups), 120))
-    places = np.arange(len(groups))
-    axes.barh(places, _heights(groups, loss), height=0.62, color=AFTER)
-    axes.set_yticks(places, [label_of(group.label, 24) for group in groups])
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", length=0)
-    axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel(_unit(loss))
-    axes.grid(True, axis="x")
+    axes.barh(np.arange(len(groups)), _heights(groups, loss), height=0.62, color=AFTER)
+    _name_rows(axes, [label_of(group.label, 24) for group in groups], _unit(loss), 5)
     return figure, "Predicted loss by kind"
 
 
+def _name_rows(axes: Any, labels: list[str], unit: str, ticks: int) -> None:
+    """Name horizontal bars, the first at the top, and give their lengths a scale."""
+    axes.set_yticks(np.arange(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.locator_params(axis="x", nbins=ticks)
+    axes.set_xlabel(unit)
+    axes.grid(True, axis="x")
+
+
 @inline
-def loss_by_layer(plan: Plan, loss: Loss) -> tuple[Any, str]:
-    """Where the predicted loss sits along the depth of the model."""
+def loss_by_layer(plan: Plan, loss: LossScale) -> tuple[Any, str]:
+    """Draw where the predicted loss sits along the depth of the model."""
     groups = by_layer(plan)
     figure, axes = canvas(440, 210)
     axes.bar(np.arange(len(groups)), _heights(groups, loss), width=0.72, color=AFTER)
@@ -63,15 +62,14 @@ def loss_by_layer(plan: Plan, loss: Loss) -> tuple[Any, str]:
     places = [i for i, group in enumerate(groups) if i % step == 0 or group.label == "none"]
     axes.set_xticks(places, [groups[i].label for i in places])
     axes.tick_params(axis="x", length=0)
-    axes.set_xlabel("layer")
-    axes.set_ylabel(_unit(loss))
+    axes.set(xlabel="layer", ylabel=_unit(loss))
     axes.grid(True, axis="y")
     return figure, "Predicted loss by layer"
 
 
-def _heights(groups: list[Group], loss: Loss) -> list[float]:
+def _heights(groups: list[Group], loss: LossScale) -> list[float]:
     return [group.shown(loss) * (1e3 if loss.additive else 1e2) for group in groups]
 
 
-def _unit(loss: Loss) -> str:
+def _unit(loss: LossScale) -> str:
     return "10⁻³ nats per token" if loss.additive else "Σσ² left out, % of its own total"

@@ -15,26 +15,19 @@ from twofold.report.formats import count
 from twofold.report.kinds import made_of
 from twofold.report.names import ALIAS_LICENSE, base_model, model_title, public_recipe, without_paths
 from twofold.report.record import Run
-from twofold.report.tables import Table, quality_table, size_table
+from twofold.report.tables import TextTable, quality_table, size_table
 
-AUTO_CLASSES = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-}
 CAUSAL = "AutoModelForCausalLM"
+HEADS = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+AUTO_CLASSES = {"LMHeadModel": CAUSAL, **{head: f"AutoModel{head}" for head in HEADS}}  # by the end of an architecture
 
 
 def write_card(folder: Path, run: Run, plan: Plan) -> None:
-    """Write folder/README.md; the class to load with comes from folder/config.json if there is one."""
-    (folder / "README.md").write_text(card(run, plan, _auto_class(folder, run)), encoding="utf-8")
+    """Write folder/README.md: YAML front matter, then Markdown.
 
-
-def card(run: Run, plan: Plan, auto_class: str) -> str:
-    """The model card: YAML front matter, then Markdown."""
+    The class to load with comes from folder/config.json if there is one.
+    """
+    auto_class = _auto_class(folder, run)
     data = ModelCardData(
         library_name="transformers",
         base_model=base_model(plan.model),
@@ -70,12 +63,12 @@ def card(run: Run, plan: Plan, auto_class: str) -> str:
         f"- seed: {run.recipe.seed}\n"
         f"- calibration: {_words(without_paths(run.calibration))}, {count(run.calibration_tokens)} tokens"
         + (f", SHA-256 of the token ids `{run.calibration_sha256}`" if run.calibration_sha256 else ""),
-        *(["\n".join(f"- {_words(one.words)}" for one in run.refinement)] if run.refinement else []),
+        *(["\n".join(f"- {_words(step.words)}" for step in run.refinement)] if run.refinement else []),
         *(["Paths in the recipe are shortened to their last part."] if shown != run.recipe else []),
         "## Limits",
         *_limits(run),
     ]
-    return "\n\n".join(parts) + "\n"
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _quality(run: Run) -> list[str]:
@@ -103,30 +96,28 @@ def _limits(run: Run) -> list[str]:
 
 
 def _auto_class(folder: Path, run: Run) -> str:
-    """The class to load with: an Auto class where one fits, else the architecture itself."""
+    """Return the class to load with: an Auto class where one fits, else the architecture itself."""
     try:
-        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        architecture = str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0])
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return CAUSAL if run.samples else "AutoModel"
-    for ending, name in AUTO_CLASSES.items():
-        if str(architecture).endswith(ending):
-            return name
-    return str(architecture) if str(architecture).isidentifier() else "AutoModel"
+    name = next((auto for head, auto in AUTO_CLASSES.items() if architecture.endswith(head)), architecture)
+    return name if name.isidentifier() else "AutoModel"
 
 
 def _words(text: str) -> str:
-    """Text as Markdown that means nothing but itself."""
+    """Return text as Markdown that means nothing but itself."""
     return re.sub(r"([\\`*_~$\[\]|#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def _markdown(table: Table) -> str:
+def _markdown(table: TextTable) -> str:
     rule = ["---" if i < table.left else "---:" for i in range(len(table.columns))]
     rows = [[_words(cell) for cell in row] for row in (table.columns, *table.rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
 
 
 def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any in the text."""
+    """Return a code block whose fence is longer than any in the text."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.strip()}\n{fence}"

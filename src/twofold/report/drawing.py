@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from twofold.report.formats import power_of_ten
 
 INK, GRID, PAPER, BEFORE, AFTER = "#010203", "#010204", "#010205", "#010206", "#010207"
-COLOURS = {
+PAGE_COLOURS = {  # marker → the page's own
     INK: "currentColor",
     GRID: "var(--grid)",
     PAPER: "var(--paper)",
@@ -43,7 +43,7 @@ Args = ParamSpec("Args")
 
 
 def canvas(width: float, height: float) -> tuple[Any, Any]:
-    """A figure whose plot area has this size in pixels, and its axes; labels stand outside of it."""
+    """Make a figure whose plot area has this size in pixels, and its axes; labels stand outside of it."""
     figure = Figure(figsize=(width / 72, height / 72))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axisbelow(True)
@@ -67,26 +67,24 @@ def inline(draw: Callable[Args, tuple[Any, str]]) -> Callable[Args, Markup]:
 
 
 def page_svg(svg: str, words: str) -> Markup:
-    """matplotlib's SVG file as an element of the page: no prologue, no addresses, and the page's colours."""
+    """Turn matplotlib's SVG file into an element of the page: no prologue, no addresses, and the page's colours."""
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.S)
-    body = re.sub(r"<!--.*?-->", "", body, flags=re.S)
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
     body = re.sub(r'<g id="[^"]*">', "<g>", body).replace("xlink:href", "href")
     body = re.sub(r"\n\s*", "\n", body)
-    for marker, colour in COLOURS.items():
+    for marker, colour in PAGE_COLOURS.items():
         body = body.replace(marker, colour)
-    found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
-    assert found is not None
-    width, height = (math.ceil(float(size)) for size in found.groups())
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert box is not None
+    width, height = (math.ceil(float(size)) for size in box.groups())
     return Markup(  # what matplotlib wrote: it escapes all text
-        f'<svg viewBox="0 0 {found.group(1)} {found.group(2)}" style="--width: {width}px; --height: {height}px" '
+        f'<svg viewBox="0 0 {box[1]} {box[2]}" style="--width: {width}px; --height: {height}px" '
         f'role="img" aria-label="{escape(words)}">{body}'
     )
 
 
 def label_of(name: str, longest: int = 34) -> str:
-    """A name that fits beside a figure."""
+    """Shorten a name so that it fits beside a figure."""
     name = " ".join(name.split())
     return name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-(longest // 2) :]}"
 
@@ -102,15 +100,15 @@ def log_scale(axes: Any, which: Literal["x", "y"], low: float, high: float) -> N
 
 
 def depth_colour(position: float) -> str:
-    """The colour of a depth in the model from 0, the first layer, to 1, the last."""
+    """Return the colour of a depth in the model from 0, the first layer, to 1, the last."""
     return str(to_hex(matplotlib.colormaps["viridis"](DEPTH[0] + (DEPTH[1] - DEPTH[0]) * position)))
 
 
 def share_colour(value: float) -> str:
-    """The colour of a share from 0 to 1."""
+    """Return the colour of a share from 0 to 1."""
     return str(to_hex(matplotlib.colormaps["cividis"](min(max(value, 0.0), 1.0))))
 
 
 def gradient(colour: Callable[[float], str]) -> str:
-    """The CSS of a colour scale, for a legend."""
+    """Return the CSS of a colour scale, for a legend."""
     return "linear-gradient(to right, " + ", ".join(colour(i / 8) for i in range(9)) + ")"

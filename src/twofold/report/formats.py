@@ -10,12 +10,12 @@ GAP = "\u00a0"  # keeps a number and its unit on one line
 
 
 def power_of_ten(exponent: int) -> str:
-    """10 to an integer power, as in 10⁻³."""
+    """Write 10 to an integer power, as in 10⁻³."""
     return "10" + str(exponent).translate(SUPERSCRIPTS)
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number in ``digits`` significant digits; very large and very small ones as a power of ten.
+    """Write a number in ``digits`` significant digits; very large and very small ones as a power of ten.
 
     >>> number(22.876), number(0.0000123), number(61234567.0), number(None)
     ('22.9', '1.23·10⁻⁵', '6.12·10⁷', '–')
@@ -36,25 +36,24 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share as a percentage."""
+    """Write a share as a percentage."""
     return NONE if share is None else f"{100 * share:.{digits}f}{GAP}%"
 
 
 def count(value: int) -> str:
-    """An integer with its thousands apart."""
+    """Write an integer with its thousands apart."""
     return f"{value:,}"
 
 
 def millions(value: float) -> str:
-    """A number of parameters, in millions unless it is small."""
-    for size, unit, digits in ((1e5, "M", 2), (1e3, "k", 1)):
-        if abs(value) >= size:
-            return f"{value / (1e6 if unit == 'M' else 1e3):,.{digits}f}{GAP}{unit}"
-    return f"{value:.0f}"
+    """Write a number of parameters, in millions unless it is small."""
+    if abs(value) >= 1e5:
+        return f"{value / 1e6:,.2f}{GAP}M"
+    return f"{value / 1e3:,.1f}{GAP}k" if abs(value) >= 1e3 else f"{value:.0f}"
 
 
 def megabytes(value: float) -> str:
-    """A number of bytes, in decimal units."""
+    """Write a number of bytes, in decimal units."""
     for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(value) >= size:
             return f"{value / size:,.{1 if value < 100 * size else 0}f}{GAP}{unit}"
@@ -62,7 +61,7 @@ def megabytes(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time span.
+    """Write a time span.
 
     >>> duration(0.034), duration(14.49), duration(3700)
     ('0.03\xa0s', '14.5\xa0s', '1\xa0h 2\xa0min')
@@ -75,6 +74,6 @@ def duration(seconds: float) -> str:
     return f"{minutes}{GAP}min" if minutes < 60 else f"{minutes // 60}{GAP}h {minutes % 60}{GAP}min"
 
 
-def share(part: float, whole: float) -> float:
-    """part / whole; 1 if there is no whole."""
+def fraction(part: float, whole: float) -> float:
+    """Return part / whole; 1 if there is no whole."""
     return part / whole if whole else 1.0

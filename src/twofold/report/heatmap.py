@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.colors import ListedColormap, to_rgb
 
 from twofold.planning.plan import Plan, PlanEntry
-from twofold.report.drawing import INK, PAPER, canvas, inline, label_of, share_colour
-from twofold.report.formats import share
+from twofold.report.drawing import PAPER, canvas, inline, label_of, share_colour
+from twofold.report.formats import fraction
 from twofold.report.kinds import by_layer, kind_labels
 
 WIDTH, ROW = 960, 26  # pixels
@@ -18,7 +18,7 @@ NARROW, WIDE = 9, 46  # pixels of a column
 
 @inline
 def rank_heatmap(plan: Plan) -> tuple[Any, str]:
-    """Colour: parameters after / before; number: the rank. One row a kind, one column a layer."""
+    """Draw a row for each kind and a column for each layer: colour is parameters after / before, the number the rank."""
     labels = kind_labels(plan)
     kinds = list(dict.fromkeys(labels.values()))
     layers = [group.label for group in by_layer(plan)]
@@ -30,7 +30,7 @@ def rank_heatmap(plan: Plan) -> tuple[Any, str]:
     figure, axes = canvas(width * len(layers), ROW * len(kinds))
     kept = np.full((len(kinds), len(layers)), np.nan)
     for place, entries in cells.items():
-        kept[place] = share(sum(e.numbers_after for e in entries), sum(e.numbers_before for e in entries))
+        kept[place] = fraction(sum(e.numbers_after for e in entries), sum(e.numbers_before for e in entries))
     colours = ListedColormap([share_colour(i / 255) for i in range(256)])
     axes.pcolormesh(np.ma.masked_invalid(kept), cmap=colours, vmin=0, vmax=1, edgecolors=PAPER, linewidth=0.8)
     if width >= 24:
@@ -46,13 +46,12 @@ def rank_heatmap(plan: Plan) -> tuple[Any, str]:
     axes.set_xticks([i + 0.5 for i in places], [layers[i] for i in places])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("layer", color=INK)
-    axes.set_ylabel("kind", color=INK)
+    axes.set(xlabel="layer", ylabel="kind")
     return figure, "Share of the parameters kept, and the rank, for each kind in each layer"
 
 
 def rank_words(entries: list[PlanEntry]) -> str:
-    """The rank of a cell: a mean where it holds several weights, = where they stay dense."""
+    """Write the rank of a cell: a mean where it holds several weights, = where they stay dense."""
     ranks = [entry.rank for entry in entries if entry.rank is not None]
     if not ranks:
         return "="
@@ -60,6 +59,6 @@ def rank_words(entries: list[PlanEntry]) -> str:
 
 
 def contrast(value: float) -> str:
-    """Black or white, whichever is read on the colour of a share."""
+    """Return black or white, whichever is read on the colour of a share."""
     red, green, blue = to_rgb(share_colour(value))
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"

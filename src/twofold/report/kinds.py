@@ -11,14 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twofold.linalg.gauge import gauge_rank
+from twofold.nn.layers.corrected import CorrectedLinear
+from twofold.nn.layers.sliced import SlicedLinear
 from twofold.planning.plan import Plan, PlanEntry
-from twofold.report.formats import share
+from twofold.report.formats import fraction
 
-Spectra = Mapping[str, NDArray[Any]]  # σ² (k,) by weight, largest first
+SpectraValues = Mapping[str, NDArray[Any]]  # σ² (k,) by weight, largest first
 
 
 @dataclass(frozen=True)
-class Loss:
+class LossScale:
     """How the losses Σσ² of a plan are shown."""
 
     known: bool  # every weight has one
@@ -30,11 +32,11 @@ class Loss:
 UNITS = {"nats": "nats per token", "output": "energy of the output", "weight": "energy of the weight"}
 
 
-def loss_of(plan: Plan) -> Loss:
-    """Half of Σσ² is in nats per token with the two-sided objective; other objectives have no common scale."""
+def loss_of(plan: Plan) -> LossScale:
+    """Return how losses are shown: half of Σσ² is in nats per token where the objective says so; others have no common scale."""
     known = bool(plan.entries) and all(e.predicted_loss is not None and e.total_loss is not None for e in plan.entries)
     nats = plan.loss_unit == "nats"
-    return Loss(known, nats, 0.5 if nats else 1.0, UNITS.get(plan.loss_unit, plan.loss_unit))
+    return LossScale(known, nats, 0.5 if nats else 1.0, UNITS.get(plan.loss_unit, plan.loss_unit))
 
 
 @dataclass(frozen=True)
@@ -43,36 +45,23 @@ class Group:
 
     label: str
     entries: list[PlanEntry]
-
-    @property
-    def before(self) -> int:
-        return sum(entry.numbers_before for entry in self.entries)
-
-    @property
-    def after(self) -> int:
-        return sum(entry.numbers_after for entry in self.entries)
+    before: int  # stored numbers
+    after: int
+    lost: float  # of the predicted losses, as in the plan
+    total: float  # of what there is to lose
 
     @property
     def keep(self) -> float:
-        return share(self.after, self.before)
+        """The share that they keep."""
+        return fraction(self.after, self.before)
 
-    @property
-    def lost(self) -> float:
-        """Σ of the predicted losses, as in the plan."""
-        return sum(entry.predicted_loss or 0.0 for entry in self.entries)
-
-    @property
-    def total(self) -> float:
-        """Σ of what there is to lose."""
-        return sum(entry.total_loss or 0.0 for entry in self.entries)
-
-    def shown(self, loss: Loss) -> float:
-        """The predicted loss where losses may be summed, else the share of the group's own total that is left out."""
+    def shown(self, loss: LossScale) -> float:
+        """Return the predicted loss where losses may be summed, else the share of the group's own total that is left out."""
         return loss.factor * self.lost if loss.additive else self.lost / self.total if self.total else 0.0
 
 
 def kind_labels(plan: Plan) -> dict[str, str]:
-    """For each weight the label of its kind: the last part of its name, or as many parts as tell its role from others.
+    """Return for each weight the label of its kind: the last part of its name, or as many parts as tell its role from others.
 
     A role is a name without its numbers: in BERT the kind "dense" has three.
     """
@@ -84,11 +73,9 @@ def kind_labels(plan: Plan) -> dict[str, str]:
     for entry in plan.entries:
         others = distinct[entry.kind] - {roles[entry.name]}
         parts = roles[entry.name].split(".")
-        for size in range(1, len(parts) + 1):
-            label = ".".join(parts[-size:])
-            if not any(other == label or other.endswith(f".{label}") for other in others):
-                break
-        labels[entry.name] = label if others else entry.kind
+        ends = [".".join(parts[-size:]) for size in range(1, len(parts) + 1)]
+        alone = (end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others))
+        labels[entry.name] = next(alone, ends[-1]) if others else entry.kind
     return labels
 
 
@@ -96,37 +83,39 @@ def _grouped(plan: Plan, label: Callable[[PlanEntry], str]) -> list[Group]:
     groups: dict[str, list[PlanEntry]] = {}
     for entry in plan.entries:
         groups.setdefault(label(entry), []).append(entry)
-    return [Group(name, entries) for name, entries in groups.items()]
+    summed = ("numbers_before", "numbers_after", "predicted_loss", "total_loss")
+    return [
+        Group(name, entries, *(sum(getattr(entry, field) or 0 for entry in entries) for field in summed))
+        for name, entries in groups.items()
+    ]
 
 
 def by_kind(plan: Plan) -> list[Group]:
-    """The weights of each kind, in the order of the model."""
+    """Return the weights of each kind, in the order of the model."""
     labels = kind_labels(plan)
     return _grouped(plan, lambda entry: labels[entry.name])
 
 
 def made_of(plan: Plan) -> str:
-    """What became of the weights that are smaller now."""
-    sliced = any(entry.form in ("kept-rows", "kept-columns") for entry in plan.entries)
+    """Say what became of the weights that are smaller now."""
+    forms = {entry.form for entry in plan.entries}
     if any(entry.basis is not None for entry in plan.entries):
         return "products of two smaller ones, one of which serves several blocks"
-    if any(entry.form == "corrected" for entry in plan.entries):
+    if forms.intersection(CorrectedLinear.FORMS):
         return "integers of the whole weight with a correction of low rank"
-    return "smaller dense ones, with some of their rows or columns" if sliced else "products of two smaller ones"
-
-
-def layer_label(layer: int | None) -> str:
-    return "none" if layer is None else str(layer)
+    if forms.intersection(SlicedLinear.FORMS):
+        return "smaller dense ones, with some of their rows or columns"
+    return "products of two smaller ones"
 
 
 def by_layer(plan: Plan) -> list[Group]:
-    """The weights of each layer, from first to last; those outside of the layers come last."""
-    groups = _grouped(plan, lambda entry: layer_label(entry.layer))
+    """Return the weights of each layer, from first to last; those outside of the layers come last."""
+    groups = _grouped(plan, lambda entry: "none" if entry.layer is None else str(entry.layer))
     return sorted(groups, key=lambda g: float("inf") if g.entries[0].layer is None else g.entries[0].layer)
 
 
-def loss_at_share(entries: list[PlanEntry], spectra: Spectra, keep: float, plain: bool) -> float | None:
-    """The loss Σσ² if each of these weights kept the same share of its parameters; None without all the spectra."""
+def loss_at_share(entries: list[PlanEntry], spectra: SpectraValues, keep: float, plain: bool) -> float | None:
+    """Return the loss Σσ² if each of these weights kept the same share of its parameters; None without all the spectra."""
     lost = 0.0
     for entry in entries:
         values = spectra.get(entry.name)
@@ -138,8 +127,8 @@ def loss_at_share(entries: list[PlanEntry], spectra: Spectra, keep: float, plain
     return lost
 
 
-def spread(entries: list[PlanEntry], spectra: Spectra, part: float = 0.99) -> float | None:
-    """The mean share of the ranks that hold ``part`` of Σσ²: small for a steep spectrum, near it for a flat one."""
+def energy_rank(entries: list[PlanEntry], spectra: SpectraValues, part: float = 0.99) -> float | None:
+    """Return the mean share of the ranks that hold ``part`` of Σσ²: small for a steep spectrum, near it for a flat one."""
     shares = []
     for entry in entries:
         values = np.asarray(spectra.get(entry.name, ()), dtype=np.float64)

@@ -28,42 +28,42 @@ def is_path(value: str) -> bool:
 
 
 def last_part(value: str) -> str:
-    """The last component of a path."""
+    """Return the last component of a path."""
     return re.split(r"[\\/]+", value.rstrip("\\/"))[-1] or "model"
 
 
 def public_name(value: str) -> str:
-    """A model or text name with the folders of this machine left out."""
+    """Return the name of a model or text with the folders of this machine left out."""
     return last_part(value) if is_path(value) else value
 
 
 def model_title(model: str) -> str:
-    """What the model is called in a title."""
+    """Return what the model is called in a title."""
     return last_part(ALIAS_BASE) if model == ALIAS else public_name(model)
 
 
 def base_model(model: str) -> str | None:
-    """The hub id that a model was loaded from; None if it has none."""
+    """Return the hub id that a model was loaded from; None if it has none."""
     if model == ALIAS:
         return ALIAS_BASE
     return model if not is_path(model) and HUB_ID.fullmatch(model) else None
 
 
 def without_paths(text: str) -> str:
-    """Words in which each path is replaced by its last component.
+    """Replace each path in some words by its last component.
 
     >>> without_paths("held-out /home/me/texts/wiki.txt")
     'held-out wiki.txt'
     """
-    return PATHS.sub(lambda found: last_part(found.group()), text)
+    return PATHS.sub(lambda path: last_part(path[0]), text)
 
 
 def public_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with every path shortened to its last component."""
+    """Return the recipe with every path shortened to its last component."""
     return recipe.model_copy(
         update={
             "model": public_name(recipe.model),
-            "calibration": [public_name(one) for one in recipe.calibration],
+            "calibration": [public_name(text) for text in recipe.calibration],
             "eval_text": None if recipe.eval_text is None else last_part(recipe.eval_text),
         }
     )

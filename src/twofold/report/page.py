@@ -11,48 +11,39 @@ from markupsafe import Markup
 
 from twofold.planning.plan import Plan
 from twofold.report.formats import count, megabytes
-from twofold.report.kinds import Spectra, loss_of
+from twofold.report.kinds import LossScale, SpectraValues, loss_of
 from twofold.report.names import model_title, public_recipe, without_paths
 from twofold.report.record import Run
 
 
-def write_report(
-    folder: Path,
-    run: Run,
-    plan: Plan,
-    spectra: Spectra,  # σ² (k,) by weight, largest first; may be empty
-) -> None:
-    """Write folder/report.html."""
-    (folder / "report.html").write_text(render(run, plan, spectra), encoding="utf-8")
-
-
-def render(run: Run, plan: Plan, spectra: Spectra) -> str:
-    """The page as HTML. All that comes from a model or from data is escaped."""
+def write_report(folder: Path, run: Run, plan: Plan, spectra: SpectraValues) -> None:
+    """Write folder/report.html, where all that comes from a model or from data is escaped; the spectra may be empty."""
     here = files("twofold.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(here.joinpath("report.html.jinja").read_text(encoding="utf-8"))
     style = Markup(here.joinpath("report.css").read_text(encoding="utf-8"))
-    return template.render(style=style, **_content(run, plan, spectra))
+    page = template.render(style=style, **_content(run, plan, spectra))
+    (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def _content(run: Run, plan: Plan, spectra: Spectra) -> dict[str, Any]:
-    """What the template shows."""
+def _content(run: Run, plan: Plan, spectra: SpectraValues) -> dict[str, Any]:
+    """Return what the template shows."""
     from twofold.report import tables, wording  # these and the figures import matplotlib
 
     loss = loss_of(plan)
     shown = public_recipe(run.recipe)
     return {
         "title": model_title(plan.model),
-        "summary": wording.summary(run, plan),
+        "summary": wording.summary_text(run, plan),
         "sizes": tables.size_table(plan),
         "quality": None if run.quality is None else tables.quality_table(run, run.quality),
         "quality_text": wording.quality_text(run),
         "estimate": wording.estimate_text(run),
         "loss": loss,
-        "figures": _figures(plan, spectra),
+        "figures": _figures(plan, spectra, loss),
         "check": wording.check_text(plan),
         "samples": run.samples,
-        "reasons": wording.reasons(run, plan, spectra),
+        "reasons": wording.reasons_text(run, plan, spectra),
         "kind_reasons": wording.kind_reasons(run, plan, spectra),
         "kinds": tables.kind_table(plan, loss),
         "why": tables.reason_table(plan),
@@ -65,15 +56,14 @@ def _content(run: Run, plan: Plan, spectra: Spectra) -> dict[str, Any]:
     }
 
 
-def _figures(plan: Plan, spectra: Spectra) -> dict[str, Any]:
-    """The figures that this plan has data for."""
+def _figures(plan: Plan, spectra: SpectraValues, loss: LossScale) -> dict[str, Any]:
+    """Draw the figures that this plan has data for."""
     from twofold.report.bars import loss_by_kind, loss_by_layer, size_bars
     from twofold.report.drawing import depth_colour, gradient, share_colour
     from twofold.report.heatmap import rank_heatmap
     from twofold.report.scatter import compared, loss_scatter
     from twofold.report.spectra import spectra_panels
 
-    loss = loss_of(plan)
     lossy = loss.known and any(entry.predicted_loss for entry in plan.entries)
     return {
         "depth": gradient(depth_colour),
@@ -88,7 +78,7 @@ def _figures(plan: Plan, spectra: Spectra) -> dict[str, Any]:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """Where, with what and on what the run was made."""
+    """Say where, with what and on what the run was made."""
     m = run.machine
     facts = [
         ("Twofold", m.twofold),
@@ -102,6 +92,6 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if run.calibration_sha256:
         facts.append(("SHA-256 of the token ids", run.calibration_sha256))
     if run.fingerprint:
-        again = ", used again from an earlier run" if run.moments_reused else ", collected in this run"
-        facts.append(("moments", run.fingerprint + again))
+        origin = "used again from an earlier run" if run.moments_reused else "collected in this run"
+        facts.append(("moments", f"{run.fingerprint}, {origin}"))
     return facts

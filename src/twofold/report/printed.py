@@ -18,7 +18,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # 
 
 @contextmanager
 def on_paper(salt: str) -> Iterator[None]:
-    """Within the block figures are made and saved in the colours of paper.
+    """Let figures be made and saved in the colours of paper within the block.
 
     Args:
         salt: of the identifiers in an SVG, so that the same figure is the same file.

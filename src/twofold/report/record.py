@@ -21,9 +21,14 @@ class Measured(pydantic.BaseModel, extra="forbid"):
 
     @classmethod
     def of(cls, text: str, shape: tuple[int, int], original: Quality, factored: Quality) -> Measured:
-        return cls(
-            text=text, windows=shape[0], window=shape[1], original=original.to_dict(), factored=factored.to_dict()
-        )
+        windows, window = shape
+        return cls(text=text, windows=windows, window=window, original=vars(original), factored=vars(factored))
+
+    @property
+    def ratio(self) -> float | None:
+        """The factored model's perplexity over the original's."""
+        before, after = self.original.get("perplexity"), self.factored.get("perplexity")
+        return after / before if before and after is not None else None
 
 
 class Sample(pydantic.BaseModel, extra="forbid"):

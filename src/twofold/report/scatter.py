@@ -7,30 +7,21 @@ from typing import Any
 
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.drawing import INK, PAPER, canvas, depth_colour, inline, log_scale
-from twofold.report.kinds import Loss
+from twofold.report.kinds import LossScale
 
 NOISE = 1e-9  # of the largest loss: below it a loss is rounding
 
 
 def compared(plan: Plan) -> list[tuple[PlanEntry, float, float]]:
-    """The factorized weights whose predicted and measured losses both stand above the rounding."""
+    """Find the factorized weights whose predicted and measured losses both stand above the rounding."""
     pairs = [(e, e.predicted_loss or 0.0, e.measured_loss or 0.0) for e in plan.entries if e.rank is not None]
     floor = NOISE * max((max(predicted, measured) for _, predicted, measured in pairs), default=0.0)
     return [pair for pair in pairs if min(pair[1:]) > floor]
 
 
-def largest_difference(plan: Plan) -> tuple[PlanEntry, float] | None:
-    """The weight with the largest relative difference between the two, and that difference."""
-    pairs = compared(plan)
-    if not pairs:
-        return None
-    entry, predicted, measured = max(pairs, key=lambda pair: abs(pair[2] / pair[1] - 1))
-    return entry, abs(measured / predicted - 1)
-
-
 @inline
-def loss_scatter(plan: Plan, loss: Loss) -> tuple[Any, str]:
-    """One dot a weight; on the line both are the same."""
+def loss_scatter(plan: Plan, loss: LossScale) -> tuple[Any, str]:
+    """Draw one dot a weight; on the line both are the same."""
     figure, axes = canvas(340, 300)
     pairs = compared(plan)
     values = [loss.factor * value for pair in pairs for value in pair[1:]]
@@ -45,10 +36,8 @@ def loss_scatter(plan: Plan, loss: Loss) -> tuple[Any, str]:
     )  # fmt: skip
     log_scale(axes, "x", low, high)
     log_scale(axes, "y", low, high)
-    axes.set_xlim(low, high)
-    axes.set_ylim(low, high)
-    axes.grid(True)
     unit = "½ Σσ², nats per token" if loss.additive else "Σσ²"
-    axes.set_xlabel(f"predicted from the spectrum\n{unit}")
-    axes.set_ylabel(f"from the stored factors\n{unit}")
+    axes.set(xlabel=f"predicted from the spectrum\n{unit}", ylabel=f"from the stored factors\n{unit}")
+    axes.set(xlim=(low, high), ylim=(low, high))
+    axes.grid(True)
     return figure, "Predicted loss against the loss of the stored factors, for each weight"

@@ -10,37 +10,49 @@ from numpy.typing import NDArray
 
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.drawing import PAPER, canvas, depth_colour, inline, label_of, log_scale
-from twofold.report.kinds import Group, Loss, Spectra, by_kind
+from twofold.report.kinds import LossScale, SpectraValues, by_kind
 
 POINTS = 25_000  # of all lines together, so that the page stays small
 DECADES = 9  # below the largest value nothing is shown
 Limits = tuple[float, float]
 
 
-def spectra_panels(plan: Plan, spectra: Spectra, loss: Loss) -> list[Markup]:
-    """A panel for every kind whose spectra are known; with one scale for all weights, all panels share their limits."""
-    groups = [Group(g.label, [e for e in g.entries if _positive(spectra, e, loss) is not None]) for g in by_kind(plan)]
-    groups = [group for group in groups if group.entries]
-    limits = [_limits(group, spectra, loss) for group in groups]
+def spectra_panels(plan: Plan, spectra: SpectraValues, loss: LossScale) -> list[Markup]:
+    """Draw a panel for every kind whose spectra are known; with one scale for all weights, all panels share their limits."""
+    lines = {}  # the values in the unit that is shown, NaN where they are not positive
+    for entry in plan.entries:
+        values = np.asarray(spectra.get(entry.name, ()), dtype=np.float64) * loss.factor
+        positive = np.isfinite(values) & (values > 0)
+        if positive.any():
+            lines[entry.name] = np.where(positive, values, np.nan)
+    kinds = {group.label: [e for e in group.entries if e.name in lines] for group in by_kind(plan)}
+    kinds = {label: entries for label, entries in kinds.items() if entries}
+    limits = [_limits(np.concatenate([lines[e.name] for e in entries])) for entries in kinds.values()]
     if loss.additive and limits:
         limits = [(min(low for low, _ in limits), max(high for _, high in limits))] * len(limits)
     deepest = max((entry.layer or 0 for entry in plan.entries), default=0)
-    lines = sum(len(group.entries) for group in groups)
-    points = int(np.clip(POINTS // max(lines, 1), 24, 160))
+    points = int(np.clip(POINTS // max(len(lines), 1), 24, 160))
+    unit = "½ σ², nats per token" if loss.additive else "σ²"
     return [
-        spectra_panel(group, spectra, loss, limit, deepest, points) for group, limit in zip(groups, limits, strict=True)
+        _panel(label, entries, lines, limit, deepest, points, unit)
+        for (label, entries), limit in zip(kinds.items(), limits, strict=True)
     ]
 
 
 @inline
-def spectra_panel(
-    group: Group, spectra: Spectra, loss: Loss, limits: Limits, deepest: int, points: int
+def _panel(
+    label: str,
+    entries: list[PlanEntry],
+    lines: dict[str, NDArray[np.float64]],
+    limits: Limits,
+    deepest: int,
+    points: int,
+    unit: str,
 ) -> tuple[Any, str]:
-    """σ² against rank / full rank; the dot is the last component that is kept."""
+    """Draw σ² against rank / full rank; the dot is the last component that is kept."""
     figure, axes = canvas(230, 150)
-    for entry in group.entries:
-        values = _positive(spectra, entry, loss)
-        assert values is not None
+    for entry in entries:
+        values = lines[entry.name]
         at = _sampled(len(values), points)
         colour = depth_colour((entry.layer or 0) / max(deepest, 1))
         axes.plot((at + 1) / len(values), values[at], color=colour, linewidth=0.8, alpha=0.85)
@@ -48,34 +60,22 @@ def spectra_panel(
             x, y = entry.rank / len(values), values[entry.rank - 1]
             if y >= limits[0]:
                 axes.scatter([x], [y], s=20, color=colour, edgecolors=PAPER, linewidths=0.6, zorder=3)
-    axes.set_xlim(0, 1.02)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
     log_scale(axes, "y", *limits)
-    axes.set_ylim(limits[0] * 0.7, limits[1] * 1.5)
+    axes.set(xlim=(0, 1.02), ylim=(limits[0] * 0.7, limits[1] * 1.5), xlabel="rank / full rank", ylabel=unit)
     axes.grid(True)
-    axes.set_title(label_of(group.label, 28), loc="left")
-    axes.set_xlabel("rank / full rank")
-    axes.set_ylabel("½ σ², nats per token" if loss.additive else "σ²")
-    return figure, f"Spectra of {group.label}: {len(group.entries)} weights"
+    axes.set_title(label_of(label, 28), loc="left")
+    return figure, f"Spectra of {label}: {len(entries)} weights"
 
 
-def _positive(spectra: Spectra, entry: PlanEntry, loss: Loss) -> NDArray[np.float64] | None:
-    """The values in the unit that is shown, NaN where they are not positive; None if there are none."""
-    values = np.asarray(spectra.get(entry.name, ()), dtype=np.float64) * loss.factor
-    good = np.isfinite(values) & (values > 0)
-    return np.where(good, values, np.nan) if good.any() else None
-
-
-def _limits(group: Group, spectra: Spectra, loss: Loss) -> Limits:
-    every = np.concatenate([v for e in group.entries if (v := _positive(spectra, e, loss)) is not None])
-    high = float(np.nanmax(every))
-    return max(float(np.nanmin(every)), high * 10.0**-DECADES), high
+def _limits(values: NDArray[np.float64]) -> Limits:
+    high = float(np.nanmax(values))
+    return max(float(np.nanmin(values)), high * 10.0**-DECADES), high
 
 
 def _sampled(length: int, points: int) -> NDArray[np.int64]:
-    """Places to draw: dense at both ends, where a spectrum bends, and ascending."""
+    """Return the places to draw: dense at both ends, where a spectrum bends, and ascending."""
     if length <= points:
         return np.arange(length)
-    even = np.linspace(0, 1, points)
-    bent = (1 - np.cos(np.pi * even)) / 2
+    bent = (1 - np.cos(np.pi * np.linspace(0, 1, points))) / 2
     return np.unique(np.round(bent * (length - 1)).astype(np.int64))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
-from twofold.allocate import ALLOCATIONS, Allocating, Allocation
+from twofold.allocate import ALLOCATIONS, Allocating
 from twofold.errors import TwofoldError
 from twofold.objectives import OBJECTIVES
 from twofold.recipe import Recipe
@@ -31,34 +30,21 @@ NEEDS = {  # capability → what a method that needs it does
 }
 
 
-@dataclass(frozen=True)
-class User:
-    """A setting that needs something.
-
-    Args:
-        instead: what to do without it.
-    """
-
-    who: str
-    needs: frozenset[str]
-    instead: str
+Missing = Mapping[str, str]  # capability → why it is missing, as the end of a sentence
 
 
-Missing = Mapping[str, str]  # capability → why it is not there, as the end of a sentence
-
-
-def refuse(users: Iterable[User], missing: Missing, remedy: str = "") -> None:
-    """Refuse the first setting that needs what is not there.
+def refuse(recipe: Recipe, missing: Missing, remedy: str = "") -> None:
+    """Refuse the first setting of a recipe that needs what is missing.
 
     Args:
         remedy: what else would help.
 
     Raises:
-        TwofoldError: with what it needs, why that is not there, and what to do.
+        TwofoldError: with what it needs, why that is missing, and what to do.
     """
-    for user in users:
-        for need in sorted(user.needs & missing.keys()):
-            raise TwofoldError(f"{user.who} {NEEDS[need]}, {missing[need]}; {user.instead}{remedy}")
+    for setting, needs, alternative in _needs_of(recipe, missing):
+        for need in sorted(needs & missing.keys()):
+            raise TwofoldError(f"{setting} {NEEDS[need]}, {missing[need]}; {alternative}{remedy}")
 
 
 def missing_of(recipe: Recipe) -> dict[str, str]:
@@ -78,8 +64,8 @@ def missing_of(recipe: Recipe) -> dict[str, str]:
         missing |= dict.fromkeys(
             ("float factors", "float numbers"), f"and `bits={recipe.bits}` rounds them to integers"
         )
-    if recipe.bits is not None or recipe.kept_bits is not None:
-        rounds = f"`bits={recipe.bits}`" if recipe.bits is not None else f"`dense_bits={recipe.dense_bits}`"
+    if setting := _rounding(recipe):
+        rounds = f"`{setting}={getattr(recipe, setting)}`"
         missing["float layers"] = f"and {rounds} rounds some to integers"
         missing["measured times"] = f"and layers of {rounds} have none"
     if recipe.latency is not None:
@@ -89,43 +75,43 @@ def missing_of(recipe: Recipe) -> dict[str, str]:
     return missing
 
 
-def users_of(recipe: Recipe, missing: Missing) -> Iterator[User]:
-    """Yield the settings of a recipe that need something.
+def _needs_of(recipe: Recipe, missing: Missing) -> Iterator[tuple[str, Set[str], str]]:
+    """Yield the settings of a recipe, each with the capabilities that it needs, and what to do without it.
 
     Args:
-        missing: what is not there, so that what would do instead can be named.
+        missing: the capabilities that are missing, so that a method which does without them can be named.
     """
     objective = OBJECTIVES.get(recipe.objective)
     for name in recipe.refine:
-        yield User(
-            f"`refine={name}`",
-            REFINEMENTS.get(name).needs,
-            instead(REFINEMENTS, "refine", missing, "leave `refine` out"),
-        )
-    allocation = ALLOCATIONS.get(recipe.allocate)
-    others = instead(ALLOCATIONS, "allocate", missing, "leave `allocate` out", takes=candidates_of(recipe))
-    yield User(f"`allocate={recipe.allocate}`", allocation.needs, others)
-    if recipe.bits is not None or recipe.kept_bits is not None:
-        setting = "bits" if recipe.bits is not None else "dense_bits"
-        value = recipe.bits or recipe.dense_bits
+        others = _instead(REFINEMENTS, "refine", missing, "leave `refine` out")
+        yield (f"`refine={name}`", REFINEMENTS.get(name).needs, others)
+    others = _instead(ALLOCATIONS, "allocate", missing, "leave `allocate` out", takes=candidates_of(recipe))
+    yield (f"`allocate={recipe.allocate}`", ALLOCATIONS.get(recipe.allocate).needs, others)
+    if setting := _rounding(recipe):
         needs = {"whole model", "weights alone"} | ({"rounding"} if recipe.bits == "auto" else set())
-        yield User(f"`{setting}={value}`", frozenset(needs), f"leave `{setting}` out")
+        yield (f"`{setting}={getattr(recipe, setting)}`", needs, f"leave `{setting}` out")
     if recipe.latency is not None:
-        needs = {"weights alone", "measured times"}
-        yield User(f"`latency={recipe.latency:g}`", frozenset(needs), "give `keep` or `budget`")
+        yield (f"`latency={recipe.latency:g}`", {"weights alone", "measured times"}, "give `keep` or `budget`")
     if objective.structures:
-        others = instead(OBJECTIVES, "objective", {"structures": ""}, "use another objective")
-        yield User(f"`objective={recipe.objective}`", frozenset({"whole model"}), others)
-    if objective.needs and (recipe.calibration == ["self"] or recipe.continuations):
-        texts = recipe.calibration == ["self"]
-        who = "sampling texts to calibrate on" if texts else f"`continuations={recipe.continuations}`"
-        do = "name some with `calibration=FILE`" if texts else "leave `continuations` out"
-        yield User(who, frozenset({"whole model"}), do)
+        others = _instead(OBJECTIVES, "objective", {"structures": ""}, "use another objective")
+        yield (f"`objective={recipe.objective}`", {"whole model"}, others)
+    if objective.needs and recipe.calibration == ["self"]:
+        yield ("sampling texts to calibrate on", {"whole model"}, "name some with `calibration=FILE`")
+    elif objective.needs and recipe.continuations:
+        setting = f"`continuations={recipe.continuations}`"
+        yield (setting, {"whole model"}, "leave `continuations` out")
     if recipe.goal is not None:
-        yield User(recipe.goal.setting, frozenset({"whole model", "token logits"}), "give `keep` or `budget`")
+        yield (recipe.goal.setting, {"whole model", "token logits"}, "give `keep` or `budget`")
 
 
-def instead(methods: Registry[Any], setting: str, missing: Missing, otherwise: str, *, takes: str = "") -> str:
+def _rounding(recipe: Recipe) -> str:
+    """Return the setting that rounds weights to integers; empty if none does."""
+    if recipe.bits is not None:
+        return "bits"
+    return "" if recipe.kept_bits is None else "dense_bits"
+
+
+def _instead(methods: Registry[Any], setting: str, missing: Missing, otherwise: str, *, takes: str = "") -> str:
     """Name the methods that need nothing of what is missing, or say what to do where there is none."""
     able = [
         name
@@ -136,20 +122,21 @@ def instead(methods: Registry[Any], setting: str, missing: Missing, otherwise: s
 
 
 def _lacks(method: Any, missing: Missing) -> bool:
+    """Say whether a method needs something that is missing."""
     if "structures" in missing:
         return bool(method.structures) or method.correct is not None
     return bool(method.needs & missing.keys())
 
 
 def candidates_of(recipe: Recipe) -> str:
-    """Return the kind of candidates that ranks are chosen of."""
+    """Return the kind of candidates that an allocation chooses among."""
     if recipe.bits == "auto":
         return "pairs"
     return "structures" if OBJECTIVES.get(recipe.objective).structures else "ranks"
 
 
 def check_methods(recipe: Recipe) -> None:
-    """Refuse methods that there are not, or that do not go with one another, whatever the model is.
+    """Refuse unknown methods, and those that do not go with one another, whatever the model is.
 
     Raises:
         TwofoldError: naming the first of them.
@@ -163,25 +150,18 @@ def check_methods(recipe: Recipe) -> None:
         raise TwofoldError(
             f"`rank` is that of a correction ({', '.join(corrections)}); force one with `override=PATTERN=rank:64`"
         )
-    refuse(users_of(recipe, missing), missing)
+    refuse(recipe, missing)
     kind = candidates_of(recipe)
     if kind not in allocation.takes:
-        raise TwofoldError(_not_taken(recipe, allocation, kind))
-    if recipe.bits is not None or recipe.kept_bits is not None:
+        why = f"looks at the spectrum of each weight alone, and `objective={recipe.objective}` has none"
+        if kind == "pairs":
+            why = "chooses ranks alone, and `bits=auto` ranks and bits together"
+        others = _instead(ALLOCATIONS, "allocate", missing, "leave `allocate` out", takes=kind)
+        raise TwofoldError(f"`allocate={allocation.name}` {why}; {others}")
+    if setting := _rounding(recipe):
         from twofold.quantize.rounding import need_torchao
 
-        setting = "bits" if recipe.bits is not None else "dense_bits"
         need_torchao(setting, str(getattr(recipe, setting)))
-
-
-def _not_taken(recipe: Recipe, allocation: Allocation, kind: str) -> str:
-    able = instead(ALLOCATIONS, "allocate", missing_of(recipe), "leave `allocate` out", takes=kind)
-    if kind == "pairs":
-        return f"`allocate={allocation.name}` chooses ranks alone, and `bits=auto` ranks and bits together; {able}"
-    return (
-        f"`allocate={allocation.name}` looks at the spectrum of each weight alone, and `objective={recipe.objective}` has none; "
-        f"{able}"
-    )
 
 
 def _check_correction(recipe: Recipe) -> None:
@@ -195,26 +175,18 @@ def _check_correction(recipe: Recipe) -> None:
         )
 
 
-def check_streamed(recipe: Recipe, resident: float) -> None:
+def check_streamed(recipe: Recipe, resident: float, limit: float) -> None:
     """Refuse what needs the whole model in memory, where it is worked through block by block.
 
     Args:
         resident: the bytes that the whole model would take.
+        limit: the bytes that may be used.
 
     Raises:
-        TwofoldError: with the memory that it would take.
+        TwofoldError: with what would let the model be whole in memory.
     """
+    remedies = ["leave `stream` out"] if recipe.stream == "always" else []
+    if resident > limit or not remedies:
+        remedies.append(f"give it {resident / 1e9:.1f} GB with `memory`")
     missing = {"whole model": "and this one is worked through block by block"}
-    refuse(users_of(recipe, missing), missing, f", or give it {resident / 1e9:.1f} GB with `memory`")
-
-
-def check_model(recipe: Recipe, lacks: Missing) -> None:
-    """Refuse what needs more than a model gives.
-
-    Args:
-        lacks: what the model does not give, and why.
-
-    Raises:
-        TwofoldError: naming the first setting.
-    """
-    refuse(users_of(recipe, lacks), lacks)
+    refuse(recipe, missing, f", or {' and '.join(remedies)}")

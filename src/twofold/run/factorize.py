@@ -10,16 +10,15 @@ from transformers import PretrainedConfig
 
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
-from twofold.factor.prepared import carry_out
 from twofold.host.clock import Stopwatch
 from twofold.nn.places import cast_weights
 from twofold.recipe import Recipe, make_recipe
 from twofold.refine.steps.series import refine
-from twofold.run.open import given_model, open_for
+from twofold.run.open import open_for, open_loaded
 from twofold.run.prepare import prepare
-from twofold.run.sizing import sizing_of
+from twofold.run.sizing import Sizing
 from twofold.scratch.start import factorize_start
-from twofold.settings.base import given
+from twofold.settings.base import from_call
 from twofold.task.text.windows import fit_window
 
 
@@ -41,7 +40,7 @@ def factorize(
 
     Args:
         model: a folder, a hub id, ``smollm2``, or a loaded transformers model, which is changed in place; or a configuration,
-            of which a model with random weights is built.
+            from which a model with random weights is built.
         tokenizer: of a loaded model.
         init: for a training from scratch, where nothing is calibrated: "spectral" (for a configuration the default) truncates
             the weights that the model has, "random" draws factors whose product is as large (docs/train.md).
@@ -65,20 +64,18 @@ def factorize(
     named = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if calibration is not None:
         settings["calibration"] = calibration
-    recipe = given(Recipe, make_recipe, str(named) or type(model).__name__, settings)
-    opened = open_for(recipe, quiet=quiet) if isinstance(model, str | Path) else given_model(model, tokenizer, recipe)
+    recipe = from_call(Recipe, make_recipe, str(named) or type(model).__name__, settings)
+    opened = open_for(recipe, quiet=quiet) if isinstance(model, str | Path) else open_loaded(model, tokenizer, recipe)
     loaded = opened.loaded
     if loaded.residence.streamed:
         raise TwofoldError(
-            "this model does not fit in memory, so it can't be factorized in place; compress it to a folder: twofold compress"
+            "this model is worked through block by block, so it can't be factorized in place; compress it to a folder: twofold "
+            "compress"
         )
     recipe = fit_window(recipe, loaded, quiet=quiet)
-    watch = Stopwatch()
-    sizing = sizing_of(recipe, opened, quiet=quiet)
-    prepared = prepare(recipe, opened, watch, texts=texts, sizing=sizing, quiet=quiet)
-    if sizing is not None:
-        sizing.find(prepared)
-    replaced = carry_out(prepared, quiet=quiet)
+    sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None
+    prepared = prepare(recipe, opened, Stopwatch(), texts=texts, sizing=sizing, quiet=quiet)
+    replaced = prepared.factorize(quiet=quiet)
     refine(prepared, replaced, recipe, quiet=quiet)
     result = loaded.model
     cast_weights(result, loaded.stored_dtype)

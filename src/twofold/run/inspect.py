@@ -26,7 +26,7 @@ class Weight(pydantic.BaseModel, extra="forbid"):
     shape: list[int]
     numbers: int
     what: str  # "can be factorized", "factored, rank r", or why not
-    group: str | None  # the first weight that gets the same input
+    group: str | None = None  # the first weight that gets the same input
 
 
 class Inspection(pydantic.BaseModel, extra="forbid"):
@@ -56,43 +56,29 @@ def inspect(
     groups = _groups(loaded, targets)
     members: dict[str, list[str]] = {}
     for target in targets.targets:
-        group = groups.get(target.name)
-        members.setdefault(group or target.name, []).append(target.kind)
-        weights.append(
-            Weight(
-                name=f"{target.name}.weight",
-                kind=target.kind,
-                shape=[target.out_features, target.in_features],
-                numbers=target.size,
-                what="can be factorized",
-                group=group,
-            )
-        )
+        name, kind, group = f"{target.name}.weight", target.kind, groups.get(target.name)
+        members.setdefault(group or target.name, []).append(kind)
+        shape, what = [target.out_features, target.in_features], "can be factorized"
+        weights.append(Weight(name=name, kind=kind, shape=shape, numbers=target.size, what=what, group=group))
     numbers = targets.target_numbers
-    shared = {", ".join(kinds): None for kinds in members.values() if len(kinds) > 1}
     for name, layer in layers.items():
         what = f"{layer.words}, keeps {layer.keep:.1%}" if isinstance(layer, CompactLinear) else layer.words
         kind = name.rpartition(".")[2] if layer.KIND else "basis"
-        weights.append(Weight(name=name, kind=kind, shape=layer.shape, numbers=layer.numbers, what=what, group=None))
+        weights.append(Weight(name=name, kind=kind, shape=layer.shape, numbers=layer.numbers, what=what))
         numbers += layer.numbers if hasattr(layer, "in_features") else 0
     factors = tuple(f"{name}.{child}." for name, layer in layers.items() for child in layer.CHILDREN)
     for entry in targets.dense:
-        if entry.name.startswith(factors):
-            continue
-        parts = entry.name.rpartition(".")[0].rpartition(".")[2] or entry.name
-        weights.append(
-            Weight(
-                name=entry.name, kind=parts, shape=list(entry.shape), numbers=entry.size, what=entry.reason, group=None
-            )
-        )
+        if not entry.name.startswith(factors):
+            kind, shape = entry.name.rpartition(".")[0].rpartition(".")[2] or entry.name, list(entry.shape)
+            weights.append(Weight(name=entry.name, kind=kind, shape=shape, numbers=entry.size, what=entry.reason))
     return Inspection(
         model=model,
         architecture=type(loaded.model).__name__,
         weights=weights,
-        shared=list(shared),
+        shared=list(dict.fromkeys(", ".join(kinds) for kinds in members.values() if len(kinds) > 1)),
         factored=sum(isinstance(layer, CompactLinear) for layer in layers.values()),
         target_numbers=numbers,
-        total_numbers=sum(w.numbers for w in weights),
+        total_numbers=sum(weight.numbers for weight in weights),
     )
 
 

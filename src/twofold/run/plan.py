@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from twofold.allocate import ALLOCATIONS
 from twofold.calibrate.opened import Opened
 from twofold.errors import TwofoldError
 from twofold.host.clock import Stopwatch
@@ -19,8 +18,8 @@ from twofold.run.check import check_methods
 from twofold.run.estimate.estimate import estimate_run
 from twofold.run.open import open_for
 from twofold.run.prepare import layer_times, plan_of_shapes, prepare, with_structures
-from twofold.run.sizing import sizing_of
-from twofold.settings.base import given
+from twofold.run.sizing import Sizing
+from twofold.settings.base import from_call
 from twofold.task.text.windows import fit_window
 
 
@@ -52,22 +51,23 @@ def plan(
     Raises:
         TwofoldError: for whatever the user can put right.
     """
-    recipe = given(Recipe, make_recipe, recipe, settings)
-    needs = OBJECTIVES.get(recipe.objective).needs
-    ALLOCATIONS.get(recipe.allocate)
+    recipe = from_call(Recipe, make_recipe, recipe, settings)
     check_methods(recipe)
-    measured = not needs or "calibration" in recipe.model_fields_set or moments is not None
-    made = _measured(recipe, moments, quiet=quiet) if measured else _of_shapes(recipe, estimate=estimate, quiet=quiet)
+    named = "calibration" in recipe.model_fields_set or moments is not None
+    if named or not OBJECTIVES.get(recipe.objective).needs:
+        planned = _by_moments(recipe, None if moments is None else Path(moments), quiet=quiet)
+    else:
+        planned = _by_shapes(recipe, estimate=estimate, quiet=quiet)
     if out is not None:
         try:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
-            made.save(Path(out))
+            planned.save(Path(out))
         except OSError as error:
             raise TwofoldError(f"the plan can't be written to {out}: {error.strerror}") from error
-    return made
+    return planned
 
 
-def _of_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
+def _by_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
     """Plan by the shapes of the weights alone."""
     if recipe.bits == "auto":
         raise TwofoldError(
@@ -80,37 +80,27 @@ def _of_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
         )
     loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     recipe = fit_window(recipe, loaded, quiet=True)
-    targets = find_targets(loaded.model, recipe.include, recipe.exclude)
-    targets = with_structures(Opened(loaded, named=recipe.task), targets, recipe)
-    made = plan_of_shapes(loaded, targets, recipe, layer_times(loaded, targets, recipe, quiet=quiet))
+    opened = Opened(loaded, named=recipe.task)
+    targets = with_structures(opened, find_targets(loaded.model, recipe.include, recipe.exclude), recipe)
+    uniform = plan_of_shapes(loaded, targets, recipe, layer_times(loaded, targets, recipe, quiet=quiet))
     note = (
         f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "
         f"the {recipe.allocate} plan needs the moments: name `calibration=FILE`, or `calibration=self`"
     )
-    estimated, notes = None, [*made.notes, note]
+    estimated, notes = None, [*uniform.notes, note]
     try:
-        estimated = estimate_run(Opened(loaded, named=recipe.task), recipe, made.bytes_after) if estimate else None
+        estimated = estimate_run(opened, recipe, uniform.bytes_after) if estimate else None
     except TwofoldError as error:
         if recipe.memory is not None:
             raise
         notes.append(f"no run on this machine: {error}")  # the plan itself may be for another one
-    return made.model_copy(update={"notes": notes, "estimate": estimated})
+    return uniform.model_copy(update={"notes": notes, "estimate": estimated})
 
 
-def _measured(recipe: Recipe, moments: Path | str | None, *, quiet: bool) -> Plan:
+def _by_moments(recipe: Recipe, moments: Path | None, *, quiet: bool) -> Plan:
     """Plan by the moments of a calibration, which are kept."""
     opened = open_for(recipe, quiet=quiet)
     recipe = fit_window(recipe, opened.loaded, quiet=quiet)
-    sizing = sizing_of(recipe, opened, quiet=quiet)
-    prepared = prepare(
-        recipe,
-        opened,
-        Stopwatch(),
-        moments_folder=None if moments is None else Path(moments),
-        bases=sizing is not None,
-        sizing=sizing,
-        quiet=quiet,
-    )
-    if sizing is not None:
-        sizing.find(prepared)
-    return prepared.plan
+    sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None
+    watch = Stopwatch()
+    return prepare(recipe, opened, watch, moments_folder=moments, bases=False, sizing=sizing, quiet=quiet).plan

@@ -14,9 +14,8 @@ from twofold.calibrate.calibrate import calibrate, used_targets
 from twofold.calibrate.fingerprint import model_hash, spectra_mark
 from twofold.calibrate.moments import Moments
 from twofold.calibrate.opened import Opened
-from twofold.decompose.decompose import Decomposition, decompose
+from twofold.decompose.decompose import Decomposition, decompose_targets
 from twofold.decompose.spectra import Spectra
-from twofold.errors import TwofoldError
 from twofold.evidence.base import Measurement
 from twofold.factor.prepared import Prepared
 from twofold.factor.recalibrate import recalibrate
@@ -33,7 +32,7 @@ from twofold.model.streamed import Streamed
 from twofold.model.target import Targets
 from twofold.model.weights import find_targets
 from twofold.objectives import OBJECTIVES
-from twofold.planning.bits import stand_in
+from twofold.planning.bits import with_fewest_bits
 from twofold.planning.evidence import Evidence, gather
 from twofold.planning.make import make_plan
 from twofold.planning.plan import Plan
@@ -58,14 +57,14 @@ def prepare(
     sizing: Sizing | None = None,
     quiet: bool = False,
 ) -> Prepared:
-    """All stages up to the plan; where a quality is asked for, that is the plan of the whole, before the search.
+    """Go through all stages up to the plan.
 
     Args:
         texts: to calibrate on, in the place of the recipe's.
         moments_folder: where the moments are kept; in the cache, by fingerprint, if it is None.
         work: the unfinished state of the run; what it holds already is used. In memory if it is None.
         bases: whether factors will be made, or only the plan.
-        sizing: the search for the size, which measures the dense model before the calibration and may refuse it.
+        sizing: the search for the size, which may refuse the dense model before the calibration.
     """
     loaded, model = opened.loaded, opened.loaded.model
     objective, allocation = OBJECTIVES.get(recipe.objective), ALLOCATIONS.get(recipe.allocate)
@@ -78,75 +77,84 @@ def prepare(
         targets = targets.without(dict.fromkeys(fused, "fused with others in the checkpoint"))
     with watch.stage("hash"):
         hashed = model_hash(model, loaded.shards)
-    data: Data | None = None
-    moments, reused = None, False
-    if objective.needs or recipe.refine or measured or (recipe.goal is not None and recipe.eval_text is None):
-        with watch.stage("texts"):
-            task, aside = opened.need_task(), recipe.held_out_windows
-            data = processes.same(lambda: task.data(loaded, recipe, hashed, texts, held_out=aside, quiet=quiet))
+    data, moments, reused = _data(recipe, opened, hashed, texts, watch, quiet=quiet), None, False
     if sizing is not None:
         with watch.stage("measure"):
-            processes.same(partial(sizing.begin, data, hashed))
+            processes.same(partial(sizing.begin, data, hashed, work))
     if objective.needs:
         assert data is not None
-        _announce(data, recipe, quiet=quiet)
-        asked = objective.needs | (rounding_needs(objective) if recipe.bits is not None or recipe.kept_bits else set())
+        needs = objective.needs | (rounding_needs(objective) if recipe.bits is not None or recipe.kept_bits else set())
         targets, moments, reused = calibrate(
-            recipe, opened, targets, asked, data.samples, hashed, watch,
+            recipe, opened, targets, needs, data.samples, hashed, watch,
             moments_folder=moments_folder, work=work, quiet=quiet,
         )  # fmt: skip
         targets = used_targets(targets, moments)
     mark = spectra_mark(hashed, moments.fingerprint if moments is not None else "", recipe)
     with watch.stage("decompose"):
-        bases = bases or measured or allocation.again or recipe.bits == "auto"
-        made = _decomposed(opened, targets, recipe, moments, mark, work, bases=bases, quiet=quiet)
+        bases = bases or sizing is not None or measured or allocation.again or recipe.bits == "auto"
+        decomposition = decompose_under(opened, targets, recipe, moments, mark, work, bases=bases, quiet=quiet)
     if measured and work is not None:
         work.update(stage=f"measuring for the allocation {recipe.allocate}")
-    measurement = Measurement(model, opened.task, targets.targets, data.samples if data else None, made, recipe, quiet)
+    samples = data.samples if data is not None else None
+    measurement = Measurement(model, opened.task, targets.targets, samples, decomposition, recipe, quiet)
     with watch.stage("sensitivities" if measured else "plan"):
         evidence = processes.same(lambda: gather(measurement, recipe.allocate))
     evidence = replace(evidence, times=times.times, times_of=times.times_of)
-    element, settings = loaded.stored_dtype.itemsize, recipe.at(1.0)
     with watch.stage("plan"):
-        plan = make_plan(loaded.name, targets, made.spectra.values, settings, element, evidence)
-    prepared = Prepared(opened, targets, data, reused, made, evidence, plan)
+        values, element = decomposition.spectra.values, loaded.stored_dtype.itemsize
+        plan = make_plan(loaded.name, targets, values, recipe.at(1.0), element, evidence)
+    prepared = Prepared(opened, targets, data, reused, decomposition, evidence, plan)
     if allocation.again:
         if work is not None:
             work.update(stage="measuring the moments again")
         with watch.stage("recalibrate"):
-            recalibrate(prepared, recipe, folder=None if work is None else work.recalibrated, quiet=quiet)
+            recalibrate(prepared, recipe, folder=None if work is None else work.folder / "recalibrated", quiet=quiet)
+    if sizing is not None:
+        with watch.stage("search"):
+            processes.same(partial(sizing.find, prepared))
     return prepared
 
 
-def _announce(data: Data, recipe: Recipe, *, quiet: bool) -> None:
-    """Say where there is less to calibrate on than was asked for."""
-    if data.units < data.asked - recipe.window and not quiet:
+def _data(
+    recipe: Recipe, opened: Opened, hashed: str, texts: Iterable[str] | None, watch: Stopwatch, *, quiet: bool
+) -> Data | None:
+    """Read the samples of a run, if any of its stages looks at them; say if they are fewer than was asked for."""
+    needs = OBJECTIVES.get(recipe.objective).needs
+    measures = recipe.refine or ALLOCATIONS.get(recipe.allocate).measure is not None
+    if not (needs or measures or (recipe.goal is not None and recipe.eval_text is None)):
+        return None
+    with watch.stage("texts"):
+        task, aside = opened.need_task(), recipe.held_out_windows
+        data = processes.same(lambda: task.data(opened.loaded, recipe, hashed, texts, held_out=aside, quiet=quiet))
+    if needs and data.units < data.asked - recipe.window and not quiet:
         say(f"the calibration text gives {data.units:,} tokens of the {data.asked:,} asked for")
+    return data
 
 
-def _decomposed(
+def decompose_under(
     opened: Opened,
     targets: Targets,
     recipe: Recipe,
     moments: Moments | None,
     mark: str,
-    work: Work | None,
+    work: Work | None = None,
     *,
-    bases: bool,
+    bases: bool = True,
     quiet: bool,
 ) -> Decomposition:
-    """Decompose all targets; what the unfinished state holds already is not decomposed again."""
+    """Decompose all targets under the objective of a recipe; what the unfinished state holds already is not decomposed again."""
     folder = None
     if work is not None:
         work.belongs_to(mark)
         work.update(stage="decomposing", targets=len(targets.targets))
-        folder = work.spectra
+        folder = work.folder / "spectra"
         if not targets.structures:
             check_space(folder, 4 * sum(min(t.out_features, t.in_features) ** 2 for t in targets.targets))
-    made = Decomposition(moments, OBJECTIVES.get(recipe.objective), recipe.damping, Spectra(folder, mark, bases=bases))
+    spectra = Spectra(folder, mark, bases=bases)
+    decomposition = Decomposition(moments, OBJECTIVES.get(recipe.objective), recipe.damping, spectra)
     chain, blocks = opened.chain or plain_chain(opened.loaded.model), opened.blocks or RESIDENT_BLOCKS
-    decompose(opened.loaded.residence, targets, made, chain=chain, blocks=blocks, quiet=quiet)
-    return made
+    decompose_targets(opened.loaded.residence, targets, decomposition, chain=chain, blocks=blocks, quiet=quiet)
+    return decomposition
 
 
 def with_structures(opened: Opened, targets: Targets, recipe: Recipe) -> Targets:
@@ -168,24 +176,16 @@ def with_structures(opened: Opened, targets: Targets, recipe: Recipe) -> Targets
 
 
 def plan_of_shapes(loaded: LoadedModel, targets: Targets, recipe: Recipe, times: Evidence | None = None) -> Plan:
-    """The uniform plan, which needs the shapes alone, and their times where the budget is in time."""
+    """Make the uniform plan, which needs the shapes alone, and their times where the budget is in time."""
     blind = next(allocation.name for allocation in ALLOCATIONS.all() if allocation.blind)
-    uniform = stand_in(recipe.at(1.0)).model_copy(update={"allocate": blind})
+    uniform = with_fewest_bits(recipe.at(1.0)).model_copy(update={"allocate": blind})
     return make_plan(loaded.name, targets, None, uniform, loaded.stored_dtype.itemsize, times)
 
 
 def layer_times(loaded: LoadedModel, targets: Targets, recipe: Recipe, *, quiet: bool = False) -> Evidence:
-    """The measured time of every target, dense and factored, if the budget is in time; what the cache has is not measured again.
-
-    Raises:
-        TwofoldError: if weights are cut together, whose layers have no measured time.
-    """
+    """Measure the time of every target, dense and factored, if the budget is in time; the cache is used first."""
     if recipe.latency is None:
         return Evidence()
-    if targets.structures:
-        raise TwofoldError(
-            f"`latency` is for objectives that treat each weight alone, not for {recipe.objective}; give `keep` or `budget`"
-        )
     device = loaded.residence.device
     if device.type == "meta":  # no weights are here yet
         device = choose_device(recipe.device)

@@ -11,9 +11,7 @@ ASIDE = 0.4 * TOLERANCE  # how far beside an estimate is probed, so that two pro
 
 
 def smallest(
-    least: float,
-    probe: Callable[[float], Probe],
-    estimate: Callable[[list[Probe]], float | None],
+    least: float, probe: Callable[[float], Probe], estimate: Callable[[list[Probe]], float | None]
 ) -> list[Probe]:
     """Search between the smallest possible share and the whole by bisection, for what is taken to hold from some share on.
 
@@ -35,9 +33,8 @@ def smallest(
     while high - low > TOLERANCE or not failed:
         width = high - low
         keep = _next(low, high, failed, estimate(probes) if slow < 2 else None) if width > TOLERANCE else least
-        found = probe(keep)
-        probes.append(found)
-        if found.met:
+        probes.append(probe(keep))
+        if probes[-1].met:
             high = keep
             if keep == least:
                 break
@@ -48,7 +45,7 @@ def smallest(
 
 
 def _next(low: float, high: float, failed: bool, estimate: float | None) -> float:
-    """The share to probe next: beside the estimate on the side that is not close yet, or in the middle."""
+    """Return the share to probe next: beside the estimate on the side that is not close yet, or in the middle."""
     if estimate is None:
         return round((low + high) / 2, 4)
     if estimate <= low and not failed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import time
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from twofold.calibrate.moments import DESCRIPTION
 from twofold.calibrate.states import FILES
 from twofold.errors import TwofoldError
-from twofold.host.folders import TUNED
+from twofold.host.folders import tuned_record
 from twofold.host.unfinished import is_running, read_state, work_folder
 from twofold.report.record import Run
 
@@ -46,18 +45,19 @@ def status(out: Path | str, *, remove: bool = False) -> Status:
     """Look at an output folder and at the unfinished state beside it.
 
     Args:
-        remove: remove the unfinished state, with the moments of a calibration that was not finished; what there was is returned.
+        remove: remove the unfinished state, with the moments of an unfinished calibration; what there was is returned.
 
     Raises:
-        TwofoldError: if there is nothing of the kind, a state can't be read, or the run still goes on and is not to be removed.
+        TwofoldError: if there is nothing of the kind, a state can't be read, or the run to remove still goes on.
     """
-    there = _look(Path(out).expanduser().resolve())
+    current = _look(Path(out).expanduser().resolve())
     if remove:
-        _remove(there)
-    return there
+        _remove(current)
+    return current
 
 
 def _look(out: Path) -> Status:
+    """Find the status of an output folder."""
     if out.name.endswith(".partial"):
         out = out.with_name(out.name.removesuffix(".partial"))
     finished = (out / "run.json").is_file()
@@ -66,22 +66,8 @@ def _look(out: Path) -> Status:
     if state is None:
         if not finished:
             raise TwofoldError(f"there is neither a finished nor an unfinished run in {out}; name the `out` of a run")
-        tuned = tuned_record(out)
-        if tuned is not None:
-            return tuned
-        try:
-            run = Run.model_validate_json((out / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TwofoldError(f"{out / 'run.json'} can't be read; compress the model again") from error
-        return Status(
-            out=str(out),
-            state="finished",
-            model=run.recipe.model,
-            hours=run.seconds.get("total", 0.0) / 3600,
-            finished=True,
-        )
+        return _finished(out)
     moments = Path(state.moments) if state.moments else None
-    parts = [p for p in moments.glob("*-*.safetensors") if not p.name.startswith(".")] if moments is not None else []
     return Status(
         out=str(out),
         state="running" if is_running(state) else "stopped",
@@ -91,10 +77,10 @@ def _look(out: Path) -> Status:
         work_bytes=_bytes(work),
         moments=state.moments,
         moments_done=moments is not None and (moments / DESCRIPTION).is_file(),
-        moments_parts=len(parts),
+        moments_parts=len(list(moments.glob("[!.]*-*.safetensors"))) if moments is not None else 0,
         moments_bytes=_bytes(moments) if moments is not None else 0,
         targets=state.targets,
-        decomposed=_decomposed(work / "spectra"),
+        decomposed=sum(map(_decomposed, (work / "spectra").glob("spectra-*.safetensors"))),
         parts=len(list((work / "checkpoint").glob("model-*.json"))),
         measured=len(state.measured),
         hours=(time.time() - state.started) / 3600 if state.started else 0.0,
@@ -102,19 +88,21 @@ def _look(out: Path) -> Status:
     )
 
 
-def tuned_record(out: Path) -> Status | None:
-    """What a folder says that a fine-tuning, a merge or an extraction wrote; None if it is of another kind."""
+def _finished(out: Path) -> Status:
+    """Find the status of an output that a compression, a fine-tuning, a merge or an extraction wrote."""
+    record = tuned_record(out)
     try:
-        record = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record.get("kind") not in TUNED:
-            return None
-        model = (
-            record["settings"]["model"] if record["kind"] == "tune" else record.get("model", record.get("tuned", ""))
-        )
-        hours = float(record.get("seconds", {}).get("total", 0.0)) / 3600
-        return Status(out=str(out), state="finished", model=str(model), hours=hours, finished=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        if record is None:
+            run = Run.model_validate_json((out / "run.json").read_text(encoding="utf-8"))
+            model, seconds = run.recipe.model, run.seconds
+        else:
+            tuned = record["kind"] == "tune"
+            model = str(record["settings"]["model"] if tuned else record.get("model", record.get("tuned", "")))
+            seconds = record.get("seconds", {})
+        hours = float(seconds.get("total", 0.0)) / 3600
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TwofoldError(f"{out / 'run.json'} can't be read; run the command that made {out} again") from error
+    return Status(out=str(out), state="finished", model=model, hours=hours, finished=True)
 
 
 def _remove(status: Status) -> None:
@@ -129,35 +117,28 @@ def _remove(status: Status) -> None:
     if status.state != "stopped":
         raise TwofoldError(f"there is no unfinished run of {status.out}")
     shutil.rmtree(status.work, ignore_errors=True)
-    if status.moments and not status.moments_done:
-        _remove_unfinished_moments(Path(status.moments))
+    moments = Path(status.moments)
+    if status.moments and not status.moments_done and moments.is_dir():
+        for path in moments.iterdir():  # a folder that the user named may hold other things
+            if FILES.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        if not any(moments.iterdir()):
+            moments.rmdir()
 
 
-def _remove_unfinished_moments(folder: Path) -> None:
-    """Remove what a calibration left; a folder that the user named may hold other things."""
-    for path in folder.iterdir() if folder.is_dir() else []:
-        if FILES.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _decomposed(folder: Path) -> int:
-    count = 0
-    for path in folder.glob("spectra-*.safetensors"):
-        try:
-            with safe_open(path, "pt") as file:
-                count += sum(name.startswith("values/") for name in file.keys())  # noqa: SIM118
-        except (SafetensorError, OSError):
-            continue
-    return count
+def _decomposed(path: Path) -> int:
+    """Count the weights in a file of spectra."""
+    with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+        return sum(name.startswith("values/") for name in file.keys())  # noqa: SIM118
+    return 0
 
 
 def _bytes(folder: Path) -> int:
+    """Return the bytes of the files in a folder; what is linked twice counts once."""
     sizes: dict[int, int] = {}
     for path in folder.rglob("*"):
         with suppress(OSError):  # a run that goes on may have removed it
-            found = path.stat()
+            stat = path.stat()
             if path.is_file():
-                sizes[found.st_ino] = found.st_size
+                sizes[stat.st_ino] = stat.st_size
     return sum(sizes.values())

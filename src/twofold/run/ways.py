@@ -1,68 +1,95 @@
-"""The two ways to carry a plan out: on a model in memory, or block by block with the weights on disk."""
+"""The two ways to factorize by a plan: in memory, or block by block with the weights on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from twofold.checkpoint.plugin import attach
 from twofold.evaluation.streamed import LastStates
-from twofold.factor.apply import factor_entries
-from twofold.factor.prepared import Prepared, carry_out
-from twofold.factor.stream import finish, write_units
+from twofold.factor.prepared import Prepared
+from twofold.factor.stream import assemble_checkpoint, write_units
 from twofold.host import processes
-from twofold.host.progress import progress
 from twofold.host.quiet import quiet_bars
 from twofold.host.unfinished import Work
 from twofold.model.load import load_streamed
 from twofold.model.streamed import Streamed
-from twofold.nn.compact import CompactLinear
 from twofold.nn.places import cast_weights, dense_again
-from twofold.planning.plan import PlanEntry
 from twofold.recipe import Recipe
 from twofold.refine import Refined
 from twofold.refine.steps.series import refine
 from twofold.report.record import Sample
-from twofold.run.answers import sample_answers
 from twofold.task import Samples, Task
+from twofold.task.causal_lm import writes_text
 from twofold.task.output.quality import Predict
 
+SAMPLE_TOKENS = 32
+QUESTION = "What is the capital of France, and why is it famous?"
+BEGINNINGS = ("The history of the city begins", "In the morning, the children")
 
-class InMemory:
-    """A model that is in memory, and the dense layers that were replaced in it."""
 
-    def __init__(self, prepared: Prepared, recipe: Recipe) -> None:
-        self.prepared, self.recipe = prepared, recipe
-        self.replaced: dict[str, nn.Module] = {}
+@dataclass
+class _Way:
+    """A plan that is factorized by, and how."""
 
-    def factorize(self, *, quiet: bool) -> None:
+    prepared: Prepared
+    recipe: Recipe
+    work: Work
+    quiet: bool
+
+
+@dataclass
+class InMemory(_Way):
+    """A model in memory, and the dense layers that were replaced in it."""
+
+    replaced: dict[str, nn.Module] = field(default_factory=dict)
+
+    def factorize(self) -> None:
         if processes.is_main():
-            self.replaced = carry_out(self.prepared, quiet=quiet)
+            self.replaced = self.prepared.factorize(quiet=self.quiet)
 
-    def refine(self, folder: Path, *, quiet: bool) -> list[Refined]:
-        return refine(self.prepared, self.replaced, self.recipe, folder=folder, quiet=quiet)
+    def refine(self) -> list[Refined]:
+        folder = self.work.folder / "refine"
+        return refine(self.prepared, self.replaced, self.recipe, folder=folder, quiet=self.quiet)
 
-    def models(self, samples: Samples, task: Task, *, quiet: bool) -> list[Predict]:
+    def predicts(self, samples: Samples, task: Task) -> bool:
+        """Say whether the model gives outputs of the task."""
+        return task.predicts(self.prepared.loaded.model, samples)
+
+    def models(self, samples: Samples, task: Task) -> list[Predict]:
         """Return the original and the factored model as functions from the number of a sample to outputs."""
         model = self.prepared.loaded.model
 
         def factored(i: int) -> Tensor:
             return task.outputs(model, samples.batch(i, i + 1))
 
-        def dense(i: int) -> Tensor:
-            with dense_again(model, self.replaced):
-                return factored(i)
-
-        return [dense, factored]
-
-    def predicts(self, samples: Samples, task: Task) -> bool:
-        """Say whether the model gives outputs of the task."""
-        return task.predicts(self.prepared.loaded.model, samples)
+        return [dense_again(model, self.replaced)(factored), factored]
 
     def answers(self) -> list[Sample]:
-        return sample_answers(self.prepared.loaded, self.replaced)
+        """Return what both models answer greedily to two prompts, for a reader of the report; nothing without a tokenizer."""
+        model, tokenizer = self.prepared.loaded.model, self.prepared.loaded.tokenizer
+        if tokenizer is None or not writes_text(model):
+            return []
+        prompts = [(text, text) for text in BEGINNINGS]
+        if getattr(tokenizer, "chat_template", None):
+            turn = [{"role": "user", "content": QUESTION}]
+            with suppress(Exception):  # a template is data, and may refuse anything
+                prompts[0] = (QUESTION, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        samples = []
+        for prompt, text in prompts:
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+            settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": SAMPLE_TOKENS, "do_sample": False}
+            answers = []
+            for context in (dense_again(model, self.replaced), nullcontext()):
+                with context, torch.no_grad(), quiet_bars():
+                    answer = model.generate(ids, **settings)[0, ids.shape[1] :]
+                answers.append(tokenizer.decode(answer, skip_special_tokens=True))
+            samples.append(Sample(prompt=prompt, original=answers[0], factored=answers[1]))
+        return samples
 
     def write(self, folder: Path) -> None:
         self.replaced.clear()
@@ -73,44 +100,34 @@ class InMemory:
             model.save_pretrained(folder)
 
 
-class OnDisk:
+@dataclass
+class OnDisk(_Way):
     """A model whose weights are on disk, and the parts of the factored checkpoint that are written block by block."""
 
-    def __init__(self, prepared: Prepared, recipe: Recipe, work: Work) -> None:
-        self.prepared, self.recipe, self.work = prepared, recipe, work
-        assert isinstance(prepared.loaded.residence, Streamed)
-        self.residence: Streamed = prepared.loaded.residence
+    @property
+    def residence(self) -> Streamed:
+        residence = self.prepared.loaded.residence
+        assert isinstance(residence, Streamed)
+        return residence
 
-    def factorize(self, *, quiet: bool) -> None:
-        prepared, loaded = self.prepared, self.prepared.loaded
-        with progress("Factorizing", len(prepared.plan.entries), unit="weights", quiet=quiet) as tick:
+    def factorize(self) -> None:
+        self.work.update(units=write_units(self.work.folder / "checkpoint", self.prepared, quiet=self.quiet))
 
-            def factor(entries: list[PlanEntry]) -> Iterator[tuple[PlanEntry, CompactLinear | None, str | None]]:
-                return factor_entries(loaded.model, entries, prepared.made, loaded.stored_dtype, tick)
-
-            prepared.plan, units = write_units(self.work.checkpoint, self.residence, prepared.plan, factor, tick)
-        self.work.update(units=units)
-
-    def refine(self, folder: Path, *, quiet: bool) -> list[Refined]:
+    def refine(self) -> list[Refined]:
         return []  # refused before any work
 
     def predicts(self, samples: Samples, task: Task) -> bool:
         return self.residence.has_head and task.knows(self.prepared.loaded.model, samples)
 
-    def models(self, samples: Samples, task: Task, *, quiet: bool) -> list[Predict]:
+    def models(self, samples: Samples, task: Task) -> list[Predict]:
         """Return the original and the factored model; each is worked through once, and its last hidden states are kept."""
         folder = self.work.folder / "factored"
         folder.mkdir(exist_ok=True)
-        finish(folder, self.work.checkpoint, self.residence, self.prepared.loaded.stored_dtype)
-        smaller = load_streamed(
-            str(folder),
-            self.residence.chain,
-            dtype=self.recipe.dtype,
-            device=self.recipe.device,
-            trust_remote_code=self.recipe.trust_remote_code,
-        ).residence
-        assert isinstance(smaller, Streamed)
-        return [LastStates(one, samples, task, quiet=quiet).outputs for one in (self.residence, smaller)]
+        self.write(folder)
+        settings = self.recipe.model_copy(update={"model": str(folder), "revision": None})
+        factored = load_streamed(settings, self.residence.chain).residence
+        assert isinstance(factored, Streamed)
+        return [LastStates(model, samples, task, quiet=self.quiet).outputs for model in (self.residence, factored)]
 
     def answers(self) -> list[Sample]:
         self.prepared.plan.notes.append(
@@ -119,4 +136,4 @@ class OnDisk:
         return []
 
     def write(self, folder: Path) -> None:
-        finish(folder, self.work.checkpoint, self.residence, self.prepared.loaded.stored_dtype)
+        assemble_checkpoint(folder, self.work.folder / "checkpoint", self.residence, self.prepared.loaded.stored_dtype)

@@ -9,6 +9,7 @@ factors it is at most ‖ΔA‖‖B‖ + ‖A‖‖ΔB‖ + ‖ΔA‖‖ΔB‖. 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ class BoundedUpdate:
     a step towards zero, is left as it is.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], bound: float) -> None:
-        self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, FactoredLinear)}
+    def __init__(self, layers: Mapping[str, nn.Module], bound: float) -> None:
+        self.layers = [layer for layer in layers.values() if isinstance(layer, FactoredLinear)]
         self.bound = bound
         self.shortened = 0
 
@@ -35,86 +36,86 @@ class BoundedUpdate:
         """Look at each step of an optimizer after it is made."""
         optimizer.register_step_post_hook(self._after)
 
-    def norm(self, state: dict[str, Any], what: str, matrix: Tensor) -> float:
-        """‖·‖₂ of a weight or of its step; ``state`` is what the optimizer keeps for that weight."""
-        return spectral_norm(matrix)
+    def weight_norm(self, state: dict[str, Any], weight: Tensor) -> float:
+        """Return ‖A‖₂ of a weight; ``state`` is what the optimizer keeps for it."""
+        return spectral_norm(weight)
 
     def product_norm(self, state: dict[str, Any], layer: FactoredLinear) -> float:
-        """‖W′‖₂; ``state`` is what the optimizer keeps for the layer's ``reduce``."""
+        """Return ‖W′‖₂; ``state`` is what the optimizer keeps for the layer's ``reduce``."""
         return product_norm(layer)
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        for layer in self.layers.values():
-            reduce, expand = layer.reduce.weight, layer.expand.weight
-            steps = [last_step(optimizer, groups.get(id(weight)), weight) for weight in (reduce, expand)]
-            state = optimizer.state
-            down, up = (
-                self.norm(state[weight], "step", step) if step is not None else 0.0
-                for weight, step in zip((reduce, expand), steps, strict=True)
-            )
+        step_of, state = last_steps(optimizer), optimizer.state
+        for layer in self.layers:
+            weights = reduce, expand = layer.reduce.weight, layer.expand.weight
+            steps = [step_of(weight) for weight in weights]
+            down, up = (0.0 if step is None else spectral_norm(step) for step in steps)
             if down == up == 0.0:
                 continue
-            b, a = (self.norm(state[weight], "weight", weight) for weight in (reduce, expand))
+            b, a = self.weight_norm(state[reduce], reduce), self.weight_norm(state[expand], expand)
             if layer.form == "rows":
                 a = math.hypot(1.0, a)
             elif layer.form == "columns":
                 b = math.hypot(1.0, b)
             change = up * b + a * down + up * down
             most = self.bound * self.product_norm(state[reduce], layer)
-            if change > most > 0:
-                share = most / change
-                for weight, step in zip((reduce, expand), steps, strict=True):
-                    if step is not None:
-                        weight.add_(step, alpha=share - 1)
-                self.shortened += 1
+            self._shorten(zip(weights, steps, strict=True), change, most)
+
+    def _shorten(self, steps: Iterable[tuple[Tensor, Tensor | None]], change: float, most: float) -> None:
+        """Take back so much of the steps of some weights that they change no more than they may."""
+        if change > most > 0:
+            for weight, step in steps:
+                if step is not None:
+                    weight.add_(step, alpha=most / change - 1)
+            self.shortened += 1
 
 
-def last_step(optimizer: torch.optim.Optimizer, group: dict[str, Any] | None, weight: Tensor) -> Tensor | None:
-    """What AdamW added to a weight in the step that it made last, without weight decay; None if it made none."""
-    state = optimizer.state.get(weight)
-    if group is None or not state or "exp_avg" not in state or weight.grad is None:
-        return None
-    first, second = group["betas"]
-    count = float(state["step"])
-    scale = math.sqrt(1 - second**count)
-    divisor = state["exp_avg_sq"].sqrt().div_(scale).add_(group["eps"])
-    rate = float(group["lr"]) / (1 - first**count)
-    step: Tensor = state["exp_avg"].div(divisor).mul_(-rate)
-    return step
+def last_steps(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Tensor | None]:
+    """Return a function from a weight to what AdamW added in its last step, without weight decay; None if it made none."""
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+
+    def step_of(weight: Tensor) -> Tensor | None:
+        group, state = groups.get(id(weight)), optimizer.state.get(weight)
+        if group is None or not state or "exp_avg" not in state or weight.grad is None:
+            return None
+        first, second = group["betas"]
+        count = float(state["step"])
+        scale = math.sqrt(1 - second**count)
+        divisor = state["exp_avg_sq"].sqrt().div_(scale).add_(group["eps"])
+        step: Tensor = state["exp_avg"].div(divisor).mul_(-(float(group["lr"]) / (1 - first**count)))
+        return step
+
+    return step_of
 
 
-def spectral_norm(
-    matrix: Tensor,  # (m, n)
-) -> float:
-    """‖A‖₂ by subspace iteration from a fixed start, so that a run that is taken up again does the same."""
+def spectral_norm(matrix: Tensor) -> float:  # of (m, n)
+    """Return ‖A‖₂ by subspace iteration from a fixed start, so that a run that is taken up again does the same."""
     return _norm(matrix.shape[1], lambda x: matrix @ x, lambda y: matrix.mT @ y, matrix)
 
 
 def product_norm(layer: FactoredLinear) -> float:
-    """‖W′‖₂ of a factored layer, by its factors."""
-    reduce, expand, order = layer.reduce.weight, layer.expand.weight, layer.order
-    rank = layer.rank
-    if order is None:
-        return _norm(reduce.shape[1], lambda x: expand @ (reduce @ x), lambda y: reduce.mT @ (expand.mT @ y), reduce)
-    if layer.form == "rows":  # an order of the outputs changes no norm
-        return _norm(
-            reduce.shape[1],
-            lambda x: (lambda z: torch.cat([z, expand @ z]))(reduce @ x),
-            lambda y: reduce.mT @ (y[:rank] + expand.mT @ y[rank:]),
-            reduce,
-        )
-    return _norm(
-        layer.factored_inputs,
-        lambda x: expand @ (x[:rank] + reduce @ x[rank:]),
-        lambda y: (lambda z: torch.cat([z, reduce.mT @ z]))(expand.mT @ y),
-        reduce,
-    )
+    """Return ‖W′‖₂ of a factored layer, by its factors; an order of the outputs changes no norm."""
+    reduce, expand, rank = layer.reduce.weight, layer.expand.weight, layer.rank
+    size = layer.factored_inputs if layer.form == "columns" else reduce.shape[1]
+
+    def forward(x: Tensor) -> Tensor:
+        if layer.form == "columns":
+            return expand @ (x[:rank] + reduce @ x[rank:])
+        inner = reduce @ x
+        return torch.cat([inner, expand @ inner]) if layer.form == "rows" else expand @ inner
+
+    def backward(y: Tensor) -> Tensor:
+        if layer.form == "rows":
+            return reduce.mT @ (y[:rank] + expand.mT @ y[rank:])
+        inner = expand.mT @ y
+        return torch.cat([inner, reduce.mT @ inner]) if layer.form == "columns" else reduce.mT @ inner
+
+    return _norm(size, forward, backward, reduce)
 
 
-def _norm(size: int, forward: Any, backward: Any, like: Tensor) -> float:
-    """The largest singular value of a map, by subspace iteration."""
+def _norm(size: int, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """Return the largest singular value of a map, by subspace iteration."""
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(size, min(size, WIDTH), generator=generator).to(like.detach())
     for _ in range(ROUNDS):

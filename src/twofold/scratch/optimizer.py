@@ -1,7 +1,7 @@
 """AdamW for models with factored layers, whose steps are bounded or scaled by what they do to the product of two factors.
 
-The bound (the default) is that of ``tune/bound.py``, for dense matrices too: no step changes a matrix or a product by more than a
-share of its own spectral norm. Weights that are no matrices (experts in one parameter, convolutions) are not bounded.
+The bound (the default) is that of ``scratch/bound.py``, for dense matrices too: no step changes a matrix or a product by more
+than a share of its own spectral norm. Weights that are no matrices (experts in one parameter, convolutions) are not bounded.
 The other way scales the rates:
 
 AdamW moves every number by about its rate η, so a step of a dense weight (m, n) has a spectral norm up to η√(mn). With W′ = AB
@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from twofold.errors import TwofoldError
 from twofold.nn.int_matrix import IntMatrix
@@ -44,12 +45,12 @@ def training_optimizer(
     betas: tuple[float, float] = BETAS,
     bound: float = BOUND,
 ) -> torch.optim.AdamW:
-    """AdamW over what a model trains, for transformers' ``Trainer(optimizers=(optimizer, None))`` or any other loop.
+    """Return AdamW over what a model trains, for transformers' ``Trainer(optimizers=(optimizer, None))`` or any other loop.
 
     Args:
         model: with or without factored layers; dense weights are trained as AdamW does, vectors without weight decay.
         lr: the highest rate, of dense weights and products alike; schedulers change it as always.
-        embedding_lr: that of embeddings and the output layer, the same if it is None.
+        embedding_lr: that of embeddings and the output layer; ``lr`` if it is None.
         scale: "bound" shortens a step that would change a product, or a dense matrix that is no embedding, by more than a
             share ``bound`` of its own spectral norm; "product" scales the rates of the factors (see the top of this file);
             "none" is AdamW as it is.
@@ -58,13 +59,11 @@ def training_optimizer(
     Raises:
         TwofoldError: for a setting that there is not, or a model that can't be trained.
     """
-    for name, value, known in (
-        ("scale", scale, ("product", "bound", "none")),
-        ("decay", decay, ("product", "factors")),
-    ):
+    embedding_lr = lr if embedding_lr is None else embedding_lr
+    for name, value, known in (("scale", scale, get_args(Scale)), ("decay", decay, get_args(Decay))):
         if value not in known:
             raise TwofoldError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    for name, rate in (("lr", lr), ("embedding_lr", lr if embedding_lr is None else embedding_lr)):
+    for name, rate in (("lr", lr), ("embedding_lr", embedding_lr)):
         if not 0 < rate < math.inf:
             raise TwofoldError(f"{name} must be above 0 and finite, got {rate!r}")
     if not 0 < bound < math.inf:
@@ -77,19 +76,18 @@ def training_optimizer(
         raise TwofoldError("integers can't be trained; take the model that was factorized without bits")
     product_decay = decay == "product" and weight_decay > 0
     layers = dict(factored_layers(model)) if scale != "none" or product_decay else {}
-    factors = {id(w) for layer in layers.values() for w in (layer.reduce.weight, layer.expand.weight)}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+    factors = [weight for layer in layers.values() for weight in (layer.reduce.weight, layer.expand.weight)]
+    factored = {id(weight) for weight in factors}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in factored]
     if not rest and not layers:
         raise TwofoldError("the model has no parameter that is trained")
     tables = {id(weight) for weight in embeddings(model)}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.dim() > 1 and id(p) not in tables]},
-        {"params": [p for p in rest if id(p) in tables], "lr": lr if embedding_lr is None else embedding_lr},
+        {"params": [p for p in rest if id(p) in tables], "lr": embedding_lr},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    own = 0.0 if product_decay else weight_decay
-    for layer in layers.values():
-        groups += [{"params": [w], "weight_decay": own} for w in (layer.reduce.weight, layer.expand.weight)]
+    groups += [{"params": [w], "weight_decay": 0.0 if product_decay else weight_decay} for w in factors]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, weight_decay=weight_decay)
     if scale == "product":
         ScaledSteps(list(layers.values())).attach(optimizer)
@@ -101,7 +99,7 @@ def training_optimizer(
 
 
 def embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights of embeddings, and of the output layer."""
+    """Yield the weights of embeddings, and of the output layer."""
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
     for module in model.modules():
@@ -110,7 +108,7 @@ def embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def factored_layers(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
-    """The layers with two plain factors that are both trained.
+    """Yield the layers with two plain factors that are both trained.
 
     Raises:
         TwofoldError: naming the first layer whose factors are no plain product, which these rules do not know.
@@ -121,16 +119,16 @@ def factored_layers(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
                 raise TwofoldError(
                     f"{name} has factors of the form {module.form}; a training from scratch takes plain ones (form='plain')"
                 )
-            if not (module.reduce.weight.requires_grad and module.expand.weight.requires_grad):
-                continue
-            yield name, module
+            if module.reduce.weight.requires_grad and module.expand.weight.requires_grad:
+                yield name, module
 
 
+@dataclass
 class ProductDecay:
     """Weight decay of products, apart from the gradient as AdamW's own: a step of rate η along −λ ∂/∂(A, B) ½‖AB‖²_F."""
 
-    def __init__(self, layers: list[FactoredLinear], weight_decay: float) -> None:
-        self.layers, self.weight_decay = layers, weight_decay
+    layers: list[FactoredLinear]
+    weight_decay: float
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Decay the products after each step of an optimizer, at the rate of their group."""
@@ -141,14 +139,7 @@ class ProductDecay:
         rates = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
         for layer in self.layers:
             reduce, expand = layer.reduce.weight, layer.expand.weight
-            down, up = _decay_gradients(reduce, expand)
+            # The gradients of ½‖AB‖²_F, by way of matrices (r, r).
+            down, up = (expand.mT @ expand) @ reduce, expand @ (reduce @ reduce.mT)
             reduce.add_(down, alpha=-rates[id(reduce)] * self.weight_decay)
             expand.add_(up, alpha=-rates[id(expand)] * self.weight_decay)
-
-
-def _decay_gradients(
-    reduce: Tensor,  # B (r, n)
-    expand: Tensor,  # A (m, r)
-) -> tuple[Tensor, Tensor]:
-    """Of ½‖AB‖²_F: AᵀA B (r, n) and A BBᵀ (m, r), by way of matrices (r, r)."""
-    return (expand.mT @ expand) @ reduce, expand @ (reduce @ reduce.mT)

@@ -8,27 +8,29 @@ that a training that is taken up again does the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twofold.nn.layers.factored import FactoredLinear
-from twofold.scratch.bound import BoundedUpdate, last_step, spectral_norm
+from twofold.scratch.bound import BoundedUpdate, last_steps, spectral_norm
 
 DIRECTION = "twofold_direction_"  # in the optimizer's state of a weight: of the weight, or its product
 FIRST_ROUNDS = 30  # of power iteration
 TINY = 1e-12
 
 
+@dataclass
 class ScaledSteps:
     """Multiplies the rate of every factor for the time of a step; a scheduler sees the rates as they were set."""
 
-    def __init__(self, layers: list[FactoredLinear]) -> None:
-        self.layers = layers
-        self._rates: list[tuple[dict[str, Any], float]] = []
-        self._directions: list[tuple[Tensor, Tensor]] = []
+    layers: list[FactoredLinear]
+    _rates: list[tuple[dict[str, Any], float]] = field(default_factory=list)
+    _directions: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Scale the rates of an optimizer in whose groups every factor stands alone."""
@@ -41,15 +43,16 @@ class ScaledSteps:
         for layer in self.layers:
             reduce, expand = layer.reduce.weight, layer.expand.weight
             b, a = (self._norm(optimizer, weight) for weight in (reduce, expand))
-            shares = step_scales(layer, a, b)
+            m, n, r = layer.out_features, layer.in_features, layer.rank
+            # For the steps of B (r, n) and of A (m, r): ½√(m/r) / ‖A‖₂ and ½√(n/r) / ‖B‖₂.
+            shares = 0.5 * math.sqrt(m / r) / max(a, TINY), 0.5 * math.sqrt(n / r) / max(b, TINY)
             for weight, share in zip((reduce, expand), shares, strict=True):
                 group = groups[id(weight)]
                 self._rates.append((group, group["lr"]))
                 group["lr"] = group["lr"] * share
 
     def _norm(self, optimizer: torch.optim.Optimizer, weight: Tensor) -> float:
-        known = optimizer.state[weight].get(f"{DIRECTION}weight") if weight in optimizer.state else None
-        norm, direction = matrix_norm(weight, known)
+        norm, direction = matrix_norm(weight, _known(optimizer, weight, "weight"))
         self._directions.append((weight, direction))
         return norm
 
@@ -63,19 +66,18 @@ class ScaledSteps:
         self._directions.clear()
 
 
-def step_scales(layer: FactoredLinear, expand_norm: float, reduce_norm: float) -> tuple[float, float]:
-    """By what the rates of ``reduce`` (r, n) and ``expand`` (m, r) are multiplied: ½√(m/r) / ‖A‖₂ and ½√(n/r) / ‖B‖₂."""
-    m, n, r = layer.out_features, layer.in_features, layer.rank
-    return 0.5 * math.sqrt(m / r) / max(expand_norm, TINY), 0.5 * math.sqrt(n / r) / max(reduce_norm, TINY)
+def _known(optimizer: torch.optim.Optimizer, weight: Tensor, what: str) -> Tensor | None:
+    """Return the direction that the optimizer's state of a weight holds, if it has any; its state is not begun here."""
+    return optimizer.state[weight].get(f"{DIRECTION}{what}") if weight in optimizer.state else None
 
 
 class BoundedSteps(BoundedUpdate):
     """Shortens the steps that change a product, or a dense weight, by more than a share of its own norm."""
 
-    def __init__(self, layers: dict[str, Any], dense: list[Tensor], bound: float) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], dense: list[Tensor], bound: float) -> None:
         super().__init__(layers, bound)
         self.dense = dense
-        self._norms: dict[tuple[int, str], tuple[float, Tensor]] = {}  # of before the step
+        self._norms: dict[tuple[int, str], tuple[float, Tensor]] = {}  # before the step
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_pre_hook(self._before)
@@ -83,58 +85,44 @@ class BoundedSteps(BoundedUpdate):
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        def known(weight: Tensor, what: str) -> Tensor | None:
-            return optimizer.state[weight].get(f"{DIRECTION}{what}") if weight in optimizer.state else None
-
-        pairs = [(layer.expand.weight, layer.reduce.weight) for layer in self.layers.values()]
+        pairs = [(layer.expand.weight, layer.reduce.weight) for layer in self.layers]
         for a, b in pairs:
-            self._norms[id(b), "product"] = factors_norm(a, b, known(b, "product"))
-        for weight in [weight for pair in pairs for weight in pair] + self.dense:
-            self._norms[id(weight), "weight"] = matrix_norm(weight, known(weight, "weight"))
+            self._norms[id(b), "product"] = factors_norm(a, b, _known(optimizer, b, "product"))
+        for weight in [*chain(*pairs), *self.dense]:
+            self._norms[id(weight), "weight"] = matrix_norm(weight, _known(optimizer, weight, "weight"))
 
-    def norm(self, state: dict[str, Any], what: str, matrix: Tensor) -> float:
-        if what == "step":  # it may be another one than the last, so nothing is followed
-            return spectral_norm(matrix)
-        value, direction = self._norms[id(matrix), "weight"]
+    def _norm(self, state: dict[str, Any], weight: Tensor, what: str) -> float:
+        value, direction = self._norms[id(weight), what]
         if state:  # AdamW begins a state of its own in an empty one
-            state[f"{DIRECTION}weight"] = direction
+            state[f"{DIRECTION}{what}"] = direction
         return value
+
+    def weight_norm(self, state: dict[str, Any], weight: Tensor) -> float:
+        return self._norm(state, weight, "weight")
 
     def product_norm(self, state: dict[str, Any], layer: FactoredLinear) -> float:
-        value, direction = self._norms[id(layer.reduce.weight), "product"]
-        if state:
-            state[f"{DIRECTION}product"] = direction
-        return value
+        return self._norm(state, layer.reduce.weight, "product")
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         super()._after(optimizer, args, kwargs)
-        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        step_of = last_steps(optimizer)
         for weight in self.dense:
-            step = last_step(optimizer, groups.get(id(weight)), weight)
-            if step is None:
-                continue
-            state = optimizer.state[weight]
-            change, most = self.norm(state, "step", step), self.bound * self.norm(state, "weight", weight)
-            if change > most > 0:
-                weight.add_(step, alpha=most / change - 1)
-                self.shortened += 1
+            step = step_of(weight)
+            if step is not None:
+                most = self.bound * self.weight_norm(optimizer.state[weight], weight)
+                self._shorten([(weight, step)], spectral_norm(step), most)
 
 
-def matrix_norm(
-    matrix: Tensor,  # (m, n)
-    direction: Tensor | None,  # (n,)
-) -> tuple[float, Tensor]:
-    """‖W‖₂ by ``power_iteration``."""
+def matrix_norm(matrix: Tensor, direction: Tensor | None) -> tuple[float, Tensor]:  # of (m, n), from (n,)
+    """Return ‖W‖₂ by ``power_iteration``, and the direction to go on from."""
     return power_iteration(lambda x: matrix @ x, lambda y: matrix.mT @ y, matrix[0], direction)
 
 
 def factors_norm(
-    left: Tensor,  # (m, r)
-    right: Tensor,  # (r, n)
-    direction: Tensor | None,  # (n,)
-) -> tuple[float, Tensor]:
-    """‖AB‖₂ by ``power_iteration``."""
+    left: Tensor, right: Tensor, direction: Tensor | None
+) -> tuple[float, Tensor]:  # of (m, r) and (r, n), from (n,)
+    """Return ‖AB‖₂ by ``power_iteration``, and the direction to go on from."""
     return power_iteration(lambda x: left @ (right @ x), lambda y: right.mT @ (left.mT @ y), right[0], direction)
 
 
@@ -145,7 +133,7 @@ def power_iteration(
     like: Tensor,  # (n,)
     direction: Tensor | None,  # (n,), of the last call
 ) -> tuple[float, Tensor]:
-    """The spectral norm of a map, from below, and the direction to go on from; without one, many rounds from a fixed start."""
+    """Return the spectral norm of a map, from below, and the direction to go on from; the first call takes many rounds."""
     rounds = 1
     if direction is None:
         rounds = FIRST_ROUNDS

@@ -10,7 +10,7 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line
-from twofold.model.load import LoadedModel, load_model, need_tokenizer, positions
+from twofold.model.load import LoadedModel, load_model, need_tokenizer, window_limit
 from twofold.task.causal_lm import need_writer
 
 HELP = "Write a line. /clear forgets what was said, /exit or Ctrl-D ends."
@@ -38,7 +38,7 @@ class Conversation:
             raise TwofoldError(f"{loaded.name} has no chat template, so it can't be told a `system`; leave it out")
         self.opening = [] if system is None else [{"role": "system", "content": system}]
         self.max_tokens, self.temperature = max_tokens, temperature
-        self.longest = positions(loaded.model)
+        self.longest = window_limit(loaded.model)
         self.clear()
         if self.opening:
             self._ids([{"role": "user", "content": "Hi"}])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from twofold.errors import TwofoldError
-from twofold.model.load import LoadedModel, load_model, need_tokenizer, positions
+from twofold.model.load import LoadedModel, load_model, need_tokenizer, window_limit
 from twofold.serving.gate import Gate, error_body
 from twofold.task.causal_lm import need_writer
 
@@ -62,7 +62,7 @@ def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
             f"this transformers has not the server that twofold serve builds on ({error}); install 5.23 or newer"
         ) from error
 
-    manager, state = OneModel(loaded, name), State(positions(loaded.model))
+    manager, state = OneModel(loaded, name), State(window_limit(loaded.model))
     app: Any = build_server(
         manager,
         Chat(manager, state),

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import ClassVar, TypeVar
 
 import pydantic
+import yaml
 
 from twofold.errors import TwofoldError
 
@@ -21,21 +22,21 @@ S = TypeVar("S", bound=pydantic.BaseModel)
 class Settings(pydantic.BaseModel, extra="forbid", defer_build=True):
     """The settings of one stage. The description of a field is also the help of its flag."""
 
-    TITLE: ClassVar[str] = "More"  # of the panel of flags that they stand in
+    TITLE: ClassVar[str] = "More"  # of the panel that holds their flags
 
     def part(self, kind: type[S]) -> S:
-        """Return the settings of one kind that stand among these; those that do not have their defaults."""
+        """Return the settings of one kind that stand among these; what is missing has its default."""
         if isinstance(self, kind):
             return self
-        there = {name: getattr(self, name) for name in kind.model_fields if name in type(self).model_fields}
-        return kind.model_construct(**there)
+        shared = kind.model_fields.keys() & type(self).model_fields
+        return kind.model_construct(**{name: getattr(self, name) for name in shared})
 
 
-def checked(model: type[S], settings: dict[str, object], names: Iterable[str]) -> S:
+def validated(model: type[S], settings: dict[str, object], names: Iterable[str]) -> S:
     """Return settings as a pydantic model of them.
 
     Args:
-        names: of all the settings that there are.
+        names: all settings that exist.
 
     Raises:
         TwofoldError: naming the first setting that is wrong, what it must be, and what came.
@@ -44,28 +45,30 @@ def checked(model: type[S], settings: dict[str, object], names: Iterable[str]) -
         return model.model_validate(settings)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(part for part in first["loc"] if isinstance(part, str))
+        setting = ".".join(part for part in first["loc"] if isinstance(part, str))
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] in ("extra_forbidden", "invalid_key"):
             unknown = ".".join(map(str, first["loc"]))
             raise TwofoldError(f"there is no setting {unknown!r}; the settings are {', '.join(names)}") from error
-        if not where:
+        if not setting:
             raise TwofoldError(message) from error
-        setting = where
-        if where.startswith("overrides"):
-            pattern = where.partition(".")[2]
+        if setting.startswith("overrides"):
+            pattern = setting.partition(".")[2]
             setting = f"override={pattern}" if pattern else "override"
         if first["type"] == "missing":
             raise TwofoldError(f"`{setting}` is missing; give it, or put it into a recipe") from error
-        raise TwofoldError(f"`{setting}`: {message[0].lower()}{message[1:]}, got {_short(first['input'])}") from error
+        brief = reprlib.Repr()  # a few lines of YAML can stand for more than any memory holds
+        brief.maxlevel, brief.maxstring = 2, 80
+        value = brief.repr(first["input"])
+        raise TwofoldError(f"`{setting}`: {message[0].lower()}{message[1:]}, got {value}") from error
 
 
-def given(kind: type[S], make: Callable[[dict[str, object]], S], first: object, more: Mapping[str, object]) -> S:
-    """Return settings as a call from Python gives them.
+def from_call(kind: type[S], make: Callable[[dict[str, object]], S], first: object, more: Mapping[str, object]) -> S:
+    """Return the settings of a call from Python.
 
     Args:
         first: the settings themselves, a mapping of them, or the name of the model.
-        more: those that are named in the call.
+        more: settings that the call names.
 
     Raises:
         TwofoldError: if one is wrong.
@@ -79,27 +82,44 @@ def given(kind: type[S], make: Callable[[dict[str, object]], S], first: object, 
 
 
 def _plain(value: object) -> object:
-    """Return paths as the names that they are."""
+    """Return paths as strings."""
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, PurePath) else value
 
 
-def _short(value: object) -> str:
-    """Return a value in some words: a few lines of YAML can stand for more than any memory holds."""
-    brief = reprlib.Repr()
-    brief.maxlevel, brief.maxstring = 2, 80
-    return brief.repr(value)
+def read_settings(path: Path) -> dict[str, object]:
+    """Read a YAML recipe; flags may still override its settings.
+
+    Raises:
+        TwofoldError: if the file is missing or holds no mapping.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TwofoldError(f"the recipe {path} can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also an impossible date or number, or deep nesting
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f"line {mark.line + 1}: "
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise TwofoldError(f"the recipe {path} is not YAML: {where}{reason}") from error
+    if not isinstance(settings, dict):
+        raise TwofoldError(f"the recipe {path} holds no settings; write one as in: keep: 0.8")
+    if settings.get("trust_remote_code"):
+        raise TwofoldError(
+            f"the recipe {path} asks to run a checkpoint's code; take that out, and give `trust_remote_code` if you trust it"
+        )
+    return settings
 
 
 def as_list(value: object) -> object:
-    """Return one name as a list of it."""
+    """Return a single name as a list."""
     return [value] if isinstance(value, str) else value
 
 
 def split_names(value: object) -> object:
-    """Return names between commas as several."""
-    several = as_list(value)
-    if not isinstance(several, list):
-        return several
-    return [name for one in several for name in (one.split(",") if isinstance(one, str) else [one]) if name]
+    """Split names at commas."""
+    items = as_list(value)
+    if not isinstance(items, list):
+        return items
+    return [name for item in items for name in (item.split(",") if isinstance(item, str) else [item]) if name]

@@ -1,4 +1,4 @@
-"""Goals: how good a model must stay, where its size is what is asked for: perplexity_at_most 1.1x, kl_at_most 0.05."""
+"""Goals: how good a model must stay while its size is searched for: perplexity_at_most 1.1x, kl_at_most 0.05."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ class Goal:
 
     @property
     def setting(self) -> str:
-        """How it is asked for."""
+        """The setting that asks for it."""
         if self.kind == "divergence":
             return f"`kl_at_most={self.limit:g}`"
         return f"`perplexity_at_most={self.limit:g}{'x' if self.kind == 'times' else ''}`"
 
     def most(self, dense: Quality) -> float:
-        """The largest perplexity (or divergence) that meets it."""
+        """Return the largest perplexity (or divergence) that meets the goal."""
         return self.limit * dense.perplexity if self.kind == "times" else self.limit
 
-    def met(self, dense: Quality, found: Quality) -> bool:
-        """Whether a model meets it; one whose measure is no number does not."""
-        measured = found.divergence if self.kind == "divergence" else found.perplexity
+    def met(self, dense: Quality, factored: Quality) -> bool:
+        """Say whether a model meets the goal; NaN never does."""
+        measured = factored.divergence if self.kind == "divergence" else factored.perplexity
         return measured is not None and measured <= self.most(dense)
 
     def room(self, dense: Quality) -> float:
-        """How far a model may be from the dense one, in nats per token; not above zero if the dense one is no better."""
+        """Return how far a model may be from the dense one, in nats per token; above zero only if the goal leaves room."""
         return self.limit if self.kind == "divergence" else math.log(self.most(dense) / dense.perplexity)
 
     def distance(self, dense: Quality, perplexity: float, divergence: float) -> float:
-        """How far a model is from the dense one, in the same measure."""
+        """Return how far a model is from the dense one, in the measure of ``room``."""
         return divergence if self.kind == "divergence" else math.log(perplexity / dense.perplexity)
 
     def words(self, dense: Quality) -> str:
-        """What it asks of the measured numbers."""
+        """Say what it asks of the measured numbers."""
         if self.kind == "divergence":
             return f"a divergence of at most {self.limit:g} nats per token"
         if self.kind == "perplexity":
@@ -68,12 +68,10 @@ def parse_perplexity(text: str) -> tuple[float, Literal["perplexity", "times"]]:
     Raises:
         ValueError: if the text is neither, or no model can meet it.
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([x×]?)\s*", text)
-    if not found:
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([x×]?)\s*", text)
+    if not match:
         raise ValueError("must be a perplexity (25), or times the dense model's (1.1x)")
-    number = float(found.group(1))
+    number, times = float(match[1]), match[2]
     if number < 1:
-        raise ValueError(
-            "must be at least 1x, which is the dense model itself" if found.group(2) else "must be at least 1"
-        )
-    return number, "times" if found.group(2) else "perplexity"
+        raise ValueError("must be at least 1x, which is the dense model itself" if times else "must be at least 1")
+    return number, "times" if times else "perplexity"

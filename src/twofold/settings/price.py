@@ -38,6 +38,11 @@ class Figures:
     stored: int  # bytes of a number on disk
     backward: bool
 
+    @property
+    def width(self) -> int:
+        """The numbers of a hidden state."""
+        return self.table // max(self.vocabulary, 1)
+
 
 @dataclass(frozen=True)
 class Speeds:
@@ -57,18 +62,13 @@ NO_SPEEDS = Speeds(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1)  # of a machine that was not
 
 @dataclass(frozen=True)
 class Price:
-    """What the price of a method is made of.
-
-    Args:
-        batches: of the calibration.
-        kept: share of the targets' numbers that is left, as far as it is known.
-    """
+    """What the price of a method is made of."""
 
     figures: Figures
     speeds: Speeds
-    batches: int
+    batches: int  # of the calibration
     window: int  # tokens of a calibration window
-    kept: float
+    kept: float  # share of the targets' numbers that is left, as far as it is known
 
     @property
     def blocks(self) -> int:
@@ -103,5 +103,4 @@ class Price:
     @property
     def gradient(self) -> int:
         """The numbers of gradients of all targets, and of moments of both their sides as if none were shared."""
-        targets = self.figures.targets
-        return sum(t.size + t.out_features**2 + t.in_features**2 for t in targets)
+        return sum(t.size + t.out_features**2 + t.in_features**2 for t in self.figures.targets)

@@ -8,12 +8,8 @@ from typing import Literal
 from twofold.errors import TwofoldError
 
 Unit = Literal["parameters", "bytes"]
-
-
-_SCALE = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
-
-
-_BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+PARAMETERS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_budget(text: str) -> tuple[float, Literal["parameters", "bytes", "share"]]:
@@ -29,17 +25,17 @@ def parse_budget(text: str) -> tuple[float, Literal["parameters", "bytes", "shar
     Raises:
         TwofoldError: if the text is none of these.
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
-    if found:
-        number, unit = float(found.group(1)), found.group(2)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
+    if match:
+        number, unit = float(match[1]), match[2].upper()
         if unit == "%":
             return number / 100, "share"
         if unit == "" and 0 < number <= 1:
             return number, "share"
-        if unit.upper() in _SCALE:
-            return number * _SCALE[unit.upper()], "parameters"
-        if unit.upper() in _BYTES:
-            return number * _BYTES[unit.upper()], "bytes"
+        if unit in PARAMETERS:
+            return number * PARAMETERS[unit], "parameters"
+        if unit in BYTES:
+            return number * BYTES[unit], "bytes"
     raise TwofoldError(
         f"the budget {text!r} is not understood: give parameters (90M), bytes (180MB) or a share of the whole model (70%)"
     )

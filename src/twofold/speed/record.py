@@ -7,7 +7,7 @@ import statistics
 import pydantic
 
 from twofold.host.clock import Machine
-from twofold.model.work import Work
+from twofold.model.work import TokenWork
 
 
 class Timing(pydantic.BaseModel, extra="forbid"):
@@ -41,7 +41,7 @@ class Row(pydantic.BaseModel, extra="forbid"):
     memory: int  # bytes of the weights as they run
     peak_memory: int | None  # bytes, resident, of a process that does nothing else
     disk: int | None  # bytes of the weight files
-    work: Work | None = None
+    work: TokenWork | None = None
 
     def timing(self, what: str) -> Timing:
         """decode 1, decode 8, prefill, first token, or load."""

@@ -1,28 +1,42 @@
-"""A structure made ready to be cut to any size."""
+"""A structure that is ready to be cut to any size."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twofold.calibrate.moments import Moments
 from twofold.errors import TwofoldError
 from twofold.model.structure import Structure
-from twofold.structures.base import Cut, Prepare
+from twofold.nn.compact import CompactLinear
 from twofold.structures.dense_columns import CutColumns
 from twofold.structures.mlp import CutMLP
 from twofold.structures.query_key import CutQueries
 from twofold.structures.shared_basis import CutShared
 from twofold.structures.value_output import CutValues
 
-KINDS: dict[str, Prepare] = {
+
+class Cut(Protocol):
+    """A structure that is ready to be cut to any size."""
+
+    losses: Tensor  # (units + 1,), of keeping 0, 1, … units; or longer
+
+    def layers(self, units: int, stored: torch.dtype) -> tuple[Mapping[str, CompactLinear], float]:
+        """Return the layers of one size by the names of the members, and the loss measured from what they store."""
+        ...
+
+
+KINDS: dict[str, Callable[[Structure, nn.Module, Moments, float], Cut]] = {
     "mlp": CutMLP, "value-output": CutValues, "query-key": CutQueries, "dense-columns": CutColumns,
     "shared-basis": CutShared,
 }  # fmt: skip
 
 
-def prepare(structure: Structure, model: nn.Module, moments: Moments, damping: float) -> Cut:
-    """A structure that is ready to be cut.
+def prepare_cut(structure: Structure, model: nn.Module, moments: Moments, damping: float) -> Cut:
+    """Make a structure ready to be cut.
 
     Raises:
         TwofoldError: naming it, if its weights or moments are not finite.

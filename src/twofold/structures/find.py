@@ -8,9 +8,11 @@ from dataclasses import replace
 from torch import nn
 
 from twofold.errors import TwofoldError
+from twofold.model.frozen import evaluating
 from twofold.model.settings import Weights
 from twofold.model.structure import Structure
 from twofold.model.target import Targets
+from twofold.objectives import Method
 from twofold.objectives.basis_sharing import Sharing
 from twofold.quantize.settings import Integers
 from twofold.settings.base import Settings
@@ -20,13 +22,9 @@ from twofold.structures.sharing import share_bases
 
 
 def find_structures(
-    model: nn.Module,
-    targets: Targets,
-    kinds: Collection[str],
-    run: Callable[[], object] | None,
-    settings: Settings,
+    model: nn.Module, targets: Targets, kinds: Collection[str], run: Callable[[], object] | None, settings: Settings
 ) -> Targets:
-    """The targets that can be cut together, with their structures; the others are dense, each with the reason.
+    """Find the targets that can be cut together, with their structures; the others are dense, each with the reason.
 
     Args:
         run: runs the model on a few tokens; None for a model without weights, whose structures can't be confirmed.
@@ -38,22 +36,19 @@ def find_structures(
     """
     reasons: dict[str, str] = {}
     structures: list[Structure] = []
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
+        form = settings.part(Integers).form
         if "dense-columns" in kinds:
-            structures += alone(targets.targets, settings.part(Integers).form)
+            structures += alone(targets.targets, form)
         if "shared-basis" in kinds:
-            blocks = settings.part(Sharing).share_blocks
-            structures += share_bases(targets, settings.part(Integers).form, blocks, settings.part(Weights).overrides)
+            blocks, overrides = settings.part(Sharing).share_blocks, settings.part(Weights).overrides
+            structures += share_bases(targets, form, blocks, overrides)
         for candidate in candidates(model, targets.targets, kinds):
             structure, reason = (candidate, None) if run is None else confirm(model, candidate, run)
             if reason is None:
                 structures.append(structure)
             else:
                 reasons |= {member.name: f"can't be cut with its partner: {reason}" for member in candidate.members}
-    finally:
-        model.train(training)
     inside = {member.name for structure in structures for member in structure.members}
     for target in targets.targets:
         if target.name not in inside:
@@ -62,6 +57,6 @@ def find_structures(
         first = next(iter(reasons.values()), "it has no linear layers")
         raise TwofoldError(
             f"no weights of {type(model).__name__} can be cut together ({first}); use an objective that treats each weight "
-            "alone, as two-sided"
+            f"alone, as {Method().objective}"
         )
     return replace(targets.without(reasons), structures=tuple(structures))

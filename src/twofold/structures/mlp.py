@@ -9,13 +9,13 @@ residual after k units is L_:,k: L_:,k:ᵀ. Source: MoDeGPT, type I (Lin et al.,
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from twofold.calibrate.moments import Moments
 from twofold.model.kinds import dense_weight
 from twofold.model.structure import Structure
 from twofold.nn.layers.sliced import SlicedLinear
-from twofold.structures.weights import definite, part_of, wide, working
+from twofold.structures.weights import definite, energy, part_of, wide
 
 
 class CutMLP:
@@ -24,10 +24,8 @@ class CutMLP:
     def __init__(self, structure: Structure, model: nn.Module, moments: Moments, damping: float) -> None:
         self.structure, self.model = structure, model
         self.reader = model.get_submodule(structure.name)
-        moment = moments.layer(structure.name).input
-        assert moment is not None
         self.weight = wide(self.reader)  # (m, n)
-        self.moment, factor, damping = definite(working(moment.to(self.weight.device)), damping)
+        self.moment, factor, damping = definite(moments.layer(structure.name), damping, self.weight.device)
         ridge = damping * self.moment.diagonal().mean() / (1 + damping)
         scores = 1 - ridge * torch.cholesky_inverse(factor).diagonal()
         self.order = scores.argsort(descending=True, stable=True)
@@ -36,17 +34,13 @@ class CutMLP:
         self.losses = torch.cat([parts.flip(0).cumsum(0).flip(0), parts.new_zeros(1)])
 
     def layers(self, units: int, stored: torch.dtype) -> tuple[dict[str, SlicedLinear], float]:
-        kept = self.order[:units].sort().values
-        factor = torch.linalg.cholesky(self.moment[kept][:, kept])
-        weight = torch.cholesky_solve(self.moment[kept] @ self.weight.T, factor).T  # (m, k)
-        made: dict[str, SlicedLinear] = {}
+        rest = self.order[:units].sort().values
+        factor = torch.linalg.cholesky(self.moment[rest][:, rest])
+        weight = torch.cholesky_solve(self.moment[rest] @ self.weight.T, factor).T  # (m, k)
+        layers: dict[str, SlicedLinear] = {}
         for member in self.structure.members[:-1]:
             module = self.model.get_submodule(member.name)
-            made[member.name] = part_of(module, "kept-rows", dense_weight(module)[kept], kept, stored)
-        reader = part_of(self.reader, "kept-columns", weight, kept, stored)
-        made[self.structure.name] = reader
-        return made, self._loss(reader.to_dense(self.weight.dtype))
-
-    def _loss(self, weight: Tensor) -> float:
-        missing = self.weight - weight
-        return float((missing @ self.moment * missing).sum())
+            layers[member.name] = part_of(module, "kept-rows", dense_weight(module)[rest], rest, stored)
+        reader = part_of(self.reader, "kept-columns", weight, rest, stored)
+        loss = energy(self.weight - reader.to_dense(self.weight.dtype), self.moment)
+        return {**layers, self.structure.name: reader}, loss

@@ -47,7 +47,7 @@ class CutQueries:
         a: Tensor,  # (heads, d, d)
         b: Tensor,  # (heads, d, d)
     ) -> Tensor:  # (heads, units, units)
-        """What leaving out two units costs together; on the diagonal, one alone."""
+        """Return what leaving out two units costs together; on the diagonal, one alone."""
         if self.structure.pairing == "single":
             return a * b
         dims = unit_dims(self.structure)  # (units, 2)
@@ -55,15 +55,10 @@ class CutQueries:
         return torch.diag_embed(traces[0] * traces[1] / 2)
 
     def layers(self, units: int, stored: torch.dtype) -> tuple[dict[str, SlicedLinear], float]:
-        kept = self.order[:, :units].cpu()
-        made: dict[str, SlicedLinear] = {}
-        for member, module, heads in zip(
-            self.structure.members,
-            (self.keys, self.queries),
-            (self.structure.key_heads, self.structure.heads),
-            strict=True,
-        ):
+        s, units_of_head = self.structure, self.order[:, :units].cpu()
+        layers: dict[str, SlicedLinear] = {}
+        for member, module, heads in zip(s.members, (self.keys, self.queries), (s.key_heads, s.heads), strict=True):
             weight = dense_weight(module)
-            rows = unit_rows(self.structure, kept, heads).to(weight.device)
-            made[member.name] = part_of(module, "kept-rows", weight[rows], rows, stored)
-        return made, float(self.losses[units])  # the rows that stay are not changed
+            rows = unit_rows(s, units_of_head, heads).to(weight.device)
+            layers[member.name] = part_of(module, "kept-rows", weight[rows], rows, stored)
+        return layers, float(self.losses[units])  # the rows that stay are not changed

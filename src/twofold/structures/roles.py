@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -30,39 +29,38 @@ ATTENTION = (  # queries, keys, values, output
 )
 
 
-@dataclass(frozen=True)
-class _Heads:
-    queries: int
-    keys: int
-    dim: int  # of queries and keys
-    value_dim: int
-
-
 def candidates(model: nn.Module, targets: Iterable[Target], kinds: Iterable[str]) -> list[Structure]:
-    """The structures of targets that the names and shapes of the model's layers allow; each target is in one at the most."""
+    """Find the structures of targets that the names and shapes of the model's layers allow; each target is in one at the most."""
     siblings: dict[str, dict[str, tuple[int, int]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             parent, _, child = name.rpartition(".")
             m, n = dense_weight(module).shape
             siblings.setdefault(parent, {})[child] = m, n
-    found = [
+    structures = [
         structure
         for parent, shapes in siblings.items()
         for structure in [*_mlp(parent, shapes), *_attention(model, parent, shapes)]
     ]
-    chosen, kinds = {target.name for target in targets}, set(kinds)
-    return [s for s in found if s.kind in kinds and all(member.name in chosen for member in s.members)]
+    names, kinds = {target.name for target in targets}, set(kinds)
+    return [s for s in structures if s.kind in kinds and all(member.name in names for member in s.members)]
 
 
 def alone(targets: Iterable[Target], form: Literal["gauge", "plain"]) -> list[Structure]:
-    """Each target as a structure of its own, whose sizes are the ranks that store less than the dense weight."""
-    found = []
-    for target in targets:
-        m, n = target.out_features, target.in_features
-        largest = (m * n - 1) // (m + n) if form == "plain" else min(m, n) - 1
-        found.append(Structure("dense-columns", (Member(target.name, form, 1),), largest + 1))
-    return found
+    """Return each target as a structure of its own."""
+    return [
+        Structure(
+            "dense-columns", (Member(target.name, form, 1),), rank_sizes(target.out_features, target.in_features, form)
+        )
+        for target in targets
+    ]
+
+
+def rank_sizes(out_features: int, in_features: int, form: Literal["gauge", "plain"]) -> int:
+    """Count the sizes of a weight that are ranks: those that store less than the dense weight, and it."""
+    if form == "gauge":
+        return min(out_features, in_features)
+    return (out_features * in_features - 1) // (out_features + in_features) + 1
 
 
 def _mlp(
@@ -80,41 +78,30 @@ def _mlp(
 
 
 def _attention(model: nn.Module, parent: str, shapes: dict[str, tuple[int, int]]) -> list[Structure]:
-    for names in ATTENTION:
-        if not all(name in shapes for name in names):
-            continue
-        q, k, v, o = (f"{parent}.{name}" for name in names)
-        heads = _heads(model, parent, *(shapes[name] for name in names))
-        if heads is None:
-            return []
-        values = Member(v, "kept-rows", heads.keys), Member(o, "kept-columns", heads.queries)
-        queries = Member(k, "kept-rows", heads.keys), Member(q, "kept-rows", heads.queries)
-        return [
-            Structure("value-output", values, heads.value_dim, heads.queries, heads.keys, o),
-            Structure("query-key", queries, heads.dim, heads.queries, heads.keys, o),
-        ]
-    return []
+    names = next((names for names in ATTENTION if all(name in shapes for name in names)), None)
+    if names is None:
+        return []
+    (queries, _), (keys, _), (values, _), (_, inputs) = (shapes[name] for name in names)
+    dim = _head_dim(model, parent, queries)
+    if not dim or queries % dim or keys % dim:
+        return []
+    heads, key_heads = queries // dim, keys // dim
+    if not key_heads or heads % key_heads or values % key_heads or inputs != heads * (values // key_heads):
+        return []
+    q, k, v, o = (f"{parent}.{name}" for name in names)
+    value_output = Member(v, "kept-rows", key_heads), Member(o, "kept-columns", heads)
+    query_key = Member(k, "kept-rows", key_heads), Member(q, "kept-rows", heads)
+    return [
+        Structure("value-output", value_output, values // key_heads, heads, key_heads, o),
+        Structure("query-key", query_key, dim, heads, key_heads, o),
+    ]
 
 
-def _heads(
-    model: nn.Module,
-    parent: str,
-    q: tuple[int, int],  # shapes (out, in)
-    k: tuple[int, int],
-    v: tuple[int, int],
-    o: tuple[int, int],
-) -> _Heads | None:
-    """The heads of an attention, from what its module or the configuration says; None if the shapes do not agree."""
+def _head_dim(model: nn.Module, parent: str, queries: int) -> int:
+    """Return the dimensions of a head, from what its module or the configuration says; 0 where neither does."""
     config: Any = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    count = getattr(config, "num_attention_heads", None)
     dim = getattr(model.get_submodule(parent), "head_dim", None) or getattr(config, "head_dim", None)
-    if not dim and count:
-        dim = q[0] // int(count)
-    if not dim or q[0] % dim or k[0] % dim:
-        return None
-    queries, keys = q[0] // dim, k[0] // dim
-    if not keys or queries % keys or v[0] % keys or o[1] != queries * (v[0] // keys):
-        return None
-    return _Heads(queries, keys, int(dim), v[0] // keys)
+    heads = getattr(config, "num_attention_heads", None)
+    return int(dim or (queries // int(heads) if heads else 0))

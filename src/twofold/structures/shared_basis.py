@@ -12,19 +12,20 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from twofold.calibrate.moments import Moments
 from twofold.errors import TwofoldError
 from twofold.linalg.gauge import gauge_storage
 from twofold.linalg.metric import damp
-from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate
+from twofold.linalg.spectrum import gram, smaller_side, spectrum_of, truncate
 from twofold.model.kinds import dense_weight
 from twofold.model.structure import Structure
 from twofold.nn.compact import CompactLinear
 from twofold.nn.layers._basis import SharedBasis
 from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.layers.shared import SharedLinear
-from twofold.structures.weights import is_transposed, wide, working
+from twofold.structures.weights import energy, settle, wide, working
 
 
 class CutShared:
@@ -41,38 +42,35 @@ class CutShared:
             raise TwofoldError(f"the weights or the moments of {structure.name} hold NaN or infinity")
         side = smaller_side(*self.weight.shape)
         self.metric = self.moment if side == "columns" else None
-        product = gram(self.weight, None if side == "columns" else self.moment)
-        self.spectrum = decompose(self.metric, product, side, torch.finfo(summed.dtype).eps)
+        far = self.moment if side == "rows" else None
+        self.spectrum = spectrum_of(self.metric, gram(self.weight, far), side, torch.finfo(summed.dtype).eps)
         self.losses = self.spectrum.tails
 
     def layers(self, units: int, stored: torch.dtype) -> tuple[Mapping[str, CompactLinear], float]:
-        made = self._layers(units, stored, "auto" if self.gauge else "plain")
-        if self.gauge and any(layer.form in ("plain", "shared-plain") for layer in made.values()):
+        layers = self._layers(units, stored, "auto" if self.gauge else "plain")
+        if self.gauge and any(layer.form in ("plain", "shared-plain") for layer in layers.values()):
             # No bounded coefficients: the same storage takes a smaller rank.
             rows, n = self.weight.shape
-            made = self._layers(max(gauge_storage(rows, n, units) // (rows + n), 1), stored, "plain")
-        for name, layer in made.items():
-            module = self.modules[name]
-            learns = any(parameter.requires_grad for parameter in module.parameters())
-            layer.to(module.weight.dtype).requires_grad_(learns)  # type: ignore[arg-type]
+            layers = self._layers(max(gauge_storage(rows, n, units) // (rows + n), 1), stored, "plain")
+        for name, layer in layers.items():
+            settle(layer, self.modules[name])
             if isinstance(layer, SharedLinear):
-                layer.basis.to(module.weight.dtype).requires_grad_(learns)  # type: ignore[arg-type]
-        missing = self.weight - torch.cat([layer.to_dense(self.weight.dtype) for layer in made.values()])
-        return made, float((missing @ self.moment * missing).sum())
+                settle(layer.basis, self.modules[name])
+        dense = torch.cat([layer.to_dense(self.weight.dtype) for layer in layers.values()])
+        return layers, energy(self.weight - dense, self.moment)
 
     def _layers(self, rank: int, stored: torch.dtype, form: Literal["auto", "plain"]) -> dict[str, CompactLinear]:
-        """The layers of one rank, in the dtype that is stored."""
+        """Return the layers of one rank, in the dtype that is stored."""
         left, right = truncate(self.weight, self.spectrum, self.metric, rank)
-        biases = {name: getattr(module, "bias", None) for name, module in self.modules.items()}
+        places = {name: (getattr(m, "bias", None), isinstance(m, Conv1D)) for name, m in self.modules.items()}
         if self.structure.basis is None:
-            ((name, module),) = self.modules.items()
-            made = FactoredLinear.from_factors(left, right, biases[name], form, is_transposed(module), dtype=stored)
-            return {name: made}
+            ((name, (bias, transposed)),) = places.items()
+            return {name: FactoredLinear.from_factors(left, right, bias, form, transposed, dtype=stored)}
         basis, left = SharedBasis.from_factors(self.structure.basis, left, right, form, stored)
         own = torch.split(left, [len(dense_weight(module)) for module in self.modules.values()])
         return {
-            name: SharedLinear.on(basis, expand, biases[name], is_transposed(module))
-            for (name, module), expand in zip(self.modules.items(), own, strict=True)
+            name: SharedLinear.on(basis, expand, bias, transposed)
+            for (name, (bias, transposed)), expand in zip(places.items(), own, strict=True)
         }
 
 
@@ -80,9 +78,11 @@ def all_inputs(
     moments: Moments,
     names: list[str],
 ) -> Tensor:  # (n, n)
-    """The mean of x xᵀ over all inputs x that any of the layers was given."""
+    """Return the mean of x xᵀ over all inputs x that any of the layers was given."""
     total = sum(moments.rows(name) for name in names)
-    found = [moments.layer(name).input for name in names]
-    parts = [one * (moments.rows(name) / total) for name, one in zip(names, found, strict=True) if one is not None]
-    assert len(parts) == len(names)
+    parts = []
+    for name in names:
+        moment = moments.layer(name).input
+        assert moment is not None
+        parts.append(moment * (moments.rows(name) / total))
     return torch.stack(parts).sum(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from twofold.model.settings import Override
@@ -12,12 +12,13 @@ from twofold.model.structure import Member, Structure
 from twofold.model.target import BLOCK, Target, Targets, block_of
 from twofold.model.weights import last_match
 from twofold.nn.layers._basis import SharedForm, basis_storage
-from twofold.structures.roles import ATTENTION, MLP
+from twofold.structures.roles import ATTENTION, MLP, rank_sizes
 
 # What gives the output of a part of a block.
 UNSHARED = {names[-1] for names in ATTENTION} | {reader for _, reader in MLP}
 Place = tuple[str, int]  # a weight's name without the number of its block, and which blocks in a row it stands in
 DENSE_PARTNERS = "the others of its kind in its blocks stay dense"
+FORMS: dict[str, SharedForm] = {"gauge": "shared-columns", "plain": "shared-plain"}  # of a basis
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,6 @@ class Sharing(Structure):
         return None if len(self.targets) == 1 else self.targets[0].name.replace(".", "-")
 
     @property
-    def form(self) -> SharedForm:
-        """How the basis is stored."""
-        return "shared-columns" if self.stored == "gauge" else "shared-plain"
-
-    @property
     def layers(self) -> int:
         return len(self.targets)
 
@@ -47,7 +43,7 @@ class Sharing(Structure):
         return f", with the others of its {self.layers} blocks" if dense else f", on a basis for {self.layers} blocks"
 
     def common_numbers(self, units: int) -> int:
-        return 0 if self.basis is None else basis_storage(self.form, self.targets[0].in_features, units)
+        return 0 if self.basis is None else basis_storage(FORMS[self.stored], self.targets[0].in_features, units)
 
     @property
     def common_integers(self) -> int:
@@ -59,26 +55,20 @@ class Sharing(Structure):
 
 
 def sharing(targets: Sequence[Target], stored: Literal["gauge", "plain"], why: str = "") -> Sharing:
-    """Some weights of one shape with a basis; its sizes are the ranks that store less than the dense weights.
+    """Return the structure of some weights of one shape with a basis.
 
     Args:
         why: if there is one, the reason why it is alone.
     """
-    rows, n = sum(target.out_features for target in targets), targets[0].in_features
-    largest = (rows * n - 1) // (rows + n) if stored == "plain" else min(rows, n) - 1
-    made = Sharing("shared-basis", (), largest + 1, targets=tuple(targets), stored=stored, why=why)
-    form = stored if made.basis is None else made.form
-    members = tuple(Member(target.name, form, 1) for target in targets)
-    return replace(made, members=members)
+    units = rank_sizes(sum(target.out_features for target in targets), targets[0].in_features, stored)
+    members = tuple(Member(target.name, stored if len(targets) == 1 else FORMS[stored], 1) for target in targets)
+    return Sharing("shared-basis", members, units, targets=tuple(targets), stored=stored, why=why)
 
 
 def share_bases(
-    targets: Targets,
-    stored: Literal["gauge", "plain"],
-    blocks: int,
-    overrides: Mapping[str, Override],
+    targets: Targets, stored: Literal["gauge", "plain"], blocks: int, overrides: Mapping[str, Override]
 ) -> list[Structure]:
-    """All targets by the bases that they share, in the order of the first weight of each.
+    """Group all targets by the bases that they share, in the order of the first weight of each.
 
     One basis is for weights that have the same place in consecutive blocks, one shape, and the same override or none. What
     gives the output of an attention or of an MLP is left alone, as in the paper.
@@ -89,33 +79,31 @@ def share_bases(
     places = {target.name: _place(target.name, target.layer, blocks) for target in targets.targets}
     groups: dict[tuple[object, ...], list[Target]] = {}
     for target in targets.targets:
-        place = places[target.name]
-        override = repr(last_match(target.name, overrides))
         alike: tuple[object, ...] = (target.name,)
-        if place is not None:
+        if (place := places[target.name]) is not None:
+            override = repr(last_match(target.name, overrides))
             alike = (place, target.out_features, target.in_features, override)
         groups.setdefault(alike, []).append(target)
-    known = Counter(place for target in targets.targets if (place := places[target.name]) is not None)
-    kept_dense = {_place(name := entry.name.removesuffix(".weight"), block_of(name), blocks) for entry in targets.dense}
-    found: list[Structure] = []
-    for alike, group in groups.items():
-        why = ""
-        if len(group) == 1:
-            target, place = group[0], places[group[0].name]
-            if place is None:
-                why = _unshared(target, blocks)
-            elif known[place] > 1:
-                same = sum(other[:3] == alike[:3] for other in groups)
-                why = "an override holds for it or for the others" if same > 1 else "the others have another shape"
-            else:
-                why = DENSE_PARTNERS if place in kept_dense else "no block is left to share it with"
-        found.append(sharing(group, stored, why))
-    return found
+    counts = Counter(places.values())
+    dense = {_place(name := entry.name.removesuffix(".weight"), block_of(name), blocks) for entry in targets.dense}
+
+    def why_alone(target: Target, alike: tuple[object, ...]) -> str:
+        place = places[target.name]
+        if place is None:
+            return _unshared(target.name, target.layer, blocks)
+        if counts[place] > 1:
+            of_its_shape = sum(other[:3] == alike[:3] for other in groups)
+            return "an override holds for it or for the others" if of_its_shape > 1 else "the others have another shape"
+        return DENSE_PARTNERS if place in dense else "no block is left to share it with"
+
+    return [
+        sharing(group, stored, why_alone(group[0], alike) if len(group) == 1 else "") for alike, group in groups.items()
+    ]
 
 
 def alone_notes(structures: Sequence[Structure]) -> list[str]:
-    """Which weights have a basis of their own and why, in words for the plan."""
-    reasons = Counter(one.why for one in structures if isinstance(one, Sharing) and one.basis is None)
+    """Say which weights have a basis of their own and why, for the plan."""
+    reasons = Counter(s.why for s in structures if isinstance(s, Sharing) and s.basis is None)
     return [
         f"{'1 weight has a basis of its' if count == 1 else f'{count} weights have a basis of their'} own: {why}"
         for why, count in reasons.items()
@@ -123,20 +111,19 @@ def alone_notes(structures: Sequence[Structure]) -> list[str]:
 
 
 def _place(name: str, block: int | None, blocks: int) -> Place | None:
-    """Where a weight stands; None for one that is not shared wherever it stands."""
-    if block is None or blocks == 1 or _gives_output(name):
+    """Say where a weight stands; None for one that is not shared wherever it stands."""
+    if block is None or _unshared(name, block, blocks):
         return None
     return BLOCK.sub(".#.", name, count=1), block // blocks
 
 
-def _gives_output(name: str) -> bool:
-    parent, _, kind = name.rpartition(".")
-    return kind in UNSHARED and not parent.endswith("intermediate")  # BERT calls both halves of its MLP "dense"
-
-
-def _unshared(target: Target, blocks: int) -> str:
+def _unshared(name: str, block: int | None, blocks: int) -> str:
+    """Say why a weight is not shared wherever it stands; nothing if it may be."""
     if blocks == 1:
         return "each block was to have its own"
-    if target.layer is None:
+    if block is None:
         return "it stands in no block"
-    return "what gives the output of an attention or an MLP is not shared"
+    parent, _, kind = name.rpartition(".")
+    if kind in UNSHARED and not parent.endswith("intermediate"):  # BERT calls both halves of its MLP "dense"
+        return "what gives the output of an attention or an MLP is not shared"
+    return ""

@@ -9,12 +9,12 @@ from twofold.model.structure import Structure
 
 
 def head_rows(head: int, dim: int) -> slice:
-    """The rows of one head."""
+    """Return the rows of one head."""
     return slice(head * dim, (head + 1) * dim)
 
 
 def unit_dims(structure: Structure) -> Tensor:  # (units, 1) or (units, 2)
-    """The dimensions of a head that each unit is: itself, or the two that rotary embeddings turn together."""
+    """Return the dimensions of a head that each unit is: itself, or the two that rotary embeddings turn together."""
     units = torch.arange(structure.units)
     if structure.pairing == "halves":  # (i, i + d/2): Llama
         return torch.stack([units, units + structure.units], 1)
@@ -28,17 +28,13 @@ def unit_rows(
     units: Tensor,  # (key heads, count), of each key head
     heads: int,  # of the weight: key heads or query heads; the latter follow the key head that they share
 ) -> Tensor:  # (heads · count · 1 or 2,), ascending
-    """The rows of a weight that the chosen units of every head are."""
-    dims = unit_dims(structure)
-    size = dims.numel()
-    rows = [
-        head * size + dims[units[head // (heads // structure.key_heads)]].reshape(-1).sort().values
-        for head in range(heads)
-    ]
+    """Return the rows of a weight that the chosen units of every head are."""
+    dims, shared = unit_dims(structure), heads // structure.key_heads
+    rows = [head * dims.numel() + dims[units[head // shared]].reshape(-1).sort().values for head in range(heads)]
     return torch.cat(rows)
 
 
 def even_shares(numbers: int, parts: int) -> list[int]:
-    """Whole shares that differ by one at the most, and whose sum is the whole."""
+    """Share a number out in whole parts that differ by one at the most."""
     each, over = divmod(numbers, parts)
     return [each + (i < over) for i in range(parts)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold.calibrate.moments import Moments
-from twofold.linalg.spectrum import decompose, truncate
+from twofold.linalg.spectrum import spectrum_of, truncate
 from twofold.model.structure import Structure
 from twofold.nn.layers.sliced import SlicedLinear
 from twofold.structures.units import unit_rows
@@ -31,7 +31,7 @@ class CutValues:
         self.o = wide(self.output).reshape(-1, heads, shared, dim)  # (m, heads, shared, d)
         self.moment = with_one(moments.layer(structure.members[0].name), damping, self.v.device)
         self.metric = torch.einsum("mhsd,mhse->hde", self.o, self.o)
-        self.spectrum = decompose(self.metric, self.v @ self.moment @ self.v.mT, "rows")
+        self.spectrum = spectrum_of(self.metric, self.v @ self.moment @ self.v.mT, "rows")
         self.losses = self.spectrum.tails.sum(0)
 
     def layers(self, units: int, stored: torch.dtype) -> tuple[dict[str, SlicedLinear], float]:
@@ -51,7 +51,7 @@ class CutValues:
         return {v.name: values, o.name: output}, self._loss(values, output)
 
     def _loss(self, values: SlicedLinear, output: SlicedLinear) -> float:
-        """Of what the layers store: the difference of two products is one product of twice the width."""
+        """Return the loss of what the layers store: the difference of two products is one product of twice the width."""
         both = torch.cat([self.v, with_bias(values).reshape(self.v.shape)], 1)  # (heads, 2d, n + 1)
         dense = wide(output).reshape(self.o.shape)
         outputs = torch.cat([self.o, -dense], -1)  # (m, heads, shared, 2d)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -11,21 +13,23 @@ from twofold.model.kinds import dense_weight
 from twofold.nn.layers.sliced import SlicedForm, SlicedLinear
 from twofold.objectives import LayerMoments
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
 LEAST_DAMPING = 1e-6  # of a moment that is inverted; below it, one that was summed in float32 is noise
 
 
 def working(tensor: Tensor) -> Tensor:
-    """In float64 where the device has it."""
+    """Return a tensor in float64 where the device has it."""
     return tensor.to(working_dtype(tensor.device))
 
 
 def wide(module: nn.Module) -> Tensor:  # (out, in)
-    """The weight of a layer in the working precision."""
+    """Return the weight of a layer in the working precision."""
     return working(dense_weight(module).detach())
 
 
 def with_bias(module: nn.Module) -> Tensor:  # (out, in + 1)
-    """The weight of a layer with its bias (or zeros) as the last column: what it does to (x, 1)."""
+    """Return the weight of a layer with its bias (or zeros) as the last column: what it does to (x, 1)."""
     weight = wide(module)
     bias = getattr(module, "bias", None)
     column = weight.new_zeros(len(weight)) if bias is None else working(bias.detach())
@@ -33,7 +37,7 @@ def with_bias(module: nn.Module) -> Tensor:  # (out, in + 1)
 
 
 def with_one(moments: LayerMoments, damping: float, device: torch.device) -> Tensor:  # (in + 1, in + 1)
-    """E[z zᵀ] of z = (x, 1), with the moment of x damped."""
+    """Return E[z zᵀ] of z = (x, 1), with the moment of x damped."""
     assert moments.input is not None and moments.input_mean is not None
     moment, mean = working(moments.input.to(device)), working(moments.input_mean.to(device))
     top = torch.cat([damp(moment, damping), mean[:, None]], 1)
@@ -41,11 +45,11 @@ def with_one(moments: LayerMoments, damping: float, device: torch.device) -> Ten
 
 
 def definite(
-    moment: Tensor,  # (n, n)
-    damping: float,
-) -> tuple[Tensor, Tensor, float]:
-    """The damped moment, its Cholesky factor, and the damping: ten times more where noise left the moment indefinite."""
-    damping = max(damping, LEAST_DAMPING)
+    moments: LayerMoments, damping: float, device: torch.device
+) -> tuple[Tensor, Tensor, float]:  # (in, in), (in, in)
+    """Return the damped C, its Cholesky factor, and the damping: ten times more where noise left C indefinite."""
+    assert moments.input is not None
+    moment, damping = working(moments.input.to(device)), max(damping, LEAST_DAMPING)
     while True:
         damped = damp(moment, damping)
         factor, failed = torch.linalg.cholesky_ex(damped)
@@ -54,9 +58,18 @@ def definite(
         damping *= 10
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer keeps its weight as (in, out)."""
-    return isinstance(module, Conv1D)
+def energy(
+    missing: Tensor,  # W − W′ (out, in)
+    moment: Tensor,  # C (in, in)
+) -> float:
+    """Return E‖(W − W′) x‖²."""
+    return float((missing @ moment * missing).sum())
+
+
+def settle(layer: Layer, module: nn.Module) -> Layer:
+    """Let a layer compute in the dtype of the dense one whose place it takes, and be trained if that is."""
+    layer.to(dense_weight(module).dtype)
+    return layer.requires_grad_(any(p.requires_grad for p in module.parameters()))
 
 
 def part_of(
@@ -67,16 +80,14 @@ def part_of(
     stored: torch.dtype,
     bias: Tensor | None = None,  # (out,), in the place of the layer's own
 ) -> SlicedLinear:
-    """The sliced layer in the place of a dense one: rounded to the dtype that is stored, computing in that of the layer.
+    """Return the sliced layer in the place of a dense one: rounded to the dtype that is stored, computing in that of the layer.
 
     The bias of a row that is not kept is zero.
     """
-    weight = dense_weight(module)
     own = getattr(module, "bias", None)
     bias = own.detach() if bias is None and own is not None else bias
     if bias is not None and form == "kept-rows":
         bias = torch.zeros_like(bias).index_copy(0, index.to(bias.device), bias[index])
-    size = weight.shape[0 if form == "kept-rows" else 1]
-    turned = is_transposed(module)
-    layer = SlicedLinear.from_part(part.detach(), index, size, form, bias, turned, dtype=stored).to(weight.dtype)
-    return layer.requires_grad_(any(p.requires_grad for p in module.parameters()))
+    size = dense_weight(module).shape[0 if form == "kept-rows" else 1]
+    layer = SlicedLinear.from_part(part.detach(), index, size, form, bias, isinstance(module, Conv1D), dtype=stored)
+    return settle(layer, module)

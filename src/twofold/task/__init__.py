@@ -202,4 +202,4 @@ def find_task(model: Any, name: str = "auto") -> Task | None:
     """
     if name != "auto":
         return TASKS.get(name)
-    return next((found for found in TASKS.all() if found.fits(model)), None)
+    return next((task for task in TASKS.all() if task.fits(model)), None)

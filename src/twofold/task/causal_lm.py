@@ -13,10 +13,11 @@ from twofold.errors import TwofoldError
 from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line
 from twofold.model.frozen import no_cache
+from twofold.model.load import need_tokenizer, window_limit
 from twofold.settings.base import Settings
 from twofold.task import Batch, Data, Samples, Task, task
 from twofold.task.output.categorical import CATEGORICAL
-from twofold.task.text.held_out import evaluation_text
+from twofold.task.text.held_out import evaluation_windows
 from twofold.task.text.settings import Measuring, Texts
 from twofold.task.text.texts import TokenWindows
 from twofold.task.text.windows import calibration_windows
@@ -34,19 +35,16 @@ class CausalLM(Task):
         return not _two_stacks(model)
 
     def data(
-        self,
-        loaded: Any,
-        settings: Settings,
-        hashed: str,
-        given: Iterable[str] | None = None,
-        *,
-        held_out: int,
-        quiet: bool = False,
+        self, loaded: Any, settings: Settings, hashed: str, given: Iterable[str] | None = None, **how: Any
     ) -> Data:
-        return calibration_windows(loaded, settings.part(Texts), hashed, given, held_out=held_out, quiet=quiet)
+        return calibration_windows(loaded, settings.part(Texts), hashed, given, **how)
 
     def measured(self, loaded: Any, settings: Settings) -> Samples | None:
-        return evaluation_text(loaded, settings.part(Measuring))
+        texts = settings.part(Measuring)
+        if texts.eval_text is None or texts.eval_windows == 0:
+            return None
+        window = min(1024, window_limit(loaded.model) or 1024)
+        return evaluation_windows(texts.eval_text, need_tokenizer(loaded), window=window, windows=texts.eval_windows)
 
     def example(self, model: Any, count: int = 8) -> Batch:
         """Return token ids (1, count)."""

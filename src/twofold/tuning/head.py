@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from twofold.model.blocks import input_before
-from twofold.model.frozen import no_cache
+from twofold.model.frozen import evaluating, no_cache
 from twofold.model.head import find_head, output_linear
 from twofold.nn.compact import CompactLinear
 from twofold.refine.steps.teacher import divergence
@@ -88,16 +88,13 @@ def row_head(
     """``plain_head``, if the outputs on a row's first tokens are the logits, too."""
     if plain_head(model, ids.device) is None:
         return None
-    ids, training = ids[:, :PROBED], model.training
-    model.eval()
-    try:
+    ids = ids[:, :PROBED]
 
-        def run() -> Any:
-            return model(input_ids=ids, **no_cache(model))
+    def run() -> Any:
+        return model(input_ids=ids, **no_cache(model))
 
+    with evaluating(model):
         return find_head(model, run, run().logits, trained=True)
-    finally:
-        model.train(training)
 
 
 def learnt_loss(

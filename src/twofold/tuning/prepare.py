@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from twofold.errors import TwofoldError
-from twofold.model.load import load_skeleton, load_tokenizer, positions
+from twofold.model.load import load_skeleton, load_tokenizer, window_limit
 from twofold.settings.sizes import parse_budget
 from twofold.tuning.estimate import TuneEstimate, choose, estimate
 from twofold.tuning.methods import check_method
@@ -50,7 +50,7 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
     model = load_skeleton(settings.model, trust_remote_code=settings.trust_remote_code).model
     check_method(model, settings)
     check_layers(model, settings)
-    longest = positions(model)
+    longest = window_limit(model)
     if longest is not None and settings.length > longest:
         settings = settings.model_copy(update={"length": longest})
     examples = encode_rows(

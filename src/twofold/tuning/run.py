@@ -22,7 +22,7 @@ from twofold.host.unfinished import BEFORE, Work, working
 from twofold.model.load import LoadedModel, load_model
 from twofold.nn.places import cast_weights
 from twofold.report.record import Sample
-from twofold.settings.base import given
+from twofold.settings.base import from_call
 from twofold.tuning.bar import LossBar
 from twofold.tuning.estimate import TuneEstimate
 from twofold.tuning.methods import Method, apply_method
@@ -86,7 +86,7 @@ def tune(
     Raises:
         TwofoldError: for whatever the user can put right.
     """
-    settings = given(TuneSettings, make_settings, settings, more)
+    settings = from_call(TuneSettings, make_settings, settings, more)
     if dry_run:
         with quiet_libraries():
             estimate = prepare(settings, must_estimate=True).estimate

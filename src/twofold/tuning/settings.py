@@ -8,7 +8,7 @@ import pydantic
 from pydantic import Field
 
 from twofold.errors import TwofoldError
-from twofold.settings.base import Settings, checked
+from twofold.settings.base import Settings, validated
 
 Method = Literal[
     "lora", "rslora", "dora", "pissa", "olora", "corda", "eva", "vera", "adalora",
@@ -202,4 +202,4 @@ def make_settings(values: dict[str, object]) -> TuneSettings:
     Raises:
         TwofoldError: naming the first one that is wrong, what it must be, and what came.
     """
-    return checked(TuneSettings, values, list(TuneSettings.model_fields))
+    return validated(TuneSettings, values, list(TuneSettings.model_fields))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +14,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from twofold.checkpoint.plugin import METHOD
 from twofold.checkpoint.plugin import TwofoldConfig as StoredConfig
 from twofold.errors import TwofoldError
-from twofold.vllm_plugin.product import merged_product
-from twofold.vllm_plugin.shards import factored_names, shards_of
+from twofold.vllm_plugin.shards import INSTEAD, check_modules, factored_names, shards_of
 from twofold.vllm_plugin.stores import Stores
-from twofold.vllm_plugin.supported import INSTEAD, check_modules, check_whole
 
 
 class TwofoldConfig(QuantizationConfig):
-    """Which of vLLM's linear layers are factored: all of whose shards at least one is named in the checkpoint's config.json."""
+    """The linear layers of vLLM that are factored: those with at least one shard that the checkpoint's config.json names."""
 
     def __init__(self, modules: dict[str, dict[str, Any]]) -> None:
         super().__init__()
@@ -46,7 +45,8 @@ class TwofoldConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TwofoldConfig:
-        """
+        """Read the quantization settings of config.json.
+
         Raises:
             TwofoldError: if a newer Twofold wrote it, or vLLM can't hold a module of it.
         """
@@ -57,10 +57,10 @@ class TwofoldConfig(QuantizationConfig):
         self.modules = hf_to_vllm_mapper.get_rename_mapper().apply_dict(self.modules)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """How a layer holds its weights; nothing for what is not linear, which vLLM then treats as usual.
+        """Return how a layer holds its weights; nothing for what is not linear, which vLLM then treats as usual.
 
         Raises:
-            TwofoldError: if the checkpoint factorizes what is no linear layer in vLLM.
+            TwofoldError: if the checkpoint factorizes what is not a linear layer in vLLM.
         """
         if not isinstance(layer, LinearBase):
             if prefix in self.modules:
@@ -73,17 +73,13 @@ class TwofoldConfig(QuantizationConfig):
         return TwofoldLinearMethod(prefix, names, self.modules) if names else UnquantizedLinearMethod()
 
 
+@dataclass(eq=False)
 class TwofoldLinearMethod(LinearMethodBase):
-    """Holds the factors of each shard of a linear layer, and dense weights of shards that are not factored.
+    """The factors of each shard of a linear layer, and the dense weights of shards that are not factored."""
 
-    Args:
-        prefix: the layer's name in vLLM.
-        names: of its shards in the checkpoint.
-        modules: the settings of the factored ones.
-    """
-
-    def __init__(self, prefix: str, names: Sequence[str], modules: dict[str, dict[str, Any]]) -> None:
-        self.prefix, self.names, self.modules = prefix, names, modules
+    prefix: str  # the layer's name in vLLM
+    names: Sequence[str]  # of its shards in the checkpoint
+    modules: dict[str, dict[str, Any]]  # the settings of the factored ones
 
     def create_weights(
         self,
@@ -100,9 +96,13 @@ class TwofoldLinearMethod(LinearMethodBase):
         Raises:
             TwofoldError: if the layer is cut among devices, or a rank does not fit.
         """
-        check_whole(self.prefix, getattr(layer, "tp_size", 1))
-        shards = shards_of(self.prefix, self.names, self.modules, input_size, output_partition_sizes)
-        self.stores = Stores(shards)
+        parts = getattr(layer, "tp_size", 1)
+        if parts > 1:
+            raise TwofoldError(
+                f"the plug-in for vLLM does not cut factored layers among devices, and the tensor parallel size of "
+                f"{self.prefix} is {parts}; set --tensor-parallel-size 1, or {INSTEAD}"
+            )
+        self.stores = Stores(shards_of(self.prefix, self.names, self.modules, input_size, output_partition_sizes))
         self.stores.attach(layer, params_dtype)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -114,4 +114,4 @@ class TwofoldLinearMethod(LinearMethodBase):
         x: Tensor,  # (..., n)
         bias: Tensor | None = None,  # (m,)
     ) -> Tensor:  # (..., m)
-        return merged_product(x, layer, self.stores, bias)
+        return self.stores.product(x, layer, bias)

@@ -1,17 +1,48 @@
-"""The shards of a linear layer as vLLM has it: q, k and v of a qkv_proj, gate and up of a gate_up_proj, or one alone."""
+"""The modules of a checkpoint in vLLM: those that it can hold, and the shards of its merged layers, as q, k and v of qkv_proj."""
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from twofold.checkpoint.plugin import stored_kind
 from twofold.errors import TwofoldError
-from twofold.nn.layers.factored import FactoredLinear
-from twofold.vllm_plugin.supported import INSTEAD
+from twofold.nn.layers.factored import FactoredLinear, Form
 
-Form = Literal["dense", "plain", "rows", "columns"]
+INSTEAD = "use `twofold export DIR --to dense`, whose output vLLM loads as any model"
 LETTERS = {"q": 0, "k": 1, "v": 2}  # vLLM's ids of the shards of a qkv_proj; others are counted
+
+
+def check_modules(modules: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint with a module of another kind than ``FactoredLinear`` with factors of floating point.
+
+    Raises:
+        TwofoldError: naming the first such module, and what to do.
+    """
+    for name, settings in modules.items():
+        reason = _reason(name, settings)
+        if reason is not None:
+            raise TwofoldError(f"the plug-in for vLLM can't hold {name}: {reason}; {INSTEAD}")
+
+
+def _reason(name: str, settings: Any) -> str | None:
+    """Say why vLLM can't hold a module; None if it can."""
+    if not isinstance(settings, Mapping):
+        return f"its settings in config.json must be a mapping, got {reprlib.repr(settings)}"
+    kind, form = stored_kind(settings), settings.get("form", "plain")
+    if "bits" in settings or "group" in settings:
+        return "its numbers are integers"
+    if kind != FactoredLinear.KIND:
+        return f"it is stored as a layer of the kind {reprlib.repr(kind)}"
+    if form not in FactoredLinear.FORMS:
+        return f"its form {reprlib.repr(form)} is none of {', '.join(FactoredLinear.FORMS)}"
+    if type(settings.get("rank")) is not int:
+        return f"it must have a whole number as its rank, got {reprlib.repr(settings.get('rank'))}"
+    if ".experts." in name:
+        return "vLLM merges the experts of a block into one weight"
+    return None
 
 
 @dataclass(frozen=True)
@@ -19,13 +50,10 @@ class Shard:
     """One projection of the original model, dense or as ``FactoredLinear`` holds it."""
 
     name: str
-    inputs: int  # n
     outputs: int  # m
-    form: Form = "dense"
+    shapes: Mapping[str, tuple[int, ...]]  # of its tensors in the checkpoint, by their names
+    form: Form | Literal["dense"] = "dense"
     rank: int = 0
-    reduce: tuple[int, int] = (0, 0)  # the shapes of its tensors in the checkpoint
-    expand: tuple[int, int] = (0, 0)
-    order: int = 0  # the length of its order
 
     @property
     def reads_input(self) -> bool:
@@ -34,7 +62,7 @@ class Shard:
 
 
 def original_names(prefix: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
-    """The names in the checkpoint of what vLLM calls ``prefix``: one, or several where vLLM merges them.
+    """Return the names in the checkpoint of what vLLM calls ``prefix``: one, or several where vLLM merges them.
 
     Args:
         packed: vLLM's ``packed_modules_mapping`` of the model: the last part of a merged name to those of its parts.
@@ -44,7 +72,7 @@ def original_names(prefix: str, packed: Mapping[str, Sequence[str]]) -> list[str
 
 
 def factored_names(prefix: str, packed: Mapping[str, Sequence[str]], modules: Mapping[str, Any]) -> list[str]:
-    """The names of a layer's shards, if at least one of them is factored, else nothing.
+    """Return the names of a layer's shards if at least one of them is factored, else nothing.
 
     A layer that is merged in the original already (Phi-3's qkv_proj) has one shard.
     """
@@ -57,7 +85,7 @@ def factored_names(prefix: str, packed: Mapping[str, Sequence[str]], modules: Ma
 def shards_of(
     prefix: str, names: Sequence[str], modules: Mapping[str, Mapping[str, Any]], inputs: int, outputs: Sequence[int]
 ) -> list[Shard]:
-    """The shards of one layer.
+    """Return the shards of one layer.
 
     Args:
         prefix: its name in vLLM.
@@ -81,19 +109,19 @@ def shards_of(
 
 def _shard(name: str, settings: Mapping[str, Any] | None, inputs: int, outputs: int) -> Shard:
     if settings is None:
-        return Shard(name, inputs, outputs)
-    form = settings.get("form", "plain")
+        return Shard(name, outputs, {"weight": (outputs, inputs)})
     try:
+        form = settings.get("form", "plain")
         layer = FactoredLinear(inputs, outputs, settings["rank"], form, bias=False, device="meta")
     except ValueError as error:
         raise TwofoldError(f"the plan of {name} in the checkpoint does not fit: {error}") from error
-    (r, k), (rest, _) = layer.reduce.weight.shape, layer.expand.weight.shape
-    order = 0 if layer.order is None else len(layer.order)
-    return Shard(name, inputs, outputs, form, r, (r, k), (rest, r), order)
+    shapes = {key: tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
+    del shapes["weight"]  # the guard
+    return Shard(name, outputs, shapes, form, layer.rank)
 
 
 def shard_index(shard_id: Any, shards: Sequence[Shard]) -> int:
-    """The place of the shard that vLLM's id names: "q", "k", "v", a number, or nothing for a layer of one.
+    """Return the place of the shard that vLLM's id names: "q", "k", "v", a number, or nothing for a layer of one.
 
     Raises:
         TwofoldError: if it names none, or the checkpoint holds a tensor for several.

@@ -1,47 +1,43 @@
-"""What a layer in vLLM stores for its shards: each kind of tensor of all shards in one parameter, one shard after another."""
+"""What a layer in vLLM stores for its shards, each kind of tensor in one parameter, and its product with an input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from twofold.checkpoint.loaded import check_missing
 from twofold.errors import TwofoldError
-from twofold.nn.layers.factored import is_order
+from twofold.nn.layers.factored import is_order, ordered
 from twofold.vllm_plugin.shards import Shard, shard_index
 
 
 @dataclass
 class Store:
-    """Where each shard's tensor of one kind lies in a flat parameter, and which of them have come.
+    """The places of the shards' tensors of one kind in a flat parameter, and which of them have come.
 
-    Args:
-        kind: its name in the checkpoint: reduce.weight, expand.weight, order or weight.
-        shards: of the layer.
-        shapes: one for each shard; () for one that has none.
-        sequence: the shards in the order that they lie in.
+    Shards whose right factors take the input as it comes stand first, so that these factors lie as one matrix.
     """
 
-    kind: str
+    kind: str  # its name in the checkpoint: reduce.weight, expand.weight, order or weight
     shards: Sequence[Shard]
-    shapes: Sequence[tuple[int, ...]]
-    sequence: Sequence[int]
     starts: dict[int, int] = field(default_factory=dict)
     size: int = 0
     arrived: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        for index in self.sequence:
-            if self.shapes[index]:
+        for index, shard in sorted(enumerate(self.shards), key=lambda item: not item[1].reads_input):
+            if self.kind in shard.shapes:
                 self.starts[index] = self.size
-                self.size += prod(self.shapes[index])
+                self.size += prod(shard.shapes[self.kind])
 
     def parameter(self, dtype: torch.dtype) -> nn.Parameter:  # (size,), at least of one element
-        """An empty parameter with the loader that vLLM calls; on the default device, as vLLM makes its own."""
+        """Make an empty parameter with the loader that vLLM calls; on the default device, as vLLM makes its own."""
         parameter = nn.Parameter(torch.zeros(max(self.size, 1), dtype=dtype), requires_grad=False)
         parameter.weight_loader = self.load  # type: ignore[attr-defined]
         return parameter
@@ -53,14 +49,14 @@ class Store:
             TwofoldError: if it has another shape than config.json says, or belongs to no shard.
         """
         index = shard_index(loaded_shard_id, self.shards)
-        shard, shape = self.shards[index], self.shapes[index]
-        name, found = f"{shard.name}.{self.kind}", tuple(loaded_weight.shape)
-        if not shape and self.kind == "weight" and found == (1,):
+        shard = self.shards[index]
+        name, shape, expected = f"{shard.name}.{self.kind}", tuple(loaded_weight.shape), shard.shapes.get(self.kind)
+        if expected is None and self.kind == "weight" and shape == (1,):
             return  # the guard of a factored layer
-        if not shape or found != shape:
-            expected = f"its config.json says {shape}" if shape else "its config.json says that there is none"
+        if shape != expected:
             raise TwofoldError(
-                f"size mismatch: {name} in the checkpoint is {found}, {expected}; fetch the checkpoint again"
+                f"size mismatch: {name} in the checkpoint is {shape}, its config.json says "
+                f"{expected or 'that there is none'}; fetch the checkpoint again"
             )
         if self.kind == "order" and not is_order(loaded_weight, shape[0]):
             raise TwofoldError(f"{name} in the checkpoint is no order of its {shape[0]} {shard.form}; fetch it again")
@@ -68,41 +64,30 @@ class Store:
         self.arrived.add(index)
 
     def view(self, flat: Tensor, index: int) -> Tensor:
-        """A shard's tensor in the flat one, without a copy."""
-        shape = self.shapes[index]
+        """Return a shard's tensor in the flat one, without a copy."""
+        shape = self.shards[index].shapes[self.kind]
         return flat.narrow(0, self.starts[index], prod(shape)).view(shape)
 
     def missing(self) -> list[str]:
-        """The tensors that have not come."""
+        """Return the names of the tensors that have not come."""
         return [f"{self.shards[i].name}.{self.kind}" for i in sorted(self.starts.keys() - self.arrived)]
 
 
 class Factor(nn.Module):
     """The module that vLLM finds by the name ``reduce`` or ``expand`` when it loads ``….reduce.weight``."""
 
-    weight: nn.Parameter
-
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
-        self.register_parameter("weight", weight)
+        self.weight = weight
 
 
 class Stores:
     """The four kinds of tensors of a layer's shards: both factors, the orders, and the weights of dense shards."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
-        self.shards = list(shards)
-        places = list(range(len(shards)))
-        first = sorted(places, key=lambda i: not shards[i].reads_input)  # so that their right factors lie as one matrix
-        self.reduce = self._store("reduce.weight", lambda shard: shard.reduce, first)
-        self.expand = self._store("expand.weight", lambda shard: shard.expand, places)
-        self.order = self._store("order", lambda shard: (shard.order,), places)
-        self.weight = Store(
-            "weight", self.shards, [() if s.rank else (s.outputs, s.inputs) for s in self.shards], places
-        )
-
-    def _store(self, kind: str, shape: Callable[[Shard], tuple[int, ...]], sequence: Sequence[int]) -> Store:
-        return Store(kind, self.shards, [shape(s) if prod(shape(s)) else () for s in self.shards], sequence)
+        self.shards = shards
+        self.reduce, self.expand = Store("reduce.weight", shards), Store("expand.weight", shards)
+        self.order, self.weight = Store("order", shards), Store("weight", shards)
 
     def attach(self, layer: nn.Module, dtype: torch.dtype) -> None:
         """Give the layer its parameters, under the names by which vLLM looks for the checkpoint's tensors."""
@@ -120,8 +105,40 @@ class Stores:
         """
         stores = (self.reduce, self.expand, self.order, self.weight)
         missing = [name for store in stores for name in store.missing()]
-        if missing:
-            raise TwofoldError(
-                f"the checkpoint is not whole: it lacks {len(missing)} tensors of one layer, first {missing[0]}; fetch it again "
-                "(vLLM's --load-format must be one that reads safetensors by name)"
-            )
+        hint = " (vLLM's --load-format must be one that reads safetensors by name)"
+        check_missing(missing, "tensors of one layer", hint=hint)
+
+    def product(
+        self,
+        x: Tensor,  # (..., n)
+        layer: Any,  # that holds the parameters
+        bias: Tensor | None = None,  # (Σ m,)
+    ) -> Tensor:  # (..., Σ m)
+        """Compute y = [W′₁; W′₂; …] x + b, each W′ as ``FactoredLinear`` has it.
+
+        The right factors of the shards that take the input as it comes lie one below another in memory, and are one product.
+        """
+        reduce = layer.reduce.weight
+        together = [i for i, shard in enumerate(self.shards) if shard.reads_input]
+        inner: dict[int, Tensor] = {}
+        if together:
+            ranks, n = [self.shards[i].rank for i in together], x.shape[-1]
+            right = reduce.narrow(0, 0, sum(ranks) * n).view(-1, n)
+            inner = dict(zip(together, torch.split(linear(x, right), ranks, -1), strict=True))
+        pieces: list[Tensor] = []
+        for i, shard in enumerate(self.shards):
+            if shard.form == "dense":
+                pieces.append(linear(x, self.weight.view(layer.weight, i)))
+                continue
+            left = self.expand.view(layer.expand.weight, i)
+            if shard.form == "columns":
+                x_ordered = ordered(x, self.order.view(layer.order, i))
+                pivots, rest = x_ordered[..., : shard.rank], x_ordered[..., shard.rank :]
+                pieces.append(linear(pivots + linear(rest, self.reduce.view(reduce, i)), left))
+                continue
+            y = linear(inner[i], left)
+            if shard.form == "rows":
+                y = ordered(torch.cat([inner[i], y], -1), self.order.view(layer.order, i))
+            pieces.append(y)
+        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+        return y if bias is None else y + bias

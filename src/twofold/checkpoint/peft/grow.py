@@ -14,7 +14,7 @@ from twofold.linalg.metric import working_dtype
 from twofold.nn.compact import dense_linear
 from twofold.nn.int_matrix import IntMatrix
 from twofold.nn.layers.dense_columns import DenseColumnsLinear
-from twofold.nn.layers.factored import FactoredLinear
+from twofold.nn.layers.factored import FactoredLinear, in_places
 
 
 @torch.no_grad()
@@ -24,12 +24,12 @@ def grow(
     right: Tensor,  # (k, n)
     bias: Tensor | None = None,  # (m,), added to the layer's
 ) -> nn.Module:
-    """The layer that computes (W′ + left · right) x + b + bias, of the rank r + k; the given one is left as it is.
+    """Return the layer that computes (W′ + left · right) x + b + bias, of the rank r + k; the given one is left as it is.
 
     A layer whose rank would reach that of a full matrix, or that would take more room than one, becomes dense.
 
     Raises:
-        TwofoldError: if it is a sliced layer, or one that shares its basis: their forms hold no further rank; or if its factors
+        TwofoldError: if its form holds no further rank, as that of a sliced layer or one that shares its basis, or its factors
             are integers.
     """
     if isinstance(layer, nn.Linear | Conv1D):  # it became dense when it grew before
@@ -53,9 +53,9 @@ def grow(
         raise TwofoldError("the adapter has a bias, the layer has none; keep it beside the model")
     dtype, wide = layer.weight.dtype, working_dtype(layer.weight.device)
     left, right = left.detach().to(layer.weight.device, wide), right.detach().to(layer.weight.device, wide)
-    total = None if layer.bias is None else layer.bias.detach().to(wide)
-    if total is not None and bias is not None:
-        total = total + bias.to(total)
+    if layer.bias is not None:
+        total = layer.bias.detach().to(wide)
+        bias = total if bias is None else total + bias.to(total)
     if not left.any() or not right.any():  # nothing was trained: no rank is spent on it
         left, right = left[:, :0], right[:0]
     split = None
@@ -65,21 +65,17 @@ def grow(
         columns = layer.dense.weight.detach().to(wide) + left @ right[:, : layer.columns]
         right = right[:, layer.columns :]
     old_left, old_right = layer.factors(wide)
-    whole_left, whole_right = torch.cat([old_left, left], 1), torch.cat([old_right, right])
-    m, r = whole_left.shape
-    n = whole_right.shape[1]
+    left, right = torch.cat([old_left, left], 1), torch.cat([old_right, right])
+    (m, r), n = left.shape, right.shape[1]
     if r < min(m, n):
-        inner = None if split is not None else total
-        grown = FactoredLinear.from_factors(whole_left, whole_right, inner, transposed=layer.transposed, dtype=dtype)
+        inner = bias if split is None else None
+        grown = FactoredLinear.from_factors(left, right, inner, transposed=layer.transposed, dtype=dtype)
         if grown.form != "plain" or plain_storage(m, n, r) < m * n:
             if split is None:
                 return grown
-            return DenseColumnsLinear.around(
-                grown, columns.to(dtype), split, None if total is None else total.to(dtype), layer.transposed
-            )
-    weight = whole_left @ whole_right
+            outer = None if bias is None else bias.to(dtype)
+            return DenseColumnsLinear.around(grown, columns.to(dtype), split, outer, layer.transposed)
+    weight = left @ right
     if split is not None:
-        whole = weight.new_empty(m, layer.in_features)
-        whole[:, split.long()] = torch.cat([columns, weight], 1)
-        weight = whole
-    return dense_linear(weight.to(dtype), total, layer.transposed)
+        weight = in_places(torch.cat([columns, weight], 1), split)
+    return dense_linear(weight.to(dtype), bias, layer.transposed)

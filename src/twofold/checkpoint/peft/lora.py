@@ -1,6 +1,6 @@
 """PEFT's LoRA on a factored layer as a whole: y = W′x + b + s B A x, with W′ kept in its factors.
 
-Merging grows the rank, exactly: [left, s B] [right; A]. Undoing it puts the layer of before back, bit for bit.
+Merging grows the rank, exactly: [left, s B] [right; A]. Undoing it puts the former layer back, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ class CompactLora(LoraLinear):
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.base_layer: nn.Module
         self.fan_in_fan_out = False  # the factors are (out, in), whatever the dense layer was
-        self._before: list[
-            nn.Module
-        ] = []  # the base layers of before each merge; in a list, where PyTorch does not look
+        self._before: list[nn.Module] = []  # the base layer before each merge; PyTorch does not look into a list
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, CompactLinear)
@@ -49,10 +47,10 @@ class CompactLora(LoraLinear):
         init = config.init_lora_weights
         method = f"the start {init!r}" if isinstance(init, str) and init not in INITS else ""
         try:
-            variant = self.resolve_lora_variant(config=config)
+            other_kind = self.resolve_lora_variant(config=config) is not None
         except ValueError:
-            variant, method = None, method or "this kind of LoRA"
-        if variant is not None or method:
+            other_kind = True
+        if other_kind or method:
             raise TwofoldError(
                 f"{method or 'this kind of LoRA'} needs the dense weight, which a factored layer does not have; take lora, "
                 "rslora, eva, factors-top or factors-tail, or make the model dense first (model.dequantize())"
@@ -73,16 +71,16 @@ class CompactLora(LoraLinear):
             down, up = self.lora_A[name].weight, self.lora_B[name].weight * self.scaling[name]
             if safe_merge and not (torch.isfinite(down).all() and torch.isfinite(up).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            old: nn.Module = self.base_layer
-            bias = self.lora_B[name].bias if self.lora_bias[name] else None
-            new = grow(old, up, down, None if bias is None else bias * self.scaling[name])
-            trained = any(parameter.requires_grad for parameter in old.parameters())
-            self._before.append(old)
-            self.base_layer = new.requires_grad_(trained).train(old.training)
+            layer: nn.Module = self.base_layer
+            bias = self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None
+            grown = grow(layer, up, down, bias)
+            trained = any(parameter.requires_grad for parameter in layer.parameters())
+            self._before.append(layer)
+            self.base_layer = grown.requires_grad_(trained).train(layer.training)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Put back the base layer of before the merges."""
+        """Put back the base layer as it was before the merges."""
         if self._before:
             self.base_layer = self._before[0]
         self._before.clear()
@@ -107,7 +105,7 @@ class CompactLoraModel(LoraModel):
         return CompactLora(target, adapter_name, config=lora_config, **kwargs)
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
-        """With "all-linear" a factored layer is one target, where PEFT would take each of its factors."""
+        """Make a factored layer one target of "all-linear", where PEFT would take each of its factors."""
         super()._prepare_model(peft_config, model)
         targets = peft_config.target_modules
         if isinstance(targets, str) and targets.lower() == "all-linear" and has_compact(model):
@@ -122,21 +120,21 @@ class CompactLoraModel(LoraModel):
 
 
 def has_compact(model: nn.Module) -> bool:
-    """Whether a model has layers of ours."""
+    """Say whether a model has layers of ours."""
     return any(isinstance(module, CompactLinear) for module in model.modules())
 
 
 def whole_layers(model: nn.Module) -> list[str]:
-    """The names of all linear layers of a model but the output layer; a factored one counts as a whole."""
+    """Return the names of all linear layers of a model but the output layer; a factored one counts as a whole."""
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
-    inside: tuple[str, ...] = ()
+    wholes: tuple[str, ...] = ()
     names = []
     for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
+        if name.startswith(wholes):
             continue
         if isinstance(module, Compact | BaseTunerLayer):
-            inside = (*inside, f"{name}.")
+            wholes = (*wholes, f"{name}.")
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(base, CompactLinear | nn.Linear | Conv1D) and base is not output:
             names.append(name)

@@ -1,4 +1,4 @@
-"""Makes PEFT know the factored layers."""
+"""Factored layers made known to PEFT."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import importlib.util
 from twofold.errors import TwofoldError
 from twofold.host.quiet import silence
 
-EXTRA = "it needs the package {}, which is not installed; install it with: pip install 'twofold[tune]'"
-
 
 def register() -> bool:
     """Let PEFT's LoRA take a factored layer as a whole, in every way in which PEFT makes or loads an adapter.
 
-    PEFT asks a table which class carries out LoRA. Ours stands there in the place of PEFT's own, whose subclass it is: for all
-    layers but ours it does what PEFT does. Called when a model gets factored layers, so that an adapter loads on it at once.
+    PEFT asks a table which class carries out LoRA. A subclass of PEFT's own takes its place there, which does what PEFT does for
+    all layers but ours. Called when a model gets factored layers, so that an adapter loads on it at once.
 
     Returns:
         Whether PEFT is installed, and can be imported.
@@ -34,15 +32,17 @@ def register() -> bool:
     return True
 
 
-def need(*packages: str) -> None:
-    """Make sure that the packages of the extra "tune" are there.
+def need_packages(*packages: str) -> None:
+    """Refuse to go on without packages of the extra "tune".
 
     Raises:
-        TwofoldError: naming the first one that is not, or if PEFT can't be imported.
+        TwofoldError: naming the first one that is not installed, or if PEFT can't be imported.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise TwofoldError(EXTRA.format(package))
+            raise TwofoldError(
+                f"it needs the package {package}, which is not installed; install it with: pip install 'twofold[tune]'"
+            )
     if not register():
         raise TwofoldError(
             "the package peft is installed but can't be imported; install it anew: pip install 'twofold[tune]'"

@@ -23,13 +23,13 @@ Watcher: TypeAlias = Callable[[Tensor, Callable[[], Tensor]], Taker | None]
 
 @dataclass(frozen=True)
 class Sink:
-    """Who is given what passes a weight, call by call.
+    """The receiver of what passes a weight, call by call.
 
     Args:
-        calls: is given x (..., n) and what makes y = W x (..., m), without the bias; returns who takes the gradient of the loss
-            at that output (..., m) in the backward pass, or None.
+        calls: is given x (..., n) and a function that computes y = W x (..., m), without the bias; returns what takes the
+            gradient of the loss at that output (..., m) in the backward pass, or None.
         input_gradients: takes what the weight hands back to its input, Wᵀ g (..., n).
-        starts: whether an input that no gradient would reach starts a graph, so that there is one with no weight asking for it.
+        starts: whether an input that no gradient would reach starts a graph, so that there is one though no weight needs it.
     """
 
     calls: Watcher | None = None
@@ -52,7 +52,7 @@ class Kind(ABC):
 
     @abstractmethod
     def watch(self, module: nn.Module, sink: Sink) -> list[Any]:
-        """Give a sink what passes the weight; returns the handles that end it."""
+        """Give a sink what passes the weight; return the handles that end it."""
 
     @abstractmethod
     def layer(
@@ -87,22 +87,20 @@ def kind(cls: K) -> K:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of a module's weight; None if it has none that can be factorized."""
-    return next((found for found in KINDS.all() if found.takes(module)), None)
+    return next((kind for kind in KINDS.all() if kind.takes(module)), None)
 
 
 def watch(module: nn.Module, sink: Sink) -> list[Any]:
-    """Give a sink what passes a module's weight; returns the handles that end it."""
-    found = kind_of(module)
-    if found is None and isinstance(module, Compact):
-        found = KINDS.get("linear")
-    assert found is not None
-    return found.watch(module, sink)
+    """Give a sink what passes a module's weight; return the handles that end it."""
+    kind = kind_of(module) or (KINDS.get("linear") if isinstance(module, Compact) else None)
+    assert kind is not None
+    return kind.watch(module, sink)
 
 
 def dense_weight(module: nn.Module) -> Tensor:  # (m, n)
     """Return the weight of a module as one matrix of y = W x."""
     if isinstance(module, CompactLinear):
         return module.to_dense()
-    found = kind_of(module)
-    assert found is not None
-    return found.dense(module)
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.dense(module)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from twofold.model.head import output_layer
 from twofold.model.kinds import Kind, Sink, kind
 from twofold.model.target import Target
 from twofold.nn.compact import CompactLinear
@@ -30,12 +32,10 @@ class LinearKind(Kind):
         return weight.T if isinstance(module, Conv1D) else weight
 
     def target(self, name: str, module: nn.Module) -> Target:
-        m, n = self.dense(module).shape
-        return Target(name, m, n, getattr(module, "bias", None) is not None, isinstance(module, Conv1D))
+        return replace(super().target(name, module), transposed=isinstance(module, Conv1D))
 
     def reason(self, model: nn.Module, module: nn.Module) -> str | None:
-        get_output = getattr(model, "get_output_embeddings", None)
-        if callable(get_output) and module is get_output():
+        if module is output_layer(model):
             return "output embedding: left dense for now"
         if type(module) is not nn.Linear and not isinstance(module, Conv1D):
             return f"unsupported layer type {type(module).__name__}"
@@ -48,18 +48,18 @@ class LinearKind(Kind):
 
     def watch(self, module: nn.Module, sink: Sink) -> list[Any]:
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x = given(args, kwargs)
+            x = _input(args, kwargs)
             if sink.starts and torch.is_grad_enabled() and not x.requires_grad:
                 x = x.detach().requires_grad_(True)
             return (x,), {}  # by position, since PyTorch shows the gradients of no others
 
-        def passed(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        def watched(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
             @torch.no_grad()
             def product() -> Tensor:
                 bias = module.bias
                 return output - bias if isinstance(bias, Tensor) else output
 
-            take = None if sink.calls is None else sink.calls(given(args, kwargs), product)
+            take = None if sink.calls is None else sink.calls(_input(args, kwargs), product)
             if take is not None and output.requires_grad:
                 output.register_hook(lambda g: take(g) and None)  # type: ignore[no-untyped-call]
 
@@ -67,7 +67,7 @@ class LinearKind(Kind):
             if grad_input[0] is not None and sink.input_gradients is not None:
                 sink.input_gradients(grad_input[0])
 
-        handles: list[Any] = [module.register_forward_hook(passed, with_kwargs=True)]
+        handles: list[Any] = [module.register_forward_hook(watched, with_kwargs=True)]
         if sink.starts or sink.input_gradients is not None:
             handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         if sink.input_gradients is not None:
@@ -75,7 +75,7 @@ class LinearKind(Kind):
         return handles
 
 
-def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the input of a call of a linear layer, by position or by keyword."""
     x = args[0] if args else next(iter(kwargs.values()))
     assert isinstance(x, Tensor)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import Unpack
 
 from twofold.linalg.metric import working_dtype
+from twofold.nn.compact import Place, check_size, unfilled
 from twofold.nn.int_matrix import IntLinear
 from twofold.nn.layers.factored import balanced
 from twofold.nn.layers.quantized import QuantizedLinear
@@ -28,27 +30,13 @@ class CorrectedLinear(QuantizedLinear):
     NUMBERS = {"rank": "its rank"}
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bits: int,
-        group: int | None,
-        bias: bool = True,
-        transposed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        rank: int,
+        self, in_features: int, out_features: int, bits: int, group: int | None, *, rank: int, **place: Unpack[Place]
     ) -> None:
-        super().__init__(in_features, out_features, bits, group, bias, transposed, device, dtype)
-        if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(
-                f"the rank of a correction of ({out_features}, {in_features}) must be between 1 and "
-                f"{min(in_features, out_features)}, got {rank}"
-            )
+        super().__init__(in_features, out_features, bits, group, **place)
+        shape = out_features, in_features
+        check_size(rank, min(shape), f"the rank of a correction of {shape} must be")
         self.rank = rank
-        self.reduce = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.expand = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
+        self.reduce, self.expand = self.child(in_features, rank), self.child(rank, out_features)
 
     @classmethod
     def correct(
@@ -61,13 +49,12 @@ class CorrectedLinear(QuantizedLinear):
         dtype: torch.dtype | None = None,
     ) -> CorrectedLinear:
         """Build the layer from its integers and the factors of the correction, stored in ``dtype``."""
-        layer = cls(
-            inner.columns, inner.rows, inner.bits, inner.group, bias is not None, transposed, inner.codes.device, dtype,
-            rank=left.shape[1],
-        )  # fmt: skip
-        layer.inner = inner
+        place = unfilled(bias, transposed, dtype, inner.codes.device)
+        layer = cls(inner.columns, inner.rows, inner.bits, inner.group, rank=left.shape[1], **place)
         left, right = balanced(left, right)
-        return layer._fill(bias, expand=left, reduce=right)
+        layer.fill(inner.codes.device, bias=bias, expand=left, reduce=right)
+        layer.inner = inner
+        return layer
 
     @property
     def quantized_bytes(self) -> int:
@@ -79,10 +66,7 @@ class CorrectedLinear(QuantizedLinear):
     def words(self) -> str:
         return f"{super().words} with a correction of rank {self.rank}"
 
-    def forward(
-        self,
-        x: Tensor,  # (..., in)
-    ) -> Tensor:  # (..., out)
+    def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x) + self.expand(self.reduce(x))
         return y
 

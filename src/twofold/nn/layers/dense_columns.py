@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import Unpack
 
-from twofold.nn.layers.factored import FactoredLinear, Form, is_order, ordered
+from twofold.nn.compact import Place, check_size, counted, unfilled
+from twofold.nn.layers.factored import FactoredLinear, Form, in_places, order_error, ordered
 
 
 class DenseColumnsLinear(FactoredLinear):
@@ -35,21 +37,15 @@ class DenseColumnsLinear(FactoredLinear):
         out_features: int,
         rank: int,
         form: Form = "plain",
-        bias: bool = True,
-        transposed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         *,
         columns: int,
+        **place: Unpack[Place],
     ) -> None:
-        if not 1 <= columns < in_features:
-            raise ValueError(
-                f"a layer with {in_features} inputs has between 1 and {in_features - 1} dense columns, got {columns}"
-            )
-        super().__init__(in_features - columns, out_features, rank, form, bias, transposed, device, dtype)
+        check_size(columns, in_features - 1, f"a layer with {in_features} inputs has", " dense columns")
+        super().__init__(in_features - columns, out_features, rank, form, **place)
         self.in_features, self.columns = in_features, columns
-        self.dense = nn.Linear(columns, out_features, bias=False, device=device, dtype=dtype)
-        self.register_buffer("split", torch.arange(in_features, device=device, dtype=torch.int32))
+        self.dense = self.child(columns, out_features)
+        self.register_buffer("split", counted(in_features, self.weight.device))
 
     @classmethod
     def around(
@@ -61,14 +57,10 @@ class DenseColumnsLinear(FactoredLinear):
         transposed: bool = False,
     ) -> DenseColumnsLinear:
         """Build the layer from the factored layer of the other inputs and the dense columns, in the dtype of the former."""
-        dtype, device = rest.weight.dtype, rest.weight.device
-        layer = cls(
-            len(split), rest.out_features, rest.rank, rest.form, bias is not None, transposed, "meta", dtype,
-            columns=dense.shape[1],
-        )  # fmt: skip
-        layer = layer.to_empty(device=device)
-        layer.load_state_dict(rest.state_dict(), strict=False)
-        return layer._fill(bias, dense=dense, split=split)
+        place = unfilled(bias, transposed, rest.weight.dtype)
+        layer = cls(len(split), rest.out_features, rest.rank, rest.form, columns=dense.shape[1], **place)
+        factors = {"reduce": rest.reduce.weight, "expand": rest.expand.weight, "order": rest.order}
+        return layer.fill(rest.weight.device, bias=bias, dense=dense, split=split, **factors)
 
     @property
     def numbers(self) -> int:
@@ -80,17 +72,9 @@ class DenseColumnsLinear(FactoredLinear):
         return f"{super().words}, {self.columns} columns dense"
 
     def index_error(self) -> str | None:
-        wrong = super().index_error()
-        if wrong is not None or self.split.is_meta:
-            return wrong
-        if is_order(self.split, self.in_features):
-            return None
-        return f"split in the checkpoint is no order of its {self.in_features} columns"
+        return super().index_error() or order_error("split", self.split, self.in_features)
 
-    def forward(
-        self,
-        x: Tensor,  # (..., in)
-    ) -> Tensor:  # (..., out)
+    def forward(self, x: Tensor) -> Tensor:
         x = ordered(x, self.split)
         y: Tensor = super().forward(x[..., self.columns :]) + self.dense(x[..., : self.columns])
         return y
@@ -98,6 +82,4 @@ class DenseColumnsLinear(FactoredLinear):
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:  # (out, in)
         rest = super().to_dense(dtype)
-        dense = torch.empty(self.out_features, self.in_features, dtype=rest.dtype, device=rest.device)
-        dense[:, self.split.long()] = torch.cat([self.dense.weight.to(rest.dtype), rest], 1)
-        return dense
+        return in_places(torch.cat([self.dense.weight.to(rest.dtype), rest], 1), self.split)

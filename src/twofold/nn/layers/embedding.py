@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
-from twofold.nn.compact import Compact, check_settings, form_of, integers_of
+from twofold.nn.compact import Compact, Factory, integers_of
 from twofold.nn.int_matrix import IntMatrix
 
 
@@ -34,17 +34,17 @@ class QuantizedEmbedding(Compact):
         bits: int,
         group: int | None,
         padding_idx: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Unpack[Factory],
     ) -> None:
         super().__init__()
+        self.form, self.bits, self.group = self.FORMS[0], bits, group
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.table = IntMatrix(num_embeddings, embedding_dim, bits, group, device)
-        self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
+        self.register_buffer("weight", torch.zeros(1, **factory))
+        self.table = IntMatrix(num_embeddings, embedding_dim, bits, group, self.weight.device)
 
     @property
     def words(self) -> str:
-        return f"embedding, {self.table.bits} bits"
+        return f"embedding, {self.bits} bits"
 
     @property
     def shape(self) -> list[int]:
@@ -56,15 +56,12 @@ class QuantizedEmbedding(Compact):
 
     @classmethod
     def empty(cls, module: nn.Module, settings: Mapping[str, Any], model: nn.Module, shared: dict[str, Any]) -> Self:
-        check_settings(settings, {}, {"kind", "form", "bits", "group"})
-        form_of(settings, cls.FORMS)
+        cls.read(settings)
         if type(module) is not nn.Embedding:
             raise ValueError(f"it is no embedding but a {type(module).__name__}")
         (count, width), (bits, group) = module.weight.shape, integers_of(settings)
-        return cls(count, width, bits, group, module.padding_idx, module.weight.device, module.weight.dtype)
-
-    def settings(self) -> dict[str, Any]:
-        return {"kind": self.KIND, "form": "embedding", "bits": self.table.bits, "group": self.table.group}
+        device, dtype = module.weight.device, module.weight.dtype
+        return cls(count, width, bits, group, module.padding_idx, device=device, dtype=dtype)
 
     def forward(
         self,

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
-from twofold.nn.compact import CompactLinear, check_settings, form_of, integers_of, linear_shape, place_of
+from twofold.nn.compact import CompactLinear, Place, integers_of, linear_shape, place_of, unfilled
 from twofold.nn.int_matrix import IntLinear
 
 
@@ -19,8 +19,7 @@ class QuantizedLinear(CompactLinear):
     Args:
         in_features, out_features: n and m.
         bits, group: of the integers, as ``IntMatrix`` has them.
-        bias: whether there is a bias (m,).
-        transposed: whether the dense layer that this one replaces keeps its weight as (in, out), as GPT-2's Conv1D does.
+        place: ``bias``, ``transposed``, ``device`` and ``dtype``.
 
     >>> import torch
     >>> QuantizedLinear(8, 6, bits=4, group=None)(torch.randn(2, 8)).shape
@@ -32,28 +31,17 @@ class QuantizedLinear(CompactLinear):
     FORMS: ClassVar[tuple[str, ...]] = ("dense",)
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bits: int,
-        group: int | None,
-        bias: bool = True,
-        transposed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, in_features: int, out_features: int, bits: int, group: int | None, **place: Unpack[Place]
     ) -> None:
-        super().__init__(in_features, out_features, self.FORMS[0], transposed)
+        super().__init__(in_features, out_features, self.FORMS[0], **place)
         self.bits, self.group = bits, group
-        self.inner = IntLinear(out_features, in_features, bits, group, device)
-        self._finish(bias, device, dtype)
+        self.inner = IntLinear(out_features, in_features, bits, group, self.weight.device)
 
     @classmethod
     def empty(cls, module: nn.Module, settings: Mapping[str, Any], model: nn.Module, shared: dict[str, Any]) -> Self:
-        check_settings(settings, cls.NUMBERS, {"kind", "form", "bits", "group"})
-        form_of(settings, cls.FORMS)
-        given: dict[str, Any] = {name: settings[name] for name in cls.NUMBERS}
+        numbers: dict[str, Any] = cls.read(settings)
         (in_features, out_features), (bits, group) = linear_shape(module), integers_of(settings)
-        return cls(in_features, out_features, bits, group, **given, **place_of(module))
+        return cls(in_features, out_features, bits, group, **numbers, **place_of(module))
 
     @classmethod
     def around(
@@ -64,20 +52,16 @@ class QuantizedLinear(CompactLinear):
         dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
         """Build the layer from its integers; ``dtype`` is that of the bias and of the guard."""
-        device = inner.codes.device
-        assert inner.bits is not None
-        layer = cls(inner.columns, inner.rows, inner.bits, inner.group, bias is not None, transposed, device, dtype)
+        layer = cls(inner.columns, inner.rows, inner.bits, inner.group, **unfilled(bias, transposed, dtype))
+        layer.fill(inner.codes.device, bias=bias)
         layer.inner = inner
-        return layer._fill(bias)
+        return layer
 
     @property
     def words(self) -> str:
         return f"dense, {self.bits} bits"
 
-    def product(
-        self,
-        x: Tensor,  # (..., in)
-    ) -> Tensor:  # (..., out)
+    def product(self, x: Tensor) -> Tensor:
         return self.inner(x)  # type: ignore[no-any-return]
 
     @torch.no_grad()

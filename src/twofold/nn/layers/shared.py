@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from twofold.linalg.metric import working_dtype
-from twofold.nn.compact import CompactLinear, check_settings, linear_shape, place_of
+from twofold.nn.compact import CompactLinear, Place, linear_shape, place_of, unfilled
 from twofold.nn.layers._basis import SharedBasis
 
 
@@ -25,8 +25,7 @@ class SharedLinear(CompactLinear):
     Args:
         basis: with the inputs, the rank and the form.
         out_features: m.
-        bias: whether there is a bias (m,).
-        transposed: whether the dense layer that this one replaces keeps its weight as (in, out), as GPT-2's Conv1D does.
+        place: ``bias``, ``transposed``, ``device`` and ``dtype``.
 
     >>> import torch
     >>> basis = SharedBasis("q", 8, rank=3)
@@ -38,32 +37,25 @@ class SharedLinear(CompactLinear):
     KIND = "shared"
     CHILDREN = ("expand",)
     FORMS = SharedBasis.FORMS
+    NUMBERS = {"rank": "its rank"}
+    OTHERS = ("basis",)
 
-    def __init__(
-        self,
-        basis: SharedBasis,
-        out_features: int,
-        bias: bool = True,
-        transposed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(basis.in_features, out_features, basis.form, transposed)
+    def __init__(self, basis: SharedBasis, out_features: int, **place: Unpack[Place]) -> None:
+        super().__init__(basis.in_features, out_features, basis.form, **place)
         self.rank = basis.rank
         self._link = (basis,)  # in a tuple, which PyTorch does not look into
-        self.expand = nn.Linear(basis.rank, out_features, bias=False, device=device, dtype=dtype)
-        self._finish(bias, device, dtype)
+        self.expand = self.child(basis.rank, out_features)
 
     @classmethod
     def empty(cls, module: nn.Module, settings: Mapping[str, Any], model: nn.Module, shared: dict[str, Any]) -> Self:
-        check_settings(settings, {"rank": "its rank"}, {"kind", "form", "basis"})
-        name, rank, form = settings.get("basis"), settings["rank"], settings.get("form")
+        rank = cls.read(settings)["rank"]
+        name, form = settings.get("basis"), settings.get("form")
         if type(name) is not str or not name or "." in name:
             raise TypeError(f"it must have the name of its basis, without dots, got {reprlib.repr(name)}")
         in_features, out_features = linear_shape(module)
         place = place_of(module)
         if name not in shared:
-            shared[name] = SharedBasis(name, in_features, rank, form, place["device"], place["dtype"])  # type: ignore[arg-type]
+            shared[name] = SharedBasis(name, in_features, rank, form, device=place["device"], dtype=place["dtype"])  # type: ignore[arg-type]
         basis = shared[name]
         if (in_features, rank, form) != (basis.in_features, basis.rank, basis.form):
             raise ValueError(
@@ -81,8 +73,8 @@ class SharedLinear(CompactLinear):
         transposed: bool = False,
     ) -> SharedLinear:
         """Build the layer from its coefficients on a basis, in the dtype of the basis."""
-        layer = cls(basis, len(expand), bias is not None, transposed, "meta", basis.reduce.weight.dtype)
-        return layer.to_empty(device=expand.device)._fill(bias, expand=expand)
+        layer = cls(basis, len(expand), **unfilled(bias, transposed, basis.reduce.weight.dtype))
+        return layer.fill(expand.device, bias=bias, expand=expand)
 
     @property
     def basis(self) -> SharedBasis:
@@ -94,16 +86,13 @@ class SharedLinear(CompactLinear):
         return f"factored on a shared basis, rank {self.rank}"
 
     def settings(self) -> dict[str, Any]:
-        return {"kind": self.KIND, "rank": self.rank, "form": self.form, "basis": self.basis.name}
+        return {**super().settings(), "basis": self.basis.name}
 
-    def product(
-        self,
-        x: Tensor,  # (..., in)
-    ) -> Tensor:  # (..., out)
+    def product(self, x: Tensor) -> Tensor:
         return self.expand(self.basis(x))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:  # (out, in)
-        """The weight as one matrix, multiplied in float64 where the device has it; in the layer's dtype or the given one."""
+        """Return the weight as one matrix, multiplied in float64 where the device has it."""
         wide = working_dtype(self.weight.device)
         return (self.expand.weight.to(wide) @ self.basis.matrix(wide)).to(dtype or self.weight.dtype)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import Unpack
 
-from twofold.nn.compact import CompactLinear
+from twofold.nn.compact import CompactLinear, Place, check_size, counted, unfilled
 
 SlicedForm = Literal["kept-rows", "kept-columns"]
 
@@ -23,8 +24,7 @@ class SlicedLinear(CompactLinear):
     Args:
         in_features, out_features: n and m of the dense layer.
         kept: how many rows or columns.
-        bias: whether there is a bias (m,).
-        transposed: whether the dense layer that this one replaces keeps its weight as (in, out), as GPT-2's Conv1D does.
+        place: ``bias``, ``transposed``, ``device`` and ``dtype``.
 
     >>> import torch
     >>> layer = SlicedLinear(8, 6, kept=2, form="kept-rows")
@@ -41,31 +41,13 @@ class SlicedLinear(CompactLinear):
     index: Tensor
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kept: int,
-        form: SlicedForm = "kept-rows",
-        bias: bool = True,
-        transposed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, in_features: int, out_features: int, kept: int, form: SlicedForm = "kept-rows", **place: Unpack[Place]
     ) -> None:
-        super().__init__(in_features, out_features, form, transposed)
-        if form not in self.FORMS:
-            raise ValueError(f"the form must be one of {', '.join(self.FORMS)}, got {form!r}")
-        rows = form == "kept-rows"
-        largest = out_features if rows else in_features
-        if not 1 <= kept <= largest:
-            raise ValueError(
-                f"a sliced layer ({out_features}, {in_features}) keeps between 1 and {largest} "
-                f"{'rows' if rows else 'columns'}, got {kept}"
-            )
+        super().__init__(in_features, out_features, form, **place)
+        check_size(kept, self.whole, f"a sliced layer ({out_features}, {in_features}) keeps", f" {self.side}")
         self.kept = kept
-        shape = (in_features, kept) if rows else (kept, out_features)
-        self.inner = nn.Linear(*shape, bias=False, device=device, dtype=dtype)
-        self._finish(bias, device, dtype)
-        self.register_buffer("index", torch.arange(kept, device=device, dtype=torch.int32))
+        self.inner = self.child(*((in_features, kept) if self.side == "rows" else (kept, out_features)))
+        self.register_buffer("index", counted(kept, self.weight.device))
 
     @classmethod
     def from_part(
@@ -79,21 +61,25 @@ class SlicedLinear(CompactLinear):
         dtype: torch.dtype | None = None,
     ) -> SlicedLinear:
         """Build the layer from the part that is kept; ``dtype`` is that of the stored numbers, the part's own by default."""
-        kept, other = part.shape if form == "kept-rows" else part.T.shape
-        shape = (other, size) if form == "kept-rows" else (size, other)
-        dtype = dtype or part.dtype
-        layer = cls(*shape, kept, form, bias is not None, transposed, device="meta", dtype=dtype)
-        return layer.to_empty(device=part.device)._fill(bias, inner=part, index=index)
+        n, m = (part.shape[1], size) if form == "kept-rows" else (size, part.shape[0])
+        layer = cls(n, m, len(index), form, **unfilled(bias, transposed, dtype or part.dtype))
+        return layer.fill(part.device, bias=bias, inner=part, index=index)
+
+    @property
+    def side(self) -> str:
+        """What some are kept of: rows or columns."""
+        return self.form.removeprefix("kept-")
+
+    @property
+    def whole(self) -> int:
+        """How many there are of them in the dense layer."""
+        return self.out_features if self.form == "kept-rows" else self.in_features
 
     @property
     def words(self) -> str:
-        size = self.out_features if self.form == "kept-rows" else self.in_features
-        return f"sliced, {self.kept} of {size} {self.form.removeprefix('kept-')}"
+        return f"sliced, {self.kept} of {self.whole} {self.side}"
 
-    def product(
-        self,
-        x: Tensor,  # (..., in)
-    ) -> Tensor:  # (..., out)
+    def product(self, x: Tensor) -> Tensor:
         if self.form == "kept-columns":
             return self.inner(x.index_select(-1, self.index))  # type: ignore[no-any-return]
         part: Tensor = self.inner(x)
@@ -101,18 +87,18 @@ class SlicedLinear(CompactLinear):
 
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:  # (out, in)
-        """The weight as one matrix, with zeros for what is not kept."""
+        """Return the weight as one matrix, with zeros for what is not kept."""
         part = self.inner.weight.to(dtype or self.weight.dtype)
         dense = part.new_zeros(self.out_features, self.in_features)
         return dense.index_copy(0 if self.form == "kept-rows" else 1, self.index.long(), part)
 
     def index_error(self) -> str | None:
-        """An index that is not ascending would read beyond the layer, or count a row twice."""
-        index, size = self.index, self.out_features if self.form == "kept-rows" else self.in_features
+        """Say what is wrong with the index: one that does not ascend would read beyond the layer, or count a row twice."""
+        index = self.index
         if index.is_meta:
             return None
         if not index.is_floating_point() and index.shape == (self.kept,):
             wide = index.long()
-            if int(wide[0]) >= 0 and int(wide[-1]) < size and bool((wide[1:] > wide[:-1]).all()):
+            if int(wide[0]) >= 0 and int(wide[-1]) < self.whole and bool((wide[1:] > wide[:-1]).all()):
                 return None
-        return f"index in the checkpoint does not name {self.kept} of its {size} {self.form.removeprefix('kept-')}"
+        return f"index in the checkpoint does not name {self.kept} of its {self.whole} {self.side}"

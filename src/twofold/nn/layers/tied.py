@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
-from twofold.nn.compact import CompactLinear, check_settings, form_of, linear_shape
+from twofold.nn.compact import CompactLinear, Factory, linear_shape
 from twofold.nn.layers.embedding import QuantizedEmbedding
 
 
@@ -19,17 +19,11 @@ class TiedLinear(CompactLinear):
 
     KIND = "tied"
     FORMS = ("tied",)
+    OTHERS = ()
 
-    def __init__(
-        self,
-        embedding: QuantizedEmbedding,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(embedding.embedding_dim, embedding.num_embeddings, "tied", transposed=False)
+    def __init__(self, embedding: QuantizedEmbedding, bias: bool = False, **factory: Unpack[Factory]) -> None:
+        super().__init__(embedding.embedding_dim, embedding.num_embeddings, "tied", bias, **factory)
         self._link = (embedding,)  # in a tuple, which PyTorch does not look into
-        self._finish(bias, device, dtype)
 
     @property
     def embedding(self) -> QuantizedEmbedding:
@@ -41,18 +35,14 @@ class TiedLinear(CompactLinear):
 
     @classmethod
     def empty(cls, module: nn.Module, settings: Mapping[str, Any], model: nn.Module, shared: dict[str, Any]) -> Self:
-        check_settings(settings, {}, {"kind", "form"})
-        form_of(settings, cls.FORMS)
+        cls.read(settings)
         linear_shape(module)  # it must be a linear layer
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
         if not isinstance(table, QuantizedEmbedding) or module.bias is not None:
             raise ValueError("it shares the table of an input embedding that is not of integers, or has a bias")
         return cls(table, device=module.weight.device, dtype=module.weight.dtype)  # type: ignore[arg-type]
 
-    def product(
-        self,
-        x: Tensor,  # (..., in)
-    ) -> Tensor:  # (..., out)
+    def product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embedding.table.weight.to(x.dtype))
 
     @torch.no_grad()

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twofold.errors import TwofoldError
-from twofold.host.files import make_folder
-from twofold.host.parts import Parts, read_names, write_part
+from twofold.host.parts import take_part, write_part
 from twofold.host.progress import progress
 from twofold.linalg.metric import damp
 from twofold.refine import Refined
 from twofold.refine.steps.job import Job
-from twofold.refine.steps.streams import Streams
+from twofold.refine.steps.streams import STREAMS, Streams
 from twofold.refine.steps.training import Trained, round_to, train, trainable, training
 
 RIDGE = 0.1  # damping of the metric of the error
@@ -34,31 +32,29 @@ def blockwise(job: Job) -> Refined:
         TwofoldError: if the model is no chain of blocks.
     """
     began = time.monotonic()
-    recipe, count = job.recipe, len(job.samples)
-    samples = job.samples + job.tested
-    if job.folder is not None:
-        make_folder(job.folder)
-    streams = Streams(job.loaded, job.replaced, samples, job.task, job.folder if recipe.activations == "disk" else None)
+    count, samples = len(job.samples), job.samples + job.tested
+    folder = job.folder if job.recipe.activations == "disk" else None
+    streams = Streams(job.loaded, job.replaced, samples, job.task, folder)
     start = time.monotonic()
     before = job.divergence()
     judging = time.monotonic() - start
     start = time.monotonic()
-    for stream in ("dense", "factored"):
-        with torch.no_grad():
+    with torch.no_grad():
+        for stream in STREAMS:
             streams.output(stream, 0)
     moving = (time.monotonic() - start) * len(samples)  # seconds to go on to the next block
-    done: list[Trained] = []
-    trained_parameters = 0
+    trained: list[Trained] = []
+    numbers = 0
     with progress("Block after block", len(streams.chain), unit="blocks", quiet=job.quiet) as tick:
         for b, name in enumerate(streams.chain.blocks):
             block = job.model.get_submodule(name)
             parameters = trainable(block)
-            trained_parameters += sum(p.numel() for p in parameters.values())
+            numbers += sum(p.numel() for p in parameters.values())
             seconds = None
             if job.seconds is not None:
                 left = job.seconds - (time.monotonic() - began) - judging - moving * (len(streams.chain) - b - 1)
                 seconds = max(left, 0.1) / (len(streams.chain) - b)
-            done.append(_block(job, streams, parameters, count, seconds))
+            trained.append(_block(job, streams, parameters, count, seconds))
             if b + 1 < len(streams.chain):
                 start = time.monotonic()
                 streams.advance()
@@ -67,15 +63,14 @@ def blockwise(job: Job) -> Refined:
     streams.close()
     return Refined(
         method="blockwise",
-        steps=sum(one.steps for one in done),
-        planned=sum(one.planned for one in done),
-        tokens=sum(one.windows for one in done) * samples.units(0, 1),
-        parameters=trained_parameters,
+        steps=sum(block.steps for block in trained),
+        planned=sum(block.planned for block in trained),
+        tokens=sum(block.windows for block in trained) * samples.units(0, 1),
+        parameters=numbers,
         seconds=time.monotonic() - began,
-        unit="nats",
         loss_before=before,
         loss_after=job.divergence(),
-        ended=f"{len(done)} blocks, {sum('all steps' in one.ended for one in done)} of them with all their steps",
+        ended=f"{len(trained)} blocks, {sum('all steps' in block.ended for block in trained)} of them with all their steps",
     )
 
 
@@ -86,17 +81,13 @@ def _block(
     recipe, b = job.recipe, streams.block
     settings = [recipe.refine_passes, recipe.refine_rate, recipe.refine_batch, recipe.refine_steps, recipe.seed]
     mark = hashlib.sha256(f"{job.mark} {b} {settings}".encode()).hexdigest()
-    path = None if job.folder is None else job.folder / f"block-{b:04d}.safetensors"
-    if path is not None and path.is_file():
-        try:
-            names, about = read_names(path, mark)
-        except TwofoldError:
-            names = []
-        if names:
-            parts = Parts(dict.fromkeys(names, path))
-            for name, parameter in parameters.items():
-                parameter.data.copy_(parts[name])
-            return Trained(**json.loads(about["trained"]))
+    path = job.path(f"block-{b:04d}.safetensors")
+    part = take_part(path, mark)
+    if part is not None:
+        tensors, about = part
+        for name, parameter in parameters.items():
+            parameter.data.copy_(tensors[name])
+        return Trained(**json.loads(about["trained"]))
     if not parameters:
         return Trained(0, 0, 0, 0.0, 0.0, 0.0, "all steps were done: it has no factors")
     metric = _metric(job, streams)
@@ -114,32 +105,29 @@ def _block(
     def held_out() -> float:
         return sum(float(loss_at(i)) for i in range(count, len(streams.samples))) / (len(streams.samples) - count)
 
+    unfinished = job.path(f"training-{b:04d}.safetensors")
     with training(job.model, parameters):
-        found = train(
+        trained = train(
             parameters,
             loss_of,
             held_out,
+            recipe,
             windows=count,
-            batch=recipe.refine_batch,
-            passes=recipe.refine_passes,
-            rate=recipe.refine_rate,
-            steps=recipe.refine_steps,
             seconds=seconds,
-            seed=recipe.seed,
-            path=None if path is None else path.with_name(f"training-{b:04d}.safetensors"),
+            path=unfinished,
             mark=mark,
             title=f"Block {b + 1} of {len(streams.chain)}",
             quiet=True,
         )
     round_to(parameters, job.loaded.stored_dtype)
-    if path is not None:
-        write_part(path, dict(parameters), mark, {"trained": json.dumps(vars(found))})
-        path.with_name(f"training-{b:04d}.safetensors").unlink(missing_ok=True)
-    return found
+    if path is not None and unfinished is not None:
+        write_part(path, dict(parameters), mark, {"trained": json.dumps(vars(trained))})
+        unfinished.unlink(missing_ok=True)
+    return trained
 
 
 def _metric(job: Job, streams: Streams) -> Tensor | None:  # (width, width), the mean of its diagonal is 1
-    """The second moment of the gradients at the output of the block.
+    """Return the second moment of the gradients at the output of the block.
 
     It is that at the output of its last layer, dense or factored, if the block adds this to what it gives; None (the plain
     metric) if a norm comes between, or no gradients were collected.

@@ -13,7 +13,7 @@ from twofold.refine.steps.training import round_to, train, trainable, training
 def distill(job: Job) -> Refined:
     """Train the factors on the divergence from the dense model, and on the labels as far as the recipe says.
 
-    The two together are the loss that is judged, too.
+    The loss that is judged is the sum of both, too.
 
     Raises:
         TwofoldError: if the model gives no token logits.
@@ -30,16 +30,12 @@ def distill(job: Job) -> Refined:
             parameters,
             loss,
             loss.held_out,
+            recipe,
             windows=len(job.samples),
-            batch=recipe.refine_batch,
             together=loss.together,
             before=before,
-            passes=recipe.refine_passes,
-            rate=recipe.refine_rate,
-            steps=recipe.refine_steps,
             seconds=None if job.seconds is None else max(job.seconds - (time.monotonic() - began) - judging, 1.0),
-            seed=recipe.seed,
-            path=None if job.folder is None else job.folder / "distill.safetensors",
+            path=job.path("distill.safetensors"),
             mark=f"{job.mark} {recipe.refine_labels}",
             title="Distilling",
             quiet=job.quiet,
@@ -52,7 +48,6 @@ def distill(job: Job) -> Refined:
         tokens=trained.windows * job.samples.units(0, 1),
         parameters=sum(p.numel() for p in parameters.values()),
         seconds=time.monotonic() - began,
-        unit="nats",
         loss_before=before,
         loss_after=loss.held_out(),
         ended=trained.ended,

@@ -2,129 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from twofold.calibrate.statistics import rows_of
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_space
-from twofold.host.parts import Parts, read_names, write_part
+from twofold.host.parts import take_part, write_part
 from twofold.host.progress import progress
+from twofold.model.frozen import frozen
 from twofold.model.kinds import Sink, Taker, watch
 from twofold.refine.steps.job import Job
 from twofold.refine.steps.likeness import Likeness
 
-
-@dataclass
-class Sums:
-    """What one run over half of the windows adds up, by layer; those with one input have one moment of it."""
-
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # Σ g xᵀ (m, n)
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # Σ g gᵀ (m, m)
-    inputs: dict[str, Tensor] = field(default_factory=dict)  # leader → Σ x xᵀ (n, n)
-    rows: dict[str, Tensor] = field(default_factory=dict)  # leader → how many inputs it was given
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All by the names that they have on disk."""
-        kinds = {"gradient": self.gradients, "output": self.outputs, "input": self.inputs, "rows": self.rows}
-        return {f"{kind}/{name}": tensor for kind, some in kinds.items() for name, tensor in some.items()}
-
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> Sums:
-        sums = cls()
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            owner = {"gradient": sums.gradients, "output": sums.outputs, "input": sums.inputs, "rows": sums.rows}[kind]
-            owner[name] = tensor
-        return sums
+# What one run over half of the windows adds up; layers with one input have one moment of it, under the name of the first:
+# gradient/NAME Σ g xᵀ (m, n), output/NAME Σ g gᵀ (m, m), input/LEADER Σ x xᵀ (n, n), rows/LEADER how many inputs it was given.
+Sums: TypeAlias = dict[str, Tensor]
+KINDS = ("gradient", "output", "input", "rows")
 
 
 def sum_half(job: Job, loss: Likeness, names: list[str], number: int, half: int, mark: str) -> tuple[Sums, float]:
-    """What every other step over the windows adds up, and the sum of their losses; those of an earlier run if there are any."""
-    path = None if job.folder is None else half_path(job, number, half)
-    if path is not None and path.is_file():
-        try:
-            kept, about = read_names(path, mark)
-            parts = Parts(dict.fromkeys(kept, path))
-            return Sums.of({name: parts[name].to(job.model.device) for name in kept}), float(about["loss"])
-        except (TwofoldError, KeyError, ValueError):
-            path.unlink()
-    sums, total = Sums(), 0.0
+    """Return what every other step over the windows adds up, and the sum of their losses; take up those of an earlier run.
+
+    Raises:
+        TwofoldError: naming the first moment that is not finite.
+    """
+    path = half_path(job, number, half)
+    part = take_part(path, mark)
+    if part is not None:
+        return {name: tensor.to(job.model.device) for name, tensor in part[0].items()}, float(part[1]["loss"])
+    sums: Sums = {}
+    total = 0.0
     steps = windows_of_half(job, loss, half)
-    windows = sum(len(part) for part in steps)
+    windows = sum(len(step) for step in steps)
     leaders = {entry.name: entry.group for entry in job.plan.entries}
+    sinks = _sinks({name: leaders[name] for name in names}, sums)
+    hooks = [hook for name, sink in sinks.items() for hook in watch(job.model.get_submodule(name), sink)]
     with (
+        frozen(job.model, hooks),
         progress(f"Gradient, half {half + 1} of 2", windows, unit="windows", quiet=job.quiet) as tick,
-        _adding(job.model, names, leaders, sums),
     ):
-        for part in steps:
-            one = loss(part.tolist())
-            (one * job.samples.take(part.tolist()).predictions).backward()  # type: ignore[no-untyped-call]
-            total += float(one.detach()) * len(part)
-            tick(len(part))
-    for name, tensor in sums.tensors().items():
-        if not torch.isfinite(tensor).all():
+        for step in steps:
+            mean = loss(step.tolist())
+            (mean * job.samples.take(step.tolist()).predictions).backward()  # type: ignore[no-untyped-call]
+            total += float(mean.detach()) * len(step)
+            tick(len(step))
+    for kind, _, name in sorted((key.partition("/") for key in sums), key=lambda key: KINDS.index(key[0])):
+        if not torch.isfinite(sums[f"{kind}/{name}"]).all():
             raise TwofoldError(
-                f"the {name.partition('/')[0]} moment of {name.partition('/')[2]} in the factored model is NaN or infinite; "
+                f"the {kind} moment of {name} in the factored model is NaN or infinite; "
                 "keep more of it, or leave that refinement out"
             )
     if path is not None:
-        check_space(path.parent, sum(t.numel() * t.element_size() for t in sums.tensors().values()))
-        write_part(path, sums.tensors(), mark, {"loss": repr(total)})
+        path.unlink(missing_ok=True)  # of something else
+        check_space(path.parent, sum(tensor.nbytes for tensor in sums.values()))
+        write_part(path, sums, mark, {"loss": repr(total)})
     return sums, total
 
 
 def windows_of_half(job: Job, loss: Likeness, half: int) -> tuple[Tensor, ...]:
-    """Every other step over the windows; one window alone is both halves."""
+    """Return every other step over the windows; one window alone is both halves."""
     steps = torch.split(torch.arange(len(job.samples)), loss.together if len(job.samples) > loss.together else 1)
     return steps[half::2] or steps
 
 
-def half_path(job: Job, number: int, half: int) -> Path:
-    assert job.folder is not None
-    return job.folder / f"gradient-{number}-{half}.safetensors"
+def half_path(job: Job, number: int, half: int) -> Path | None:
+    """Return where the sums of one half of a round are kept; None if they are not."""
+    return job.path(f"gradient-{number}-{half}.safetensors")
 
 
-@contextmanager
-def _adding(model: nn.Module, names: list[str], leaders: dict[str, str], sums: Sums) -> Iterator[None]:
-    """Within the block each backward pass adds what the layers were given and what came back to the sums."""
+def _sinks(leaders: dict[str, str], sums: Sums) -> dict[str, Sink]:
+    """Return what adds to the sums what each layer is given and what comes back to it in a backward pass.
+
+    Args:
+        leaders: layer → the first layer with the same input.
+    """
     taken: dict[str, str] = {}  # leader → the first layer of that input that is called
 
-    def add(into: dict[str, Tensor], key: str, left: Tensor, right: Tensor) -> None:
-        if key not in into:
-            into[key] = left.new_zeros(left.shape[1], right.shape[1])
-        into[key].addmm_(left.T, right)
+    def add(key: str, left: Tensor, right: Tensor) -> None:
+        if key not in sums:
+            sums[key] = left.new_zeros(left.shape[1], right.shape[1])
+        sums[key].addmm_(left.T, right)
 
-    def sink(name: str) -> Sink:
+    def sink(name: str, leader: str) -> Sink:
         def called(given: Tensor, product: Callable[[], Tensor]) -> Taker | None:
             if not torch.is_grad_enabled():
                 return None
-            x, leader = _rows(given), leaders[name]
+            x = _rows(given)
             if taken.setdefault(leader, name) == name:
-                add(sums.inputs, leader, x, x)
-                sums.rows[leader] = sums.rows.get(leader, torch.zeros((), dtype=torch.int64)) + len(x)
+                add(f"input/{leader}", x, x)
+                rows = f"rows/{leader}"
+                sums[rows] = sums.get(rows, torch.zeros((), dtype=torch.int64)) + len(x)
 
             def came_back(gradient: Tensor) -> None:
                 g = _rows(gradient)
-                add(sums.gradients, name, g, x)
-                add(sums.outputs, name, g, g)
+                add(f"gradient/{name}", g, x)
+                add(f"output/{name}", g, g)
 
             return came_back
 
         return Sink(called, starts=True)
 
-    handles = [handle for name in names for handle in watch(model.get_submodule(name), sink(name))]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return {name: sink(name, leader) for name, leader in leaders.items()}
 
 
 def _rows(values: Tensor) -> Tensor:  # (rows, width)
-    flat = values.detach().flatten(0, -2)
-    return flat if flat.dtype == torch.float64 else flat.float()
+    rows = rows_of(values)
+    return rows if rows.dtype == torch.float64 else rows.float()

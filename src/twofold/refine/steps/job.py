@@ -46,6 +46,10 @@ class Job:
         """The samples that decide: the held-out ones, or the first of all where there are too few to have any."""
         return self.held_out if len(self.held_out) else self.samples[:1]
 
+    def path(self, name: str) -> Path | None:
+        """Return where a part of the unfinished state is kept; None if nothing is kept."""
+        return None if self.folder is None else self.folder / name
+
     def outputs(self, batch: Batch) -> Tensor:  # (predictions, k)
         """Return what the factored model predicts.
 
@@ -66,6 +70,6 @@ class Job:
             lambda i: self.dense_outputs(tested.batch(i, i + 1)),
             lambda i: self.outputs(tested.batch(i, i + 1)),
         ]
-        found = measure_quality(both, tested, self.task, quiet=True)[1].divergence
-        assert found is not None
-        return found
+        divergence = measure_quality(both, tested, self.task, quiet=True)[1].divergence
+        assert divergence is not None
+        return divergence

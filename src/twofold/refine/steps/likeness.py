@@ -6,13 +6,14 @@ The dense model is run once; its most likely tokens are kept. A share of the los
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from twofold.model.head import before_head, find_head
+from twofold.model.blocks import input_before
+from twofold.model.head import find_head
 from twofold.refine.steps.job import Job
 from twofold.refine.steps.teacher import Teacher, at_once, divergence
 from twofold.task import Batch, on_device
@@ -31,7 +32,7 @@ class Likeness:
         self.samples = job.samples + job.tested
         self.together = at_once(self.samples)
         self.teacher = Teacher(job.folder, job.mark)
-        self.teacher.ask(job.dense_outputs, self.samples, "samples", quiet=job.quiet)
+        self.teacher.ask(job.dense_outputs, self.samples, quiet=job.quiet)
 
     @cached_property
     @torch.no_grad()
@@ -49,19 +50,19 @@ class Likeness:
         states, labels = [], []
         for first, last in some.spans(len(some)):
             batch = some.batch(first, last)
-            states.append(self.job.outputs(batch) if self.head is None else self._before_head(self.head, batch))
+            if self.head is None:
+                states.append(self.job.outputs(batch))
+            else:
+                before_head = input_before(self.head, partial(self._call, batch))
+                assert before_head is not None
+                states.append(before_head.flatten(0, -2))  # (predictions, width)
             own = self.job.task.labels(batch)
             labels.append(torch.full((len(states[-1]),), -1) if own is None else own)
-        values, tokens = zip(*(self.teacher.answer("samples", i) for i in indices), strict=True)
+        values, tokens = zip(*map(self.teacher.answer, indices), strict=True)
         return divergence(
             torch.cat(states) if len(states) > 1 else states[0], torch.cat(values), torch.cat(tokens),
             labels=torch.cat(labels), share=self.job.recipe.refine_labels, head=self.head,
         )  # fmt: skip
-
-    def _before_head(self, head: nn.Linear, batch: Batch) -> Tensor:  # (predictions, width)
-        states = before_head(head, lambda: self._call(batch))
-        assert states is not None
-        return states.flatten(0, -2)
 
     @torch.no_grad()
     def held_out(self) -> float:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ from twofold.host.progress import say
 from twofold.nn.places import hold_bases, replace_module
 from twofold.refine import REFINEMENTS, Refined, Stages
 from twofold.refine.steps.job import Job
-from twofold.settings.base import Settings
 
 if TYPE_CHECKING:
     from twofold.factor.prepared import Prepared
@@ -39,7 +39,7 @@ def refine(
         replaced: the dense layers that the factored ones took the place of.
         folder: where what took long is kept, so that a killed run goes on from it; in memory if it is None.
     """
-    data = prepared.data
+    data, plan = prepared.data, prepared.plan
     if not recipe.refine or not replaced:
         return []
     assert data is not None
@@ -47,72 +47,57 @@ def refine(
     model = prepared.loaded.model
     # Not the losses, which another number of threads rounds otherwise.
     losses = {"predicted_loss", "total_loss", "measured_loss"}
-    told = prepared.plan.model_dump_json(exclude={"notes": True, "entries": {"__all__": losses}})
-    made = hashlib.sha256(told.encode()).hexdigest()
+    model_of = plan.model_dump_json(exclude={"notes": True, "entries": {"__all__": losses}})
     # What the quality is measured on is not looked at before.
     held_out = data.held_out[recipe.eval_windows :] if recipe.eval_text is None else data.held_out
-    own = sorted(recipe.model_dump_json(include=set(kind.model_fields)) for kind in _own_settings(recipe))
-    belongs = f"{prepared.spectra.mark} {made} {data.samples.sha256} {held_out.sha256} {recipe.minutes} {own}"
+    brought = [settings for name in recipe.refine if (settings := REFINEMENTS.get(name).settings) is not None]
+    own = sorted(recipe.model_dump_json(include=set(settings.model_fields)) for settings in brought)
+    sha256 = hashlib.sha256(model_of.encode()).hexdigest()
+    belongs = f"{prepared.spectra.mark} {sha256} {data.samples.sha256} {held_out.sha256} {recipe.minutes} {own}"
     # What a refinement begins from depends on how those before it were asked to work.
     before_it = recipe.model_dump_json(
         include={name for name in type(recipe).model_fields if name.startswith("refine_")}
     )
-    prepared.plan.notes += _warnings(prepared, recipe, len(held_out), quiet)
-    done: list[Refined] = []
+    plan.notes += _warnings(prepared, recipe, len(held_out), quiet)
+    task = prepared.opened.need_task()
+    job = Job(
+        prepared.loaded, replaced, plan, prepared.moments, prepared.objective, data.samples, held_out, task, recipe
+    )
+    refinements: list[Refined] = []
     for i, name in enumerate(recipe.refine):
         seconds = None
         if recipe.minutes is not None:
             seconds = max(60 * recipe.minutes - (time.monotonic() - began), 1.0) / (len(recipe.refine) - i)
-        job = Job(
-            prepared.loaded,
-            replaced,
-            prepared.plan,
-            prepared.moments,
-            prepared.objective,
-            data.samples,
-            held_out,
-            prepared.opened.need_task(),
-            recipe,
-            seconds,
-            folder / f"{i}-{name}" if folder is not None else None,
-            f"{belongs} {recipe.refine[: i + 1]} {before_it if i else ''}",
-            quiet,
-        )
+        own_folder = folder / f"{i}-{name}" if folder is not None else None
+        mark = f"{belongs} {recipe.refine[: i + 1]} {before_it if i else ''}"
         # In one call, so that layers that share a basis share its copy.
         before = copy.deepcopy({name: model.get_submodule(name) for name in replaced})
-        entries, notes = list(prepared.plan.entries), list(prepared.plan.notes)
-        refined = REFINEMENTS.get(name).run(job)
+        entries, notes = list(plan.entries), list(plan.notes)
+        refined = REFINEMENTS.get(name).run(replace(job, seconds=seconds, folder=own_folder, mark=mark, quiet=quiet))
         if not math.isfinite(refined.loss_after) or refined.loss_after > refined.loss_before:
             for place, module in before.items():
                 replace_module(model, place, module)
             hold_bases(model)
-            prepared.plan.entries[:], prepared.plan.notes[:] = entries, notes
+            plan.entries[:], plan.notes[:] = entries, notes
             refined = refined.model_copy(update={"ended": f"{refined.ended}; it was taken back, since it did harm"})
             if not quiet:
                 say(refined.words)
-        done.append(refined)
-    return done
-
-
-def _own_settings(recipe: Stages) -> list[type[Settings]]:
-    """The settings that the refinements of a recipe bring."""
-    brought = [REFINEMENTS.get(name).settings for name in recipe.refine]
-    return [settings for settings in brought if settings is not None]
+        refinements.append(refined)
+    return refinements
 
 
 def _warnings(prepared: Prepared, recipe: Stages, held_out: int, quiet: bool) -> list[str]:
-    """What a reader should know before a training: too few tokens, or none to stop on."""
-    found = []
-    numbers = sum(entry.numbers_after for entry in prepared.plan.entries if entry.rank is not None)
+    """Return what a reader should know before a training: too few tokens, or none to stop on."""
     assert prepared.data is not None
-    units = prepared.data.units
+    notes, units = [], prepared.data.units
+    numbers = sum(entry.numbers_after for entry in prepared.plan.entries if entry.rank is not None)
     if any(REFINEMENTS.get(name).trains for name in recipe.refine) and numbers > MANY * units:
-        found.append(
+        notes.append(
             f"{numbers:,} numbers are trained on {units:,} calibration tokens, {numbers / units:,.0f} each; "
             "a training may learn so few by heart: give more with `tokens`"
         )
     if not held_out:
-        found.append("the calibration text left nothing to stop the refinement on, so its first window was taken")
-    for note in found if not quiet else []:
+        notes.append("the calibration text left nothing to stop the refinement on, so its first window was taken")
+    for note in notes if not quiet else []:
         say(note)
-    return found
+    return notes

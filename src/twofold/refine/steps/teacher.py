@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from twofold.errors import TwofoldError
-from twofold.host.parts import read_names, write_part
+from twofold.host.parts import Parts, take_part, write_part
 from twofold.host.progress import progress
 from twofold.task import Batch, Samples
 
@@ -37,27 +35,30 @@ class Teacher:
     def __init__(self, folder: Path | None, mark: str, top: int = TOP) -> None:
         self.folder, self.top = folder, top
         self.mark = hashlib.sha256(f"{mark} {top}".encode()).hexdigest()
-        self._parts: dict[str, dict[str, Tensor]] = {}
+        self._parts: dict[int, Mapping[str, Tensor]] = {}  # by their first sample
 
     @torch.no_grad()
-    def ask(self, outputs: Callable[[Batch], Tensor], samples: Samples, name: str, *, quiet: bool = False) -> None:
+    def ask(self, outputs: Callable[[Batch], Tensor], samples: Samples, *, quiet: bool = False) -> None:
         """Run the dense model over samples; what the folder holds already is not done again."""
-        starts = range(0, len(samples), PART)
-        missing = [i for i in starts if not self._whole(f"{name}-{i:06d}")]
-        done = len(starts) - len(missing)
-        with progress("Asking the dense model", len(samples), done=done * PART, unit="windows", quiet=quiet) as tick:
+        paths = {i: self.folder and self.folder / f"samples-{i:06d}.safetensors" for i in range(0, len(samples), PART)}
+        for i, path in paths.items():
+            if part := take_part(path, self.mark):
+                self._parts[i] = part[0]
+        missing = [i for i in paths if i not in self._parts]
+        done = len(self._parts) * PART
+        with progress("Asking the dense model", len(samples), done=done, unit="windows", quiet=quiet) as tick:
             for i in missing:
-                part: dict[str, Tensor] = {}
+                answers: dict[str, Tensor] = {}
                 some = samples[i : i + PART]
                 for first, last in some.spans(at_once(samples)):
                     each = outputs(some.batch(first, last)).chunk(last - first)  # a batch has samples of one shape
-                    for row, one in zip(range(first, last), each, strict=True):
-                        part[f"values/{row}"], part[f"tokens/{row}"] = self._best(one)
+                    for row, logits in zip(range(first, last), each, strict=True):
+                        answers[f"values/{row}"], answers[f"tokens/{row}"] = self._best(logits)
                         tick()
-                if self.folder is None:
-                    self._parts[f"{name}-{i:06d}"] = part
-                else:
-                    write_part(self.folder / f"{name}-{i:06d}.safetensors", part, self.mark)
+                path = paths[i]
+                if path is not None:
+                    write_part(path, answers, self.mark)
+                self._parts[i] = answers if path is None else Parts(dict.fromkeys(answers, path))
 
     def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # (predictions, classes) to two of (predictions, top)
         values, tokens = [], []
@@ -68,21 +69,10 @@ class Teacher:
             tokens.append(which.to(torch.int32).cpu())
         return torch.cat(values), torch.cat(tokens)
 
-    def _whole(self, name: str) -> bool:
-        if self.folder is None:
-            return name in self._parts
-        try:
-            return bool(read_names(self.folder / f"{name}.safetensors", self.mark)[0])
-        except TwofoldError:
-            return False
-
-    def answer(self, name: str, i: int) -> tuple[Tensor, Tensor]:
+    def answer(self, i: int) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities (predictions, top) and classes (predictions, top) of one sample."""
-        part, row = f"{name}-{i // PART * PART:06d}", i % PART
-        if self.folder is None:
-            return self._parts[part][f"values/{row}"], self._parts[part][f"tokens/{row}"].long()
-        with safe_open(self.folder / f"{part}.safetensors", "pt") as file:
-            return file.get_tensor(f"values/{row}"), file.get_tensor(f"tokens/{row}").long()
+        part, row = self._parts[i // PART * PART], i % PART
+        return part[f"values/{row}"], part[f"tokens/{row}"].long()
 
 
 class _Divergence(torch.autograd.Function):
@@ -90,13 +80,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        states: Tensor,
-        values: Tensor,
-        tokens: Tensor,
-        labels: Tensor,
-        share: float,
-        head: nn.Linear | None,
+        ctx: Any, states: Tensor, values: Tensor, tokens: Tensor, labels: Tensor, share: float, head: nn.Linear | None
     ) -> Tensor:
         learns = ctx.needs_input_grad[0]
         gradient = torch.empty_like(states) if learns else states.new_empty(0)
@@ -108,11 +92,8 @@ class _Divergence(torch.autograd.Function):
             # A copy of what is given, since it is worked on in place.
             logits = some.to(torch.promote_types(some.dtype, torch.float32), copy=head is None)
             del some
-            known, which, label = (
-                values[rows].to(logits),
-                tokens[rows].to(logits.device),
-                labels[rows].to(logits.device),
-            )
+            known, device = values[rows].to(logits), logits.device
+            which, label = tokens[rows].to(device), labels[rows].to(device)
             hard = (label >= 0).to(logits) * (share * len(states) / labelled)  # (rows,)
             label = label.clamp_min(0)[:, None]
             best, own_label = logits.gather(-1, which), logits.gather(-1, label)
@@ -158,7 +139,7 @@ def divergence(
     share: float = 0.0,
     head: nn.Linear | None = None,
 ) -> Tensor:  # (), the mean over positions, in nats
-    """KL(teacher ‖ model) where all but the teacher's best tokens count as one; never above the whole divergence.
+    """Return KL(teacher ‖ model) where all but the teacher's best tokens count as one; never above the whole divergence.
 
     Args:
         share: of the cross-entropy of the labels in what is returned; the divergence has the rest.
@@ -166,10 +147,9 @@ def divergence(
     """
     if labels is None:
         labels = torch.full((len(states),), -1, device=states.device)
-    found: Tensor = _Divergence.apply(states, values, tokens, labels, share, head)  # type: ignore[no-untyped-call]
-    return found
+    return _Divergence.apply(states, values, tokens, labels, share, head)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _rest(values: Tensor) -> Tensor:
-    """The probability that is left for the other tokens; not below what float32 resolves."""
+    """Return the probability that is left for the other tokens; not below what float32 resolves."""
     return (1 - values.exp().sum(-1)).clamp_min(1e-7)

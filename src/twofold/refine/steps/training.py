@@ -6,19 +6,21 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from twofold.errors import TwofoldError
-from twofold.host.parts import Parts, read_names, write_part
+from twofold.host.parts import take_part, write_part
 from twofold.host.progress import progress, say
+from twofold.model.frozen import frozen
 from twofold.nn.compact import Compact
+from twofold.refine import Stages
 
 WARM_UP = 0.05  # share of the steps in which the rate rises
 LAST_RATE = 0.05  # of the first, at the end of the cosine
@@ -45,7 +47,7 @@ class Trained:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The factors, bases and parts, with the biases of their layers. All else is the dense model's too and stays as it is."""
+    """Return the factors, bases and parts, with the biases of their layers. All else is the dense model's too and stays."""
     factors = {id(p) for m in model.modules() if isinstance(m, Compact) for p in m.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in factors}
 
@@ -58,47 +60,39 @@ def round_to(parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> None:
 
 @contextmanager
 def training(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Within the block these parameters alone get gradients, and are kept in float32.
+    """Let these parameters alone get gradients within the block, and keep them in float32.
 
     Dropout stays off: the aim is what the dense model gives.
     """
-    required = [(p, p.requires_grad) for p in model.parameters()]
-    dtypes = {name: p.dtype for name, p in parameters.items()}
-    was_training = model.training
-    model.eval()
-    model.requires_grad_(False)
-    narrow = {dtype for dtype in dtypes.values() if dtype in (torch.bfloat16, torch.float16)}
-    for parameter in parameters.values():
-        if parameter.dtype in narrow:
-            parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    device = next(model.parameters()).device
-    # No cache: it would hold on to the first cast of weights that change with every step.
-    try:
-        with torch.autocast(
-            device.type, dtype=next(iter(narrow), torch.bfloat16), enabled=bool(narrow), cache_enabled=False
-        ):
-            yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data = parameter.data.to(dtypes[name])
-            parameter.grad = None
-        for parameter, was in required:
-            parameter.requires_grad_(was)
-        model.train(was_training)
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+    narrow = next((dtype for dtype in dtypes.values() if dtype in (torch.bfloat16, torch.float16)), None)
+    with frozen(model):
+        for parameter in parameters.values():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        device, dtype = next(model.parameters()).device.type, narrow or torch.bfloat16
+        try:
+            # No cache: it would hold on to the first cast of weights that change with every step.
+            with torch.autocast(device, dtype=dtype, enabled=narrow is not None, cache_enabled=False):
+                yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = parameter.data.to(dtypes[name])
+                parameter.grad = None
 
 
+@dataclass
 class _State:
     """How far a training has come, and what it needs to go on: parameters, moments of the optimizer, the best parameters."""
 
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, path: Path | None, mark: str
-    ) -> None:
-        self.parameters, self.optimizer, self.path = parameters, optimizer, path
-        self.mark = hashlib.sha256(mark.encode()).hexdigest()
-        self.about: dict[str, Any] = {}
-        self.best: dict[str, Tensor] = {}
-        self.saved_at = time.monotonic()
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    path: Path | None
+    mark: str
+    about: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    saved_at: float = field(default_factory=time.monotonic)
 
     def begin(self, total: int, before: float) -> None:
         self.about = {"step": 0, "total": total, "before": before, "best": before, "since": 0, "spent": 0.0}
@@ -115,11 +109,6 @@ class _State:
     def _keep(self) -> None:
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
-    @torch.no_grad()
-    def take_best(self) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.best[name])
-
     def save(self, step: int, spent: float) -> None:
         """Write it down, every two minutes."""
         if self.path is None or time.monotonic() - self.saved_at <= SAVE_SECONDS:
@@ -134,22 +123,19 @@ class _State:
         self.saved_at = time.monotonic()
 
     def load(self) -> bool:
-        """Take up an earlier state, if there is a whole one that belongs here."""
-        if self.path is None or not self.path.is_file():
+        """Take up an earlier state; say whether there is a whole one that belongs here."""
+        part = take_part(self.path, self.mark)
+        if part is None:
             return False
-        try:
-            names, header = read_names(self.path, self.mark)
-        except TwofoldError:
-            return False
+        tensors, header = part
         self.about = json.loads(header["about"])
-        parts = Parts(dict.fromkeys(names, self.path))
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(parts[f"now/{name}"])
-            self.best[name] = parts[f"best/{name}"].clone()
+            parameter.data.copy_(tensors[f"now/{name}"])
+            self.best[name] = tensors[f"best/{name}"]
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.about["step"])),
-                "exp_avg": parts[f"first/{name}"].to(parameter.device, copy=True),
-                "exp_avg_sq": parts[f"second/{name}"].to(parameter.device, copy=True),
+                "exp_avg": tensors[f"first/{name}"].to(parameter.device),
+                "exp_avg_sq": tensors[f"second/{name}"].to(parameter.device),
             }
         return True
 
@@ -158,16 +144,12 @@ def train(
     parameters: dict[str, nn.Parameter],
     loss_of: Callable[[Sequence[int]], Tensor],
     held_out: Callable[[], float],
+    recipe: Stages,
     *,
     windows: int,
-    batch: int,
     together: int = 1,
     before: float | None = None,
-    passes: float,
-    rate: float,
-    steps: int | None = None,
     seconds: float | None = None,
-    seed: int = 0,
     path: Path | None = None,
     mark: str = "",
     title: str = "Refining",
@@ -175,40 +157,39 @@ def train(
 ) -> Trained:
     """Lower a loss over windows, and leave the parameters that were best on held-out text.
 
-    The rate of a parameter is relative to the size of its numbers: each step changes a weight by about ``rate`` of its root mean
-    square, so that factors of any scale need no rates of their own.
+    The rate of a parameter is relative to the size of its numbers: each step changes a weight by about ``refine_rate`` of its
+    root mean square, so that factors of any scale need no rates of their own.
 
     Args:
         loss_of: the mean loss of some windows, with a graph.
         held_out: the loss that decides; lower is better.
-        batch: windows in a step.
-        together: of them at once; more take more memory.
+        recipe: windows in a step, passes over all if the seconds suffice, or steps in the place of both; the rate; the seed.
+        together: windows of a step at once; more take more memory.
         before: what ``held_out`` gives at the beginning, if it is known.
-        passes: times that each window is seen, if the seconds suffice.
-        steps: plan so many, in the place of passes and seconds.
         seconds: that all may take. The number of steps is fixed by a probe at the beginning, and then never changes, but for a
             machine that slows down: at the limit the training ends.
         path: where the state is kept every two minutes.
         mark: what the state belongs to.
     """
     began = time.monotonic()
+    batch, rate, steps = recipe.refine_batch, recipe.refine_rate, recipe.refine_steps
     trained = list(parameters.values())
     optimizer = _optimizer(trained, rate)
-    state = _State(parameters, optimizer, path, f"{mark} {title} {windows} {batch} {passes} {rate} {steps} {seed}")
+    mark = f"{mark} {title} {windows} {batch} {recipe.refine_passes} {rate} {steps} {recipe.seed}"
+    state = _State(parameters, optimizer, path, hashlib.sha256(mark.encode()).hexdigest())
     if not state.load():
         first = held_out() if before is None else before
-        probed = min(together, batch)
-        total = steps or _steps_for(loss_of, held_out, windows, batch, probed, passes, seconds, began)
-        state.begin(total, first)
+        left = None if seconds is None or steps else seconds - (time.monotonic() - began)
+        state.begin(steps or _steps_for(loss_of, held_out, recipe, windows, together, left), first)
     optimizer.zero_grad(set_to_none=True)
     about, total, step = state.about, int(state.about["total"]), int(state.about["step"])
     every = -(-total // CHECKS)
-    ended, order = DONE, _Order(windows, seed)
+    ended, order = DONE, _order(windows, recipe.seed, step * batch)
     with progress(title, total, done=step, unit="steps", quiet=quiet) as tick:
         while step < total and ended == DONE:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * _scale(step, total)
-            finite = _step(optimizer, trained, loss_of, [order[step * batch + k] for k in range(batch)], together)
+            finite = _step(optimizer, trained, loss_of, list(islice(order, batch)), together)
             step += 1
             tick()
             spent = about["spent"] + time.monotonic() - began
@@ -219,20 +200,22 @@ def train(
                 ended = _end(about, loss, step, every, rate, late=late) or DONE
             if ended == DONE:
                 state.save(step, spent)
-    state.take_best()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state.best[name])
     if "diverged" in ended:
         say(f"{title}: {ended}")
     spent = about["spent"] + time.monotonic() - began
     return Trained(step, total, step * batch, about["before"], about["best"], spent, ended)
 
 
-def _optimizer(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
     """Return an optimizer with rates relative to the size of each parameter's numbers."""
     rates: dict[float, list[nn.Parameter]] = {}
     for parameter in parameters:
         size = float(parameter.detach().float().square().mean().sqrt())
         rates.setdefault(rate * max(size, 1e-3), []).append(parameter)
-    groups = [{"params": list(members), "lr": base, "base": base} for base, members in rates.items()]
+    groups = [{"params": members, "lr": base, "base": base} for base, members in rates.items()]
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
 
 
@@ -276,32 +259,31 @@ def _end(about: dict[str, Any], now: float, step: int, every: int, rate: float, 
 def _steps_for(
     loss_of: Callable[[Sequence[int]], Tensor],
     held_out: Callable[[], float],
+    recipe: Stages,
     windows: int,
-    batch: int,
     together: int,
-    passes: float,
     seconds: float | None,
-    began: float,
 ) -> int:
-    """The steps of so many passes, or those that the seconds suffice for."""
-    total = max(round(passes * windows / batch), 1)
+    """Return the steps of the recipe's passes, or those that the seconds that are left suffice for."""
+    batch = recipe.refine_batch
+    total = max(round(recipe.refine_passes * windows / batch), 1)
     if seconds is None:
         return total
-    start = time.monotonic()
+    began, together = time.monotonic(), min(together, batch)
     for i in range(PROBES):
         loss_of([(i * together + k) % windows for k in range(together)]).backward()  # type: ignore[no-untyped-call]
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    one = (time.monotonic() - start) / PROBES / together * batch
-    start = time.monotonic()
+    probed = time.monotonic()
     held_out()
-    checks = CHECKS * (time.monotonic() - start)
-    left = seconds - (time.monotonic() - began) - checks
-    return max(min(total, int(0.97 * left / one)), 1)
+    checked = time.monotonic()
+    step = (probed - began) / PROBES / together * batch
+    left = seconds - (checked - began) - CHECKS * (checked - probed)
+    return max(min(total, int(0.97 * left / step)), 1)
 
 
 def _scale(step: int, total: int) -> float:
-    """Linear warm-up, then a cosine."""
+    """Return the share of the rate at a step: linear warm-up, then a cosine."""
     warm = max(int(WARM_UP * total), 1)
     if step < warm:
         return (step + 1) / (warm + 1)
@@ -309,16 +291,10 @@ def _scale(step: int, total: int) -> float:
     return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * along)) / 2
 
 
-class _Order:
-    """The windows in the order of the steps: each pass in a random order of its own, known without those before it."""
-
-    def __init__(self, windows: int, seed: int) -> None:
-        self.windows, self.seed = windows, seed
-        self._pass, self._order = -1, torch.empty(0)
-
-    def __getitem__(self, i: int) -> int:
-        number, place = divmod(i, self.windows)
-        if number != self._pass:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            self._pass, self._order = number, torch.randperm(self.windows, generator=generator)
-        return int(self._order[place])
+def _order(windows: int, seed: int, begin: int) -> Iterator[int]:
+    """Yield the windows in the order of the steps from a place on: each pass has a random order of its own."""
+    first, place = divmod(begin, windows)
+    for number in count(first):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        yield from torch.randperm(windows, generator=generator).tolist()[place:]
+        place = 0

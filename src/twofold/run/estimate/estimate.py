@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from contextlib import suppress
 
 import torch
 
@@ -16,15 +16,14 @@ from twofold.planning.plan import Estimate
 from twofold.recipe import Recipe
 from twofold.refine import REFINEMENTS
 from twofold.run.estimate.figures import figures_of
-from twofold.run.estimate.limit import memory_limit
-from twofold.run.estimate.memory import memory_of, price_of
+from twofold.run.estimate.fit import fit_of, memory_limit
+from twofold.run.estimate.memory import memory_of, price_of, states_of
 from twofold.run.estimate.probe import probe
 from twofold.run.estimate.seconds import read_speed, seconds_of
-from twofold.run.estimate.way import way_of
 
 
 def estimate_run(opened: Opened, recipe: Recipe, output_bytes: int) -> Estimate:
-    """What a run of a recipe will take: memory and disk from the shapes, time from a probe of some seconds.
+    """Estimate what a run of a recipe will take: memory and disk from the shapes, time from a probe of some seconds.
 
     Args:
         opened: the model without weights.
@@ -34,36 +33,31 @@ def estimate_run(opened: Opened, recipe: Recipe, output_bytes: int) -> Estimate:
         TwofoldError: if it can't be done in the memory that may be used.
     """
     loaded, limit = opened.loaded, memory_limit(recipe)
-    way = way_of(opened, recipe, limit)
-    found = list_weights(loaded.model, recipe.include, recipe.exclude)
+    blocks = fit_of(opened, recipe, limit).blocks
+    targets = list_weights(loaded.model, recipe.include, recipe.exclude).targets
     groups: dict[str, str] = {}
-    chain: Chain | None = way.chain if len(way.chain) else None
-    try:
-        surveyed = survey(loaded, found.targets, opened.need_task().example(loaded.model))
+    chain: Chain | None = None
+    with suppress(TwofoldError):  # a model that does not run on token ids alone is estimated as one piece
+        surveyed = survey(loaded, targets, opened.need_task().example(loaded.model))
         groups, chain = surveyed.groups, surveyed.chain
-    except TwofoldError:  # a model that does not run on token ids alone is estimated as one piece
-        pass
     f = figures_of(loaded, chain, groups, recipe)
-    memory = memory_of(f, recipe, way.blocks)
+    memory = memory_of(f, recipe, blocks)
     speeds = probe(opened, chain, [t for t in f.block_targets if isinstance(t, Target)], groups, recipe, f.table)
-    seconds = seconds_of(f, speeds, recipe, way.blocks, read_speed(loaded))
-    states = 0
-    if way.blocks is not None and recipe.activations == "disk":
-        stretch_count = ceil(f.blocks / way.blocks)
-        kept = stretch_count if f.backward else 2
-        states = kept * recipe.all_tokens * (f.table // max(f.vocabulary, 1)) * f.element
-    bases = 4 * sum(min(t.out_features, t.in_features) ** 2 for t in f.targets)
-    if way.blocks is None:
-        states += int(sum(REFINEMENTS.get(name).disk(price_of(f, recipe), recipe) for name in recipe.refine))
+    seconds = seconds_of(f, speeds, recipe, blocks, read_speed(loaded))
+    work = 4 * sum(min(t.out_features, t.in_features) ** 2 for t in f.targets)  # the bases
+    if blocks is None:
+        work += int(sum(REFINEMENTS.get(name).disk(price_of(f, recipe), recipe) for name in recipe.refine))
+    else:
+        work += output_bytes + (states_of(f, recipe, blocks) if recipe.activations == "disk" else 0)
     return Estimate(
-        blocks_at_once=way.blocks,
+        blocks_at_once=blocks,
         peak_memory=int(max(memory.values())),
         memory_limit=int(limit),
         memory={name: int(value) for name, value in memory.items()},
         seconds={name: round(value, 1) for name, value in seconds.items()},
         total_seconds=round(sum(seconds.values()), 1),
         moments_bytes=4 * sum(f.request.values()),
-        work_bytes=bases + states + (output_bytes if way.blocks is not None else 0),
+        work_bytes=work,
         output_bytes=output_bytes,
         threads=torch.get_num_threads(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import suppress
 
 from twofold.calibrate.request import request_statistics
@@ -15,46 +16,39 @@ from twofold.settings.price import Figures
 
 
 def figures_of(loaded: LoadedModel, chain: Chain | None, groups: dict[str, str], recipe: Recipe) -> Figures:
-    """The sizes of a model without weights."""
+    """Take the sizes of a model without weights.
+
+    Args:
+        groups: target → the first target with the same input.
+    """
     model = loaded.model
-    found = list_weights(model, recipe.include, recipe.exclude)
-    objective = OBJECTIVES.get(recipe.objective)
-    request = request_statistics(found.targets, groups, objective.needs)
-    sizes: dict[str, int] = {}
-    inside: dict[str, int] = {}
-    seen: set[int] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            sizes[name] = parameter.numel()
+    targets = list_weights(model, recipe.include, recipe.exclude).targets
+    request = request_statistics(targets, groups, OBJECTIVES.get(recipe.objective).needs)
     blocks = chain.blocks if chain is not None else ()
-    for name, size in sizes.items():
+    inside: Counter[str] = Counter()  # block, "" for none → numbers
+    for name, parameter in model.named_parameters():
         index = chain.block_of(name) if chain is not None else None
-        key = blocks[index] if index is not None else ""
-        inside[key] = inside.get(key, 0) + size
+        inside["" if index is None else blocks[index]] += parameter.numel()
     embedding = head = None
     with suppress(NotImplementedError, AttributeError):  # a model of several inputs
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables = [p.numel() for m in (embedding, head) if m is not None for p in m.parameters()]
-    largest = max(blocks, key=lambda block: inside.get(block, 0), default="")
-    of_block = [t for t in found.targets if chain is not None and t.name.startswith(f"{largest}.")] or found.targets
-    names = {t.name for t in of_block}
-    stored = loaded.stored_dtype
-    compute = compute_dtype(recipe.dtype, stored, choose_device(recipe.device))
-    table = max(tables, default=0)
+    largest = max(blocks, key=lambda block: inside[block], default="")
+    block_targets = [t for t in targets if chain is not None and t.name.startswith(f"{largest}.")] or targets
+    names = {t.name for t in block_targets}
     head_weight = getattr(head, "weight", None)
     return Figures(
-        numbers=sum(sizes.values()),
-        block=inside.get(largest, 0),
+        numbers=inside.total(),
+        block=inside[largest],
         blocks=len(blocks),
-        table=table,
-        outside=max(inside.get("", 0) - sum(dict.fromkeys(tables)), 0),
+        table=max(tables, default=0),
+        outside=max(inside[""] - sum(dict.fromkeys(tables)), 0),
         vocabulary=int(head_weight.shape[0]) if head_weight is not None else 0,
-        targets=found.targets,
-        block_targets=of_block,
+        targets=targets,
+        block_targets=block_targets,
         request={kind: request.numbers_of(kind) for kind in request.sizes},
         block_request={kind: request.numbers_of(kind, names) for kind in request.sizes},
-        element=compute.itemsize,
-        stored=stored.itemsize,
+        element=compute_dtype(recipe.dtype, loaded.stored_dtype, choose_device(recipe.device)).itemsize,
+        stored=loaded.stored_dtype.itemsize,
         backward=request.backward,
     )

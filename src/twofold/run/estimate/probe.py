@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +15,11 @@ from torch import Tensor, nn
 
 from twofold.calibrate.accumulate import Accumulator
 from twofold.calibrate.opened import Opened
-from twofold.calibrate.request import request_statistics
+from twofold.calibrate.request import Request, request_statistics
 from twofold.calibrate.statistics import BACKWARD, FORWARD
 from twofold.decompose.decompose import BATCH, BATCH_NUMBERS
 from twofold.linalg.gauge import gauge_rank
-from twofold.linalg.spectrum import decompose, gram, smaller_side, truncate, truncation_loss
+from twofold.linalg.spectrum import gram, smaller_side, spectrum_of, truncate, truncation_loss
 from twofold.model.blocks import Chain, Stretch, body_of, run_stretch
 from twofold.model.skeleton import empty_model
 from twofold.model.streamed import Resident
@@ -34,23 +36,8 @@ GROWTH = 2.8  # the power of its side with which the time of a decomposition gro
 TRIES = 3
 
 
-class _Stands(Resident):
-    """A model of which one block was given numbers."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__(model)
-        self._dtype = dtype
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
-
-
 def _median(run: Callable[[], Any], tries: int = TRIES) -> float:
+    """Return the median of the seconds that a run takes, after one that warms up."""
     run()
     seconds = []
     for _ in range(tries):
@@ -66,32 +53,32 @@ def probe(
     """Try the parts of a run on random numbers; takes some seconds.
 
     Args:
-        opened: a model without weights.
-        targets: those of one block.
+        opened: the model without weights.
+        targets: of one block.
         table: numbers of the output head.
     """
-    loaded, objective = opened.loaded, OBJECTIVES.get(recipe.objective)
-    batch = recipe.batch_size * recipe.window
-    request = request_statistics(targets, groups, objective.needs)
-    vocabulary = int(getattr(loaded.model.config.get_text_config(), "vocab_size", 0) or 0)
+    needs, batch = OBJECTIVES.get(recipe.objective).needs, recipe.batch_size * recipe.window
+    request = request_statistics(targets, groups, needs)
+    vocabulary = int(getattr(opened.loaded.model.config.get_text_config(), "vocab_size", 0) or 0)
     forward = both = head = head_forward = 0.0
     size = sum(target.size for target in targets)
-    if objective.needs or recipe.eval_windows:
+    if needs or recipe.eval_windows:
         if chain is not None and len(chain) > 1 and size < LARGEST_BLOCK:
             forward, both = _block(opened, chain, targets, request, recipe)
         else:
-            forward, both = _products(targets, batch, request.numbers)
+            forward, both = _products(size, batch, request.numbers)
         head, head_forward = _head(table, vocabulary, batch, recipe.window)
-    decomposed, factored = _decomposed(targets, objective.needs != frozenset())
+    decomposed, factored = _decomposed(targets, bool(needs))
     return Speeds(forward, both, head, head_forward, decomposed, factored, batch)
 
 
-def _block(opened: Opened, chain: Chain, targets: list[Target], request: Any, recipe: Recipe) -> tuple[float, float]:
-    """One block of the model itself, filled with random numbers."""
+def _block(
+    opened: Opened, chain: Chain, targets: list[Target], request: Request, recipe: Recipe
+) -> tuple[float, float]:
+    """Time one block of the model itself, filled with random numbers: forward, and forward and backward."""
     whole, task = opened.loaded.model, opened.need_task()
     model = empty_model(type(whole), copy.deepcopy(whole.config), torch.float32)
     index = chain.block_of(targets[0].name) or 1
-    index = max(index, 1)
     name = chain.blocks[index]
     tables = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     for path, module in model.named_modules():
@@ -102,15 +89,13 @@ def _block(opened: Opened, chain: Chain, targets: list[Target], request: Any, re
             if parameter is not None:
                 values = torch.randn(parameter.shape) * 0.02 if parameter.dim() > 1 else torch.ones(parameter.shape)
                 module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
-    own = chain.blocks[chain.block_of(targets[0].name) or 0]
-    moved = [
-        Target(name + t.name.removeprefix(own), t.out_features, t.in_features, t.bias, t.transposed) for t in targets
-    ]
+    original = chain.blocks[chain.block_of(targets[0].name) or 0]
+    moved = [replace(target, name=name + target.name.removeprefix(original)) for target in targets]
     renamed = {
-        kind: {name + key.removeprefix(own): k for key, k in owners.items()} for kind, owners in request.sizes.items()
+        kind: {name + key.removeprefix(original): k for key, k in owners.items()}
+        for kind, owners in request.sizes.items()
     }
-    stands = _Stands(model, torch.float32)
-    body = body_of(model)
+    residence, body = Resident(model, torch.float32, torch.device("cpu")), body_of(model)
     batch = {
         name: torch.zeros(recipe.batch_size, recipe.window, dtype=tensor.dtype) if tensor.dim() == 2 else tensor
         for name, tensor in task.example(model).items()
@@ -120,15 +105,15 @@ def _block(opened: Opened, chain: Chain, targets: list[Target], request: Any, re
     stretch = Stretch(chain, index, index + 1)
 
     def run(backward: bool) -> None:
-        given = hidden.clone().requires_grad_(backward)
+        states = hidden.clone().requires_grad_(backward)
         with torch.set_grad_enabled(backward):
-            out = run_stretch(lambda: task.call(body, batch), model, stretch, given)
+            out = run_stretch(lambda: task.call(body, batch), model, stretch, states)
             out = out if isinstance(out, Tensor) else out[0]
             if backward:
                 out.backward(hidden)
 
     def timed(kinds: tuple[str, ...], backward: bool) -> float:
-        accumulator = Accumulator(stands, moved, type(request)(renamed), kinds, {})
+        accumulator = Accumulator(residence, moved, Request(renamed), kinds, {})
         try:
             return _median(lambda: run(backward))
         finally:
@@ -138,18 +123,16 @@ def _block(opened: Opened, chain: Chain, targets: list[Target], request: Any, re
     return forward, timed(FORWARD + BACKWARD, True) if request.backward else forward
 
 
-def _products(targets: list[Target], batch: int, moments: int) -> tuple[float, float]:
-    """A block told from one product, where it is too large to try, or has no blocks."""
+def _products(block: int, batch: int, moments: int) -> tuple[float, float]:
+    """Tell the times of a block from one product, where it is too large to try, or the model has no blocks."""
     side = 1024
     a, b = torch.randn(256, side), torch.randn(side, side)
     rate = 256 * side * side / _median(lambda: a @ b)  # multiplications a second
-    block = sum(target.size for target in targets)
-    forward = 1.25 * batch * (block + moments / 2) / rate
-    return forward, 1.25 * batch * (2 * block + moments) / rate
+    return 1.25 * batch * (block + moments / 2) / rate, 1.25 * batch * (2 * block + moments) / rate
 
 
 def _head(table: int, vocabulary: int, batch: int, window: int) -> tuple[float, float]:
-    """Logits, sampled labels and their gradient."""
+    """Time logits, sampled labels and their gradient on a batch, and logits and labels on a window."""
     if table == 0 or vocabulary == 0:
         return 0.0, 0.0
     width = max(table // vocabulary, 1)
@@ -163,21 +146,18 @@ def _head(table: int, vocabulary: int, batch: int, window: int) -> tuple[float, 
 
 
 def _decomposed(targets: list[Target], full: bool) -> tuple[float, float]:
-    """The weights of one block decomposed and factored, shape by shape."""
-    shapes: dict[tuple[int, int], int] = {}
-    for target in targets:
-        shape = (target.out_features, target.in_features)
-        shapes[shape] = shapes.get(shape, 0) + 1
+    """Time the weights of one block decomposed and factored, shape by shape."""
     decomposed = factored = 0.0
-    for (m, n), count in shapes.items():
+    for (m, n), count in Counter((target.out_features, target.in_features) for target in targets).items():
         scale = max(min(m, n) / LARGEST_SIDE, 1.0)
-        one, other = _one_weight(max(round(m / scale), 1), max(round(n / scale), 1), full, count)
-        decomposed += one * count * scale**GROWTH
-        factored += other * count * scale**GROWTH
+        decomposing, factoring = _one_weight(max(round(m / scale), 1), max(round(n / scale), 1), full, count)
+        decomposed += decomposing * count * scale**GROWTH
+        factored += factoring * count * scale**GROWTH
     return decomposed, factored
 
 
 def _one_weight(m: int, n: int, full: bool, count: int) -> tuple[float, float]:
+    """Time one weight (m, n) of a count of its shape, decomposed and factored."""
     generator = torch.Generator().manual_seed(0)
     k, p = min(m, n), max(m, n)
     weight = torch.randn(m, n, generator=generator).double()
@@ -186,14 +166,12 @@ def _one_weight(m: int, n: int, full: bool, count: int) -> tuple[float, float]:
     together = max(1, min(BATCH, BATCH_NUMBERS // k**2, count))
     side = smaller_side(m, n)
     matrix = gram(weight, None)
-
-    def decomposing() -> Any:
-        stacked = None if metric is None else torch.stack([metric + i for i in range(together)])
-        grams = torch.stack([gram(weight, None) for _ in range(together)])
-        return decompose(stacked, grams, side)
-
-    spectrum = decompose(metric, matrix, side)
+    spectrum = spectrum_of(metric, matrix, side)
     rank = max(gauge_rank(m, n, 0.6 * m * n), 1)
+
+    def decomposing() -> None:
+        stacked = None if metric is None else torch.stack([metric + i for i in range(together)])
+        spectrum_of(stacked, torch.stack([gram(weight, None) for _ in range(together)]), side)
 
     def factoring() -> None:
         gram(weight, None)

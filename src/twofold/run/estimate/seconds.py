@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from math import ceil
 
 import torch
 
@@ -13,7 +12,7 @@ from twofold.objectives import OBJECTIVES
 from twofold.recipe import Recipe
 from twofold.refine import REFINEMENTS
 from twofold.run.estimate.memory import price_of
-from twofold.settings.price import Figures, Price, Speeds
+from twofold.settings.price import Figures, Speeds
 
 READ = 5e8  # bytes a second from a disk that is not known
 HASHED = 8e8  # bytes a second, read and hashed
@@ -24,20 +23,19 @@ SAMPLING = 3.5  # time of a sampled token over that of one that is read
 
 
 def seconds_of(f: Figures, s: Speeds, recipe: Recipe, blocks: int | None, bytes_a_second: float) -> dict[str, float]:
-    """The time of each stage."""
-    objective, count = OBJECTIVES.get(recipe.objective), max(f.blocks, 1)
-    batches = ceil(recipe.all_tokens / s.batch)
-    stored = f.numbers * f.stored
+    """Return the time of each stage."""
+    objective, price = OBJECTIVES.get(recipe.objective), price_of(f, recipe, s)
+    count, stored = price.blocks, f.numbers * f.stored
     sweeps = 1.0
     again = 0 if blocks is None else count - min(blocks, count)  # blocks that are computed once more
     if f.backward:
-        calibrate = batches * (count * s.both + again * s.forward + s.head)
+        calibrate = price.batches * (count * s.both + again * s.forward + s.head)
         sweeps += again / count
     else:
-        calibrate = batches * count * s.forward
+        calibrate = price.batches * count * s.forward
     windows = recipe.eval_windows
     window = s.forward * recipe.window / s.batch
-    found = {
+    seconds = {
         "load": stored / bytes_a_second + 3,  # the libraries among it
         "hash": stored / HASHED,
         "calibrate": calibrate if objective.needs else 0.0,
@@ -46,35 +44,28 @@ def seconds_of(f: Figures, s: Speeds, recipe: Recipe, blocks: int | None, bytes_
         "measure": 2 * windows * (count * window + s.head_forward),
         "write and report": 4 + stored / WRITTEN,
     }
-    found |= _for_methods(price_of(f, recipe, s), recipe, in_memory=blocks is None)
+    allocation = ALLOCATIONS.get(recipe.allocate)
+    if allocation.seconds is not None:
+        seconds["recalibrate" if allocation.again else "sensitivities"] = allocation.seconds(price, recipe)
+    if recipe.refine and blocks is None:
+        total = sum(REFINEMENTS.get(name).seconds(price, recipe) for name in recipe.refine)
+        seconds["refine"] = total if recipe.minutes is None else min(total, 60 * recipe.minutes)
     written = recipe.continuations
     if recipe.calibration == ["self"]:
         written = recipe.tokens + recipe.held_out_windows * recipe.window
     if written and objective.needs:
-        found["texts"] = written / s.batch * count * s.forward * SAMPLING
+        seconds["texts"] = written / s.batch * count * s.forward * SAMPLING
     if blocks is None:
-        found["samples"] = SAMPLE_STEPS * f.numbers * f.element / MOVED
+        seconds["samples"] = SAMPLE_STEPS * f.numbers * f.element / MOVED
     else:
         reads = sweeps * (f.backward or bool(objective.needs)) + 2 + 1.6 * bool(windows)
-        found["read blocks"] = reads * stored / bytes_a_second
-        found["load"] = 3.0
-    return found
-
-
-def _for_methods(price: Price, recipe: Recipe, *, in_memory: bool) -> dict[str, float]:
-    """Return the time of what the allocation measures on the model, and of the refinements."""
-    found: dict[str, float] = {}
-    allocation = ALLOCATIONS.get(recipe.allocate)
-    if allocation.seconds is not None:
-        found["recalibrate" if allocation.again else "sensitivities"] = allocation.seconds(price, recipe)
-    if recipe.refine and in_memory:
-        total = sum(REFINEMENTS.get(name).seconds(price, recipe) for name in recipe.refine)
-        found["refine"] = total if recipe.minutes is None else min(total, 60 * recipe.minutes)
-    return found
+        seconds["read blocks"] = reads * stored / bytes_a_second
+        seconds["load"] = 3.0
+    return seconds
 
 
 def read_speed(loaded: LoadedModel) -> float:
-    """Bytes a second that weights are read and cast with, from the first file of the model or else a guess."""
+    """Time how many bytes a second weights are read and cast at, on the first file of the model; a guess without one."""
     path = next(iter(sorted(loaded.source.glob("*.safetensors"))), None) if loaded.source is not None else None
     if path is None:
         return READ

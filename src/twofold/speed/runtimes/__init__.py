@@ -14,7 +14,7 @@ from twofold.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from twofold.model.work import Work
+    from twofold.model.work import TokenWork
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Session(Protocol):
     vocabulary: int
     dtype: str
     weight_bytes: int  # in memory
-    work: Work | None  # what it moves and multiplies; None if that is not known
+    work: TokenWork | None  # what it moves and multiplies; None if that is not known
     notes: list[str]
 
     def begin(

@@ -19,9 +19,9 @@ from twofold.host.faults import errors_in_words
 from twofold.host.folders import EXPORTED
 from twofold.host.progress import say
 from twofold.host.quiet import first_line
-from twofold.model.load import load_skeleton, positions
+from twofold.model.load import load_skeleton, window_limit
 from twofold.model.source import choose_device
-from twofold.model.work import Work
+from twofold.model.work import TokenWork
 from twofold.speed.exports import export_all
 from twofold.speed.runtimes import Runtime, Settings, State, greedy
 from twofold.task.causal_lm import writes_text
@@ -70,7 +70,7 @@ class GraphSession:
         self.positions: int | None = longest if isinstance(longest, int) else None
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.dtype = "float32"
-        self.work: Work | None = None if record is None else record.work
+        self.work: TokenWork | None = None if record is None else record.work
         files = graph_bytes(opened.folder, FORMATS.get(runtime))
         self.weight_bytes = files if record is None else record.weight_bytes
         self.notes: list[str] = []
@@ -134,7 +134,7 @@ class Graphs(Runtime):
     def context(self, model: str, settings: Settings) -> int | None:
         if self._is_export(model) or model.endswith(".gguf"):
             return None
-        return positions(load_skeleton(model, trust_remote_code=settings.trust_remote_code).model)
+        return window_limit(load_skeleton(model, trust_remote_code=settings.trust_remote_code).model)
 
     def places(self, models: list[str], settings: Settings, folder: Path) -> dict[str, str]:
         wanted = [model for model in models if not self._is_export(model)]

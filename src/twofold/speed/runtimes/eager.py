@@ -15,8 +15,8 @@ from twofold.evaluation.size import disk_bytes, memory_bytes
 from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line
 from twofold.inference.form import Optimized, optimize
-from twofold.model.load import LoadedModel, load_model, positions
-from twofold.model.work import Work, work_of
+from twofold.model.load import LoadedModel, load_model, window_limit
+from twofold.model.work import TokenWork, work_of
 from twofold.nn.compact import CompactLinear
 from twofold.speed.runtimes import Runtime, Settings, State, greedy, runtime
 from twofold.task.causal_lm import need_writer
@@ -41,10 +41,10 @@ class TorchSession:
         model = loaded.model
         need_writer(model, loaded.name, "so it can't be timed")
         self.name, self.model = loaded.name, model
-        self.positions: int | None = positions(model)
+        self.positions: int | None = window_limit(model)
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        self.work: Work | None = work_of(model)
+        self.work: TokenWork | None = work_of(model)
         self.notes: list[str] = []
         if settings.optimize and any(isinstance(module, CompactLinear) for module in model.modules()):
             optimize(model, quiet=settings.quiet)

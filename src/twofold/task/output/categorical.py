@@ -29,7 +29,7 @@ class Categorical(Output):
         """Return the negative log-likelihood of the labels, and the log-probabilities (labelled, classes) in float32."""
         if labels is not None:
             outputs, labels = labelled(outputs, labels)
-        probabilities = torch.cat([torch.log_softmax(some.float(), -1) for some in torch.split(outputs, ROWS)])
+        probabilities = torch.cat([torch.log_softmax(rows.float(), -1) for rows in torch.split(outputs, ROWS)])
         if labels is None:
             return 0.0, probabilities
         own = probabilities.gather(1, labels.to(probabilities.device)[:, None])

@@ -16,14 +16,24 @@ import torch
 from torch import Tensor
 
 from twofold.task.output import Curvature
-from twofold.task.output.draw import draw
 
 ROWS = 128  # token positions that are worked on at once
 TOP = 256  # most likely tokens that gauss-newton looks at
 
 
+def draw(
+    probabilities: Tensor,  # (rows, classes)
+    generator: torch.Generator,
+) -> Tensor:  # (rows,), int64
+    """Draw one class a row by inverting the cumulative distribution (many times faster here than torch.multinomial)."""
+    cumulative = probabilities.cumsum(-1)
+    uniform = torch.rand(len(cumulative), 1, generator=generator).to(cumulative)
+    classes = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
+    return classes[:, 0].clamp_max(probabilities.shape[-1] - 1)
+
+
 def stream(seed: int, batch: int) -> torch.Generator:
-    """The draws of one batch, which do not depend on those of others."""
+    """Return the draws of one batch, which do not depend on those of others."""
     return torch.Generator().manual_seed(seed * 1_000_003 + batch)
 
 
@@ -51,12 +61,12 @@ def loss_gradient(
 
 
 def _probe(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A random vector with the covariance diag(p) − p pᵀ over the most likely tokens, for every position."""
-    found = torch.zeros_like(logits)
+    """Return a random vector with the covariance diag(p) − p pᵀ over the most likely tokens, for every position."""
+    vectors = torch.zeros_like(logits)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    for rows, out in zip(torch.split(logits.detach(), ROWS), torch.split(found, ROWS), strict=True):
+    for rows, out in zip(torch.split(logits.detach(), ROWS), torch.split(vectors, ROWS), strict=True):
         likely, tokens = rows.to(wide).topk(min(TOP, rows.shape[-1]), -1)
         roots = torch.softmax(likely, -1).sqrt()
         signs = torch.randint(0, 2, roots.shape, generator=generator).to(roots) * 2 - 1
         out.scatter_(1, tokens, (roots * (signs - roots * (roots * signs).sum(-1, keepdim=True))).to(out.dtype))
-    return found
+    return vectors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -29,16 +29,9 @@ class Quality:
     @classmethod
     def of(cls, loss: float, predictions: int, apart: float | None = None, agreed: int | None = None) -> Quality:
         """Take the means of what was summed over predictions."""
-        return cls(
-            math.exp(min(loss / predictions, 700.0)),
-            loss / predictions,
-            predictions,
-            None if apart is None else apart / predictions,
-            None if agreed is None else agreed / predictions,
-        )
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        return asdict(self)
+        mean = loss / predictions
+        further = (None if total is None else total / predictions for total in (apart, agreed))
+        return cls(math.exp(min(mean, 700.0)), mean, predictions, *further)
 
 
 @torch.no_grad()
@@ -62,11 +55,12 @@ def measure_quality(models: Sequence[Predict], samples: Samples, task: Task, *, 
                     reference = compared if len(models) > 1 else None
                 else:
                     assert reference is not None
-                    further, same = task.output.divergence(reference, compared)
-                    divergences[i] += further
+                    apart, same = task.output.divergence(reference, compared)
+                    divergences[i] += apart
                     agreed[i] += same
                 tick()
+    first, *others = zip(losses, divergences, agreed, strict=True)
     return [
-        Quality.of(losses[i], predictions, *((divergences[i], agreed[i]) if i > 0 else (None, None)))
-        for i in range(len(models))
+        Quality.of(first[0], predictions),
+        *(Quality.of(loss, predictions, apart, same) for loss, apart, same in others),
     ]

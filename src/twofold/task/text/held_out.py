@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.model.load import LoadedModel, need_tokenizer, positions
-from twofold.task.text.settings import Measuring
-from twofold.task.text.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts
+from twofold.task.text.texts import CHARACTERS_PER_TOKEN, Rows, TokenWindows, read_texts
 
 
 def evaluation_windows(
@@ -33,25 +31,15 @@ def evaluation_windows(
     Raises:
         TwofoldError: if the text is empty or shorter than one window.
     """
-    names = [str(source)] if isinstance(source, str | Path) else [str(one) for one in source]
+    names = [str(source)] if isinstance(source, str | Path) else [str(name) for name in source]
     limit = None if windows is None else windows * window * CHARACTERS_PER_TOKEN
-    text = "\n\n".join(
-        read_texts(
-            names,
-            characters=limit,
-            tokenizer=tokenizer,
-            dataset_config=dataset_config,
-            dataset_split=dataset_split,
-            text_column=text_column,
-        )
-    )
+    rows = Rows(dataset_config, dataset_split, text_column, tokenizer)
+    text = "\n\n".join(read_texts(names, rows, characters=limit))
     if not text.strip():
         raise TwofoldError(f"the evaluation text is empty ({', '.join(names)})")
     # So many characters hold the windows in any natural text; one that they do not is tokenized as far as it was read.
     ids = tokenizer(text if limit is None else text[:limit], add_special_tokens=False, verbose=False)["input_ids"]
-    count = len(ids) // window
-    if windows is not None:
-        count = min(count, windows)
+    count = len(ids) // window if windows is None else min(len(ids) // window, windows)
     if count == 0:
         raise TwofoldError(
             f"the evaluation text has {len(ids)} tokens, fewer than one window of {window} ({', '.join(names)}); "
@@ -59,11 +47,3 @@ def evaluation_windows(
         )
     table = torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
     return TokenWindows(table, ", ".join(Path(name).name for name in names))
-
-
-def evaluation_text(loaded: LoadedModel, recipe: Measuring) -> TokenWindows | None:
-    """Read the windows of a recipe's evaluation text, before any work so that a text that can't be used is refused at once."""
-    if recipe.eval_text is None or recipe.eval_windows == 0:
-        return None
-    window = min(1024, positions(loaded.model) or 1024)
-    return evaluation_windows(recipe.eval_text, need_tokenizer(loaded), window=window, windows=recipe.eval_windows)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
 from twofold.host.progress import Tick, progress
-from twofold.task.output.draw import draw
+from twofold.task.output.curvature import draw
 
 MOST_ROWS = 64  # sequences that are sampled together
 CACHE_BYTES = 1_500_000_000  # their keys and values take at most this much
 
 
 def user_turn_prefix(tokenizer: Any) -> str | None:
-    """What the chat template writes before a user's words, or None if the tokenizer has no such template."""
+    """Return what the chat template writes before a user's words; None if the tokenizer has no such template."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     mark = "\u2063content\u2063"
@@ -28,12 +28,12 @@ def user_turn_prefix(tokenizer: Any) -> str | None:
         text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
     except Exception:  # a template may refuse anything; it is data, not ours
         return None
-    before, found, _ = str(text).partition(mark)
-    return before if found else None
+    before, *after = str(text).split(mark, 1)
+    return before if after else None
 
 
 def beginnings(tokenizer: Any, kind: str = "both") -> list[list[int]]:
-    """The token ids that sampled texts begin with, in turn.
+    """Return the token ids that sampled texts begin with, in turn.
 
     Args:
         kind: ``plain``, a text's own beginning; ``chat``, a user's turn of the chat template; ``both``, the first, and the
@@ -42,8 +42,8 @@ def beginnings(tokenizer: Any, kind: str = "both") -> list[list[int]]:
     Raises:
         TwofoldError: if only turns of chat are asked for and there is no template.
     """
-    candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    plain = [next((token for token in candidates if token is not None), 0)]
+    specials = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    plain = [next((token for token in specials if token is not None), 0)]
     if kind == "plain":
         return [plain]
     chat = user_turn_prefix(tokenizer)
@@ -59,13 +59,7 @@ def beginnings(tokenizer: Any, kind: str = "both") -> list[list[int]]:
 
 @torch.no_grad()
 def sample_texts(
-    model: nn.Module,
-    begin: list[list[int]],
-    *,
-    sequences: int,
-    length: int,
-    seed: int,
-    quiet: bool = False,
+    model: nn.Module, begin: list[list[int]], *, sequences: int, length: int, seed: int, quiet: bool = False
 ) -> Tensor:  # (sequences, length), int64
     """Sample token sequences from a language model, at temperature 1, with no truncation of its distribution.
 
@@ -79,16 +73,14 @@ def sample_texts(
         raise TwofoldError("this model can't generate text to calibrate on; give it texts with `calibration`")
     generator = torch.Generator().manual_seed(seed)
     starts = [begin[i % len(begin)][:length] for i in range(sequences)]
-    samples: list[Tensor] = []
     rows = _rows(model, length)
+    batches = [starts[first : first + rows] for first in range(0, sequences, rows)]
     with progress("Sampling texts from the model", sequences * length, unit="tokens", quiet=quiet) as tick:
-        for first in range(0, sequences, rows):
-            samples.append(_continue(model, starts[first : first + rows], length, generator, tick))
-    return torch.cat(samples)
+        return torch.cat([_continue(model, batch, length, generator, tick) for batch in batches])
 
 
 def _rows(model: Any, length: int) -> int:
-    """How many sequences are sampled together: as many as keep the keys and values within ``CACHE_BYTES``."""
+    """Return how many sequences are sampled together: as many as keep the keys and values within ``CACHE_BYTES``."""
     config = model.config.get_text_config()
     queries = getattr(config, "num_attention_heads", None) or 1
     heads = getattr(config, "num_key_value_heads", None) or queries

@@ -19,9 +19,7 @@ from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line
 from twofold.task import Batch, Data, Samples
 
-CHARACTERS_PER_TOKEN = (
-    16  # a generous bound: texts are read up to this many characters for each token that is asked for
-)
+CHARACTERS_PER_TOKEN = 16  # a generous bound: texts are read up to this many characters for each token asked for
 WIKITEXT = re.compile(r"wiki\..*\.raw$")
 
 
@@ -63,21 +61,76 @@ class TokenWindows(Samples):
 
 
 def wikitext_rows(text: str) -> str:
-    """WikiText's raw file as the published tables read it: a lone space becomes an empty row, rows joined by two newlines."""
+    """Return WikiText's raw file as the published tables read it: a lone space is an empty row, two newlines join rows."""
     rows = text.split("\n")
     if rows and rows[-1] == "":
         rows.pop()
     return "\n\n".join("" if row == " " else row + "\n" for row in rows)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How the rows of data sets and of .jsonl files are read; one without a text is refused with where it stands."""
+
+    config: str | None  # of a data set
+    split: str  # of a data set
+    column: str  # the field with the text
+    tokenizer: Any  # renders "messages" through its chat template
+
+    def of_line(self, line: str, where: str) -> str:
+        """Return the text of a line of JSON."""
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # beside no JSON: a number of too many digits, too much nesting
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise TwofoldError(
+                f"{where} is not JSON: {reason}; a .jsonl file has one JSON object on each line"
+            ) from error
+        text = self.of_row(row, where)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # "\ud800" in JSON: half of a character
+            raise TwofoldError(f"{where} holds half of a character (a lone surrogate); convert it first") from error
+        return text
+
+    def of_row(self, row: Any, where: str) -> str:
+        """Return the text of a row."""
+        if isinstance(row, dict):
+            if isinstance(row.get(self.column), str):
+                return str(row[self.column])
+            if isinstance(row.get("messages"), list):
+                if not getattr(self.tokenizer, "chat_template", None):
+                    return "\n\n".join(str(m.get("content", "")) for m in row["messages"] if isinstance(m, dict))
+                try:
+                    return str(self.tokenizer.apply_chat_template(row["messages"], tokenize=False))
+                except Exception as error:  # a template may refuse a role or an order
+                    raise TwofoldError(f"the chat template refuses {where}: {error}") from error
+            for answer in ("completion", "response"):
+                if isinstance(row.get("prompt"), str) and isinstance(row.get(answer), str):
+                    return str(row["prompt"]) + str(row[answer])
+        raise TwofoldError(
+            f"{where} has no text: it needs a field {self.column!r}, 'messages', or 'prompt' and 'completion'"
+        )
+
+    def of_dataset(self, name: str) -> Iterator[str]:
+        """Yield the texts of a data set that are not empty."""
+        try:
+            import datasets
+        except ImportError as error:
+            raise TwofoldError(
+                f"{name} is not a file; to read a data set of that name, install the library: pip install datasets"
+            ) from error
+        with errors_in_words(
+            lambda error: f"{name} is neither a file nor a data set that can be read: {first_line(error)}"
+        ):
+            for row in datasets.load_dataset(name, self.config, split=self.split, streaming=True):
+                text = self.of_row(row, f"the data set {name}")
+                if text.strip():
+                    yield text
+
+
 def read_texts(
-    sources: str | Path | Iterable[str | Path],
-    *,
-    characters: int | None = None,
-    tokenizer: Any = None,
-    dataset_config: str | None = None,
-    dataset_split: str = "train",
-    text_column: str = "text",
+    sources: str | Path | Iterable[str | Path], rows: Rows, *, characters: int | None = None
 ) -> Iterator[str]:
     """Read texts from files or from a data set of the hub.
 
@@ -86,14 +139,13 @@ def read_texts(
             "messages", or "prompt" and "completion"), or else names for ``datasets.load_dataset``.
             WikiText's raw files (wiki.*.raw) are joined the way the published tables read them.
         characters: stop after about this many.
-        tokenizer: renders "messages" through its chat template.
 
     Raises:
         TwofoldError: if a source can't be read, or is neither a file nor a data set.
     """
     left = characters if characters is not None else float("inf")
     for source in _expand([sources] if isinstance(sources, str | Path) else sources):
-        for text in _read_one(source, left, tokenizer, dataset_config, dataset_split, text_column):
+        for text in _read_one(source, left, rows):
             yield text
             left -= len(text)
             if left <= 0:
@@ -101,99 +153,45 @@ def read_texts(
 
 
 def _expand(sources: Iterable[str | Path]) -> Iterator[str]:
-    """Each source, and the files that a pattern such as texts/*.txt stands for, in order."""
+    """Yield each source, and the files that a pattern such as texts/*.txt stands for, in order."""
     for source in map(str, sources):
         if not any(sign in source for sign in "*?[") or Path(source).exists():
             yield source
             continue
-        found = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (patterns may be absolute)
-        if not found:
+        paths = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (patterns may be absolute)
+        if not paths:
             raise TwofoldError(f"no file matches {source}; check the path")
-        yield from found
+        yield from paths
 
 
-def _read_one(source: str, limit: float, tokenizer: Any, config: str | None, split: str, column: str) -> Iterator[str]:
+def _read_one(source: str, limit: float, rows: Rows) -> Iterator[str]:
     path = Path(source)
     if path.is_dir() and not (path / "dataset_info.json").exists() and not any(path.glob("*.parquet")):
         raise TwofoldError(f"{source} is a folder: name the text files in it, as in {source.rstrip('/')}/*.txt")
-    if path.is_file():
-        try:
-            if path.suffix in (".jsonl", ".json"):
-                with path.open(encoding="utf-8") as lines:
-                    for number, line in enumerate(lines, 1):
-                        if line.strip():
-                            yield _row_text(line, f"{source}, line {number}", tokenizer, column)
-            else:
-                with path.open(encoding="utf-8") as file:
-                    text = file.read(int(limit) if limit != float("inf") else -1)
-                yield wikitext_rows(text) if WIKITEXT.search(path.name) else text
-        except UnicodeDecodeError as error:
-            raise TwofoldError(f"{source} is not a text file in UTF-8; convert it first") from error
-        except OSError as error:
-            raise TwofoldError(f"{source} can't be read: {error.strerror}") from error
+    if not path.is_file():
+        if not path.exists() and (
+            path.suffix in (".txt", ".raw", ".md", ".jsonl", ".json") or source.startswith((".", "/", "~"))
+        ):
+            raise TwofoldError(f"there is no file {source}; check the path")
+        yield from rows.of_dataset(source)
         return
-    if not path.exists() and (
-        path.suffix in (".txt", ".raw", ".md", ".jsonl", ".json") or source.startswith((".", "/", "~"))
-    ):
-        raise TwofoldError(f"there is no file {source}; check the path")
-    yield from _read_dataset(source, config, split, column, tokenizer)
-
-
-def _row_text(line: str, where: str, tokenizer: Any, column: str) -> str:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # beside no JSON: a number of too many digits, too much nesting
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise TwofoldError(f"{where} is not JSON: {reason}; a .jsonl file has one JSON object on each line") from error
-    text = _text_of(row, where, tokenizer, column)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # "\ud800" in JSON: half of a character
-        raise TwofoldError(f"{where} holds half of a character (a lone surrogate); convert it first") from error
-    return text
-
-
-def _text_of(row: Any, where: str, tokenizer: Any, column: str) -> str:
-    if isinstance(row, dict):
-        if isinstance(row.get(column), str):
-            return str(row[column])
-        if isinstance(row.get("messages"), list):
-            if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-                return "\n\n".join(str(m.get("content", "")) for m in row["messages"] if isinstance(m, dict))
-            try:
-                return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
-            except Exception as error:  # a template may refuse a role or an order
-                raise TwofoldError(f"the chat template refuses {where}: {error}") from error
-        for answer in ("completion", "response"):
-            if isinstance(row.get("prompt"), str) and isinstance(row.get(answer), str):
-                return str(row["prompt"]) + str(row[answer])
-    raise TwofoldError(f"{where} has no text: it needs a field {column!r}, 'messages', or 'prompt' and 'completion'")
-
-
-def _read_dataset(name: str, config: str | None, split: str, column: str, tokenizer: Any) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise TwofoldError(
-            f"{name} is not a file; to read a data set of that name, install the library: pip install datasets"
-        ) from error
-    with errors_in_words(
-        lambda error: f"{name} is neither a file nor a data set that can be read: {first_line(error)}"
-    ):
-        for row in datasets.load_dataset(name, config, split=split, streaming=True):
-            text = _text_of(row, f"the data set {name}", tokenizer, column)
-            if text.strip():
-                yield text
+        with path.open(encoding="utf-8") as file:
+            if path.suffix in (".jsonl", ".json"):
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield rows.of_line(line, f"{source}, line {number}")
+            else:
+                text = file.read(int(limit) if limit != float("inf") else -1)
+                yield wikitext_rows(text) if WIKITEXT.search(path.name) else text
+    except UnicodeDecodeError as error:
+        raise TwofoldError(f"{source} is not a text file in UTF-8; convert it first") from error
+    except OSError as error:
+        raise TwofoldError(f"{source} can't be read: {error.strerror}") from error
 
 
 def token_windows(
-    texts: Iterable[str],
-    tokenizer: Any,
-    *,
-    tokens: int,
-    window: int,
-    held_out: int = 0,
-    source: str = "texts",
+    texts: Iterable[str], tokenizer: Any, *, tokens: int, window: int, held_out: int = 0, source: str = "texts"
 ) -> Data:
     """Tokenize texts without special tokens, join them, and cut the first ``tokens`` into windows.
 
@@ -210,14 +208,12 @@ def token_windows(
     ids: list[int] = []
     empty = True
     for text in [texts] if isinstance(texts, str) else texts:
-        if not text.strip():
-            continue
-        empty = False
-        # Texts that are cut by a window all the same are joined as paragraphs.
-        piece = tokenizer(("\n\n" if ids else "") + text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids.extend(piece)
-        if len(ids) >= needed:
-            break
+        if text.strip():
+            empty = False
+            # Texts that are cut by a window all the same are joined as paragraphs.
+            ids += tokenizer(("\n\n" if ids else "") + text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) >= needed:
+                break
     if empty:
         raise TwofoldError(f"the calibration text is empty ({source}); give a text with some thousand words")
     windows = len(ids) // window
@@ -238,7 +234,7 @@ def token_windows(
 
 
 def spread(count: int) -> list[int]:
-    """The places 0 to ``count`` − 1 in an order whose every beginning is spread over them: the middle, the quarters, the eighths.
+    """Return 0 to ``count`` − 1 in an order whose every beginning is spread over them: the middle, the quarters, the eighths.
 
     So those that are measured are the same, however many are set aside beside them.
     """
@@ -249,5 +245,5 @@ def spread(count: int) -> list[int]:
 
 
 def tokens_needed(tokens: int, held_out: int) -> int:
-    """The tokens to read for so many to calibrate on and so many to set aside."""
+    """Return the tokens to read for so many to calibrate on and so many to set aside."""
     return tokens + (max(held_out, tokens) if held_out else 0)
