@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 AUDIT := .venv-audit
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench bench-scale bench-speed check-slow format audit clean
+.PHONY: demo test check lint bench bench-scale bench-speed check-slow format audit clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,13 +16,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## the main job on the built-in model
 	$(BIN)/twofold compress smollm2 --keep 0.8 --tokens 16384 --out demo-output --overwrite
 
-test: $(INSTALLED)  ## lint, types and the tests
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/mypy
+test: $(INSTALLED) lint  ## lint, types and the tests
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
-lint: $(INSTALLED)
+check: $(INSTALLED) lint  ## for the inner loop: lint, types and the tests that take under a second each
+	$(BIN)/python -m pytest -q -m "not slow and not long" -n auto --dist worksteal
+
+lint: $(INSTALLED)  ## lint and types
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from twofold.cli import main
 from twofold.planning.plan import Plan
 from twofold.recipe import Recipe, make_recipe
+from twofold.refine.steps import training
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["runs", "peft", "transformers.models.llama", "twofold.comparison.arena", "twofold.report.page"]
+)
 
 
 def recipe_of(checkpoint: Path, text_file: Path, **settings: Any) -> Recipe:
@@ -21,9 +35,9 @@ def recipe_of(checkpoint: Path, text_file: Path, **settings: Any) -> Recipe:
 
 
 def command(source: Path, text: Path, out: Path, *more: str) -> list[str]:
-    """Return the command line of a small run."""
-    return [sys.executable, "-m", "twofold", "compress", str(source), "--calibration", str(text), "--tokens", "320",
-            "--window", "32", "--keep", "0.6", "--eval-windows", "1", "--out", str(out), *more]  # fmt: skip
+    """Return what follows ``twofold`` on the command line of a small run."""
+    return ["compress", str(source), "--calibration", str(text), "--tokens", "320", "--window", "32", "--keep", "0.6",
+            "--eval-windows", "1", "--out", str(out), *more]  # fmt: skip
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -31,19 +45,64 @@ def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "TWOFOLD_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-# The program, killed as soon as a file of that name has got its place.
-DYING = """
-import fnmatch, os, signal, sys
-from pathlib import Path
-pattern, place = sys.argv.pop(1), Path.replace
-def dies(self, target):
-    place(self, target)
-    if fnmatch.fnmatch(str(target), pattern):
-        os.kill(os.getpid(), signal.SIGKILL)
-Path.replace = dies
-from twofold.cli import main
-main()
-"""
+class Program:
+    """A run of the program in a process of its own.
+
+    It is forked from a server that has loaded the libraries once, as each run would in several seconds.
+    """
+
+    def __init__(self, arguments: Sequence[object], cache: Path, dies_at: str | None = None) -> None:
+        """
+        Args:
+            arguments: what follows ``twofold`` on the command line.
+            cache: the folder in the place of the user's cache.
+            dies_at: kill it as soon as a file whose path matches this pattern has got its place.
+        """
+        self.arguments, self.folder = [str(argument) for argument in arguments], Path(tempfile.mkdtemp())
+        given = (self.arguments, environment(cache), self.folder, dies_at)
+        self.process = SERVER.Process(target=_run, args=given, daemon=True)  # type: ignore[attr-defined]
+        self.process.start()
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """Wait for its end; return its exit code and what it printed."""
+        self.process.join(300)
+        assert self.process.exitcode is not None, "it still runs after five minutes"
+        out, err = ((self.folder / name).read_text(encoding="utf-8") for name in ("out", "err"))
+        shutil.rmtree(self.folder)
+        return subprocess.CompletedProcess(self.arguments, self.process.exitcode, out, err)
+
+
+def _run(arguments: list[str], environment: dict[str, str], folder: Path, dies_at: str | None) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    place = Path.replace
+
+    def place_and_die(self: Path, target: Path) -> None:
+        place(self, target)
+        if fnmatch(str(target), str(dies_at)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS does for a program that begins
+    if dies_at:
+        training.SAVE_SECONDS = -1.0  # in every step
+        Path.replace = place_and_die  # type: ignore[assignment, method-assign]
+    sys.argv = ["twofold", *arguments]
+    main()
+
+
+def run_program(arguments: Sequence[object], cache: Path) -> subprocess.CompletedProcess[str]:
+    """Run the program to its end, which must be a good one."""
+    done = Program(arguments, cache).wait()
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def kill_program(arguments: Sequence[object], cache: Path, dies_at: str) -> None:
+    """Run the program until it is killed at a file."""
+    killed = Program(arguments, cache, dies_at).wait()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -71,6 +71,7 @@ def test_an_allocation_with_a_setting(addition, checkpoint, text_file):
         make_recipe({"model": "m", "keep": 0.5, "generous_first": -1})
 
 
+@pytest.mark.long
 def test_a_refinement(addition, checkpoint, text_file, tmp_path):
     run = twofold.compress(
         str(checkpoint),
@@ -117,6 +118,7 @@ def test_a_storage_layer(addition, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_task(addition, checkpoint, tmp_path):
     run = twofold.compress(str(checkpoint), tmp_path / "out", task="last-token", keep=0.6, quiet=True)
     assert run.calibration == "drawn rows" and run.calibration_tokens == 24

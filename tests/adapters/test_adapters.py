@@ -76,6 +76,7 @@ def test_an_adapter_is_saved_loaded_and_merged_exactly(architecture: str, tmp_pa
     assert ranks(again) == {6 + 3}
 
 
+@pytest.mark.long
 def test_a_fresh_process_needs_only_import_twofold(tmp_path: Path) -> None:
     model = factored_model()
     model.save_pretrained(tmp_path / "small")
@@ -254,6 +255,7 @@ def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.long
 def test_adapters_are_merged_on_the_command_line(tmp_path: Path) -> None:
     base = save(factored_model(rank=4), tmp_path / "small")
     model = AutoModelForCausalLM.from_pretrained(base)

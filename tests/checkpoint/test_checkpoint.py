@@ -129,6 +129,7 @@ def test_generate_and_pipeline(tmp_path):
     assert made[0]["generated_text"] == tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["gauge", "plain"])
 def test_loading_without_twofold_fails_loudly(form, tmp_path):
     factorized(form=form).save_pretrained(tmp_path)

@@ -946,6 +946,7 @@ def arguments(one: Case, root: Path) -> list[str]:
     }[one.command]
 
 
+@pytest.mark.long
 def test_the_table_is_long_and_its_corruptions_are_distinct(bases, tmp_path):
     """Counted by what they leave on the disk, not by their names."""
     assert len({one.name for one in CASES}) == len(CASES)
@@ -967,6 +968,7 @@ def test_the_table_is_long_and_its_corruptions_are_distinct(bases, tmp_path):
     assert len(found) >= 550
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("one", CASES, ids=lambda one: one.name.replace("\0", "0")[:70])
 def test_corrupted_input_ends_in_one_sentence(one, spoiled, tmp_path, capsys, monkeypatch):
     root = spoiled(one)
@@ -1035,6 +1037,7 @@ def test_a_snapshot_in_the_hub_cache_is_made_of_links(bases, tmp_path):
     assert torch.equal(logits(load_model(str(snapshot)).model), logits(make_model()))
 
 
+@pytest.mark.long
 def test_odd_texts_are_read(bases, tmp_path, capsys, monkeypatch):
     """One huge line, and every sign that a terminal obeys; no more is read than is asked for."""
     (tmp_path / "odd.txt").write_text("\ufeff\0\x1b[31m\u202e" + "word " * 4_000_000, encoding="utf-8")

@@ -31,6 +31,7 @@ def before(settings: dict[str, object]) -> dict[str, object]:
     return {**old, "form": FORMS[str(settings["kind"])]} if settings["kind"] in FORMS else old
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("version", "settings"), [(version, one) for version, several in ROWS.items() for one in several]
 )

@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
+from runs import kill_program, run_program
 from twofold.host.cache import cache_folder
 from twofold.host.folders import staged_folder
 from twofold.planning.plan import Plan
@@ -53,6 +51,7 @@ def refused(result, message):
     assert err.startswith("twofold: ") and err.count("\n") == 1, "one sentence, no traceback"
 
 
+@pytest.mark.long
 def test_compress_prints_what_it_did(run, quick, tmp_path):
     code, out, err = run("compress", *quick, "--keep", 0.6, "--out", tmp_path / "small")
     assert code == 0, err
@@ -69,6 +68,7 @@ def test_compress_prints_what_it_did(run, quick, tmp_path):
     assert err == ""
 
 
+@pytest.mark.long
 def test_json_is_json(run, quick, tmp_path, text_file, checkpoint):
     code, out, _ = run("compress", *quick, "--keep", 0.6, "--out", tmp_path / "small", "--json")
     record = json.loads(out)
@@ -87,6 +87,7 @@ def test_json_is_json(run, quick, tmp_path, text_file, checkpoint):
     assert found["shared"] == ["q_proj, k_proj, v_proj", "gate_proj, up_proj"]
 
 
+@pytest.mark.long
 def test_progress_goes_to_standard_error_as_lines(run, quick, tmp_path):
     code, out, err = run("compress", *quick[:-1], "--keep", 0.6, "--out", tmp_path / "small", "--json")
     assert code == 0 and json.loads(out)
@@ -112,12 +113,14 @@ def test_perplexity_is_that_of_the_definition(run, checkpoint, text_file):
     assert row["perplexity"] == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-5)
 
 
+@pytest.mark.long
 def test_inspect_shows_factored_layers(run, quick, tmp_path):
     run("compress", *quick, "--keep", 0.6, "--out", tmp_path / "small")
     code, out, _ = run("inspect", tmp_path / "small", "--all")
     assert code == 0 and "factored" in out
 
 
+@pytest.mark.long
 def test_plan_and_inspect_read_no_weight(run, checkpoint, tmp_path, monkeypatch):
     """A model of 70 billion parameters, of which only the configuration is here."""
     from transformers import LlamaConfig
@@ -142,6 +145,7 @@ def test_plan_and_inspect_read_no_weight(run, checkpoint, tmp_path, monkeypatch)
     assert found["shared"] == ["q_proj, k_proj, v_proj", "gate_proj, up_proj"]
 
 
+@pytest.mark.long
 def test_recipe_file_flags_and_stored_recipe_are_one(run, checkpoint, text_file, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -215,6 +219,7 @@ def test_bad_settings(run, quick, tmp_path, arguments, message):
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.long
 def test_a_quality_in_the_place_of_a_size(run, quick, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("keep: 0.9")
@@ -294,6 +299,7 @@ def test_texts_that_are_not_there(run, checkpoint, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_jsonl_and_data_sets_are_read(run, checkpoint, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": line}) for line in TEXT.splitlines()))
@@ -316,6 +322,7 @@ def test_jsonl_and_data_sets_are_read(run, checkpoint, tmp_path, capsys):
     assert code == 0, err
 
 
+@pytest.mark.long
 def test_several_texts_and_patterns(run, checkpoint, tmp_path):
     for i, half in enumerate((TEXT[: len(TEXT) // 2], TEXT[len(TEXT) // 2 :])):
         (tmp_path / f"part-{i}.txt").write_text(half)
@@ -405,6 +412,7 @@ def test_an_index_can_not_leave_its_folder(run, tmp_path):
     refused(run("inspect", tmp_path / "shards"), "can't be read")
 
 
+@pytest.mark.long
 def test_a_factored_checkpoint_that_is_not_whole(run, quick, tmp_path, text_file):
     small = tmp_path / "small"
     run("compress", *quick, "--keep", 0.5, "--out", small)
@@ -420,6 +428,7 @@ def test_a_factored_checkpoint_that_is_not_whole(run, quick, tmp_path, text_file
     refused(run("eval", small, "--text", text_file, "--window", 64, "--quiet"), "does not fit this model")
 
 
+@pytest.mark.long
 def test_an_output_that_exists_needs_overwrite(run, quick, tmp_path):
     out = tmp_path / "small"
     command = ["compress", *quick, "--keep", 0.5, "--out", out]
@@ -494,6 +503,7 @@ def test_a_recipe_can_not_turn_on_foreign_code(run, quick, tmp_path):
     refused(run("compress", *quick, "--recipe", recipe, "--out", tmp_path / "s"), "asks to run a checkpoint's code")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["clip", "vit", "t5"])
 def test_models_that_do_not_run_on_text_alone(run, kind, tmp_path, text_file, tokenizer):
     import transformers as t
@@ -541,6 +551,7 @@ def test_a_failure_of_ours_is_said_to_be_ours(run, quick, tmp_path, monkeypatch)
     assert code == 1 and "this is a failure of ours (ZeroDivisionError" in err
 
 
+@pytest.mark.long
 def test_rank_deficient_moments_and_one_window(run, checkpoint, text_file, tmp_path):
     code, out, err = run(
         "compress", checkpoint, "--calibration", text_file, "--tokens", 4, "--window", 4, "--damping", 0,
@@ -552,31 +563,26 @@ def test_rank_deficient_moments_and_one_window(run, checkpoint, text_file, tmp_p
     assert torch.isfinite(loaded(input_ids=torch.arange(20)[None]).logits).all()
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_from_the_saved_moments(checkpoint, text_file, tmp_path):
     """Killed after its calibration: nothing half-written; started again it uses the moments and gives the same bits."""
     cache = tmp_path / "cache"
-    environment = {**os.environ, "TWOFOLD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "twofold", "compress", str(checkpoint), "--calibration", str(text_file), "--tokens", "96",
+    command = ["compress", str(checkpoint), "--calibration", str(text_file), "--tokens", "96",
                "--window", "32", "--keep", "0.6", "--out", str(tmp_path / "small"), "--json"]  # fmt: skip
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(cache.glob("moments/*/moments.json")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_program(command, cache, "*/moments/*/moments.json")
     assert list(cache.glob("moments/*/moments.json"))
     assert not (tmp_path / "small").exists()
-    again = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0 and json.loads(again.stdout)["moments_reused"]
+    again = run_program(command, cache)
+    assert json.loads(again.stdout)["moments_reused"]
     assert "the moments of an earlier run fit" in again.stderr
     fresh = [*command[:-2], str(tmp_path / "fresh"), "--json"]
-    other = subprocess.run(fresh, env={**environment, "TWOFOLD_CACHE": str(tmp_path / "other")}, capture_output=True)
-    assert other.returncode == 0
+    run_program(fresh, tmp_path / "other")
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("small", "fresh")]
     assert files[0] == files[1]
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.long
 def test_named_moments_must_fit(run, quick, tmp_path):
     path = tmp_path / "moments"
     assert run("compress", *quick, "--keep", 0.5, "--moments", path, "--out", tmp_path / "a")[0] == 0
@@ -587,6 +593,7 @@ def test_named_moments_must_fit(run, quick, tmp_path):
     refused(run("compress", *quick, "--keep", 0.5, "--moments", path, "--out", tmp_path / "b"), "can't be read")
 
 
+@pytest.mark.long
 def test_cached_moments_that_are_not_whole_are_collected_again(run, quick, tmp_path):
     assert run("compress", *quick, "--keep", 0.5, "--out", tmp_path / "a")[0] == 0
     (kept,) = (cache_folder() / "moments").glob("*/*.safetensors")

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ import torch
 
 import twofold.cli
 from conftest import TEXT, make_model
+from runs import kill_program, run_program
 from twofold.comparison.arena import compare
 from twofold.comparison.cells import only_run
 from twofold.comparison.grid import Cell, make_grid
@@ -106,6 +103,7 @@ def test_a_published_method_is_an_objective_and_a_closed_form(settings):
     assert alone.chains == [("anchored",)] and alone.kernels == ["svd-llm"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("objective", "allocate", "chain"),
     [("svd", "uniform", []), ("asvd", "global", []), ("fwsvd", "global", []), ("svd-llm", "uniform", ["anchored"]),
@@ -133,6 +131,7 @@ def test_a_cell_is_what_compress_and_eval_give(settings, objective, allocate, ch
             assert row.divergence == pytest.approx(small.divergence, rel=1e-3)
 
 
+@pytest.mark.long
 def test_moments_are_collected_once_and_texts_read_once(settings, tmp_path, monkeypatch):
     reads = []
     monkeypatch.setattr(
@@ -150,12 +149,14 @@ def test_moments_are_collected_once_and_texts_read_once(settings, tmp_path, monk
     assert made.fingerprint and made.calibration_tokens == 128
 
 
+@pytest.mark.long
 def test_what_needs_no_moments_collects_none(settings, tmp_path):
     made = compare({**settings, "objectives": "svd"}, tmp_path / "arena", quiet=True)
     assert not (cache_folder() / "moments").exists() and made.calibration_tokens == 0
     assert made.rows[1].divergence > 0 and made.rows[1].predicted_divergence is None
 
 
+@pytest.mark.long
 def test_an_interrupted_grid_goes_on(settings, tmp_path, monkeypatch):
     grid = {**settings, "objectives": ["svd-llm", "two-sided"], "keep": [0.7, 0.5], "refine": ["none", "distill"]}
     whole = compare(grid, tmp_path / "whole", quiet=True)
@@ -182,38 +183,27 @@ def test_an_interrupted_grid_goes_on(settings, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "arena").iterdir()) == sorted([*FILES, "arena.json", "cells"])
 
 
+@pytest.mark.long
 def test_a_killed_grid_goes_on(settings, tmp_path):
     """Killed at any point: what was finished stays, and the rows are those of a run that was not killed, to the bit."""
     out, cache = tmp_path / "arena", tmp_path / "cache"
-    environment = {**os.environ, "TWOFOLD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     command = [
-        sys.executable, "-m", "twofold", "compare", settings["model"], "--calibration", *settings["calibration"], "--tokens",
-        "128", "--window", "32", "--keep", "0.7,0.5", "--objectives", "svd-llm,two-sided", "--refine",
-        "none,anchored,blockwise+distill", "--refine-steps", "4", "--baselines", "none", "--json",
+        "compare", settings["model"], "--calibration", *settings["calibration"], "--tokens", "128", "--window", "32",
+        "--keep", "0.7,0.5", "--objectives", "svd-llm,two-sided", "--refine", "none,anchored,blockwise+distill",
+        "--refine-steps", "4", "--baselines", "none", "--json",
     ]  # fmt: skip
-    process = subprocess.Popen(
-        [*command, "--out", str(out)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("cells/*.json"))) < 4 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = {path.name: path.read_bytes() for path in out.glob("cells/*.json")}
-    assert 4 <= len(kept) < 13 and not [name for name in FILES if (out / name).exists()]
-    again = subprocess.run([*command, "--out", str(out)], env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert all((out / "cells" / name).read_bytes() == content for name, content in kept.items())
-    environment["TWOFOLD_CACHE"] = str(tmp_path / "other")
-    whole = subprocess.run(
-        [*command, "--out", str(tmp_path / "whole")], env=environment, capture_output=True, text=True
-    )
-    assert whole.returncode == 0, whole.stderr
+    kill_program([*command, "--out", str(out)], cache, "*/cells/svd-llm_global_0.5_none.json")
+    cells = {path.name: path.read_bytes() for path in out.glob("cells/*.json")}
+    assert 4 <= len(cells) < 13 and not [name for name in FILES if (out / name).exists()]
+    again = run_program([*command, "--out", str(out)], cache)
+    assert all((out / "cells" / name).read_bytes() == content for name, content in cells.items())
+    whole = run_program([*command, "--out", str(tmp_path / "whole")], tmp_path / "other")
     assert figures(Comparison.model_validate_json(again.stdout)) == figures(
         Comparison.model_validate_json(whole.stdout)
     )
 
 
+@pytest.mark.long
 def test_a_larger_grid_runs_its_new_cells_only(settings, tmp_path, monkeypatch):
     first = compare({**settings, "objectives": ["two-sided"]}, tmp_path / "arena", quiet=True)
     done: list[float] = []
@@ -229,6 +219,7 @@ def test_a_larger_grid_runs_its_new_cells_only(settings, tmp_path, monkeypatch):
     assert figures(again) == figures(second)
 
 
+@pytest.mark.long
 def test_a_broken_or_foreign_cell_is_measured_again(settings, tmp_path):
     made = compare({**settings, "keep": [0.7, 0.5]}, tmp_path / "arena", quiet=True)
     first, second = (
@@ -240,6 +231,7 @@ def test_a_broken_or_foreign_cell_is_measured_again(settings, tmp_path):
     assert figures(compare({**settings, "keep": [0.7, 0.5]}, tmp_path / "arena", quiet=True)) == figures(made)
 
 
+@pytest.mark.long
 def test_a_foreign_folder_is_refused(settings, tmp_path, text_file):
     out = tmp_path / "arena"
     compare(settings, out, quiet=True)
@@ -262,6 +254,7 @@ def test_a_foreign_folder_is_refused(settings, tmp_path, text_file):
         compare(settings, text_file, quiet=True)
 
 
+@pytest.mark.long
 def test_cells_that_are_impossible_carry_a_reason(settings, tmp_path):
     grid = {**settings, "objectives": ["svd", "two-sided"], "keep": [0.7, 0.01], "refine": ["none", "anchored"]}
     made = compare(grid, tmp_path / "arena", quiet=True)
@@ -277,6 +270,7 @@ def test_cells_that_are_impossible_carry_a_reason(settings, tmp_path):
     assert all(name in words and reason in words for name, reason in reasons.items())
 
 
+@pytest.mark.long
 def test_a_cell_that_fails_is_a_row_and_the_model_is_whole_for_the_next(settings, tmp_path, monkeypatch):
     grid = {**settings, "objectives": "two-sided", "refine": ["distill", "none"]}
     whole = compare({**grid, "refine": ["none"]}, tmp_path / "whole", quiet=True)
@@ -291,6 +285,7 @@ def test_a_cell_that_fails_is_a_row_and_the_model_is_whole_for_the_next(settings
     assert not (tmp_path / "arena" / "cells" / f"{Cell('two-sided', 'global', 0.7, ('distill',)).name}.json").exists()
 
 
+@pytest.mark.long
 def test_the_model_is_dense_again_after_every_cell(settings, tmp_path, monkeypatch):
     ids = torch.arange(40)[None]
     seen: list[torch.Tensor] = []
@@ -320,6 +315,7 @@ def test_modules_are_put_back_however_the_block_ends(model):
     assert all(model.get_submodule(name) is module for name, module in zip(names, before, strict=True))
 
 
+@pytest.mark.long
 def test_the_files_agree(settings, tmp_path):
     grid = {**settings, "objectives": ["svd", "two-sided"], "keep": [0.8, 0.6], "refine": ["none", "anchored"]}
     made = compare(grid, tmp_path / "arena", quiet=True)
@@ -348,6 +344,7 @@ def test_the_files_agree(settings, tmp_path):
     assert "<svg" in svg and "Pareto front" in svg and "stories.txt" in svg
 
 
+@pytest.mark.long
 def test_the_front_holds_what_nothing_beats(settings, tmp_path):
     made = compare({**settings, "objectives": ["svd", "two-sided"], "keep": [0.8, 0.5]}, tmp_path / "arena", quiet=True)
     for text in range(2):
@@ -360,6 +357,7 @@ def test_the_front_holds_what_nothing_beats(settings, tmp_path):
             assert (row in front) == (not beaten)
 
 
+@pytest.mark.long
 def test_the_command_prints_json_or_a_table(run, checkpoint, text_file, other_text, tmp_path):
     command = ["compare", checkpoint, "--objectives", "svd,two-sided", "--keep", "0.8", "--keep", "0.6", "--refine", "none",
                "--allocate", "uniform,global", "--calibration", text_file, "--tokens", 96, "--window", 32, "--eval-text",
@@ -434,6 +432,7 @@ def test_a_budget_is_no_keep_ratio(settings, tmp_path):
         compare({**settings, "budget": "70%"}, tmp_path / "arena", quiet=True)
 
 
+@pytest.mark.long
 def test_baselines_without_torchao(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("twofold.comparison.quantized.torchao_version", lambda: None)
     with pytest.raises(TwofoldError, match="need torchao, which is not installed: pip install"):
@@ -444,6 +443,7 @@ def test_baselines_without_torchao(settings, tmp_path, monkeypatch):
     assert choose_baselines([]) == ([], None)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torchao_version() is None, reason=NO_TORCHAO)
 def test_baselines_are_measured_at_the_bytes_that_they_store(settings, tmp_path):
     made = compare({**settings, "baselines": "int8,int4"}, tmp_path / "arena", quiet=True)
@@ -489,6 +489,7 @@ def test_two_comparisons_do_not_write_to_one_folder(settings, tmp_path):
         compare(settings, out, quiet=True)
 
 
+@pytest.mark.long
 def test_an_objective_that_does_not_go_with_the_model_is_skipped(settings, tmp_path, monkeypatch):
     """The rows of the others are measured and written all the same."""
     decomposed = GridSetup.decompose
@@ -504,6 +505,7 @@ def test_an_objective_that_does_not_go_with_the_model_is_skipped(settings, tmp_p
     assert (tmp_path / "arena" / "compare.md").is_file()
 
 
+@pytest.mark.long
 def test_what_belongs_to_a_comparison_outlives_a_rerun(settings, tmp_path):
     first = compare({**settings, "refine": "none"}, tmp_path / "arena", quiet=True)
     again = compare({**settings, "refine": "none"}, tmp_path / "arena", quiet=True)
@@ -513,6 +515,7 @@ def test_what_belongs_to_a_comparison_outlives_a_rerun(settings, tmp_path):
     assert figures(more)[:2] == figures(first)
 
 
+@pytest.mark.long
 def test_a_refinement_can_be_added_without_a_text_to_measure_on(settings, tmp_path):
     settings = {**settings, "eval_text": None, "other_text": []}
     first = compare({**settings, "refine": "none"}, tmp_path / "arena", quiet=True)

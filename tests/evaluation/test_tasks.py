@@ -82,6 +82,7 @@ def accuracy(model: Any, rows: list[dict[str, Any]]) -> float:
     return right / len(rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", [None, 7])
 def test_accuracy_is_that_of_log_likelihoods_by_hand(limit: int | None, tasks: Path, model: Path) -> None:
     found = evaluate(str(model), tasks=["parity"], task_folder=str(tasks), limit=limit, quiet=True)
@@ -91,6 +92,7 @@ def test_accuracy_is_that_of_log_likelihoods_by_hand(limit: int | None, tasks: P
     assert found.models[0].mean == score.value
 
 
+@pytest.mark.long
 def test_the_original_and_a_model_with_an_adapter_side_by_side(
     tasks: Path, model: Path, tmp_path: Path, run: Any
 ) -> None:
@@ -114,6 +116,7 @@ def test_an_adapter_is_measured_on_a_text_too(model: Path, tmp_path: Path, text_
     assert code == 0 and json.loads(out)["models"][1]["divergence"] > 1e-6
 
 
+@pytest.mark.long
 def test_faults_are_told_in_a_sentence(tasks: Path, model: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     for given, words in (
         ([], "give either --text FILE to measure perplexity, or --tasks NAMES"),
@@ -135,6 +138,7 @@ def test_faults_are_told_in_a_sentence(tasks: Path, model: Path, monkeypatch: py
         evaluate(str(model), tasks=["parity"], quiet=True)
 
 
+@pytest.mark.long
 def test_a_group_counts_as_one_task_and_a_perplexity_has_no_mean(tasks: Path, model: Path, tmp_path: Path) -> None:
     about = yaml.safe_load((tasks / "parity.yaml").read_text())
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(about | {"task": "again", "doc_to_target": 0}))

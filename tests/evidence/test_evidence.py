@@ -47,6 +47,7 @@ def mean_loss(model, windows):
     return sum(losses) / len(losses)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["two-sided", "svd-llm", "svd"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_scores_are_the_gradient_times_each_component(architecture, objective, tmp_path, text_file):
@@ -109,6 +110,7 @@ def test_the_model_is_left_as_it_was(tmp_path, text_file):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["gauge", "plain"])
 def test_sensitivities_are_the_perplexities_of_truncated_weights(form, tmp_path, text_file):
     settings = {"allocate": "sensitivity", "form": form, "sensitivity_windows": 2}
@@ -132,6 +134,7 @@ def test_sensitivities_are_the_perplexities_of_truncated_weights(form, tmp_path,
             assert perplexity == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["two-sided", "svd"])
 @pytest.mark.parametrize("allocate", ["svd-llm-v2", "sensitivity", "zero-sum"])
 def test_the_whole_job(allocate, objective):
@@ -145,6 +148,7 @@ def test_the_whole_job(allocate, objective):
     assert torch.isfinite(logits).all()
 
 
+@pytest.mark.long
 def test_sensitivities_are_measured_once_for_every_budget_and_taken_up_after_a_stop(
     checkpoint, text_file, tmp_path, monkeypatch
 ):
@@ -251,6 +255,7 @@ def test_losses_by_rank_are_those_of_the_truncated_weight_token_by_token(archite
     assert sides == {"rows", "columns"}
 
 
+@pytest.mark.long
 def test_measured_losses_decide_the_ranks(tmp_path, text_file):
     _, prepared = prepared_of("llama", tmp_path, text_file, allocate="measured")
     _, plain = prepared_of("llama", tmp_path, text_file)
@@ -264,6 +269,7 @@ def test_measured_losses_decide_the_ranks(tmp_path, text_file):
     assert lost(prepared.plan) < lost(plain.plan)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_moments_are_measured_again_on_the_factored_model(architecture, tmp_path, text_file):
     _, once = prepared_of(architecture, tmp_path, text_file)
@@ -291,6 +297,7 @@ def test_moments_are_measured_again_on_the_factored_model(architecture, tmp_path
     assert twice.moments.fingerprint != once.moments.fingerprint
 
 
+@pytest.mark.long
 def test_moments_of_a_killed_run_are_not_measured_a_third_time(tmp_path, text_file, monkeypatch):
     folder = tmp_path / "llama"
     make_model("llama").save_pretrained(folder)
@@ -329,6 +336,7 @@ def test_what_does_not_go_together_is_refused(settings, words, checkpoint, text_
         )
 
 
+@pytest.mark.long
 def test_another_curvature_is_another_calibration(checkpoint, text_file):
     plans = {}
     for curvature in ("sampled", "gauss-newton", "empirical"):
@@ -339,6 +347,7 @@ def test_another_curvature_is_another_calibration(checkpoint, text_file):
     assert len(set(plans.values())) == 3 and len({mark for mark, _ in plans.values()}) == 3
 
 
+@pytest.mark.long
 def test_the_estimate_counts_what_an_allocation_measures(checkpoint):
     seconds = {}
     for allocate in ("global", "sensitivity", "zero-sum", "measured", "global-iterated"):
@@ -351,6 +360,7 @@ def test_the_estimate_counts_what_an_allocation_measures(checkpoint):
     assert own["measured"] == pytest.approx(seconds["measured"]["calibrate"], rel=0.5)
 
 
+@pytest.mark.long
 def test_moments_are_measured_again_where_the_rest_is_of_integers(checkpoint, text_file, tmp_path):
     given = {"model": str(checkpoint), "calibration": [str(text_file)], "keep": 0.7, "tokens": 128, "window": 32}
     recipe = make_recipe({**given, "allocate": "global-iterated", "dense_bits": 8, "eval_windows": 1})
@@ -359,6 +369,7 @@ def test_moments_are_measured_again_where_the_rest_is_of_integers(checkpoint, te
     assert any(entry.bits == 8 for entry in Plan.load(tmp_path / "small" / "plan.json").dense)
 
 
+@pytest.mark.long
 def test_the_order_of_objectives_refuses_nothing(checkpoint, text_file, tmp_path):
     grid = make_grid({"model": str(checkpoint), "calibration": [str(text_file)], "objectives": "whitened+rows,two-sided",
         "allocate": "global-iterated", "keep": "0.8", "tokens": 128, "window": 32, "baselines": "none"})  # fmt: skip

@@ -87,6 +87,7 @@ def logits(model, ids=IDS):
         return model(input_ids=ids).logits
 
 
+@pytest.mark.long
 def test_dense_is_an_ordinary_checkpoint(small, tmp_path, run):
     code, out, err = run("export", small, "--to", "dense", "--out", tmp_path / "out", "--json", "--quiet")
     assert code == 0, err
@@ -105,6 +106,7 @@ def test_dense_is_an_ordinary_checkpoint(small, tmp_path, run):
     assert said["file_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
 
 
+@pytest.mark.long
 def test_the_words_say_sizes_and_differences(small, tmp_path, run):
     code, out, err = run("export", small, "--to", "dense", "--out", tmp_path / "out", "-q", "--check-tokens", 5)
     assert code == 0, err
@@ -115,6 +117,7 @@ def test_the_words_say_sizes_and_differences(small, tmp_path, run):
     assert code == 0, err
 
 
+@pytest.mark.long
 def test_narrow_weights_are_rounded_once(tmp_path):
     model = factorized()
     model.to(torch.bfloat16).save_pretrained(tmp_path / "small")
@@ -162,6 +165,7 @@ def test_a_configuration_that_does_not_fit_fails_loudly():
         portable_layers.shrink(model, {"model.nowhere": {"rank": 2, "form": "plain"}})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("architecture", "settings"),
     [
@@ -192,6 +196,7 @@ def test_portable_of_every_architecture_and_kind_of_layer(architecture, settings
     torch.testing.assert_close(logits(again), expected)
 
 
+@pytest.mark.long
 def test_portable_loads_where_twofold_can_not_be_imported(small, tmp_path, run):
     code, out, err = run("export", small, "--to", "portable", "--out", tmp_path / "out", "--json", "-q")
     assert code == 0, err
@@ -205,6 +210,7 @@ def test_portable_loads_where_twofold_can_not_be_imported(small, tmp_path, run):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
 
 
+@pytest.mark.long
 def test_portable_of_an_encoder_with_a_masked_head(tmp_path, modules_cache):
     torch.manual_seed(0)
     config = BertConfig(
@@ -228,6 +234,7 @@ def test_portable_of_an_encoder_with_a_masked_head(tmp_path, modules_cache):
         export(str(tmp_path / "small"), "onnx", tmp_path / "onnx", quiet=True)
 
 
+@pytest.mark.long
 def test_the_original_with_the_adapter_is_the_factored_model(small, tmp_path, run):
     from peft import PeftModel
 
@@ -245,6 +252,7 @@ def test_the_original_with_the_adapter_is_the_factored_model(small, tmp_path, ru
     assert ranks[layer] == 32 - modules[layer]["rank"]
 
 
+@pytest.mark.long
 def test_an_adapter_of_less_rank_says_that_it_is_an_approximation(small, tmp_path):
     done = export(str(small), "lora", tmp_path / "out", rank=2, quiet=True)
     whole = export(str(small), "lora", tmp_path / "whole", quiet=True)
@@ -268,6 +276,7 @@ def test_a_residual_is_split_best_and_without_rounding():
     assert split(dense, dense, None, 1e-7) is None
 
 
+@pytest.mark.long
 def test_another_original_is_refused(small, tmp_path):
     make_model("qwen2", seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(TwofoldError, match="is not that of"):
@@ -311,6 +320,7 @@ def write_original_gguf(model, path):
     writer.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
 def test_gguf_of_the_merged_model(dtype, tmp_path, run):
     import gguf
@@ -344,6 +354,7 @@ def test_a_gguf_file_of_another_model_is_refused(small, tmp_path):
         export(str(small), "gguf", tmp_path / "out", base=str(tmp_path / "original.gguf"), quiet=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_graphs_decode_what_the_model_does(kind, tmp_path, run):
     small = tmp_path / "small"
@@ -383,6 +394,7 @@ def test_graphs_decode_what_the_model_does(kind, tmp_path, run):
     assert survey(dense, [], CausalLM().example(dense.model)).chain is not None
 
 
+@pytest.mark.long
 def test_what_a_format_can_not_express_is_refused():
     from transformers.exporters import OnnxConfig, OnnxExporter
 
@@ -482,6 +494,7 @@ def test_the_original_is_not_replaced_by_its_adapter(named, small, tmp_path):
     assert (original / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", FORMATS.names())
 def test_integers_are_exported_merged_or_refused(kind, tmp_path, monkeypatch):
     write_original_gguf(make_model("llama"), tmp_path / "original.gguf")

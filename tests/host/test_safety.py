@@ -125,6 +125,7 @@ def test_the_terminal_shows_hostile_words_and_obeys_none(tmp_path, monkeypatch):
 # --- Secrets
 
 
+@pytest.mark.long
 def test_no_secret_is_told(command, capsys, monkeypatch, tmp_path):
     """Tokens of the environment stand in no file and no line, whether the run succeeds, is refused or fails."""
     for name, secret in SECRETS.items():
@@ -155,6 +156,7 @@ def test_no_secret_is_told(command, capsys, monkeypatch, tmp_path):
 # --- A full disk
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1_000, 20_000, 60_000, 100_000])
 def test_a_write_that_breaks_off_leaves_nothing(size, command, capsys, monkeypatch, tmp_path):
     """No file may grow beyond this size: the write of the weights breaks off in the middle, as on a full disk."""
@@ -186,6 +188,7 @@ def small_disk(size: str, folder: Path, rest: list[str]) -> list[str]:
     return ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh", *rest]
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_while_the_checkpoint_is_written(command, tmp_path):
     size = "80k"  # less than the weights
     disk = tmp_path / "disk"
@@ -213,6 +216,7 @@ def test_a_disk_that_fills_while_the_checkpoint_is_written(command, tmp_path):
 # --- Ctrl-C
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moment", ["calibrating", "writing"])
 def test_ctrl_c_ends_in_one_sentence_and_leaves_nothing(moment, command, tmp_path):
     """While it calibrates (a moment file is open) and while it writes (the staging folder is there)."""
@@ -248,6 +252,7 @@ def test_ctrl_c_ends_in_one_sentence_and_leaves_nothing(moment, command, tmp_pat
     assert not list(cache.rglob("*.tmp"))
 
 
+@pytest.mark.long
 def test_what_was_there_stays_when_a_write_breaks_off(command, capsys, monkeypatch, tmp_path):
     """--overwrite: the old checkpoint is there until the new one is whole."""
     assert run([*command, "--quiet"], capsys, monkeypatch)[0] == 0

@@ -115,6 +115,7 @@ def test_generation_is_the_same() -> None:
     assert torch.equal(model.generate(IDS, **settings), before)
 
 
+@pytest.mark.long
 def test_compiled() -> None:
     model = model_of_form("llama")
     before = logits(model)

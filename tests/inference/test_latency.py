@@ -42,6 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return asked
 
 
+@pytest.mark.long
 def test_a_shape_is_really_measured() -> None:
     small = time_shape(64, 48, [4, 24], DECODE, by_columns=False)
     assert small.ranks == [4, 24] and len(small.factored) == 2 and min(small.dense, *small.factored) > 0
@@ -129,6 +130,7 @@ def test_uniform_ranks_from_the_configuration_alone(clock: list[tuple[int, int]]
     assert plan.latency is not None and plan.latency <= 0.9 and plan.allocate == "uniform"
 
 
+@pytest.mark.long
 def test_compress_by_time_on_the_command_line(clock: list[tuple[int, int]], checkpoint: Path, text_file: Path) -> None:
     out = checkpoint.parent / "small"
     flags = ["--calibration", str(text_file), "--tokens", "512", "--window", "64", "--out", str(out), "--quiet"]

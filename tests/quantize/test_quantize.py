@@ -195,6 +195,7 @@ def dense_bytes():
     return sum(p.numel() for p in make_model().parameters()) * 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", [0.2, 0.35, 0.6])
 def test_a_budget_is_met_never_exceeded_and_used(share, dense_bytes, tmp_path):
     budget = int(dense_bytes * share)
@@ -211,6 +212,7 @@ def test_a_budget_is_met_never_exceeded_and_used(share, dense_bytes, tmp_path):
             assert entry.measured_loss == pytest.approx(entry.predicted_loss, rel=0.35, abs=1e-4 * entry.total_loss)
 
 
+@pytest.mark.long
 def test_together_loses_no_more_than_either_alone(dense_bytes):
     def plan(**settings):
         return factorized(budget=f"{dense_bytes * 0.2 / 1e3}KB", **settings).twofold_plan
@@ -221,6 +223,7 @@ def test_together_loses_no_more_than_either_alone(dense_bytes):
     assert both.predicted_divergence <= integers.predicted_divergence * 1.0001
 
 
+@pytest.mark.long
 def test_overrides_leave_the_bits_to_the_budget(dense_bytes):
     model = factorized(
         budget=f"{dense_bytes * 0.4 / 1e3}KB",
@@ -234,6 +237,7 @@ def test_overrides_leave_the_bits_to_the_budget(dense_bytes):
     assert (dense.rank, dense.bits) == (None, None) and "override" in dense.reason
 
 
+@pytest.mark.long
 def test_a_budget_below_the_smallest_names_the_smallest_and_that_one_works():
     with pytest.raises(
         TwofoldError, match=r"the budget 1KB can't be met: the smallest possible is ([0-9.]+)MB"
@@ -246,6 +250,7 @@ def test_a_budget_below_the_smallest_names_the_smallest_and_that_one_works():
 # ------------------------------------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4}, {"bits": 3, "dense_bits": 8}, {"dense_bits": 4}])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_loaded_is_what_was_saved(architecture, settings, tmp_path):
@@ -296,6 +301,7 @@ def test_other_heads_dtypes_and_a_second_save(tmp_path):
             assert torch.equal(tensor, load_file(tmp_path / "model.safetensors")[name])
 
 
+@pytest.mark.long
 def test_loading_without_twofold_fails_loudly(tmp_path):
     factorized(keep=1.0, dense_bits=4).save_pretrained(tmp_path)
     code = f"from transformers import AutoModelForCausalLM as A\nA.from_pretrained({str(tmp_path)!r})\nprint('LOADED')"
@@ -303,6 +309,7 @@ def test_loading_without_twofold_fails_loudly(tmp_path):
     assert done.returncode != 0 and "LOADED" not in done.stdout and "mismatch" in done.stderr.lower()
 
 
+@pytest.mark.long
 def test_a_checkpoint_loads_without_torchao(tmp_path):
     model = factorized(keep=0.6, bits=4, dense_bits=8)
     model.save_pretrained(tmp_path)
@@ -426,6 +433,7 @@ def test_a_corrected_model_is_nearer_and_loads_to_the_bit(method, architecture, 
 # ----------------------------------------------------------------------------------------------------------- the whole command
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [
@@ -528,6 +536,7 @@ def test_a_factored_model_of_integers_is_not_rounded_twice(tmp_path):
         twofold.factorize(str(tmp_path), keep=0.5, texts=[TEXT], tokens=64, window=32, quiet=True)
 
 
+@pytest.mark.long
 def test_the_command_ends_with_one_sentence_and_exit_code_2(checkpoint, text_file, tmp_path, monkeypatch, capsys):
     import twofold.cli
 

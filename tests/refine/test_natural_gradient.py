@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +12,7 @@ from torch import Tensor, nn
 from transformers import OlmoConfig, OlmoForCausalLM
 
 from conftest import TEXT, make_model, make_tokenizer
-from runs import DYING, command, environment, recipe_of, same
+from runs import command, kill_program, recipe_of, run_program, same
 from twofold import TwofoldError
 from twofold.linalg import natural_step as nl
 from twofold.model.load import LoadedModel, load_model, load_skeleton
@@ -201,6 +198,7 @@ def test_the_gradient_is_that_of_the_whole_weights(share):
     assert leaders == {entry.group for entry in job.plan.entries}
 
 
+@pytest.mark.long
 def test_it_lowers_the_divergence_and_keeps_the_size(checkpoint, text_file, tmp_path):
     run = compress(
         recipe_of(checkpoint, text_file, refine="natural-gradient", refine_rounds=2), tmp_path / "out", quiet=True
@@ -220,6 +218,7 @@ def test_it_lowers_the_divergence_and_keeps_the_size(checkpoint, text_file, tmp_
     assert ranks and ranks == like
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [{"form": "plain"}, {"objective": "svd-llm"}, {"objective": "svd"}])
 def test_it_works_on_every_pair_of_factors(checkpoint, text_file, tmp_path, settings):
     recipe = recipe_of(checkpoint, text_file, refine="natural-gradient", **settings)
@@ -227,6 +226,7 @@ def test_it_works_on_every_pair_of_factors(checkpoint, text_file, tmp_path, sett
     assert refined.loss_after < refined.loss_before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ["gpt2", "opt"])
 def test_other_layouts_and_biases(architecture, text_file, tmp_path):
     folder = tmp_path / "model"
@@ -238,24 +238,17 @@ def test_other_layouts_and_biases(architecture, text_file, tmp_path):
     assert refined.loss_after < refined.loss_before
 
 
+@pytest.mark.long
 def test_what_it_begins_from_is_part_of_its_state(checkpoint, text_file, tmp_path):
     """Kill a run after a round, and run it again with another training before: the round is not taken up."""
 
     def flags(out: str, passes: str) -> list[str]:
         chain = ["--refine", "distill,natural-gradient", "--refine-passes", passes]
-        return [*command(checkpoint, text_file, tmp_path / out)[3:], *chain]
+        return [*command(checkpoint, text_file, tmp_path / out), *chain]
 
-    killed = subprocess.run(
-        [sys.executable, "-c", DYING, "*/1-natural-gradient/round-0*", *flags("out", "1")],
-        env=environment(tmp_path / "cache"), capture_output=True, text=True,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_program(flags("out", "1"), tmp_path / "cache", "*/1-natural-gradient/round-0*")
     for out in ("out", "whole"):
-        run = subprocess.run(
-            [sys.executable, "-m", "twofold", *flags(out, "2")],
-            env=environment(tmp_path / "cache"), capture_output=True, text=True,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr
+        run_program(flags(out, "2"), tmp_path / "cache")
     same(tmp_path / "out", tmp_path / "whole")
 
 
@@ -296,6 +289,7 @@ def test_layers_without_a_gradient_stay_and_are_named():
     assert any("3 layers get no gradient" in note and "layers.1.mlp" in note for note in job.plan.notes)
 
 
+@pytest.mark.long
 def test_models_that_work_in_place_on_a_projection(text_file, tmp_path):
     torch.manual_seed(0)
     config = OlmoConfig(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from conftest import TEXT, make_model
-from runs import DYING, command, environment, recipe_of, same
+from runs import command, kill_program, recipe_of, run_program, same
 from twofold.errors import TwofoldError
 from twofold.host.cache import cache_folder
 from twofold.linalg.spectrum import spectrum_of, truncate, weighted_low_rank
@@ -112,6 +109,7 @@ def test_head_is_found_where_its_outputs_are_the_logits():
     assert head_of() is None
 
 
+@pytest.mark.long
 def test_labels_teach_the_text(checkpoint):
     windows = drawn_windows(6, 24)
     losses, refined = {}, {}
@@ -161,6 +159,7 @@ def test_teacher_on_disk_is_taken_up_again(tmp_path):
     assert sum(map(len, calls)) == 20
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["gauge", "plain"])
 def test_distilling_lowers_the_divergence(checkpoint, text_file, tmp_path, form):
     plain = compress(recipe_of(checkpoint, text_file, refine=[], form=form), tmp_path / "closed", quiet=True)
@@ -198,6 +197,7 @@ def tokenizer_of(checkpoint):
     return AutoTokenizer.from_pretrained(checkpoint)
 
 
+@pytest.mark.long
 def test_the_planned_steps_repeat_a_run_to_the_bit(checkpoint, text_file, tmp_path):
     first = compress(recipe_of(checkpoint, text_file, minutes=0.1, refine_passes=5), tmp_path / "a", quiet=True)
     planned = first.refinement[0].planned
@@ -208,6 +208,7 @@ def test_the_planned_steps_repeat_a_run_to_the_bit(checkpoint, text_file, tmp_pa
     assert second.refinement[0].steps == first.refinement[0].steps
 
 
+@pytest.mark.long
 def test_minutes_are_kept(checkpoint, text_file, tmp_path):
     recipe = recipe_of(checkpoint, text_file, refine_passes=100_000, minutes=0.05)
     run = compress(recipe, tmp_path / "a", quiet=True)
@@ -215,27 +216,15 @@ def test_minutes_are_kept(checkpoint, text_file, tmp_path):
     assert run.refinement[0].steps > 1
 
 
+@pytest.mark.long
 def test_killed_refinement_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path, monkeypatch):
-    rest = [*command(checkpoint, text_file, tmp_path / "out")[3:], "--refine", "distill", "--refine-passes", "3"]
-    whole = [*command(checkpoint, text_file, tmp_path / "whole")[3:], "--refine", "distill", "--refine-passes", "3"]
-    often = DYING.replace("main()", "import twofold.refine.steps.training as t\nt.SAVE_SECONDS = 0.0\nmain()")
+    rest = [*command(checkpoint, text_file, tmp_path / "out"), "--refine", "distill", "--refine-passes", "3"]
+    whole = [*command(checkpoint, text_file, tmp_path / "whole"), "--refine", "distill", "--refine-passes", "3"]
     for point in ("*/0-distill/samples-*", "*/0-distill/distill.safetensors", "*/0-distill/distill.safetensors"):
-        killed = subprocess.run(
-            [sys.executable, "-c", often, point, *rest],
-            env=environment(tmp_path / "cache"),
-            capture_output=True,
-            text=True,
-        )
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        kill_program(rest, tmp_path / "cache", point)
         assert list((tmp_path / "out.partial").glob("refine/0-distill/samples-*"))
     for arguments in (rest, whole):
-        run = subprocess.run(
-            [sys.executable, "-m", "twofold", *arguments],
-            env=environment(tmp_path / "cache"),
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
+        run_program(arguments, tmp_path / "cache")
     same(tmp_path / "out", tmp_path / "whole")
 
 
@@ -283,6 +272,7 @@ def test_it_stops_when_held_out_text_gains_no_more():
     assert trained.steps == 40
 
 
+@pytest.mark.long
 def test_narrow_models_are_trained_in_float32(checkpoint):
     model = make_model(dtype=torch.bfloat16)
     dense = make_model(dtype=torch.bfloat16)
@@ -332,6 +322,7 @@ def test_what_cannot_be_refined_is_refused(checkpoint, text_file, tmp_path):
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
 
 
+@pytest.mark.long
 def test_weights_alone_can_be_refined_too(checkpoint, text_file, tmp_path):
     """Refine what the svd objective, which needs no calibration, has made."""
     run = compress(
@@ -385,6 +376,7 @@ def gram_of(k):
     return x @ x.T / k
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["two-sided", "svd-llm"])
 def test_anchoring_lowers_the_divergence(checkpoint, text_file, tmp_path, objective):
     settings = {"objective": objective, "tokens": 1600, "keep": 0.3}
@@ -396,6 +388,7 @@ def test_anchoring_lowers_the_divergence(checkpoint, text_file, tmp_path, object
     assert run.quality.factored["divergence"] < plain.quality.factored["divergence"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("refine", "points", "not_again"),
     [
@@ -406,19 +399,11 @@ def test_anchoring_lowers_the_divergence(checkpoint, text_file, tmp_path, object
 )
 def test_killed_in_its_middle_it_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path, refine, points, not_again):
     flags = ["--refine", refine, "--refine-passes", "1", "--refine-rounds", "2"]
-    rest = [*command(checkpoint, text_file, tmp_path / "out")[3:], *flags]
+    rest = [*command(checkpoint, text_file, tmp_path / "out"), *flags]
     for point in points:
-        killed = subprocess.run(
-            [sys.executable, "-c", DYING, point, *rest],
-            env=environment(tmp_path / "cache"), capture_output=True, text=True,
-        )  # fmt: skip
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-    for arguments in (rest, [*command(checkpoint, text_file, tmp_path / "whole")[3:], *flags]):
-        run = subprocess.run(
-            [sys.executable, "-m", "twofold", *arguments],
-            env=environment(tmp_path / "cache"), capture_output=True, text=True,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr
+        kill_program(rest, tmp_path / "cache", point)
+    for arguments in (rest, [*command(checkpoint, text_file, tmp_path / "whole"), *flags]):
+        run = run_program(arguments, tmp_path / "cache")
         assert not_again is None or (not_again in run.stderr) == (arguments is not rest)
     same(tmp_path / "out", tmp_path / "whole")
 
@@ -431,6 +416,7 @@ def test_weights_alone_cannot_be_anchored(checkpoint, text_file, tmp_path):
     assert not (tmp_path / "o.partial").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["two-sided", "svd-llm"])
 def test_blockwise_lowers_the_divergence(checkpoint, text_file, tmp_path, objective):
     recipe = recipe_of(
@@ -456,6 +442,7 @@ def spoil(job):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_what_does_harm_is_taken_back(checkpoint, text_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(REFINEMENTS._methods, "spoil", replace(REFINEMENTS.get("distill"), name="spoil", run=spoil))
     plain = compress(recipe_of(checkpoint, text_file, refine=[]), tmp_path / "plain", quiet=True)
@@ -469,6 +456,7 @@ def test_what_does_harm_is_taken_back(checkpoint, text_file, tmp_path, monkeypat
         assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
+@pytest.mark.long
 def test_refinement_stops_on_other_windows_than_are_measured(checkpoint, text_file, tmp_path):
     for settings, count in (
         ({"refine": [], "eval_windows": 9}, HELD_OUT),
@@ -481,6 +469,7 @@ def test_refinement_stops_on_other_windows_than_are_measured(checkpoint, text_fi
     assert run.quality.windows == 9 and not any("nothing to stop" in note for note in run.notes)
 
 
+@pytest.mark.long
 def test_too_few_tokens_for_so_many_numbers_are_warned_of(checkpoint, text_file, tmp_path, monkeypatch):
     run = compress(recipe_of(checkpoint, text_file, refine_passes=0.1), tmp_path / "a", quiet=True)
     assert not any("by heart" in note for note in run.notes)
@@ -540,6 +529,7 @@ def test_a_norm_after_the_layer_gives_no_metric():
     assert not streams.adds(f"{streams.chain.blocks[0]}.fc2")
 
 
+@pytest.mark.long
 def test_blockwise_keeps_the_minutes(checkpoint, text_file, tmp_path):
     recipe = recipe_of(checkpoint, text_file, refine="blockwise", refine_passes=100_000, minutes=0.1)
     (refined,) = compress(recipe, tmp_path / "o", quiet=True).refinement

@@ -22,6 +22,7 @@ from twofold.report.record import Sample
 ATTACK = "<script>alert(1)</script>"
 
 
+@pytest.mark.long
 def test_the_page_shows_the_numbers_of_the_plan(tmp_path: Path) -> None:
     plan, spectra = make_plan()
     run = make_run(plan)
@@ -40,6 +41,7 @@ def test_the_page_shows_the_numbers_of_the_plan(tmp_path: Path) -> None:
     assert "/home" not in read.words
 
 
+@pytest.mark.long
 def test_all_that_comes_from_outside_is_escaped(tmp_path: Path) -> None:
     kind = '<img src="http://example.org/x" onerror="alert(2)">$\\frac{1}{0}$ & "co'
     names = [(f"model.layers.{i}.{kind}", i) for i in range(2)] + [("model.layers.0.]]>-->", 0)]
@@ -55,6 +57,7 @@ def test_all_that_comes_from_outside_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in front_matter(tmp_path)[1].split("```yaml")[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("unit", ["nats", "output", "weight"])
 @pytest.mark.parametrize("losses", [True, False])
 @pytest.mark.parametrize("dense", [True, False])
@@ -73,6 +76,7 @@ def test_what_is_missing_is_said(tmp_path: Path, unit: str, losses: bool, dense:
     assert not re.search(r"\b(nan|None|inf)\b", read.words)
 
 
+@pytest.mark.long
 def test_losses_without_a_spectrum_and_spectra_with_zeros(tmp_path: Path) -> None:
     plan, spectra = make_plan()
     page(tmp_path, make_run(plan), plan, {})
@@ -88,6 +92,7 @@ def test_a_plan_without_any_weight(tmp_path: Path) -> None:
     assert "no weight that could be factorized" in read.words
 
 
+@pytest.mark.long
 def test_a_deep_model_of_many_kinds(tmp_path: Path) -> None:
     plan, spectra = make_plan(names=[(f"layers.{i}.part_{j}", i) for i in range(60) for j in range(12)])
     read = page(tmp_path, make_run(plan), plan, spectra)
@@ -188,6 +193,7 @@ def test_numbers_for_people() -> None:
     assert number(12_345.6) == "12,346"
 
 
+@pytest.mark.long
 def test_matplotlib_is_imported_only_to_write_a_report() -> None:
     code = "import sys, twofold.report.card, twofold.report.page; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

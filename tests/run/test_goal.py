@@ -128,6 +128,7 @@ def test_a_reference_gives_the_numbers_of_both_models_side_by_side(tmp_path):
     assert DenseReference(original, windows, task, tmp_path, "b", quiet=True).quality == together[0] and len(calls) == 3
 
 
+@pytest.mark.long
 def test_a_reference_that_is_not_kept_gives_the_same_numbers(checkpoint, text_file, tmp_path, monkeypatch):
     """The original is run again for every model, and it is the dense one that is run."""
     recipe = goal_recipe(checkpoint, text_file, kl_at_most=0.05)
@@ -154,6 +155,7 @@ def test_files_of_another_reference_are_not_read(tmp_path, monkeypatch):
     assert reference.measure(original(second), original(second), quiet=True).divergence == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("goal", "allocate"),
     [({"perplexity_at_most": "1.03x"}, "global"), ({"kl_at_most": 0.05}, "global"), ({"kl_at_most": 0.05}, "uniform")],
@@ -184,6 +186,7 @@ def test_the_model_meets_the_goal_and_a_smaller_one_does_not(checkpoint, text_fi
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_the_stored_recipe_gives_the_same_bits(checkpoint, text_file, tmp_path):
     recipe = goal_recipe(checkpoint, text_file, perplexity_at_most="1.1x")
     first = compress(recipe, tmp_path / "one", quiet=True)
@@ -194,6 +197,7 @@ def test_the_stored_recipe_gives_the_same_bits(checkpoint, text_file, tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+@pytest.mark.long
 def test_the_evaluation_text_decides_if_there_is_one(checkpoint, text_file, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(TEXT[::-1])
@@ -208,6 +212,7 @@ def test_the_evaluation_text_decides_if_there_is_one(checkpoint, text_file, tmp_
     assert compress(bare, tmp_path / "b", quiet=True).quality.factored["divergence"] <= 0.05
 
 
+@pytest.mark.long
 def test_the_smallest_possible_model_is_enough(checkpoint, text_file, tmp_path):
     run = compress(goal_recipe(checkpoint, text_file, kl_at_most=1e6, min_rank=4), tmp_path / "a", quiet=True)
     assert len(run.probes) == 1 and any("the smallest model that these settings allow" in note for note in run.notes)
@@ -219,6 +224,7 @@ def test_the_smallest_possible_model_is_enough(checkpoint, text_file, tmp_path):
     assert held.keep > run.keep / 4
 
 
+@pytest.mark.long
 def test_in_python_and_in_a_plan(checkpoint, text_file, tmp_path):
     recipe = goal_recipe(checkpoint, text_file, perplexity_at_most="1.1x")
     run = compress(recipe, tmp_path / "out", quiet=True)
@@ -235,6 +241,7 @@ def test_in_python_and_in_a_plan(checkpoint, text_file, tmp_path):
     assert kept and all(torch.equal(dict(model.named_parameters())[name], before[name]) for name in kept)
 
 
+@pytest.mark.long
 def test_refinement_comes_after(checkpoint, text_file, tmp_path):
     recipe = goal_recipe(checkpoint, text_file, kl_at_most=0.1, refine="distill", refine_steps=2)
     run = compress(recipe, tmp_path / "a", quiet=True)
@@ -289,6 +296,7 @@ compress(make_recipe({"model": sys.argv[1], "calibration": [sys.argv[2]], "token
 """
 
 
+@pytest.mark.long
 def test_a_killed_search_measures_nothing_twice(checkpoint, text_file, tmp_path, monkeypatch):
     from twofold.run.sizing import Sizing
 
@@ -311,6 +319,7 @@ def test_a_killed_search_measures_nothing_twice(checkpoint, text_file, tmp_path,
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "straight" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_the_dense_model_runs_over_the_text_once(checkpoint, text_file, tmp_path, monkeypatch):
     from twofold.task.output.categorical import Categorical
 

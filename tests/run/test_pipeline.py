@@ -59,6 +59,7 @@ def test_every_objective_with_every_allocation(name, allocate):
     )
 
 
+@pytest.mark.long
 def test_what_is_written(checkpoint, text_file, tmp_path):
     out = tmp_path / "deep" / "small"
     recipe = small_recipe(checkpoint, text_file)
@@ -79,6 +80,7 @@ def test_what_is_written(checkpoint, text_file, tmp_path):
     assert sum(p.numel() for p in loaded.parameters()) == plan.model_after
 
 
+@pytest.mark.long
 def test_repeats_to_the_bit(checkpoint, text_file, tmp_path, monkeypatch):
     for name in ("one", "two"):
         monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / f"cache-{name}"))
@@ -87,6 +89,7 @@ def test_repeats_to_the_bit(checkpoint, text_file, tmp_path, monkeypatch):
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
 
 
+@pytest.mark.long
 def test_moments_are_used_again_for_another_budget_only_if_they_fit(checkpoint, text_file, tmp_path):
     first = compress(small_recipe(checkpoint, text_file), tmp_path / "a", quiet=True)
     again = compress(small_recipe(checkpoint, text_file, keep=0.8), tmp_path / "b", quiet=True)
@@ -97,6 +100,7 @@ def test_moments_are_used_again_for_another_budget_only_if_they_fit(checkpoint, 
         assert not other.moments_reused and other.fingerprint != first.fingerprint
 
 
+@pytest.mark.long
 def test_self_calibration_needs_no_text(checkpoint, tmp_path):
     recipe = make_recipe({"model": str(checkpoint), "keep": 0.7, "tokens": 64, "window": 32})
     run = compress(recipe, tmp_path / "a", quiet=True)
@@ -104,6 +108,7 @@ def test_self_calibration_needs_no_text(checkpoint, tmp_path):
     assert compress(recipe, tmp_path / "b", quiet=True).moments_reused
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("budget", "unit"), [("70%", "parameters"), ("0.02M", "parameters"), ("85KB", "bytes")])
 def test_budgets_of_the_whole_model(checkpoint, text_file, tmp_path, budget, unit):
     run = compress(small_recipe(checkpoint, text_file, budget=budget), tmp_path / "a", quiet=True)
@@ -134,6 +139,7 @@ def test_plan_without_calibration_says_so(checkpoint, text_file):
     assert not full.notes and full.predicted_divergence > 0
 
 
+@pytest.mark.long
 def test_predicted_divergence_is_of_the_right_size(checkpoint, text_file, tmp_path):
     """A second-order estimate: it must grow with the cut, and lie within a factor of three where the cut is small."""
     runs = [
@@ -145,6 +151,7 @@ def test_predicted_divergence_is_of_the_right_size(checkpoint, text_file, tmp_pa
     assert measured / 3 < runs[0].predicted_divergence < measured * 3
 
 
+@pytest.mark.long
 def test_bfloat16_checkpoints_stay_bfloat16(tmp_path, text_file):
     make_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "narrow")
     make_tokenizer().save_pretrained(tmp_path / "narrow")

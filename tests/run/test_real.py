@@ -25,6 +25,7 @@ needs_data = pytest.mark.skipif(not WIKITEXT.is_dir(), reason="WikiText-2 is not
 pytestmark = [pytest.mark.real, needs_data]
 
 
+@pytest.mark.long
 def test_a_real_run(tmp_path, monkeypatch):
     """Keep 0.8 from 4,096 tokens: smaller as planned, loads in plain transformers, close to the original."""
     recipe = make_recipe({

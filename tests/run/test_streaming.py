@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from conftest import ARCHITECTURES, CONFIGS, make_model, make_tokenizer
-from runs import DYING, command, environment, same, tensors
+from runs import Program, command, environment, kill_program, run_program, same, tensors
 from twofold.calibrate import sweep
 from twofold.calibrate.activations import Activations
 from twofold.calibrate.moments import Moments
@@ -61,6 +60,7 @@ def small(folder: Path, text: Path, **settings):
     })  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_same_bits_as_in_memory(architecture, text_file, tmp_path, monkeypatch):
     source = save(tmp_path / "model", architecture)
@@ -77,6 +77,7 @@ def test_the_same_bits_as_in_memory(architecture, text_file, tmp_path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir() if "partial" in p.name) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [
     {"objective": "svd-llm"}, {"objective": "fwsvd"}, {"objective": "asvd"}, {"objective": "svd", "allocate": "uniform"},
     {"batch_size": 2}, {"activations": "memory"}, {"form": "plain"},
@@ -90,6 +91,7 @@ def test_the_same_bits_with_every_setting(settings, text_file, tmp_path, monkeyp
     same(tmp_path / "never", tmp_path / "always")
 
 
+@pytest.mark.long
 def test_half_precision_and_large_tables(text_file, tmp_path, monkeypatch):
     """The head is multiplied in parts from its stored dtype, which may round otherwise."""
     source = save(tmp_path / "model", dtype=torch.bfloat16)
@@ -105,6 +107,7 @@ def test_half_precision_and_large_tables(text_file, tmp_path, monkeypatch):
         torch.testing.assert_close(tensor, other[name], rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.long
 def test_experts_are_converted_block_by_block(text_file, tmp_path, monkeypatch):
     """A checkpoint that stores its experts one by one, as hubs do, is read as transformers reads it."""
     torch.manual_seed(0)
@@ -228,6 +231,7 @@ def test_the_limits_of_the_process_count(tmp_path, text_file, monkeypatch):
     assert memory_limit(small(source, text_file)) < 30_000_000
 
 
+@pytest.mark.long
 def test_a_large_model_is_planned_from_its_configuration(tmp_path):
     """70 billion parameters: told within seconds how it would be worked on here, and what that takes."""
     from transformers import LlamaConfig
@@ -256,6 +260,7 @@ def test_hidden_states_in_memory_and_on_disk(tmp_path):
     assert not (tmp_path / "s.state").exists()
 
 
+@pytest.mark.long
 def test_killed_while_it_works_and_gone_on(text_file, tmp_path, monkeypatch):
     """Killed in each stage, whenever its state has grown, it ends with the same bits."""
     source = save(tmp_path / "model")
@@ -265,22 +270,12 @@ def test_killed_while_it_works_and_gone_on(text_file, tmp_path, monkeypatch):
     points = ["*/moments/*/forward-*", "*/moments/*/both-*", "*.partial/spectra/spectra-*", "*.partial/spectra/spectra-*",
               "*.partial/checkpoint/model-00001*.json", "*.partial/checkpoint/model-00002*.json"]  # fmt: skip
     for point in points:
-        rest = command(source, text_file, out, "--stream", "always")[3:]
-        killed = subprocess.run(
-            [sys.executable, "-c", DYING, point, *rest], env=environment(cache), capture_output=True, text=True
-        )
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        kill_program(command(source, text_file, out, "--stream", "always"), cache, point)
         assert not out.exists()
         found = status(out)
         assert found.state == "stopped" and found.model == str(source)
     assert status(out).moments_done and status(out).decomposed > 0 and status(out).parts > 0
-    done = subprocess.run(
-        command(source, text_file, out, "--stream", "always", "--json"),
-        env=environment(cache),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_program(command(source, text_file, out, "--stream", "always", "--json"), cache)
     assert json.loads(done.stdout)["moments_reused"]
     same(tmp_path / "fresh", out)
     assert status(out).state == "finished"
@@ -288,6 +283,7 @@ def test_killed_while_it_works_and_gone_on(text_file, tmp_path, monkeypatch):
     assert not list(cache.rglob("*.state"))
 
 
+@pytest.mark.long
 def test_an_unfinished_run_of_another_kind_is_not_touched(checkpoint, text_file, tmp_path, monkeypatch):
     out = tmp_path / "small"
 
@@ -321,6 +317,7 @@ def test_state_can_be_removed(checkpoint, text_file, tmp_path, monkeypatch):
         status(out)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("activations", ["memory", "disk"])
 def test_stopped_in_every_sweep_and_gone_on(activations, text_file, tmp_path, monkeypatch):
     """Stopped after each batch of each sweep in turn, with what was saved then: the same moments."""
@@ -352,6 +349,7 @@ def test_stopped_in_every_sweep_and_gone_on(activations, text_file, tmp_path, mo
     same(plan["whole"], plan["stopped"])
 
 
+@pytest.mark.long
 def test_missing_hidden_states_are_made_again(text_file, tmp_path, monkeypatch):
     source = save(tmp_path / "model")
     monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "whole"))
@@ -368,19 +366,20 @@ def test_missing_hidden_states_are_made_again(text_file, tmp_path, monkeypatch):
     same(tmp_path / "fresh", tmp_path / "small")
 
 
+@pytest.mark.long
 def test_two_runs_that_need_the_same_moments(text_file, tmp_path):
     """Two budgets begun together: one collects the moments, the other waits for them."""
     source = save(tmp_path / "model")
     runs = [
-        subprocess.Popen(
-            [*command(source, text_file, tmp_path / keep, "--stream", "always", "--json"), "--keep", keep],
-            env=environment(tmp_path / "cache"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        Program(
+            command(source, text_file, tmp_path / keep, "--stream", "always", "--json", "--keep", keep),
+            tmp_path / "cache",
         )
         for keep in ("0.5", "0.6")
-    ]  # fmt: skip
-    ended = [run.communicate(timeout=300) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], ended
-    assert sorted(json.loads(out)["moments_reused"] for out, _ in ended) == [False, True]
+    ]
+    ended = [run.wait() for run in runs]
+    assert [run.returncode for run in ended] == [0, 0], ended
+    assert sorted(json.loads(run.stdout)["moments_reused"] for run in ended) == [False, True]
 
 
 def test_self_sampling_needs_the_whole_model(tmp_path):
@@ -431,20 +430,22 @@ def test_blocks_that_get_the_embeddings_too_are_no_chain():
     assert watch.crossed and watch.chain() is None
 
 
+@pytest.mark.long
 def test_two_processes_give_what_one_gives(text_file, tmp_path):
     """Under torchrun: the same plan, moments within 1e-6, the same weights within rounding."""
     source = save(tmp_path / "model")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                "--master-port", str(29500 + os.getpid() % 1000), "-m", "twofold"]  # fmt: skip
     for stream in ("never", "always"):
         for count in (1, 2):
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
-                        "--master-port", str(29500 + os.getpid() % 1000)]  # fmt: skip
-            out = tmp_path / f"{stream}-{count}"
-            rest = command(
-                source, text_file, out, "--stream", stream, "--moments", str(tmp_path / f"m-{stream}-{count}")
-            )[1:]
-            done = subprocess.run(
-                [*launcher, *rest], env=environment(tmp_path / "cache"), capture_output=True, text=True
-            )
+            folders = [f"--moments={tmp_path / f'm-{stream}-{count}'}", f"--stream={stream}"]
+            rest = command(source, text_file, tmp_path / f"{stream}-{count}", *folders)
+            if count == 1:
+                done = run_program(rest, tmp_path / "cache")
+            else:
+                done = subprocess.run(
+                    [*launcher, *rest], env=environment(tmp_path / "cache"), capture_output=True, text=True
+                )
             assert done.returncode == 0, done.stderr
             assert done.stdout.count("Checkpoint:") == 1
         one, two = (Moments.load(tmp_path / f"m-{stream}-{count}") for count in (1, 2))

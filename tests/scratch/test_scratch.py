@@ -60,6 +60,7 @@ def test_a_random_start_is_as_large_as_the_dense_one(shape: tuple[int, int]) -> 
     assert float(left.std()) == pytest.approx(float(right.std()), rel=0.05)
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.parametrize("keep", [0.25, 0.5, 0.8])
 def test_it_stores_the_share_that_was_asked_for(architecture: str, keep: float) -> None:
@@ -88,6 +89,7 @@ def test_it_is_saved_and_loaded(architecture: str, init: str, tmp_path: Path) ->
     twofold.training_optimizer(loaded)  # and training may go on
 
 
+@pytest.mark.long
 @BOTH
 def test_the_trainer_trains_it(architecture: str, tmp_path: Path) -> None:
     model = twofold.factorize(CONFIGS[architecture](), keep=0.5)
@@ -158,6 +160,7 @@ def test_settings_that_do_not_go(settings: dict[str, Any], words: str) -> None:
         twofold.factorize(CONFIGS["llama"](), **settings)
 
 
+@pytest.mark.long
 def test_starts_that_do_not_go() -> None:
     done = twofold.factorize(CONFIGS["llama"](), keep=0.5)
     quantized = CONFIGS["llama"]()

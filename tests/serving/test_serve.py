@@ -103,6 +103,7 @@ def slow(running, monkeypatch):
     return running
 
 
+@pytest.mark.long
 def test_many_clients_get_the_answers_of_offline(running):
     client = running.client()
     prompts = [
@@ -139,6 +140,7 @@ def test_many_clients_get_the_answers_of_offline(running):
     assert len({text for _, _, text, _ in answers}) > 6, "the model must not answer everything alike"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 def test_a_seed_gives_the_answer_that_it_gives_alone(path, running):
     what = {"prompt": "The castle"} if path == "completions" else {"messages": HI, "chat_template_kwargs": None}
@@ -235,6 +237,7 @@ def test_an_answer_ends_where_the_context_ends(running):
     assert answer.usage.completion_tokens == 8 and answer.choices[0].finish_reason == "length"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_is_not_answered_any_further(stream, slow):
     body = {"prompt": "The castle", "max_tokens": 110, "temperature": 0, "stream": stream}
@@ -259,6 +262,7 @@ def test_a_client_that_leaves_is_not_answered_any_further(stream, slow):
     assert text == slow.offline("The market", 3)
 
 
+@pytest.mark.long
 def test_a_full_queue_refuses_with_a_sentence(slow):
     how = {"model": "small", "prompt": "The castle", "max_tokens": 4, "temperature": 0}
 
@@ -301,6 +305,7 @@ def test_a_base_model_completes_and_does_not_chat():
     base.stop()
 
 
+@pytest.mark.long
 def test_the_command_serves_until_it_is_stopped(tmp_path):
     said = loaded()
     said.model.save_pretrained(tmp_path / "small")

@@ -27,6 +27,7 @@ from twofold.speed.runtimes import RUNTIMES, Runtime, Settings, get_runtime
 from twofold.speed.runtimes.compile import Compile
 
 
+@pytest.mark.long
 def test_models_in_turn_with_ideal_beside_measured(models: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     dense, small = models
     order: list[str] = []
@@ -79,6 +80,7 @@ def test_the_work_of_a_model_by_hand() -> None:
     )
 
 
+@pytest.mark.long
 def test_both_runtimes_write_the_same_tokens(models: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **settings: plain(model, backend="aot_eager", **settings))
@@ -98,6 +100,7 @@ def test_both_runtimes_write_the_same_tokens(models: tuple[str, str], monkeypatc
     assert all(torch.equal(written[0], other) for other in written[1:])
 
 
+@pytest.mark.long
 def test_peak_memory_is_that_of_a_process_of_its_own(models: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     dense, _ = models
     peak = peak_of(dense, "eager", QUIET, 4, 2, 8)
@@ -107,6 +110,7 @@ def test_peak_memory_is_that_of_a_process_of_its_own(models: tuple[str, str], mo
         peak_of(dense, "eager", QUIET, 4, 2, 8)
 
 
+@pytest.mark.long
 def test_on_the_command_line(models: tuple[str, str], tmp_path: Path) -> None:
     dense, small = models
     flags = [
@@ -137,6 +141,7 @@ def test_on_the_command_line(models: tuple[str, str], tmp_path: Path) -> None:
     assert alone.exit_code == 0 and "as the original" not in alone.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -173,6 +178,7 @@ def test_a_runtime_that_is_not_installed_names_the_extra(monkeypatch: pytest.Mon
         bench(["anything"], runtime=["missing"])
 
 
+@pytest.mark.long
 def test_folders_of_other_runtimes(models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one runtime can't run is left to another, with a note, or else refused."""
     exported = tmp_path / "exported"
@@ -202,6 +208,7 @@ def test_folders_of_other_runtimes(models: tuple[str, str], tmp_path: Path, monk
     assert result.rows[1].disk is None and len(result.notes) == 2
 
 
+@pytest.mark.long
 def test_a_model_that_writes_no_text(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
@@ -211,6 +218,7 @@ def test_a_model_that_writes_no_text(tmp_path: Path) -> None:
         bench([str(tmp_path / "bert")], **SHORT)
 
 
+@pytest.mark.long
 def test_a_compiler_that_fails_is_one_sentence(models: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(model: Any, **settings: Any) -> Any:
         def fail(*args: Any, **kwargs: Any) -> Any:

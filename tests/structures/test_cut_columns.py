@@ -95,6 +95,7 @@ def test_the_whole_is_the_original():
     torch.testing.assert_close(logits(model), logits(make_model()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_overrides_budgets_and_refusals(tmp_path):
     plan = cut(overrides={"*.0.mlp.up_proj": {"rank": 5}, "*.1.mlp.up_proj": {"dense": True}}).twofold_plan
     by_name = {entry.name: entry for entry in plan.entries}

@@ -54,6 +54,7 @@ def test_a_plan_without_calibration(checkpoint):
         Plan.model_validate_json(text)
 
 
+@pytest.mark.long
 def test_compress_writes_what_it_says(checkpoint, text_file, tmp_path):
     recipe = make_recipe(
         {
@@ -79,6 +80,7 @@ def test_compress_writes_what_it_says(checkpoint, text_file, tmp_path):
         twofold.compress(recipe.model_copy(update={"model": str(tmp_path / "out")}), tmp_path / "twice", quiet=True)
 
 
+@pytest.mark.long
 def test_what_was_left_dense_can_be_factorized_later(checkpoint, text_file, tmp_path):
     settings = {
         "keep": 0.6, "objective": "basis-sharing", "calibration": [str(text_file)], "tokens": 128, "window": 32, "eval_windows": 1
@@ -130,6 +132,7 @@ def test_what_does_harm_is_taken_back_with_the_bases(tmp_path, monkeypatch):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(plain))
 
 
+@pytest.mark.long
 def test_a_search_and_a_comparison_leave_no_basis_behind(checkpoint, text_file, tmp_path):
     model = shared_model(perplexity_at_most="1.3x", eval_windows=1, tokens=128)
     assert any("searched for" in note for note in model.twofold_plan.notes)

@@ -380,6 +380,7 @@ def test_distilled(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_compress_writes_what_it_says(checkpoint, text_file, tmp_path):
     recipe = twofold.Recipe(
         model=str(checkpoint), keep=0.7, objective="modegpt", calibration=[str(text_file)], tokens=256, window=32,
@@ -433,6 +434,7 @@ def test_a_part_that_is_missing_or_an_index_that_is_wrong(tmp_path):
         load({**good, index: good[index] + 100})
 
 
+@pytest.mark.long
 def test_compared_with_others_on_one_calibration(checkpoint, text_file, tmp_path):
     table = twofold.compare(
         {

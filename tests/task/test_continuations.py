@@ -71,6 +71,7 @@ def test_the_same_seed_writes_the_same_and_it_is_kept(checkpoint, text_file, mon
         calibration_windows(loaded, recipe, "mark", quiet=True)
 
 
+@pytest.mark.long
 def test_a_run_calibrates_on_both_and_says_so(checkpoint, text_file, tmp_path):
     with_them = compress(asked(checkpoint, text_file, eval_windows=1), tmp_path / "with", quiet=True)
     without = compress(asked(checkpoint, text_file, continuations=0, eval_windows=1), tmp_path / "without", quiet=True)

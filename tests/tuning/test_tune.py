@@ -86,6 +86,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "method"), METHODS)
 def test_what_is_written_is_what_was_trained(model: str, method: str, place: Path, tmp_path: Path) -> None:
     kept = {"save_every": None} if method == "adalora" else {}
@@ -110,6 +111,7 @@ def test_what_is_written_is_what_was_trained(model: str, method: str, place: Pat
     check_output(tmp_path / "out", overwrite=True)  # ours, so it may be replaced
 
 
+@pytest.mark.long
 def test_packed_rows_do_not_see_each_other(place: Path, tmp_path: Path) -> None:
     examples = [Example([5, 6, 7, 8], [5, 6, 7, 8]), Example([9, 10, 11], [-100, 10, 11]), Example([1, 2], [1, 2])]
     windows = packed(examples, 7)
@@ -134,6 +136,7 @@ COMMAND = ["--steps", "9", "--batch", "4", "--micro-batch", "2", "--rank", "4", 
            "--save-every", "2", "--dropout", "0.1", "--held-out", "4", "--quiet"]  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_with_the_same_weights(place: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [
@@ -173,6 +176,7 @@ def test_a_killed_run_ends_with_the_same_weights(place: Path, tmp_path: Path) ->
     assert resumed.curve == whole.curve and resumed.held_out_curve == whole.held_out_curve
 
 
+@pytest.mark.long
 def test_a_run_with_other_settings_does_not_go_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from twofold.tuning import run as module
 
@@ -188,6 +192,7 @@ def test_a_run_with_other_settings_does_not_go_on(place: Path, tmp_path: Path, m
     assert run(place, tmp_path / "out").resumed == 6
 
 
+@pytest.mark.long
 def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_state(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +219,7 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_state(
     assert held_out_loss(kept, place) == pytest.approx(at_three, abs=1e-5)
 
 
+@pytest.mark.long
 def test_a_gradient_that_is_infinite_stops_before_the_step(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +238,7 @@ def test_a_gradient_that_is_infinite_stops_before_the_step(
         run(place, tmp_path / "out")
 
 
+@pytest.mark.long
 def test_no_space_for_a_checkpoint(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
@@ -269,6 +276,7 @@ def test_half_written_checkpoints_are_not_taken(tmp_path: Path) -> None:
     assert last_whole(tmp_path / "none") is None
 
 
+@pytest.mark.long
 def test_it_stops_early_and_keeps_the_best(place: Path, tmp_path: Path) -> None:
     record = run(
         place, tmp_path / "out", steps=40, patience=2, evaluate_every=2, save_every=2, learning_rate=0.3, method="full"
@@ -380,6 +388,7 @@ def test_rows_as_a_data_set() -> None:
     assert as_dataset([Example([1, 2], [-100, 2])]).to_list() == [{"input_ids": [1, 2], "labels": [-100, 2]}]
 
 
+@pytest.mark.long
 def test_the_command_says_what_it_would_take_and_what_is_wrong(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,6 +436,7 @@ def test_the_rows_are_not_replaced_by_the_output(
     assert (ours / "rows.jsonl").is_file()
 
 
+@pytest.mark.long
 def test_a_run_that_fails_early_leaves_nothing_behind(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,6 +465,7 @@ def test_a_run_that_fails_early_leaves_nothing_behind(
     assert run(place, tmp_path / "out", steps=1, save_every=1, evaluate_every=1).steps == 1  # other settings
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "method"), [("factored", "factors-tail"), ("dense", "pissa")])
 def test_the_last_good_state_is_as_the_finished_one(
     model: str, method: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -477,6 +488,7 @@ def test_the_last_good_state_is_as_the_finished_one(
     assert held_out_loss(kept, place) == pytest.approx(at_three, abs=1e-5)
 
 
+@pytest.mark.long
 def test_patience_goes_on_where_it_was(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, object] = {"steps": 40, "patience": 2, "evaluate_every": 2, "save_every": 2, "learning_rate": 0.3}
     whole = run(place, tmp_path / "whole", method="full", **given)
@@ -511,6 +523,7 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return folders
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "method", "head"),
     [
@@ -571,6 +584,7 @@ OPTIMIZERS = [("dense", "full", "adafactor"), ("factored", "factors-top", "adafa
 OPTIMIZERS += [("dense", "full", "galore"), ("dense", "full", "apollo"), ("factored", "full", "galore")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "method", "optimizer"), OPTIMIZERS)
 def test_an_optimizer_with_a_small_state(
     model: str, method: str, optimizer: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -669,6 +683,7 @@ def test_what_fits_in_little_memory_is_trained_by_adamw(place: Path, monkeypatch
     assert (chosen.method, chosen.optimizer) == ("lora", "adamw") and found.optimizer > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "method"), [("dense", "lora"), ("dense", "full"), ("factored", "factors")])
 def test_the_loss_over_the_learnt_positions_is_that_of_all_logits(
     model: str, method: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -165,6 +165,7 @@ def test_a_merged_layer_is_its_separate_layers(forms, bias):
     assert stored == sum(p.weight.numel() if isinstance(p, nn.Linear) else p.numbers for p in parts) + guard
 
 
+@pytest.mark.long
 def test_one_graph_serves_any_number_of_tokens():
     """vLLM compiles the model whole, with the number of tokens left open."""
     torch.manual_seed(0)
