@@ -61,8 +61,11 @@ def member_sizes(request: PlanRequest, structure: Structure, units: int | None) 
 def structure_menu(request: PlanRequest) -> Menu:
     """Return what may be chosen for weights that are cut together: one candidate for each structure, by its name."""
     structures = {structure.name: structure for structure in request.targets.structures}
-    tails = {name: request.tails(name, one.units * one.members[-1].per_unit) for name, one in structures.items()}
-    candidates = [structure_candidate(request, one, tails[name]) for name, one in structures.items()]
+    tails = {
+        name: request.tails(name, structure.units * structure.members[-1].per_unit)
+        for name, structure in structures.items()
+    }
+    candidates = [structure_candidate(request, structures[name], losses) for name, losses in tails.items()]
     overrides = request.recipe.overrides
     forced = {
         candidate.name: choice

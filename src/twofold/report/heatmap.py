@@ -28,16 +28,16 @@ def rank_heatmap(plan: Plan) -> tuple[Any, str]:
             cells.setdefault((kinds.index(labels[entry.name]), column), []).append(entry)
     width = min(max(WIDTH / len(layers), NARROW), WIDE)
     figure, axes = canvas(width * len(layers), ROW * len(kinds))
-    kept = np.full((len(kinds), len(layers)), np.nan)
+    shares = np.full((len(kinds), len(layers)), np.nan)
     for place, entries in cells.items():
-        kept[place] = fraction(sum(e.numbers_after for e in entries), sum(e.numbers_before for e in entries))
+        shares[place] = fraction(sum(e.numbers_after for e in entries), sum(e.numbers_before for e in entries))
     colours = ListedColormap([share_colour(i / 255) for i in range(256)])
-    axes.pcolormesh(np.ma.masked_invalid(kept), cmap=colours, vmin=0, vmax=1, edgecolors=PAPER, linewidth=0.8)
+    axes.pcolormesh(np.ma.masked_invalid(shares), cmap=colours, vmin=0, vmax=1, edgecolors=PAPER, linewidth=0.8)
     if width >= 24:
         for (row, column), entries in cells.items():
             axes.text(
                 column + 0.5, row + 0.5, rank_words(entries), ha="center", va="center",
-                fontsize=10 if width >= 28 else 9, color=contrast(float(kept[row, column])),
+                fontsize=10 if width >= 28 else 9, color=contrast(float(shares[row, column])),
             )  # fmt: skip
     axes.invert_yaxis()
     axes.set_yticks(np.arange(len(kinds)) + 0.5, [label_of(kind) for kind in kinds])

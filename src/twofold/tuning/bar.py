@@ -17,12 +17,10 @@ class LossBar:
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self._bar: Progress | None = None
-        self._total = self._began = 0
-        self._start = self._last = time.monotonic()
         self._words = ""
 
     def begin(self, total: int, done: int) -> None:
-        """Start at some step of all."""
+        """Start at a step of ``total``."""
         self._total, self._began = total, done
         self._start = self._last = time.monotonic()
         if self.quiet:
@@ -42,7 +40,7 @@ class LossBar:
         self._bar.start()
 
     def show(self, step: int, loss: float | None, held_out: float | None) -> None:
-        """A step is done, or the held-out rows were looked at."""
+        """Show that a step is done, or that the held-out rows were measured."""
         if held_out is not None:
             self._words = f", held-out loss {held_out:.4f}"
         words = ("" if loss is None else f", loss {loss:.4f}") + self._words

@@ -7,7 +7,6 @@ with the trailing ones MiLoRA (Wang et al., 2024), without a dense weight.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from twofold.nn.places import replace_module
 
 @torch.no_grad()
 def split_directions(model: Any, names: list[str], count: int, *, leading: bool) -> PeftModel:
-    """The model with ``count`` directions of each layer as a trainable adapter; at the start it computes what it did.
+    """Make ``count`` directions of each layer a trainable adapter; at the start the model computes what it did.
 
     A layer of rank ``count`` or less keeps one direction as it is.
 
@@ -30,40 +29,29 @@ def split_directions(model: Any, names: list[str], count: int, *, leading: bool)
         TwofoldError: if no layer has two directions.
     """
     trained: dict[str, tuple[Tensor, Tensor]] = {}
-    ranks: dict[str, int] = {}
     for name in names:
         layer = model.get_submodule(name)
         if not isinstance(layer, FactoredLinear) or isinstance(layer, DenseColumnsLinear) or layer.rank < 2:
             continue
         left, values, right = product_svd(*layer.factors())
-        k = min(count, layer.rank - 1)
-        moved = torch.arange(layer.rank, device=values.device)
-        moved = moved[:k] if leading else moved[-k:]
-        stays = torch.ones_like(values, dtype=torch.bool)
-        stays[moved] = False
+        k = min(count, len(values) - 1)
+        order = torch.arange(len(values), device=values.device)
+        moved, others = (order[:k], order[k:]) if leading else (order[-k:], order[:-k])
         root = values[moved].sqrt()
         trained[name] = (left[:, moved] * root, root[:, None] * right[moved])
-        ranks[name] = k
-        rest = FactoredLinear.from_factors(
-            left[:, stays] * values[stays],
-            right[stays],
-            layer.bias,
-            transposed=layer.transposed,
-            dtype=layer.weight.dtype,
-        )
-        replace_module(model, name, rest)
+        rest = (left[:, others] * values[others], right[others], layer.bias)
+        base = FactoredLinear.from_factors(*rest, transposed=layer.transposed, dtype=layer.weight.dtype)
+        replace_module(model, name, base)
     if not trained:
         raise TwofoldError(
             "no factored layer of this model has two directions, so none can be trained alone; take `method=factors`"
         )
+    ranks = {name: len(down) for name, (_, down) in trained.items() if len(down) != count}
     config = LoraConfig(
         r=count, lora_alpha=count, target_modules=list(trained), task_type="CAUSAL_LM",
-        rank_pattern={name: k for name, k in ranks.items() if k != count},
-        alpha_pattern={name: k for name, k in ranks.items() if k != count},
+        rank_pattern=ranks, alpha_pattern=dict(ranks),
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
     for name, (up, down) in trained.items():
         layer = model.get_submodule(name)
         layer.lora_A["default"].weight.copy_(down)
@@ -75,7 +63,7 @@ def product_svd(
     left: Tensor,  # (m, r)
     right: Tensor,  # (r, n)
 ) -> tuple[Tensor, Tensor, Tensor]:  # (m, k), (k,), (k, n), k = min(m, r, n)
-    """The singular value decomposition of a product, by decompositions of its factors: never one of (m, n)."""
+    """Compute the singular value decomposition of a product by decompositions of its factors: never one of (m, n)."""
     q, r = torch.linalg.qr(left)
     p, s = torch.linalg.qr(right.mT)
     u, values, v = torch.linalg.svd(r @ s.mT, full_matrices=False)

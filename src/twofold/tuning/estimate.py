@@ -7,7 +7,7 @@ once, and no weight. So the count holds for any architecture and method.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import pydantic
@@ -61,14 +61,14 @@ class TuneEstimate(pydantic.BaseModel, extra="forbid"):
     @pydantic.computed_field  # type: ignore[prop-decorator]
     @property
     def memory(self) -> int:
-        """Peak resident memory."""
+        """Return the peak resident memory."""
         return self.program + self.weights + self.gradients + self.optimizer + self.activations + self.head + self.spare
 
 
 def estimate(
     settings: TuneSettings, *, longest: int, mean: float, steps: int, speed: float | None = None
 ) -> TuneEstimate:
-    """What a run with these settings takes.
+    """Estimate what a run with these settings takes.
 
     Args:
         longest: tokens of the longest row or packed window.
@@ -90,24 +90,20 @@ def estimate(
         with quiet_bars(), FakeTensorMode(allow_non_fake_inputs=True):
             _give_shapes(ready, dtype)
             activations = kept_for_backward(ready, settings.micro_batch, longest)
-    parameters = sum(p.numel() for p in skeleton.model.parameters())
     trainable = _trainable(settings, ready)
     integers = [m for m in ready.modules() if isinstance(m, IntMatrix)]
-    weights = sum(p.numel() * p.element_size() for p in ready.parameters()) + sum(m.bytes for m in integers)
-    rounded = [m.numbers * dtype.itemsize for m in integers]
+    unpacked = max((m.numbers for m in integers), default=0) * dtype.itemsize  # layer by layer
     item = 4 if settings.method not in ("full", "factors") else dtype.itemsize
     config = skeleton.model.config.get_text_config()
     width, depth = getattr(config, "hidden_size", 1024), getattr(config, "num_hidden_layers", 1)
     if settings.gradient_checkpointing:
         activations = tokens * width * dtype.itemsize * depth + activations // max(depth, 1)
     vocabulary = getattr(config, "vocab_size", 32_000)
-    head = _head_bytes(ready, tokens, vocabulary, device)
     accumulation = settings.batch // settings.micro_batch
-    passes = (4.0 if settings.gradient_checkpointing else 3.0) if settings.method == "full" else 2.0
-    passes += 1.0 if settings.gradient_checkpointing and settings.method != "full" else 0.0
+    passes = (3.0 if settings.method == "full" else 2.0) + settings.gradient_checkpointing
     products = 2.0 * _linear(ready) * mean * settings.micro_batch * passes
     products += 2.0 * vocabulary * width * mean * settings.micro_batch * 3
-    one = products * accumulation / ((speed or product_speed(device)) * EFFICIENCY) + trainable * 12 * 2 / 5e9
+    seconds = products * accumulation / ((speed or product_speed(device)) * EFFICIENCY) + trainable * 12 * 2 / 5e9
     return TuneEstimate(
         method=settings.method,
         micro_batch=settings.micro_batch,
@@ -115,24 +111,24 @@ def estimate(
         gradient_checkpointing=settings.gradient_checkpointing,
         tokens=tokens,
         program=peak_memory() if device.type == "cpu" else 0,
-        weights=weights,
+        weights=sum(p.numel() * p.element_size() for p in ready.parameters()) + sum(m.bytes for m in integers),
         gradients=trainable * item,
         optimizer=state_numbers(ready, settings, trainable) * item,
         activations=activations,
-        head=head,
-        spare=int(SPARE * activations) + 2 * max(rounded, default=0),  # integers are unpacked layer by layer
+        head=_head_bytes(ready, tokens, vocabulary, device),
+        spare=int(SPARE * activations) + 2 * unpacked,
         trainable=trainable,
-        parameters=parameters,
-        step_seconds=one,
+        parameters=sum(p.numel() for p in skeleton.model.parameters()),
+        step_seconds=seconds,
         steps=steps,
-        seconds=one * steps,
+        seconds=seconds * steps,
     )
 
 
 def choose(
     settings: TuneSettings, memory: int, *, longest: int, mean: float, steps: int
 ) -> tuple[TuneSettings, TuneEstimate]:
-    """The settings that fit in a memory: of those that give the same training the fastest, and only then another method.
+    """Find the settings that fit in a memory: of those that give the same training the fastest, and only then another method.
 
     First the micro-batch is halved, then activations are computed anew in the backward pass, and last an adapter is trained in
     the place of what was asked for.
@@ -142,23 +138,19 @@ def choose(
     """
     speed = product_speed(choose_device(settings.device))
     methods = [settings.method, *(["lora"] if settings.method in ("full", "factors") else [])]
-    smallest: TuneEstimate | None = None
-    for method in methods:
-        for again in (settings.gradient_checkpointing, True):
-            micro = settings.micro_batch
-            while micro >= 1:
-                if settings.batch % micro == 0:
-                    changed: dict[str, Any] = {"gradient_checkpointing": again, "micro_batch": micro}
-                    if method != settings.method:
-                        changed |= {"method": method, "optimizer": "adamw", "optimizer_rank": None}
-                    tried = settings.model_copy(update=changed)
-                    found = estimate(tried, longest=longest, mean=mean, steps=steps, speed=speed)
-                    if found.memory <= memory:
-                        return tried, found
-                    if smallest is None or found.memory < smallest.memory:
-                        smallest = found
-                micro //= 2
-    assert smallest is not None
+    micro_batches = [settings.micro_batch >> halvings for halvings in range(settings.micro_batch.bit_length())]
+    tried: list[TuneEstimate] = []
+    for method, again, micro in product(methods, (settings.gradient_checkpointing, True), micro_batches):
+        if settings.batch % micro:
+            continue
+        changes: dict[str, Any] = {"gradient_checkpointing": again, "micro_batch": micro}
+        if method != settings.method:
+            changes |= {"method": method, "optimizer": "adamw", "optimizer_rank": None}
+        changed = settings.model_copy(update=changes)
+        tried.append(estimate(changed, longest=longest, mean=mean, steps=steps, speed=speed))
+        if tried[-1].memory <= memory:
+            return changed, tried[-1]
+    smallest = min(tried, key=lambda way: way.memory)
     raise TwofoldError(
         f"{memory / 1e9:.2f} GB are too little: the smallest way takes {smallest.memory / 1e9:.2f} GB ({smallest.method}, one "
         f"row at a time of {longest} tokens); give more with `memory`, or a smaller `length`"
@@ -166,30 +158,23 @@ def choose(
 
 
 def _give_shapes(model: nn.Module, dtype: torch.dtype) -> None:
-    """Tensors without numbers on the processor for those on the meta device, so that each kernel keeps what it would."""
-    known: dict[int, Tensor] = {}
-
-    def made(tensor: Tensor) -> Tensor:
-        if id(tensor) not in known:
-            wanted = dtype if tensor.is_floating_point() else tensor.dtype
-            new = torch.empty(tensor.shape, dtype=wanted, device="cpu")
-            known[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-        return known[id(tensor)]
-
+    """Replace tensors on the meta device by ones without numbers on the processor, so that each kernel keeps what it would."""
+    shaped: dict[Tensor, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        wanted = dtype if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=wanted, device="cpu")
+        shaped[tensor] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for store in stores:
-            for name, tensor in store.items():
-                if tensor is not None:
-                    store[name] = made(tensor)
+            store.update({name: shaped[tensor] for name, tensor in store.items() if tensor is not None})
 
 
 def _ready(model: Any, settings: TuneSettings, names: list[str]) -> Any:
-    """The model with what is trained; methods that only start elsewhere keep the same tensors as plain LoRA."""
-    if settings.method == "full":
-        return model
+    """Return the model with what is trained; methods that only start elsewhere keep the same tensors as plain LoRA."""
     if settings.method == "factors":
         free_factors(model, names)
+    if settings.method in ("full", "factors"):
         return model
     method = settings.method if settings.method == "dora" else "lora"
     plain = settings.model_copy(update={"method": method, "rank": settings.size})
@@ -197,12 +182,11 @@ def _ready(model: Any, settings: TuneSettings, names: list[str]) -> Any:
 
 
 def _head_bytes(model: Any, tokens: int, vocabulary: int, device: torch.device) -> int:
-    """What the logits take, of a few positions at a time (see ``tune.head``) or in TRL's tiles, and its gradients."""
+    """Count the bytes of the logits, a few positions at a time (see ``tuning.head``) or in TRL's tiles, with their gradients."""
     head = plain_head(model, device)
     if head is None:
         return TILES * tokens * min(vocabulary, VOCABULARY_TILE) * 4
-    trained = any(parameter.requires_grad for parameter in head.parameters())
-    if not trained:  # the logits, whose gradient takes their place
+    if not any(parameter.requires_grad for parameter in head.parameters()):  # the gradient takes the logits' place
         return min(tokens, ROWS) * vocabulary * 4
     # The logits, their exponentials and their gradient; the weight's gradient of one part, beside the sum of those before.
     return 3 * min(tokens, POSITIONS) * vocabulary * 4 + 2 * head.weight.numel() * head.weight.element_size()
@@ -216,32 +200,22 @@ def _trainable(settings: TuneSettings, model: Any) -> int:
 
 
 def kept_for_backward(model: Any, rows: int, length: int) -> int:
-    """Bytes that the layers of a model keep for the backward pass of a batch, weights left out; numbers are not needed."""
-    weights = {t.untyped_storage()._cdata for t in _own(model)}
-    seen: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no storage's place is used twice
+    """Count the bytes that the layers of a model keep for the backward pass of a batch, without weights; needs no numbers."""
+    weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, Tensor] = {}  # by storage; kept alive, so that no storage's address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights and storage._cdata not in seen:
-            seen[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    backbone = causal.base_model
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        backbone(input_ids=torch.zeros(rows, length, dtype=torch.int64), use_cache=False)
-    return sum(seen.values())
-
-
-def _own(model: nn.Module) -> Iterable[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+        causal.base_model(input_ids=torch.zeros(rows, length, dtype=torch.int64), use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in weights)
 
 
 def _linear(model: nn.Module) -> int:
-    """Numbers of the linear layers: each is multiplied with once for each token."""
+    """Count the numbers of the linear layers: each is multiplied with once for each token."""
     return sum(
         module.numbers if isinstance(module, CompactLinear) else module.weight.numel()
         for module in model.modules()
@@ -250,7 +224,7 @@ def _linear(model: nn.Module) -> int:
 
 
 def product_speed(device: torch.device) -> float:
-    """Multiplications and additions in a second, of a product of two matrices of this machine."""
+    """Measure the multiplications and additions in a second of a product of two matrices on this machine."""
     first, second = torch.randn(512, 768, device=device), torch.randn(768, 768, device=device)
     first @ second
     begun, count = time.perf_counter(), 0

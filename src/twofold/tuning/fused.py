@@ -18,11 +18,7 @@ from torch.nn import functional as F
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Let the LoRA layers of a model compute this way, wherever they are of the plain kind; the others, and what is stored, stay.
-
-    Returns:
-        How many layers do.
-    """
+    """Let the plain LoRA layers of a model compute this way; return how many do. The others, and what is stored, stay."""
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     for layer in layers:
         layer.forward = functools.partial(_forward, layer, layer.forward)
@@ -30,7 +26,7 @@ def fuse_lora(model: nn.Module) -> int:
 
 
 def _forward(layer: Any, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What a LoRA layer gives; ``own`` is PEFT's forward, for all cases but the plain one."""
+    """Compute what a LoRA layer gives; ``own`` is PEFT's forward, for all cases but the plain one."""
     adapter = _plain(layer, x)
     if adapter is None or args or kwargs:
         return own(x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -50,7 +46,7 @@ def _forward(layer: Any, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tens
 
 
 def _is_frozen(base: nn.Module) -> bool:
-    """Whether a layer is a plain product with a plain tensor, which no one trains or looks at on the way."""
+    """Tell whether a layer is a plain product with a plain tensor, which no one trains or looks at on the way."""
     return (
         type(base) is nn.Linear
         and type(base.weight) is nn.Parameter  # torchao's are of other classes
@@ -61,24 +57,17 @@ def _is_frozen(base: nn.Module) -> bool:
 
 
 def _plain(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
-    """A (r, in), B (out, r) and the scale of the one adapter in use; None if there is more to it than their product."""
-    if (
-        layer.disable_adapters
-        or layer.merged
-        or len(layer.active_adapters) != 1
-        or torch.is_autocast_enabled(x.device.type)
-    ):
+    """Return A (r, in), B (out, r) and the scale of the one adapter in use; None if there is more to it than their product."""
+    if layer.disable_adapters or layer.merged or torch.is_autocast_enabled(x.device.type):
+        return None
+    if len(layer.active_adapters) != 1:
         return None
     name = layer.active_adapters[0]
     if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias[name]:
         return None
-    dropout = layer.lora_dropout[name]
-    if not (isinstance(dropout, nn.Identity) or not dropout.training):
-        return None
-    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    if not down.dtype == up.dtype == x.dtype:
-        return None
-    return down, up, layer.scaling[name]
+    dropout, down, up = layer.lora_dropout[name], layer.lora_A[name].weight, layer.lora_B[name].weight
+    drops = dropout.training and not isinstance(dropout, nn.Identity)
+    return None if drops or not down.dtype == up.dtype == x.dtype else (down, up, layer.scaling[name])
 
 
 class _Adapted(torch.autograd.Function):

@@ -37,10 +37,9 @@ class DenseHead:
 
 
 def dense_head(layer: CompactLinear) -> DenseHead:
-    """The weight of a factored or rounded output layer, by what it does to the identity, so that gradients reach its factors."""
-    one = torch.eye(layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    """Compute the weight of a factored or rounded output layer from the identity, so that gradients reach its factors."""
     bias = layer.bias
-    columns: Tensor = layer(one)
+    columns: Tensor = layer(torch.eye(layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device))
     return DenseHead((columns if bias is None else columns - bias).T, bias)
 
 
@@ -66,7 +65,7 @@ def fuse_compact_head(model: Any) -> None:
 
 
 def plain_head(model: Any, device: torch.device) -> nn.Linear | None:
-    """The output layer, if by all that the model says its outputs are the logits, and TRL has no kernel for the device."""
+    """Return the output layer, if by all that the model says its outputs are the logits, and TRL has no kernel for the device."""
     config = model.config.get_text_config()
     if device.type != "cpu" or any(getattr(config, name, None) not in (None, 1, 1.0) for name in SCALED):
         return None
@@ -85,7 +84,7 @@ def row_head(
     model: Any,
     ids: Tensor,  # (1, length)
 ) -> nn.Linear | None:
-    """``plain_head``, if the outputs on a row's first tokens are the logits, too."""
+    """Return ``plain_head``, if the outputs on a row's first tokens are the logits, too."""
     if plain_head(model, ids.device) is None:
         return None
     ids = ids[:, :PROBED]
@@ -102,13 +101,13 @@ def learnt_loss(
     head: nn.Linear,
     inputs: dict[str, Any],  # of the model, and "labels" (rows, length), -100 where nothing is learnt
 ) -> tuple[Tensor, int] | None:
-    """The summed cross-entropy of the learnt tokens in nats, and how many they are; None if there are none."""
-    labels = inputs["labels"][:, 1:].flatten()
+    """Return the summed cross-entropy of the learnt tokens in nats, and how many they are; None if there are none."""
+    features = dict(inputs)
+    labels = features.pop("labels")[:, 1:].flatten()
     learnt = (labels >= 0).nonzero().flatten()
     if not len(learnt):
         return None
-    given = {name: value for name, value in inputs.items() if name != "labels"}
-    states = input_before(head, lambda: model(**given, **no_cache(model)))
+    states = input_before(head, lambda: model(**features, **no_cache(model)))
     assert states is not None
     states, labels = states[:, :-1].flatten(0, 1).index_select(0, learnt), labels[learnt]
     if any(parameter.requires_grad for parameter in head.parameters()):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +22,13 @@ from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
 from transformers import TrainerCallback
 
-from twofold.checkpoint.peft.lora import has_compact, whole_layers
+from twofold.checkpoint.peft.lora import whole_layers
 from twofold.errors import TwofoldError
 from twofold.model.weights import matches
 from twofold.nn.compact import CompactLinear
 from twofold.nn.int_matrix import IntMatrix
 from twofold.nn.layers.shared import SharedLinear
 from twofold.scratch.bound import BoundedUpdate
-from twofold.tuning.allocation import AdaLoraSteps
 from twofold.tuning.directions import split_directions
 from twofold.tuning.fused import fuse_lora
 from twofold.tuning.settings import TuneSettings
@@ -42,6 +38,16 @@ DENSE = ("dora", "pissa", "olora", "corda", "vera", "adalora")  # these look int
 CONVERTED = ("pissa", "olora", "corda")  # these change the base weight, so the difference is what is saved
 BESIDE = ("lora", "rslora", "eva")  # these leave the weight as it is, and look at its outputs alone
 SAMPLED = 64  # rows that eva and corda look at
+
+
+class AdaLoraSteps(TrainerCallback):  # type: ignore[misc]
+    """Tells AdaLoRA of each step while its gradients are there: it spreads the ranks over the layers as it trains."""
+
+    def __init__(self, adapted: PeftModel) -> None:
+        self.adapted = adapted
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.adapted.base_model.update_and_allocate(state.global_step + 1)
 
 
 @dataclass
@@ -57,12 +63,12 @@ class Method:
 
     @property
     def trainable(self) -> int:
-        """The numbers that are trained."""
+        """Count the numbers that are trained."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
-def chosen_layers(model: nn.Module, settings: TuneSettings) -> list[str]:
-    """The layers that are trained.
+def trained_layers(model: nn.Module, settings: TuneSettings) -> list[str]:
+    """Return the names of the layers that are trained.
 
     Raises:
         TwofoldError: if a pattern matches none, or none is left.
@@ -73,28 +79,25 @@ def chosen_layers(model: nn.Module, settings: TuneSettings) -> list[str]:
             raise TwofoldError(
                 f"the pattern {pattern!r} matches no linear layer; list them with: twofold inspect {settings.model}"
             )
-    chosen = [
-        name
-        for name in names
-        if (not settings.include or matches(name, settings.include)) and not matches(name, settings.exclude)
-    ]
-    if not chosen:
+    included = settings.include or ["*"]
+    names = [name for name in names if matches(name, included) and not matches(name, settings.exclude)]
+    if not names:
         raise TwofoldError("no layer is left to train; see `include` and `exclude`")
-    return chosen
+    return names
 
 
 def check_method(model: nn.Module, settings: TuneSettings) -> list[str]:
-    """The layers that are trained, if the method can train this model.
+    """Return the names of the layers that are trained.
 
     Raises:
-        TwofoldError: if it can't.
+        TwofoldError: if the method can't train this model.
     """
     if settings.method not in BESIDE and any(isinstance(module, IntMatrix) for module in model.modules()):
         raise TwofoldError(
             f"{settings.model} is kept in integers (`bits`), and `method={settings.method}` can't train these; take "
             f"{', '.join(BESIDE[:-1])} or {BESIDE[-1]}, or train the checkpoint that was compressed without `bits`"
         )
-    names = chosen_layers(model, settings)
+    names = trained_layers(model, settings)
     compact = [name for name in names if isinstance(model.get_submodule(name), CompactLinear)]
     if settings.method.startswith("factors") and not compact:
         raise TwofoldError(
@@ -126,22 +129,30 @@ def apply_method(model: Any, settings: TuneSettings, *, examples: list[Example],
         model.requires_grad_(True)
         return Method(model, adapter=False)
     if settings.method == "factors":
-        return _factors(model, names, settings)
+        free_factors(model, names)
+        bound = BoundedUpdate({name: model.get_submodule(name) for name in names}, settings.bound)
+        return Method(model, adapter=False, optimizer_hooks=[bound])
     if settings.method in ("factors-top", "factors-tail"):
         wrapped = split_directions(model, names, settings.size, leading=settings.method == "factors-top")
         return Method(wrapped, adapter=False, merged=True)
     config = adapter_config(settings, names, steps)
-    with _quiet():
-        if settings.method == "corda":
-            preprocess_corda(model, config, run_model=lambda: _run(model, examples))
-        adapted: PeftModel = get_peft_model(model, config)
-        if settings.method == "eva":
-            device = next(model.parameters()).device
-            initialize_lora_eva_weights(adapted, _Batches(examples[:SAMPLED], device), show_progress_bar=False)
-        method = Method(adapted, adapter=True)
-        if settings.method in CONVERTED:
-            method.initial = folder / "initial"
-            _save_initial(adapted, method.initial)
+    batches = _batches(examples, next(model.parameters()).device)
+
+    def run_batches() -> None:
+        for batch in batches:
+            model(**batch)
+
+    if settings.method == "corda":
+        preprocess_corda(model, config, run_model=run_batches)
+    adapted: PeftModel = get_peft_model(model, config)
+    if settings.method == "eva":
+        initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
+    method = Method(adapted, adapter=True)
+    if settings.method in CONVERTED:
+        method.initial = folder / "initial"
+        start, config.init_lora_weights = config.init_lora_weights, True  # PEFT asks for a plain name of the start
+        adapted.save_pretrained(method.initial)
+        config.init_lora_weights = start
     fuse_lora(adapted)
     if settings.method == "adalora":
         method.callbacks.append(AdaLoraSteps(adapted))
@@ -149,17 +160,16 @@ def apply_method(model: Any, settings: TuneSettings, *, examples: list[Example],
 
 
 def adapter_config(settings: TuneSettings, names: list[str], steps: int) -> PeftConfig:
-    """PEFT's configuration of an adapter."""
+    """Return PEFT's configuration of an adapter."""
     rank, method = settings.size, settings.method
     common: dict[str, Any] = {"target_modules": names, "task_type": "CAUSAL_LM"}
     if method == "vera":
         return VeraConfig(r=rank, vera_dropout=settings.dropout, projection_prng_key=settings.seed, **common)
     common |= {"lora_alpha": settings.scale, "lora_dropout": settings.dropout}
     if method == "adalora":
-        first, last = steps // 10, steps // 3
         return AdaLoraConfig(
-            target_r=rank, init_r=max(rank * 3 // 2, rank + 1), tinit=first, tfinal=last, total_step=steps,
-            deltaT=max(1, steps // 50), **common,
+            target_r=rank, init_r=max(rank * 3 // 2, rank + 1), tinit=steps // 10, tfinal=steps // 3,
+            total_step=steps, deltaT=max(1, steps // 50), **common,
         )  # fmt: skip
     extra: dict[str, dict[str, Any]] = {
         "rslora": {"use_rslora": True},
@@ -172,15 +182,8 @@ def adapter_config(settings: TuneSettings, names: list[str], steps: int) -> Peft
     return LoraConfig(r=rank, **common, **extra.get(method, {}))
 
 
-def _factors(model: Any, names: list[str], settings: TuneSettings) -> Method:
-    """Only the factors of the layers are trained, and the update of each product is bounded."""
-    free_factors(model, names)
-    bound = BoundedUpdate({name: model.get_submodule(name) for name in names}, settings.bound)
-    return Method(model, adapter=False, optimizer_hooks=[bound])
-
-
 def free_factors(model: Any, names: list[str]) -> None:
-    """Let the factors of these layers be trained, bases that they share among them, and nothing else."""
+    """Train the factors of these layers, with the bases that they share, and nothing else."""
     model.requires_grad_(False)
     for name in names:
         layer = model.get_submodule(name)
@@ -190,42 +193,7 @@ def free_factors(model: Any, names: list[str]) -> None:
             layer.basis.reduce.weight.requires_grad_(True)
 
 
-def _save_initial(adapted: PeftModel, folder: Path) -> None:
-    """Keep the adapter as it starts; PEFT asks for it under a plain name of its start."""
-    config = adapted.peft_config["default"]
-    start = config.init_lora_weights
-    config.init_lora_weights = True
-    adapted.save_pretrained(folder)
-    config.init_lora_weights = start
-
-
-class _Batches:
-    """Some rows as batches of one, as often as they are asked for."""
-
-    def __init__(self, examples: list[Example], device: torch.device) -> None:
-        self.examples, self.device = examples, device
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for one in self.examples:
-            ids = torch.tensor([one.input_ids], device=self.device)
-            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-@torch.no_grad()
-def _run(model: Any, examples: list[Example]) -> None:
-    for batch in _Batches(examples[:SAMPLED], next(model.parameters()).device):
-        model(**batch)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """PEFT's advice to who calls it by hand is none for the user of a command."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-__all__ = ["Method", "adapter_config", "apply_method", "check_method", "chosen_layers", "has_compact"]
+def _batches(examples: list[Example], device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Return the first rows as batches of one."""
+    rows = [torch.tensor([example.input_ids], device=device) for example in examples[:SAMPLED]]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows]

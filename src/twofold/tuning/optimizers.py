@@ -32,7 +32,7 @@ def check_optimizer(settings: TuneSettings) -> None:
 
 
 def projected_layers(model: nn.Module, settings: TuneSettings) -> dict[str, nn.Linear]:
-    """The linear layers, the factors of factored ones too, whose gradients are projected to the rank: those that are larger."""
+    """Find the linear layers, also factors of factored ones, whose gradients are projected: those larger than the rank."""
     if settings.optimizer not in PROJECTED:
         return {}
     table = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -67,21 +67,19 @@ def check_layers(model: nn.Module, settings: TuneSettings) -> None:
 
 
 def optimizer_arguments(model: nn.Module, settings: TuneSettings) -> dict[str, Any]:
-    """What the Trainer is given for it."""
-    given: dict[str, Any] = {"optim": TRAINER[settings.optimizer]}
+    """Return the arguments of the Trainer that choose it."""
+    arguments: dict[str, Any] = {"optim": TRAINER[settings.optimizer]}
     if settings.optimizer in PROJECTED:
-        names = list(projected_layers(model, settings))
         # With the scale 1 the rate means what it means for AdamW.
-        given["optim_args"] = f"rank={settings.projected_rank},update_proj_gap={REFRESH},scale=1.0"
-        given["optim_target_modules"] = names
-    return given
+        arguments["optim_args"] = f"rank={settings.projected_rank},update_proj_gap={REFRESH},scale=1.0"
+        arguments["optim_target_modules"] = list(projected_layers(model, settings))
+    return arguments
 
 
 def state_numbers(model: nn.Module, settings: TuneSettings, trainable: int) -> int:
-    """Numbers that the optimizer keeps, by the shapes of what is trained."""
+    """Count the numbers that the optimizer keeps, by the shapes of what is trained."""
     if settings.optimizer == "adafactor":  # a row and a column in the place of each matrix
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        return sum(sum(p.shape) if p.dim() > 1 else p.numel() for p in parameters)
+        return sum(sum(p.shape) if p.dim() > 1 else p.numel() for p in model.parameters() if p.requires_grad)
     projected = [module.weight for module in projected_layers(model, settings).values()]
     whole = 2 * (trainable - sum(weight.numel() for weight in projected))
     rank = settings.projected_rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ class Prepared:
     examples: Examples
     windows: Any  # the data set of rows, or of packed windows
     steps: int
-    estimate: TuneEstimate | None  # None where the architecture can't be run without weights
+    estimate: TuneEstimate | None = None  # None where the architecture can't be run without weights
     notes: list[str] = field(default_factory=list)
 
 
@@ -50,13 +51,12 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
     model = load_skeleton(settings.model, trust_remote_code=settings.trust_remote_code).model
     check_method(model, settings)
     check_layers(model, settings)
-    longest = window_limit(model)
-    if longest is not None and settings.length > longest:
-        settings = settings.model_copy(update={"length": longest})
+    length = min(settings.length, window_limit(model) or settings.length)
+    settings = settings.model_copy(update={"length": length})
     examples = encode_rows(
         rows.rows,
         load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code),
-        length=settings.length,
+        length=length,
         long=settings.long,
         loss=settings.loss,
         chat=settings.chat,
@@ -64,30 +64,28 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
         held_out=settings.held_out,
         seed=settings.seed,
     )
-    windows = packed(examples.train, settings.length) if settings.packing else as_dataset(examples.train)
+    windows = packed(examples.train, length) if settings.packing else as_dataset(examples.train)
     steps = settings.steps or max(1, math.ceil(math.ceil(len(windows) / settings.batch) * settings.epochs))
     settings.intervals(steps)
     sizes = [len(ids) for ids in windows["input_ids"]]
     shape: dict[str, Any] = {"longest": max(sizes), "mean": sum(sizes) / len(sizes), "steps": steps}
-    notes: list[str] = []
-    try:
-        if settings.memory is None:
-            return Prepared(settings, rows, examples, windows, steps, estimate(settings, **shape), notes)
-        chosen, found = choose(settings, int(read_bytes(settings.memory)), **shape)
-    except TwofoldError:
-        if must_estimate or settings.memory is not None:
-            raise
-        return Prepared(settings, rows, examples, windows, steps, None, notes)
-    if chosen.method != settings.method:
-        notes.append(
-            f"{settings.method} does not fit in {settings.memory}, so {chosen.method} was trained in its place"
-            + (f", by adamw and not by {settings.optimizer}" if chosen.optimizer != settings.optimizer else "")
+    prepared = Prepared(settings, rows, examples, windows, steps)
+    if settings.memory is None:
+        with nullcontext() if must_estimate else suppress(TwofoldError):
+            prepared.estimate = estimate(settings, **shape)
+        return prepared
+    prepared.settings, prepared.estimate = choose(settings, int(read_bytes(settings.memory)), **shape)
+    method, optimizer = prepared.settings.method, prepared.settings.optimizer
+    if method != settings.method:
+        prepared.notes.append(
+            f"{settings.method} does not fit in {settings.memory}, so {method} was trained in its place"
+            + (f", by adamw and not by {settings.optimizer}" if optimizer != settings.optimizer else "")
         )
-    return Prepared(chosen, rows, examples, windows, steps, found, notes)
+    return prepared
 
 
 def read_bytes(text: str) -> float:
-    """A memory such as 4GB in bytes.
+    """Return a memory such as 4GB in bytes.
 
     Raises:
         TwofoldError: if it is none.
@@ -99,7 +97,7 @@ def read_bytes(text: str) -> float:
 
 
 def summary(rows: Rows, examples: Examples) -> str:
-    """The rows in one line."""
+    """Describe the rows in one line."""
     parts = [f"{len(examples.train):,} rows to train on, {len(examples.held_out):,} held out"]
     if rows.skipped:
         parts.append(f"{rows.skipped:,} bad ones skipped (first: {rows.first_skipped})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,17 +58,16 @@ class TuneRun(pydantic.BaseModel, extra="forbid"):
 
 
 def draw_curve(run: TuneRun, path: Path) -> None:
-    """Training loss of each step and held-out loss over the steps, as an SVG."""
+    """Draw the training loss of each step and the held-out loss over the steps, as an SVG."""
     with on_paper("twofold"):
         figure = Figure(figsize=(7.0, 4.0), layout="constrained")
         axes: Any = figure.subplots()
         axes.grid(True, alpha=0.6)
-        if run.curve:
-            steps, losses = [p.step for p in run.curve], [p.loss for p in run.curve]
-            axes.plot(steps, losses, color=COLOURS[5], linewidth=1.0, label="training rows, each step")
-        if run.held_out_curve:
-            steps, losses = [p.step for p in run.held_out_curve], [p.loss for p in run.held_out_curve]
-            axes.plot(steps, losses, color=COLOURS[1], marker="o", markersize=4, linewidth=1.6, label="held-out rows")
+        training = {"color": COLOURS[5], "linewidth": 1.0, "label": "training rows, each step"}
+        held_out = {"color": COLOURS[1], "linewidth": 1.6, "label": "held-out rows", "marker": "o", "markersize": 4}
+        for curve, style in ((run.curve, training), (run.held_out_curve, held_out)):
+            if curve:
+                axes.plot([point.step for point in curve], [point.loss for point in curve], **style)
         axes.set_xlabel("step")
         axes.set_ylabel("loss (nats a token)")
         axes.legend(frameon=False)
@@ -75,7 +75,7 @@ def draw_curve(run: TuneRun, path: Path) -> None:
 
 
 def write_card(run: TuneRun, folder: Path) -> None:
-    """The README.md of what was trained."""
+    """Write the README.md of what was trained."""
     s = run.settings
     rows = [
         ("base model", _plain(s.model)),
@@ -86,35 +86,20 @@ def write_card(run: TuneRun, folder: Path) -> None:
         ("held-out loss before", _loss(run.held_out_before)),
         ("held-out loss after", _loss(run.held_out_after)),
     ]
-    lines = [
-        "---",
-        "library_name: " + ("peft" if (folder / "adapter_config.json").exists() else "transformers"),
-        "tags:",
-        "- twofold",
-    ]
-    lines += [
-        "---",
-        "",
+    library = "peft" if (folder / "adapter_config.json").exists() else "transformers"
+    parts = [
+        f"---\nlibrary_name: {library}\ntags:\n- twofold\n---",
         "# Fine-tuned with Twofold",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows),
-        "",
+        "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]),
+        f"The loss is in nats a token, over {'the answers' if s.loss == 'answers' else 'all tokens'}.",
+        "![Loss over the steps](loss.svg)",
     ]
-    lines += ["The loss is in nats a token, over " + ("the answers" if s.loss == "answers" else "all tokens") + ".", ""]
-    lines += ["![Loss over the steps](loss.svg)", ""]
     for sample in run.samples:
-        lines += [
-            f"**{_plain(sample.prompt)}**",
-            "",
-            f"- before: {_plain(sample.original)}",
-            f"- after: {_plain(sample.factored)}",
-            "",
-        ]
+        parts.append(f"**{_plain(sample.prompt)}**")
+        parts.append(f"- before: {_plain(sample.original)}\n- after: {_plain(sample.factored)}")
     if run.notes:
-        lines += ["## Notes", "", *(f"- {_plain(note)}" for note in run.notes), ""]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+        parts += ["## Notes", "\n".join(f"- {_plain(note)}" for note in run.notes)]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _loss(value: float | None) -> str:
@@ -122,6 +107,5 @@ def _loss(value: float | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text from a model or a user, so that it is no markup."""
-    line = " ".join(text.split())
-    return "".join("\\" + sign if sign in "\\`*_{}[]<>#|!" else sign for sign in html.escape(line, quote=False))
+    """Return text from a model or a user as Markdown that means nothing but itself."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", html.escape(" ".join(text.split()), quote=False))

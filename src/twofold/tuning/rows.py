@@ -20,7 +20,9 @@ from twofold.errors import TwofoldError
 from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line
 
+MEND = "mend the row, or leave out such rows with `skip_bad`"
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
 ANSWERS = ("completion", "response", "answer", "output")
 
 
@@ -66,9 +68,7 @@ def read_rows(
                 rows.append(make_row(value, where))
             except BadRowError as error:
                 if not skip_bad:
-                    raise TwofoldError(
-                        f"{where}: {error}; mend the row, or leave out such rows with `skip_bad`"
-                    ) from error
+                    raise TwofoldError(f"{where}: {error}; {MEND}") from error
                 skipped += 1
                 first = first or f"{where}: {error}"
     if not rows:
@@ -80,10 +80,10 @@ def read_rows(
 
 
 def data_files(source: str) -> list[Path]:
-    """The files and folders of this machine that a source names; none if it is a data set of the hub."""
+    """Return the files and folders of this machine that a source names; none if it is a data set of the hub."""
     path = Path(source).expanduser()
     if _is_pattern(path):
-        return [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (patterns may be absolute)
+        return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (patterns may be absolute)
     return [path] if path.exists() else []
 
 
@@ -111,13 +111,13 @@ def make_row(value: Any, where: str) -> Row:
         return Row(where, prompt=_text(value, "prompt", empty=True), completion=_answer(value))
     if "text" in value:
         return Row(where, completion=_text(value, "text"))
-    found = ", ".join(map(repr, list(value)[:5])) or "nothing"
-    raise BadRowError(f'a row needs "messages", "prompt" with "completion", or "text", this one has {found}')
+    keys = ", ".join(map(repr, list(value)[:5])) or "nothing"
+    raise BadRowError(f'a row needs "messages", "prompt" with "completion", or "text", this one has {keys}')
 
 
 def _turns(value: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     key = "messages" if "messages" in value else "conversations"
-    found = []
+    turns = []
     for number, turn in enumerate(_list(value, key), 1):
         if not isinstance(turn, dict):
             raise BadRowError(f"turn {number} of {key!r} must be an object, it is {_kind(turn)}")
@@ -127,10 +127,10 @@ def _turns(value: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         role = ROLES.get(role, role)
         if not isinstance(content, str) or (role == "assistant" and not content.strip()):
             raise BadRowError(f'turn {number} of {key!r} ({role}) has no "content"')
-        found.append((role, _whole(content, "content")))
-    if not any(role == "assistant" for role, _ in found):
+        turns.append((role, _whole(content, "content")))
+    if not any(role == "assistant" for role, _ in turns):
         raise BadRowError(f"{key!r} has no turn of the assistant, so there is no answer to learn")
-    return tuple(found)
+    return tuple(turns)
 
 
 def _answer(value: dict[str, Any]) -> str:
@@ -141,12 +141,12 @@ def _answer(value: dict[str, Any]) -> str:
 
 
 def _text(value: dict[str, Any], key: str, *, empty: bool = False) -> str:
-    found = value[key]
-    if not isinstance(found, str):
-        raise BadRowError(f"{key!r} must be a text, it is {_kind(found)}")
-    if not empty and not found.strip():
+    text = value[key]
+    if not isinstance(text, str):
+        raise BadRowError(f"{key!r} must be a text, it is {_kind(text)}")
+    if not empty and not text.strip():
         raise BadRowError(f"{key!r} is empty")
-    return _whole(found, key)
+    return _whole(text, key)
 
 
 def _whole(text: str, key: str) -> str:
@@ -158,42 +158,33 @@ def _whole(text: str, key: str) -> str:
 
 
 def _list(value: dict[str, Any], key: str) -> list[Any]:
-    found = value.get(key)
-    if not isinstance(found, list) or not found:
-        raise BadRowError(f"{key!r} must be a list of turns, it is {_kind(found)}")
-    return found
+    turns = value.get(key)
+    if not isinstance(turns, list) or not turns:
+        raise BadRowError(f"{key!r} must be a list of turns, it is {_kind(turns)}")
+    return turns
 
 
 def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "a truth value",
-        int: "a number",
-        float: "a number",
-    }
-    return "empty" if value in ([], "", None) else names.get(type(value), type(value).__name__)
+    return "empty" if value in ([], "", None) else KINDS.get(type(value), type(value).__name__)
 
 
 def _values(source: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    """Each row of a source with its place; a line that is no JSON comes as the error that it is."""
+    """Yield each row of a source with its place; a line that is no JSON comes as the error that it is."""
     path = Path(source).expanduser()
     if _is_pattern(path):
-        found = data_files(source)
-        if not found:
+        files = data_files(source)
+        if not files:
             raise TwofoldError(f"no file matches {source}; check the path")
-        for one in found:
-            yield from _values(str(one), config, split)
-        return
-    if path.is_dir():
+        for file in files:
+            yield from _values(str(file), config, split)
+    elif path.is_dir():
         raise TwofoldError(f"{source} is a folder: name the files in it, as in {source.rstrip('/')}/*.jsonl")
-    if path.is_file():
+    elif path.is_file():
         yield from _lines(path, source)
-        return
-    if path.suffix in (".jsonl", ".json", ".txt") or source.startswith((".", "/", "~")):
+    elif path.suffix in (".jsonl", ".json", ".txt") or source.startswith((".", "/", "~")):
         raise TwofoldError(f"there is no file {source}; check the path")
-    yield from _dataset(source, config, split)
+    else:
+        yield from _dataset(source, config, split)
 
 
 def _lines(path: Path, source: str) -> Iterator[tuple[str, Any]]:
@@ -210,11 +201,11 @@ def _lines(path: Path, source: str) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{source}, line {number}", _parsed(line)
+    except TwofoldError:
+        raise
     except UnicodeDecodeError as error:
         raise TwofoldError(f"{source} is not a text file in UTF-8; convert it first") from error
     except (ValueError, RecursionError) as error:
-        if isinstance(error, TwofoldError):
-            raise
         raise TwofoldError(f"{source} is not JSON: {error}") from error
     except OSError as error:
         raise TwofoldError(f"{source} can't be read: {error.strerror}") from error
@@ -230,8 +221,6 @@ def _parsed(line: str) -> Any:
 def _dataset(name: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
-    with errors_in_words(
-        lambda error: f"{name} is neither a file nor a data set that can be read: {first_line(error)}"
-    ):
+    with errors_in_words(lambda e: f"{name} is neither a file nor a data set that can be read: {first_line(e)}"):
         rows = load_dataset(name, config, split=split)
     yield from ((f"{name} ({split}), row {number}", dict(row)) for number, row in enumerate(rows, 1))

@@ -17,7 +17,6 @@ from twofold.host.clock import Stopwatch, machine, peak_memory
 from twofold.host.files import write_text
 from twofold.host.folders import check_apart, check_output, check_space, staged_folder
 from twofold.host.progress import say
-from twofold.host.quiet import quiet_bars
 from twofold.host.unfinished import BEFORE, Work, working
 from twofold.model.load import LoadedModel, load_model
 from twofold.nn.places import cast_weights
@@ -45,8 +44,6 @@ from twofold.version import __version__
 
 CHECKPOINTS = "tune"  # the part of the unfinished state that is kept after a kill
 KEPT = 2  # checkpoints at a time
-
-
 Given: TypeAlias = TuneSettings | Mapping[str, Any] | str
 
 
@@ -103,18 +100,18 @@ def tune(
         loaded = load_model(
             settings.model, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
         )
-        check_apart(out, loaded.source, [file for one in settings.data for file in data_files(one)])
+        check_apart(out, loaded.source, [file for source in settings.data for file in data_files(source)])
         base = loaded.shards.hash("") if loaded.shards is not None else ""
     about = f"{__version__} {settings.model_dump_json()} {prepared.examples.sha256} {base}"
     with working(out, settings.model) as work:
         work.belongs_to(hashlib.sha256(about.encode()).hexdigest())
         work.update(stage="tuning")
-        prepared.settings = _chosen(prepared.settings, work.folder / CHECKPOINTS / "settings.json")
+        prepared.settings = _settled(prepared.settings, work.folder / CHECKPOINTS / "settings.json")
         return _Tuning(prepared, loaded, base, work, watch, quiet=quiet).run(out, overwrite)
 
 
-def _chosen(settings: TuneSettings, path: Path) -> TuneSettings:
-    """What was chosen for the memory when the run began: a run that is taken up again does the same."""
+def _settled(settings: TuneSettings, path: Path) -> TuneSettings:
+    """Return what was chosen for the memory when the run began: a run that is taken up again does the same."""
     if path.is_file():
         return TuneSettings.model_validate_json(path.read_text(encoding="utf-8"))
     write_text(path, settings.model_dump_json(indent=1) + "\n")
@@ -125,32 +122,23 @@ class _Tuning:
     """One run, with all that it needs at hand."""
 
     def __init__(
-        self,
-        prepared: Prepared,
-        loaded: LoadedModel,
-        base: str,
-        work: Work,
-        watch: Stopwatch,
-        *,
-        quiet: bool,
+        self, prepared: Prepared, loaded: LoadedModel, base: str, work: Work, watch: Stopwatch, *, quiet: bool
     ) -> None:
-        self.settings, self.loaded, self.base = prepared.settings, loaded, base
-        self.prepared, self.rows, self.examples = prepared, prepared.rows, prepared.examples
-        self.work, self.watch, self.quiet = work, watch, quiet
+        self.prepared, self.loaded, self.base = prepared, loaded, base
+        self.settings, self.examples, self.steps = prepared.settings, prepared.examples, prepared.steps
+        self.work, self.watch, self.bar = work, watch, LossBar(quiet=quiet)
         self.folder = work.folder / CHECKPOINTS
         self.parameters = sum(p.numel() for p in loaded.model.parameters())
-        self.notes = prepared.notes
 
     def run(self, out: Path, overwrite: bool) -> TuneRun:
-        settings, examples = self.settings, self.examples
-        windows, steps = self.prepared.windows, self.prepared.steps
-        prompts = held_out_prompts(examples, self.loaded.tokenizer)
-        before = answers(self.loaded.model, self.loaded.tokenizer, prompts)
+        model, tokenizer, examples = self.loaded.model, self.loaded.tokenizer, self.examples
+        prompts = held_out_prompts(examples, tokenizer)
+        before = answers(model, tokenizer, prompts)
         with self.watch.stage("prepare"), quiet_libraries():
-            method = apply_method(self.loaded.model, settings, examples=examples.train, steps=steps, folder=self.folder)
-            check_space(self.folder, self._checkpoint_bytes(method) * KEPT + 20_000_000)
-            bar = LossBar(quiet=self.quiet)
-            trainer = self._trainer(method, windows, steps, bar)
+            method = apply_method(model, self.settings, examples=examples.train, steps=self.steps, folder=self.folder)
+            stored = method.trainable if isinstance(method.model, PeftModel) else self.parameters
+            check_space(self.folder, (stored * 4 + method.trainable * 8) * KEPT + 20_000_000)
+            trainer = self._trainer(method)
         resume = last_whole(self.folder)
         try:
             with self.watch.stage("train"), quiet_libraries(), disk_errors(self.folder):
@@ -159,22 +147,34 @@ class _Tuning:
         except NotFiniteError as error:
             self._keep_good(method, error)
         finally:
-            bar.end()
-        record = self._record(method, trainer, len(windows), steps, resume, first)
-        return self._write(out, overwrite, method, record, prompts, before)
+            self.bar.end()
+        record = self._record(method, trainer, resume, first)
+        after = answers(method.model, tokenizer, prompts)
+        record.samples = [
+            Sample(prompt=p, original=b, factored=a) for p, b, a in zip(prompts, before, after, strict=True)
+        ]
+        with staged_folder(out, overwrite) as folder:
+            with self.watch.stage("write"), quiet_libraries():
+                save(method, self.loaded, folder)
+            draw_curve(record, folder / "loss.svg")
+            write_card(record, folder)
+            record.seconds = {**self.watch.seconds, "total": self.watch.total()}
+            record.peak_memory = peak_memory()
+            (folder / "run.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        return record
 
-    def _trainer(self, method: Method, windows: Any, steps: int, bar: LossBar) -> RowTrainer:
+    def _trainer(self, method: Method) -> RowTrainer:
         settings, examples = self.settings, self.examples
-        look, save = settings.intervals(steps)
+        look, save = settings.intervals(self.steps)
         measured = bool(examples.held_out)
         config = SFTConfig(
             output_dir=str(self.folder),
             per_device_train_batch_size=settings.micro_batch,
             gradient_accumulation_steps=settings.batch // settings.micro_batch,
-            max_steps=steps,
+            max_steps=self.steps,
             learning_rate=settings.rate,
             lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(settings.warmup * steps),
+            warmup_steps=math.ceil(settings.warmup * self.steps),
             weight_decay=settings.weight_decay,
             **optimizer_arguments(method.model, settings),
             logging_steps=1,
@@ -208,19 +208,19 @@ class _Tuning:
         trainer = RowTrainer(
             model=method.model,
             args=config,
-            train_dataset=windows,
+            train_dataset=self.prepared.windows,
             eval_dataset=as_dataset(examples.held_out) if measured else None,
             processing_class=tokenizer,
             callbacks=callbacks,
             held_out=examples.held_out,
-            watch=Watch(bar, method.model),
+            watch=Watch(self.bar, method.model),
             hooks=method.optimizer_hooks,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
 
     def _first_loss(self, trainer: RowTrainer) -> float | None:
-        """The held-out loss of before the training; kept, since a run that is taken up again has the model of later."""
+        """Return the held-out loss before the training; kept, since a run that is taken up again has the model of later."""
         if not self.examples.held_out:
             return None
         known = self.work.state.measured.get(BEFORE)
@@ -232,42 +232,29 @@ class _Tuning:
         self.work.update(measured={BEFORE: {"loss": loss}})
         return loss
 
-    def _checkpoint_bytes(self, method: Method) -> int:
-        trained = method.trainable
-        stored = trained * 4 if isinstance(method.model, PeftModel) else self.parameters * 4
-        return stored + trained * 8
-
     def _keep_good(self, method: Method, error: NotFiniteError) -> None:
         """Keep the weights of before the step that failed, and say where.
 
         Raises:
             TwofoldError: always.
         """
-        good = self.work.folder / CHECKPOINTS / "last-good"
+        good = self.folder / "last-good"
         with quiet_libraries():
             save(method, self.loaded, good)
-            self.loaded.tokenizer.save_pretrained(good)
         raise TwofoldError(
             f"{error.what} at step {error.step}, so the training stopped; the state of step {error.step - 1} is kept in {good}: "
             f"take a smaller `learning_rate` than {self.settings.rate:g} and another `out`, or look at the rows"
         ) from error
 
-    def _record(
-        self, method: Method, trainer: RowTrainer, windows: int, steps: int, resume: Path | None, first: float | None
-    ) -> TuneRun:
-        history = trainer.state.log_history
-        held = [Point(step=one["step"], loss=one["eval_loss"]) for one in history if "eval_loss" in one]
-        after = held[-1].loss if held else None
-        if self.examples.held_out and (
-            self.settings.patience or not held or held[-1].step != trainer.state.global_step
-        ):
-            after = (
-                trainer.held_out_loss()
-            )  # that of the best state, which was put back; or none was measured at the end
-        resumed = int(resume.name.rpartition("-")[2]) if resume is not None else 0
-        examples = self.examples
+    def _record(self, method: Method, trainer: RowTrainer, resume: Path | None, first: float | None) -> TuneRun:
+        examples, estimate = self.examples, self.prepared.estimate
+        history, last = trainer.state.log_history, trainer.state.global_step
+        held_out = [Point(step=entry["step"], loss=entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+        after = held_out[-1].loss if held_out else None
+        if examples.held_out and (self.settings.patience or not held_out or held_out[-1].step != last):
+            after = trainer.held_out_loss()  # of the best state, which was put back; or it was not measured at the end
         if first is not None:
-            held = [Point(step=0, loss=first), *held]
+            held_out = [Point(step=0, loss=first), *held_out]
         return TuneRun(
             settings=self.settings,
             machine=machine(self.loaded.model.device, next(method.model.parameters()).dtype),
@@ -275,61 +262,40 @@ class _Tuning:
             data_sha256=examples.sha256,
             rows=len(examples.train),
             rows_held_out=len(examples.held_out),
-            rows_skipped=self.rows.skipped + examples.refused,
+            rows_skipped=self.prepared.rows.skipped + examples.refused,
             rows_cut=examples.cut,
             rows_too_long=examples.left_out,
-            windows=windows,
-            tokens=sum(len(one.input_ids) for one in examples.train),
-            tokens_learnt=sum(one.learnt for one in examples.train),
+            windows=len(self.prepared.windows),
+            tokens=sum(len(example.input_ids) for example in examples.train),
+            tokens_learnt=sum(example.learnt for example in examples.train),
             trainable=method.trainable,
             parameters=self.parameters,
-            steps=trainer.state.global_step,
-            steps_planned=steps,
-            resumed=resumed,
+            steps=last,
+            steps_planned=self.steps,
+            resumed=int(resume.name.rpartition("-")[2]) if resume is not None else 0,
             held_out_before=first,
             held_out_after=after,
-            curve=[Point(step=one["step"], loss=one["loss"]) for one in history if "loss" in one],
-            held_out_curve=held,
+            curve=[Point(step=entry["step"], loss=entry["loss"]) for entry in history if "loss" in entry],
+            held_out_curve=held_out,
             steps_shortened=sum(hook.shortened for hook in method.optimizer_hooks),
             step_seconds=trainer.watch.step_seconds,
-            estimated_memory=self.prepared.estimate.memory if self.prepared.estimate is not None else 0,
-            notes=self.notes,
+            estimated_memory=estimate.memory if estimate is not None else 0,
+            notes=self.prepared.notes,
         )
-
-    def _write(
-        self, out: Path, overwrite: bool, method: Method, record: TuneRun, prompts: list[str], before: list[str]
-    ) -> TuneRun:
-        after = answers(method.model, self.loaded.tokenizer, prompts)
-        record.samples = [
-            Sample(prompt=p, original=b, factored=a) for p, b, a in zip(prompts, before, after, strict=True)
-        ]
-        with staged_folder(out, overwrite) as folder:
-            with self.watch.stage("write"), quiet_libraries():
-                save(method, self.loaded, folder)
-                self.loaded.tokenizer.save_pretrained(folder)
-            draw_curve(record, folder / "loss.svg")
-            write_card(record, folder)
-            record.seconds = {**self.watch.seconds, "total": self.watch.total()}
-            record.peak_memory = peak_memory()
-            (folder / "run.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        return record
 
 
 def save(method: Method, loaded: LoadedModel, folder: Path) -> None:
-    """Write the adapter, or the model with the adapter put into it."""
-    model = method.model
-    with quiet_bars():
-        if method.adapter:
-            if method.initial is not None:
-                model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(method.initial))
-            else:
-                config = model.peft_config["default"]
-                if hasattr(config, "eva_config"):  # where it starts is no matter for who loads it
-                    config.eva_config = None
-                    config.init_lora_weights = True
-                model.save_pretrained(folder)
-            return
-        if method.merged:
-            model = model.merge_and_unload()
+    """Write the adapter, or the model with the adapter put into it, and the tokenizer."""
+    model = method.model.merge_and_unload() if method.merged else method.model
+    if not method.adapter:
         cast_weights(model, loaded.stored_dtype)
         model.save_pretrained(folder)
+    elif method.initial is not None:
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(method.initial))
+    else:
+        config = model.peft_config["default"]
+        if hasattr(config, "eva_config"):  # where it starts is no matter for who loads it
+            config.eva_config = None
+            config.init_lora_weights = True
+        model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)

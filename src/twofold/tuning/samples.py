@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
 
 from twofold.host.clock import return_memory
 from twofold.host.quiet import quiet_bars
+from twofold.model.frozen import evaluating
 from twofold.tuning.tokens import IGNORED, Examples
 
 COUNT, TOKENS, LONGEST = 2, 48, 256
 
 
 def held_out_prompts(examples: Examples, tokenizer: Any) -> list[str]:
-    """The texts before the first answer of a few short held-out rows; none of rows that are all answer."""
-    prompts = []
-    for one in examples.held_out:
-        start = next((i for i, label in enumerate(one.labels) if label != IGNORED), 0)
-        if 0 < start <= LONGEST:
-            prompts.append(tokenizer.decode(one.input_ids[:start]))
-        if len(prompts) == COUNT:
-            break
-    return prompts
+    """Return the texts before the first answer of a few short held-out rows; none of rows that are all answer."""
+    rows = ((row, next((i for i, label in enumerate(row.labels) if label != IGNORED), 0)) for row in examples.held_out)
+    prompts = (tokenizer.decode(row.input_ids[:start]) for row, start in rows if 0 < start <= LONGEST)
+    return list(islice(prompts, COUNT))
 
 
 @torch.no_grad()
 def answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """Greedy answers; the state of the random numbers is not touched."""
-    given = []
-    training = model.training
-    model.eval()
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
-        with quiet_bars():
-            made = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False
-            )
-        given.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
-    model.train(training)
+    """Return greedy answers; the state of the random numbers is not touched."""
+    texts = []
+    with evaluating(model), quiet_bars():
+        for prompt in prompts:
+            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+            mask = torch.ones_like(ids)
+            tokens = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False)
+            texts.append(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))
     return_memory()
-    return given
+    return texts

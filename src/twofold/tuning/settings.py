@@ -124,7 +124,7 @@ class Machine(Settings):
 
 
 class TuneSettings(Machine, Steps, Trained, Rows):
-    """How a model is fine-tuned. The description of each field is also the help of its flag."""
+    """How a model is fine-tuned."""
 
     @pydantic.model_validator(mode="after")
     def _fit(self) -> TuneSettings:
@@ -148,7 +148,7 @@ class TuneSettings(Machine, Steps, Trained, Rows):
         return self
 
     def intervals(self, steps: int) -> tuple[int, int]:
-        """Steps between two looks at the held-out rows, and between two checkpoints, in a run of so many steps.
+        """Return the steps between two looks at the held-out rows, and between two checkpoints, in a run of so many steps.
 
         Raises:
             TwofoldError: if the best state could not be taken, as ``patience`` does.
@@ -166,33 +166,32 @@ class TuneSettings(Machine, Steps, Trained, Rows):
 
     @property
     def keeps_checkpoints(self) -> bool:
-        """Whether a run can be taken up again: PEFT keeps no state of adalora's ranks, and that of some optimizers is objects,
-        which only a pickle could hold."""
+        """Tell whether a run can resume: PEFT saves no ranks of adalora, and the state of some optimizers needs a pickle."""
         return self.method != "adalora" and self.optimizer not in PROJECTED
 
     @property
     def _without(self) -> str:
-        """The setting for whose sake there are no checkpoints, in words."""
+        """Name the setting for whose sake there are no checkpoints."""
         return f"`optimizer={self.optimizer}`" if self.optimizer in PROJECTED else f"`method={self.method}`"
 
     @property
     def projected_rank(self) -> int:
-        """Of the gradients, with galore and apollo."""
+        """Return the rank of the projected gradients of galore and apollo."""
         return self.optimizer_rank or 128
 
     @property
     def rate(self) -> float:
-        """The highest learning rate."""
+        """Return the highest learning rate."""
         return self.learning_rate or RATES.get(self.method, RATE)
 
     @property
     def scale(self) -> float:
-        """alpha: what an adapter's product is multiplied by, times its rank."""
+        """Return alpha: what an adapter's product is multiplied by, times its rank."""
         return self.alpha or 2.0 * self.size
 
     @property
     def size(self) -> int:
-        """The rank of an adapter, or how many directions are trained."""
+        """Return the rank of an adapter, or how many directions are trained."""
         return self.rank or (256 if self.method == "vera" else 16)
 
 

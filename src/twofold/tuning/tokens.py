@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 
 from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line
-from twofold.tuning.rows import Row
+from twofold.tuning.rows import MEND, Row
 
 IGNORED = -100  # the label of a token that is not learnt
-MEND = "mend the row, or leave out such rows with `skip_bad`"
 
 
 class RefusedRowError(TwofoldError):
@@ -30,7 +30,7 @@ class Example:
 
     @property
     def learnt(self) -> int:
-        """Tokens that the loss is over; the first token is never predicted."""
+        """Count the tokens that the loss is over; the first token is never predicted."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
@@ -47,11 +47,11 @@ class Examples:
 
     @property
     def sha256(self) -> str:
-        """The hash of all that is trained on and measured on, in its order."""
+        """Return the hash of all that is trained on and measured on, in its order."""
         digest = hashlib.sha256()
         for part in (self.train, self.held_out):
-            for one in part:
-                digest.update(json.dumps([one.input_ids, one.labels]).encode())
+            for example in part:
+                digest.update(json.dumps([example.input_ids, example.labels]).encode())
             digest.update(b"|")
         return digest.hexdigest()
 
@@ -68,7 +68,7 @@ def encode_rows(
     held_out: float = 0.1,
     seed: int = 0,
 ) -> Examples:
-    """Tokens and labels of all rows, some of which are set aside to measure on.
+    """Return the tokens and labels of all rows, some of which are set aside to measure on.
 
     Raises:
         TwofoldError: if rows are longer than ``length`` and are to be refused; if a row can't be put through the chat template,
@@ -105,31 +105,23 @@ def encode_rows(
         )
     if refused and not examples:
         raise TwofoldError(f"no row is left to learn from: {len(refused)} bad ones were skipped, first {refused[0]}")
-    divided = _split(examples, held_out, seed, cut, left_out)
-    return replace(divided, refused=len(refused), first_refused=str(refused[0]) if refused else "")
+    train, aside = _split(examples, held_out, seed)
+    return Examples(train, aside, cut, left_out, len(refused), str(refused[0]) if refused else "")
 
 
-def _split(examples: list[Example], held_out: float, seed: int, cut: int, left_out: int) -> Examples:
-    count = int(held_out) if held_out >= 1 else round(held_out * len(examples))
-    if 0 < held_out < 1:
-        count = max(count, 1)
-    if len(examples) - count < 1:
+def _split(examples: list[Example], held_out: float, seed: int) -> tuple[list[Example], list[Example]]:
+    count = int(held_out) if held_out >= 1 or not held_out else max(round(held_out * len(examples)), 1)
+    if len(examples) <= count:
         raise TwofoldError(
             f"of {len(examples)} rows that can be used {count} would be held out, and none is left to train on; "
             "use a smaller `held_out`, or more data"
         )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    aside = set(order[:count])
-    return Examples(
-        [one for i, one in enumerate(examples) if i not in aside],
-        [one for i, one in enumerate(examples) if i in aside],
-        cut,
-        left_out,
-    )
+    return [examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])]
 
 
 def encode(row: Row, tokenizer: Any, *, chat: bool = False, loss: Literal["answers", "all"] = "answers") -> Example:
-    """One row as tokens and labels.
+    """Return one row as tokens and labels.
 
     Raises:
         TwofoldError: if the tokenizer has no chat template, one that does not begin a conversation as it goes on, or one that
@@ -141,34 +133,32 @@ def encode(row: Row, tokenizer: Any, *, chat: bool = False, loss: Literal["answe
     if turns:
         ids, learnt = _conversation(turns, tokenizer, row.where, whole=loss == "all")
     else:
-        ids, learnt = _completion(row, tokenizer)
-    if loss == "all":
-        learnt = [True] * len(ids)
-    example = Example(ids, [token if one else IGNORED for token, one in zip(ids, learnt, strict=True)])
+        ids, learnt = _completion(row, tokenizer, whole=loss == "all")
+    example = Example(ids, [token if label else IGNORED for token, label in zip(ids, learnt, strict=True)])
     if not example.learnt:
         raise RefusedRowError(f"{row.where}: nothing of it is learnt, its answer has no tokens")
     return example
 
 
-def _completion(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """A prompt and its completion as they stand, with the token that ends a text."""
+def _completion(row: Row, tokenizer: Any, *, whole: bool) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a prompt and its completion as they stand, with the one that ends a text, and which are learnt."""
     end = getattr(tokenizer, "eos_token_id", None)
-    whole = list(tokenizer(row.prompt + row.completion)["input_ids"])
-    if end is not None and (not whole or whole[-1] != end):
-        whole.append(end)
-    if not row.prompt:
-        return whole, [True] * len(whole)
+    ids = list(tokenizer(row.prompt + row.completion)["input_ids"])
+    if end is not None and ids[-1:] != [end]:
+        ids.append(end)
+    if whole or not row.prompt:
+        return ids, [True] * len(ids)
     prompt = list(tokenizer(row.prompt)["input_ids"])
     if prompt and prompt[-1] == end and getattr(tokenizer, "add_eos_token", False):
         prompt.pop()
-    start = _common(prompt, whole)  # a token may reach over the border
-    return whole, [i >= start for i in range(len(whole))]
+    start = _common(prompt, ids)  # a token may reach over the border
+    return ids, [i >= start for i in range(len(ids))]
 
 
 def _conversation(
     turns: tuple[tuple[str, str], ...], tokenizer: Any, where: str, *, whole: bool
 ) -> tuple[list[int], list[bool]]:
-    """A conversation through the chat template; learnt are the tokens of the assistant's turns, with what ends them.
+    """Return the tokens of a conversation by the chat template; learnt are the assistant's turns, with what ends them.
 
     They are found by rendering the conversation up to each answer: as the model sees it before it answers.
     """
@@ -203,6 +193,5 @@ def _conversation(
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    """The length of the beginning that two lists share."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
+    """Return the length of the beginning that two lists share."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

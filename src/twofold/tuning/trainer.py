@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import shutil
 import statistics
 import time
@@ -13,16 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback
-from trl import SFTTrainer
+from trl import SFTTrainer, pack_dataset
 
 from twofold.errors import TwofoldError
 from twofold.host.clock import return_memory
 from twofold.host.files import write_text
+from twofold.host.quiet import quiet_bars, silence
+from twofold.model.frozen import evaluating
 from twofold.tuning.bar import LossBar
 from twofold.tuning.head import fuse_compact_head, learnt_loss, row_head
 from twofold.tuning.tokens import Example
@@ -52,11 +53,10 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
         self.add_callback(watch)  # the last one, so that its mark says that all others are done
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        made = self.optimizer is None
+        hooks = self.hooks if self.optimizer is None else []
         optimizer = super().create_optimizer(*args, **kwargs)
-        if made:
-            for hook in self.hooks:
-                hook.attach(self.optimizer)
+        for hook in hooks:
+            hook.attach(self.optimizer)
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -69,7 +69,7 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean over the learnt tokens of all micro-batches of a step."""
+        """Return the mean over the learnt tokens of all micro-batches of a step."""
         own = None if self.head is None or return_outputs else learnt_loss(model, self.head, inputs)
         if own is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -77,7 +77,7 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
         return summed / (count if num_items_in_batch is None else num_items_in_batch)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The loss on the held-out rows: the mean over all tokens that are learnt, not over rows or batches."""
+        """Measure the loss on the held-out rows: the mean over all tokens that are learnt, not over rows or batches."""
         metrics = {"eval_loss": self.held_out_loss()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -85,26 +85,23 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Nats a token, each row read alone."""
-        training = self.model.training
-        self.model.eval()
+        """Measure the loss in nats a token, each row read alone."""
         total, count = 0.0, 0
-        for one in self.held_out:
-            ids, labels = (torch.tensor([x], device=self.args.device) for x in (one.input_ids, one.labels))
-            own = (
-                None if self.head is None else learnt_loss(self.model, self.head, {"input_ids": ids, "labels": labels})
-            )
-            if own is None:
-                scored = self.model(input_ids=ids, labels=labels, fused_lm_head=True)
-                own = -scored.log_probs.double().sum(), int(scored.label_mask.sum())
-            total += float(own[0])
-            count += own[1]
-            return_memory()
-        self.model.train(training)
+        with evaluating(self.model):
+            for example in self.held_out:
+                row = {"input_ids": example.input_ids, "labels": example.labels}
+                inputs = {name: torch.tensor([values], device=self.args.device) for name, values in row.items()}
+                own = None if self.head is None else learnt_loss(self.model, self.head, inputs)
+                if own is None:
+                    scored = self.model(**inputs, fused_lm_head=True)
+                    own = -scored.log_probs.double().sum(), int(scored.label_mask.sum())
+                total += float(own[0])
+                count += own[1]
+                return_memory()
         return total / max(count, 1)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None for a checkpoint."""
+        """Write no card for a checkpoint."""
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -117,7 +114,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     @property
     def step_seconds(self) -> float:
-        """The median of what the steps took."""
+        """Return the median of what the steps took."""
         return statistics.median(self._times) if self._times else 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -135,7 +132,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 raise NotFiniteError("a gradient is not finite", state.global_step + 1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        self.bar.show(state.global_step, (logs or {}).get("loss"), (logs or {}).get("eval_loss"))
+        logs = logs or {}
+        self.bar.show(state.global_step, logs.get("loss"), logs.get("eval_loss"))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -143,56 +141,45 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; what a kill left of others is removed."""
-    found: list[tuple[int, Path]] = []
+    """Find the newest checkpoint that was written to its end; remove what a kill left of others."""
+    checkpoints: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
-        if not number.isdigit() or not (path / WHOLE).is_file():
+        if number.isdigit() and (path / WHOLE).is_file():
+            checkpoints[int(number)] = path
+        else:
             shutil.rmtree(path, ignore_errors=True)
-            continue
-        found.append((int(number), path))
-    return max(found)[1] if found else None
+    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
-def as_dataset(examples: list[Example]) -> Dataset:
-    """Rows of ``input_ids`` and ``labels``."""
-    return Dataset.from_dict({"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]})
+def as_dataset(examples: list[Example]) -> datasets.Dataset:
+    """Return a data set of ``input_ids`` and ``labels``."""
+    columns = {"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]}
+    return datasets.Dataset.from_dict(columns)
 
 
-def packed(examples: list[Example], length: int) -> Dataset:
-    """Rows put into windows of at most ``length`` tokens, none cut; TRL's best-fit decreasing."""
-    from trl import pack_dataset
-
+def packed(examples: list[Example], length: int) -> datasets.Dataset:
+    """Put rows into windows of at most ``length`` tokens, none cut; TRL's best-fit decreasing."""
     return pack_dataset(as_dataset(examples), length, "bfd", {"batch_size": len(examples)})
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep the notes and bars of transformers, TRL, PEFT and datasets out of our output."""
-    import datasets
-
-    from twofold.host.quiet import quiet_bars
-
-    loggers = [logging.getLogger(name) for name in ("trl", "peft", "accelerate", "datasets")]
-    levels = [logger.level for logger in loggers]
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
-        with quiet_bars(), warnings.catch_warnings():
+        with silence("trl", "peft", "accelerate", "datasets"), quiet_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """What a full disk does to a checkpoint, as one sentence.
+    """Turn what a full disk does to a checkpoint into one sentence.
 
     Raises:
         TwofoldError: if there is no space.
@@ -200,12 +187,11 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        words = str(error)
-        full = "No space left" in words or "os error 28" in words or "PytorchStreamWriter failed" in words
+        full = any(words in str(error) for words in ("No space left", "os error 28", "PytorchStreamWriter failed"))
         if not full and getattr(error, "errno", None) not in (28, 122):
             raise
-        kept = last_whole(folder)
-        rest = f"the state of {kept.name} is kept" if kept is not None else "no checkpoint was kept"
+        newest = last_whole(folder)
+        rest = f"the state of {newest.name} is kept" if newest is not None else "no checkpoint was kept"
         raise TwofoldError(
             f"no space for a checkpoint in {folder}; {rest}: free some space and run the same command again, or save less often "
             "with `save_every`"
