@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pydantic
 import torch
-from torch import Tensor
 
 from twofold.adapters.folder import check_base, write_adapter
 from twofold.adapters.metric import Metrics
-from twofold.adapters.ranks import by_budget, by_energy
+from twofold.adapters.ranks import Changes, by_energy
 from twofold.checkpoint.peft.lora import whole_layers
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_apart, check_output, staged_folder
@@ -68,55 +66,35 @@ def extract(
     out = Path(out).expanduser().resolve()
     check_output(out, overwrite)
     first, second = load_model(base), load_model(tuned)
-    for one in (first, second):
-        check_apart(out, one.source, [])
-    metrics = Metrics(moments)
-    names = matching_layers(first, second)
+    for loaded in (first, second):
+        check_apart(out, loaded.source, [])
+    metrics, names = Metrics(moments), matching_layers(first, second)
     if second.source is not None:
         check_base(second.source, first)
-    change = _compare(first, second, names, metrics, rank, energy, quiet=quiet)
-    if not change.values:
+    changes, ranks, relative = _compare(first, second, names, metrics, rank, energy, quiet)
+    if not changes.values:
         raise TwofoldError(f"the linear layers of {tuned} and {base} are the same, so there is nothing to extract")
-    if change.relative > FAR:
+    if relative > FAR:
         raise TwofoldError(
-            f"{base} is not the base of {tuned}: their linear layers differ by {change.relative:.0%} of their norm; name the "
+            f"{base} is not the base of {tuned}: their linear layers differ by {relative:.0%} of their norm; name the "
             "model that it was tuned from"
         )
-    factors, costs, ranks = change.factors, change.costs, change.ranks
-    if energy is None:
-        within = {name: values[: factors[name][0].shape[1]] for name, values in change.values.items()}
-        ranks = by_budget(within, costs, (rank or 1) * sum(costs.values()))
-    ranks = {name: r for name, r in ranks.items() if r}
-    total = sum(float(values.sum()) for values in change.values.values())
-    held = sum(float(change.values[name][:r].sum()) for name, r in ranks.items())
+    ranks = {name: r for name, r in ranks.items() if r} if rank is None else changes.within(rank)
     extraction = Extraction(
         tuned=tuned,
         base=base,
         base_sha256=first.shards.hash("") if first.shards is not None else "",
         ranks=ranks,
-        numbers=sum(r * costs[name] for name, r in ranks.items()),
-        energy=held / total,
-        change=change.relative,
+        numbers=changes.numbers(ranks),
+        energy=changes.energy(ranks),
+        change=relative,
         metric=metrics.words,
         notes=_others(first, second, names),
     )
     with staged_folder(out, overwrite) as folder:
-        write_adapter(
-            folder, {n: (factors[n][0][:, :r], factors[n][1][:r]) for n, r in ranks.items()}, str(first.source or base)
-        )
+        write_adapter(folder, changes.cut(ranks), str(first.source or base))
         (folder / "run.json").write_text(extraction.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return extraction
-
-
-@dataclass
-class _Change:
-    """How two models differ, layer by layer."""
-
-    values: dict[str, Tensor] = field(default_factory=dict)  # σ² (k,) of the layers that differ
-    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (m, r), (r, n)
-    costs: dict[str, int] = field(default_factory=dict)  # numbers of a rank
-    ranks: dict[str, int] = field(default_factory=dict)  # where an energy is asked for
-    relative: float = 0.0  # ‖tuned − base‖ / ‖base‖
 
 
 def _compare(
@@ -126,35 +104,36 @@ def _compare(
     metrics: Metrics,
     rank: int | None,
     energy: float | None,
-    *,
     quiet: bool,
-) -> _Change:
-    """Decompose the difference of each layer."""
-    change, squares, changes = _Change(), 0.0, 0.0
+) -> tuple[Changes, dict[str, int], float]:
+    """Decompose the difference of each layer.
+
+    Returns:
+        The changes, the ranks that hold the energy if one is asked for, and ‖tuned − base‖ / ‖base‖.
+    """
+    changes, ranks = Changes(), dict[str, int]()
+    whole = changed = 0.0  # squares
     with progress("Comparing", len(names), unit="layers", quiet=quiet) as tick, torch.no_grad():
         for name in names:
-            old, new = (dense_weight(one.model.get_submodule(name)) for one in (base, tuned))
-            wide = working_dtype(old.device)
-            difference = new.to(wide) - old.to(wide)
-            squares += float(old.to(wide).square().sum())
-            changes += float(difference.square().sum())
-            change.costs[name] = sum(difference.shape)
+            old, new = (dense_weight(loaded.model.get_submodule(name)) for loaded in (base, tuned))
+            old = old.to(working_dtype(old.device))
+            difference = new.to(old.dtype) - old
+            whole += float(old.square().sum())
+            changed += float(difference.square().sum())
+            changes.costs[name] = sum(difference.shape)
+            if difference.any():
+                values, factors = metrics.decompose(name, difference)
+                depth = min(len(values), DEEP * (rank or 1))
+                if energy is not None:
+                    depth = ranks[name] = by_energy({name: values}, energy)[name]
+                left, right = factors(max(depth, 1))
+                changes.values[name], changes.factors[name] = values.float(), (left.float(), right.float())
             tick()
-            if not difference.any():
-                continue
-            spectrum = metrics.of(name, difference).decompose(difference)
-            change.values[name] = spectrum.values.float()
-            depth = min(len(spectrum.values), DEEP * (rank or 1))
-            if energy is not None:
-                depth = change.ranks[name] = by_energy({name: spectrum.values}, energy)[name]
-            left, right = spectrum.factors(max(depth, 1))
-            change.factors[name] = (left.float(), right.float())
-    change.relative = (changes / max(squares, 1e-300)) ** 0.5
-    return change
+    return changes, ranks, (changed / max(whole, 1e-300)) ** 0.5
 
 
 def matching_layers(base: LoadedModel, tuned: LoadedModel) -> list[str]:
-    """The linear layers of both models.
+    """Return the names of the linear layers of both models.
 
     Raises:
         TwofoldError: naming the first layer that one lacks, or that has another shape.
@@ -164,8 +143,7 @@ def matching_layers(base: LoadedModel, tuned: LoadedModel) -> list[str]:
         if name not in others or name not in names:
             lacking = base.name if name not in names else tuned.name
             raise TwofoldError(f"{base.name} is not the base of {tuned.name}: {lacking} has no layer {name}")
-        one, other = base.model.get_submodule(name), tuned.model.get_submodule(name)
-        shapes = [tuple(dense_weight(layer).shape) for layer in (one, other)]
+        shapes = [tuple(dense_weight(loaded.model.get_submodule(name)).shape) for loaded in (base, tuned)]
         if shapes[0] != shapes[1]:
             raise TwofoldError(
                 f"{base.name} is not the base of {tuned.name}: the layer {name} is {shapes[0]} in the one and "
@@ -175,7 +153,7 @@ def matching_layers(base: LoadedModel, tuned: LoadedModel) -> list[str]:
 
 
 def _others(base: LoadedModel, tuned: LoadedModel, names: list[str]) -> list[str]:
-    """What else differs, which no adapter of linear layers holds."""
+    """Say what else differs, which no adapter of linear layers holds."""
     bases = [name for name, module in tuned.model.named_modules() if isinstance(module, SharedBasis)]
     inside = tuple(f"{name}." for name in [*names, *bases])
     old = dict(base.model.named_parameters())
@@ -185,6 +163,5 @@ def _others(base: LoadedModel, tuned: LoadedModel, names: list[str]) -> list[str
         if not (name.startswith(inside) and not name.endswith(".bias"))
         and (name not in old or old[name].shape != new.shape or not torch.equal(old[name], new))
     ]
-    if not differs:
-        return []
-    return [f"{len(differs)} other weights differ too (first {differs[0]}) and are not in the adapter"]
+    count = len(differs)
+    return [f"{count} other weights differ too (first {differs[0]}) and are not in the adapter"] if differs else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def write_adapter(
     layers: Mapping[str, tuple[Tensor, Tensor]],  # by layer: left (m, r), right (r, n); their product is added
     base: str,
 ) -> None:
-    """A LoRA adapter whose layers have ranks of their own."""
+    """Write a LoRA adapter whose layers have ranks of their own."""
     ranks = {name: left.shape[1] for name, (left, _) in layers.items()}
     counts = list(ranks.values())
     usual = max(set(counts), key=counts.count)
@@ -41,7 +42,6 @@ def write_adapter(
         up, down = balanced(left, right)
         tensors[f"base_model.model.{name}.lora_A.weight"] = down.float().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = up.float().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
@@ -82,18 +82,12 @@ def check_base(folder: Path, loaded: LoadedModel) -> None:
     Raises:
         TwofoldError: if it was.
     """
-    recorded = base_of(folder)
+    record: Any = None
+    with suppress(OSError, ValueError):
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    recorded = str(record.get("base_sha256", "")) if isinstance(record, dict) else ""
     if recorded and loaded.shards is not None and recorded != loaded.shards.hash(""):
         raise TwofoldError(
             f"{folder} was made from another model than {loaded.name}: the weights differ from those that its run.json names; "
             "name the model that it was trained on"
         )
-
-
-def base_of(folder: Path) -> str:
-    """The hash of the weights that a folder's run.json says it was made from; empty if it says nothing."""
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return str(record.get("base_sha256", "")) if isinstance(record, dict) else ""
-    except (OSError, ValueError):
-        return ""

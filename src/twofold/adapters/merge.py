@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from twofold.adapters.folder import load_adapter, write_adapter
 from twofold.adapters.metric import Metrics
-from twofold.adapters.ranks import by_budget
+from twofold.adapters.ranks import Changes
+from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_apart, check_output, staged_folder
 from twofold.host.quiet import quiet_bars
@@ -73,34 +75,27 @@ def merge(
     out = Path(out).expanduser().resolve()
     check_output(out, overwrite)
     loaded = load_model(model)
-    check_apart(out, loaded.source, [Path(one).expanduser() for one in adapters])
+    folders = [Path(adapter).expanduser() for adapter in adapters]
+    check_apart(out, loaded.source, folders)
     record = Merge(
         model=model, adapters=adapters, weights=weight, ranks={},
         base_sha256=loaded.shards.hash("") if loaded.shards is not None else "",
         parameters_before=sum(p.numel() for p in loaded.model.parameters()),
     )  # fmt: skip
     adapted: Any = loaded.model
-    for number, one in enumerate(adapters):
-        adapted = load_adapter(adapted, Path(one).expanduser(), f"adapter{number}", loaded)
+    for number, folder in enumerate(folders):
+        adapted = load_adapter(adapted, folder, f"adapter{number}", loaded)
     _check_kinds(adapted, record, adapter_rank is not None)
     metrics = Metrics(moments)
     if adapter_rank is not None:
-        layers = _one_adapter(adapted, weight, adapter_rank, metrics, record)
-        with staged_folder(out, overwrite) as folder:
-            write_adapter(folder, layers, str(loaded.source or model))
-            (folder / "run.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        return record
-    before = _factored(loaded.model)
-    columns = [name for name, layer in before.items() if isinstance(layer, DenseColumnsLinear)]
-    old = {name: layer.rank for name, layer in before.items() if name not in columns}
-    merged = merge_into(adapted, weight)
-    if recompress:
-        record.notes += recompress_to(merged, old, metrics)
-        record.notes += [f"{name} has dense columns and keeps its grown rank" for name in columns]
-        record.metric = metrics.words
-    record.ranks = {name: layer.rank for name, layer in _factored(merged).items()}
-    record.parameters_after = sum(p.numel() for p in merged.parameters())
-    _write(merged, loaded, record, out, overwrite)
+        layers = _one_adapter(adapted, adapter_rank, metrics, record)
+        write = partial(write_adapter, layers=layers, base=str(loaded.source or model))
+    else:
+        merged = _one_model(adapted, loaded, metrics if recompress else None, record)
+        write = partial(_write_model, model=merged, loaded=loaded)
+    with staged_folder(out, overwrite) as folder:
+        write(folder)
+        (folder / "run.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return record
 
 
@@ -118,73 +113,67 @@ def _check_kinds(adapted: PeftModel, record: Merge, together: bool) -> None:
                 f"{path} is DoRA, which also sets the length of each weight: it can't count more or less than once, nor be added "
                 "to other adapters; merge it alone, without `weight`"
             )
-        more = config.bias != "none" if hasattr(config, "bias") else False
-        more = more or bool(getattr(config, "lora_bias", False) or getattr(config, "modules_to_save", None))
+        more = getattr(config, "bias", "none") != "none" or getattr(config, "lora_bias", False)
+        more = more or getattr(config, "modules_to_save", None)
         if together and (config.peft_type != PeftType.LORA or dora or more):
             raise TwofoldError(
                 f"{path} is no plain LoRA, and `adapter_rank` puts the products of plain LoRA into one adapter; merge it without"
             )
 
 
-def merge_into(adapted: PeftModel, weights: list[float]) -> Any:
-    """The model with all its adapters put into it; the rank of a factored layer grows by theirs."""
-    names = [f"adapter{number}" for number in range(len(weights))]
+def _one_model(adapted: PeftModel, loaded: LoadedModel, metrics: Metrics | None, record: Merge) -> Any:
+    """Put all adapters into the model, whose factored layers grow by their ranks; with metrics, those are brought back."""
+    before = _factored(loaded.model)
+    columns = [name for name, layer in before.items() if isinstance(layer, DenseColumnsLinear)]
+    ranks = {name: layer.rank for name, layer in before.items() if name not in columns}
+    weights = {f"adapter{number}": weight for number, weight in enumerate(record.weights)}
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
-            for name, weight in zip(names, weights, strict=True):
-                if name in module.scaling:
-                    module.scaling[name] *= weight
-        elif hasattr(module, "merge") and hasattr(module, "base_layer") and any(weight != 1 for weight in weights):
+            for name in weights.keys() & module.scaling.keys():
+                module.scaling[name] *= weights[name]
+        elif hasattr(module, "merge") and hasattr(module, "base_layer") and any(w != 1 for w in record.weights):
             raise TwofoldError("only LoRA adapters can count more or less than once; leave `weight` out")
-    return adapted.merge_and_unload(adapter_names=names)
+    merged = adapted.merge_and_unload(adapter_names=list(weights))
+    if metrics is not None:
+        recompress_to(merged, ranks, metrics)
+        record.notes += [f"{name} has dense columns and keeps its grown rank" for name in columns]
+        record.metric = metrics.words
+    record.ranks = {name: layer.rank for name, layer in _factored(merged).items()}
+    record.parameters_after = sum(p.numel() for p in merged.parameters())
+    return merged
 
 
 @torch.no_grad()
-def recompress_to(model: nn.Module, ranks: dict[str, int], metrics: Metrics) -> list[str]:
+def recompress_to(model: nn.Module, ranks: dict[str, int], metrics: Metrics) -> None:
     """Bring layers whose rank grew back to the rank that they had, with the least loss in the metric.
 
     Args:
-        ranks: by the names that the layers have in the merged model.
-
-    Returns:
-        Notes: of layers that stay larger.
+        ranks: by the names that the layers have in the merged model; of layers without dense columns.
     """
-    notes: list[str] = []
     for name, rank in ranks.items():
         layer = model.get_submodule(name)
-        if isinstance(layer, DenseColumnsLinear):
-            notes.append(f"{name} has dense columns and keeps its grown rank")
-            continue
         if isinstance(layer, FactoredLinear) and layer.rank <= rank:
             continue
-        weight = dense_weight(layer).detach().to(working_dtype(next(layer.parameters()).device))
-        left, right = metrics.of(name, weight).decompose(weight).factors(rank)
+        stored = next(layer.parameters())
+        weight = dense_weight(layer).detach().to(working_dtype(stored.device))
+        left, right = metrics.decompose(name, weight)[1](rank)
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
-        transposed = getattr(layer, "transposed", not isinstance(layer, nn.Linear))
-        dtype = next(layer.parameters()).dtype
-        again = FactoredLinear.from_factors(left, right, bias, transposed=bool(transposed), dtype=dtype)
-        again.requires_grad_(any(p.requires_grad for p in layer.parameters()))
-        replace_module(model, name, again)
-    from twofold.checkpoint.plugin import attach
-
+        transposed = bool(getattr(layer, "transposed", not isinstance(layer, nn.Linear)))
+        smaller = FactoredLinear.from_factors(left, right, bias, transposed=transposed, dtype=stored.dtype)
+        replace_module(model, name, smaller.requires_grad_(any(p.requires_grad for p in layer.parameters())))
     attach(model)
-    return notes
 
 
 @torch.no_grad()
-def _one_adapter(
-    adapted: PeftModel, weights: list[float], rank: int, metrics: Metrics, record: Merge
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The sum of all adapters as one, within a budget."""
-    values: dict[str, Tensor] = {}
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    costs: dict[str, int] = {}
+def _one_adapter(adapted: PeftModel, rank: int, metrics: Metrics, record: Merge) -> dict[str, tuple[Tensor, Tensor]]:
+    """Add all adapters up, and return the factors of one adapter within a budget."""
+    changes = Changes()
     for name, module in adapted.base_model.model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         change: Tensor | None = None
         count = 0
-        for number, weight in enumerate(weights):
+        for number, weight in enumerate(record.weights):
             key = f"adapter{number}"
             if key not in module.lora_A:
                 continue
@@ -192,28 +181,25 @@ def _one_adapter(
                 raise TwofoldError(
                     f"{record.adapters[number]} is no plain LoRA, so it can't be put into one adapter; merge it"
                 )
-            down, up = module.lora_A[key].weight, module.lora_B[key].weight
-            part = up.to(working_dtype(up.device)) @ down.to(working_dtype(up.device)) * (module.scaling[key] * weight)
+            up = module.lora_B[key].weight
+            up, down = (matrix.to(working_dtype(up.device)) for matrix in (up, module.lora_A[key].weight))
+            part = up @ down * (module.scaling[key] * weight)
             change = part if change is None else change + part
-            count += down.shape[0]
-        if change is None or not change.any():
-            continue
-        found = metrics.of(name, change).decompose(change)
-        count = min(count, *change.shape)
-        values[name], factors[name] = found.values[:count].float(), found.factors(count)
-        costs[name] = sum(change.shape)
-    if not values:
+            count += len(down)
+        if change is not None and change.any():
+            values, factors = metrics.decompose(name, change)
+            count = min(count, *change.shape)
+            changes.values[name], changes.factors[name] = values[:count].float(), factors(count)
+            changes.costs[name] = sum(change.shape)
+    if not changes.values:
         raise TwofoldError("the adapters change nothing, so there is nothing to merge")
-    ranks = {name: r for name, r in by_budget(values, costs, rank * sum(costs.values())).items() if r}
-    total = sum(float(found.sum()) for found in values.values())
-    record.energy = sum(float(values[name][:r].sum()) for name, r in ranks.items()) / total
-    record.ranks, record.metric = ranks, metrics.words
-    record.parameters_after = sum(r * costs[name] for name, r in ranks.items())
-    return {name: (factors[name][0][:, :r], factors[name][1][:r]) for name, r in ranks.items()}
+    record.ranks, record.metric = changes.within(rank), metrics.words
+    record.energy, record.parameters_after = changes.energy(record.ranks), changes.numbers(record.ranks)
+    return changes.cut(record.ranks)
 
 
 def _factored(model: Any) -> dict[str, FactoredLinear]:
-    """The factored layers by their names in the plain model, whether adapters stand on it or not."""
+    """Return the factored layers by their names in the plain model, whether adapters stand on it or not."""
     return {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
@@ -221,10 +207,10 @@ def _factored(model: Any) -> dict[str, FactoredLinear]:
     }
 
 
-def _write(model: Any, loaded: LoadedModel, record: Merge, out: Path, overwrite: bool) -> None:
-    with staged_folder(out, overwrite) as folder, quiet_bars():
+def _write_model(folder: Path, model: Any, loaded: LoadedModel) -> None:
+    """Write a model in the dtype of its checkpoint, with its tokenizer."""
+    with quiet_bars():
         cast_weights(model, loaded.stored_dtype)
         model.save_pretrained(folder)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(folder)
-        (folder / "run.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")

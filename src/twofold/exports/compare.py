@@ -50,22 +50,22 @@ class Reference:
 
 
 def prompts(loaded: LoadedModel) -> list[Tensor]:
-    """Some token ids to compare on: short texts, or drawn ones if there is no tokenizer for them."""
+    """Return token ids to compare on: short texts, or drawn ones if there is no tokenizer for them."""
     longest = min(window_limit(loaded.model) or LONGEST, LONGEST)
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
-    found: list[Tensor] = []
+    drawn: list[Tensor] = []
     for number, text in enumerate(TEXTS):
         ids = torch.tensor([[]], dtype=torch.long)
         if loaded.tokenizer is not None:
             ids = torch.tensor([loaded.tokenizer(text)["input_ids"][:longest]], dtype=torch.long)
         if ids.numel() == 0 or int(ids.max()) >= vocabulary:
             ids = torch.randint(vocabulary, (1, longest), generator=torch.Generator().manual_seed(number))
-        found.append(ids[:, : max(1, longest // (number + 1))])
-    return found
+        drawn.append(ids[:, : max(1, longest // (number + 1))])
+    return drawn
 
 
 def refer(loaded: LoadedModel, count: int) -> Reference:
-    """What the model says, kept for the comparison.
+    """Record what the model says, for the comparison.
 
     Raises:
         TwofoldError: if it does not run on token ids alone, or gives no logits.
@@ -109,8 +109,8 @@ def compare(reference: Reference, decoder: Decoder) -> Comparison:
     tokens = reference.tokens.shape[1]
     equal, lead = tokens, None
     if tokens:
-        found = greedy(decoder, reference.prompts[0], tokens)[0].to(reference.tokens.device)
-        apart = (found != reference.tokens)[0].nonzero()
+        decoded = greedy(decoder, reference.prompts[0], tokens)[0].to(reference.tokens.device)
+        apart = (decoded != reference.tokens)[0].nonzero()
         if len(apart):
             equal = int(apart[0])
             lead = float(reference.leads[0, equal])
@@ -143,7 +143,7 @@ def check(comparison: Comparison, dtype: torch.dtype, exact: bool, what: str) ->
 
 
 def words(comparison: Comparison, dtype: Any) -> list[str]:
-    """The comparison in sentences."""
+    """Tell the comparison in sentences."""
     said = [
         f"Logits: relative difference {comparison.relative:.1e}, at most {comparison.largest:.1e}, "
         f"at {comparison.positions} positions in {str(dtype).removeprefix('torch.')}; "

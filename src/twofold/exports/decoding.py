@@ -57,7 +57,7 @@ def greedy(
     ids: Tensor,  # (batch, tokens)
     count: int,
 ) -> tuple[Tensor, Tensor]:  # (batch, count), (batch, count)
-    """The most likely ``count`` tokens after a prompt, one after another, through any end of the text.
+    """Decode the most likely ``count`` tokens after a prompt, one after another, through any end of the text.
 
     Returns:
         The tokens, and for each how far its logit is above that of the second one.

@@ -42,7 +42,7 @@ class Exported(pydantic.BaseModel, extra="forbid"):
     twofold_version: str = __version__
 
     def words(self) -> list[str]:
-        """What there is to say, a sentence or two a line."""
+        """Tell what was exported, a sentence or two a line."""
         share = self.file_bytes / self.weight_bytes
         return [
             f"Exported {self.model} as {self.format}: {self.out}",
@@ -92,26 +92,26 @@ def export(
     original = base or (recorded_original(loaded) if kind.original else None)
     if original is not None and Path(original).expanduser().exists():
         check_apart(folder, Path(original).expanduser(), [])
-    chosen = _dtype(dtype, loaded, kind)
-    weight_bytes = _bytes_in(loaded.model, chosen)
+    stored = _dtype(dtype, loaded, kind)
+    weight_bytes = _bytes_in(loaded.model, stored)
     work = work_of(loaded.model) if kind.graph else None
     check_space(folder, weight_bytes)
     with _out_of_memory(model), torch.no_grad(), quiet_bars():
         reference = refer(loaded, check_tokens)
         with staged_folder(folder, overwrite) as staged:
             with progress(f"Writing {to}", 1, quiet=quiet) as tick:
-                written = kind.write(Source(loaded, chosen, rank, base), staged)
+                written = kind.write(Source(loaded, stored, rank, base), staged)
                 tick()
             with progress("Comparing", 1, quiet=quiet) as tick:
                 comparison = compare(reference, written.decoder())
                 tick()
-            narrower = min(chosen, getattr(torch, written.dtype), key=lambda dtype: dtype.itemsize)
+            narrower = min(stored, getattr(torch, written.dtype), key=lambda dtype: dtype.itemsize)
             check(comparison, narrower, rank is None, str(folder))
             result = Exported(
                 format=to,
                 model=model,
                 out=str(folder),
-                dtype=str(chosen).removeprefix("torch."),
+                dtype=str(stored).removeprefix("torch."),
                 weight_bytes=weight_bytes,
                 file_bytes=sum(p.stat().st_size for p in staged.iterdir() if p.name.endswith(kind.weights)),
                 compared_in=written.dtype,
@@ -144,17 +144,17 @@ def _check_kind(kind: Format, loaded: LoadedModel) -> None:
 
 def _dtype(name: str, loaded: LoadedModel, kind: Format) -> torch.dtype:
     if name != "auto":
-        found: torch.dtype | None = getattr(torch, name, None)
-        if found is None or found not in (torch.float32, torch.bfloat16, torch.float16):
+        dtype: torch.dtype | None = getattr(torch, name, None)
+        if dtype is None or dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TwofoldError(f"`dtype` must be auto, float32, bfloat16 or float16, got {name!r}")
         if kind.dtypes and name not in kind.dtypes:
             raise TwofoldError(f"`to={kind.name}` writes {' or '.join(kind.dtypes)}, got `dtype={name}`; leave it out")
-        return found
+        return dtype
     return getattr(torch, kind.dtypes[0]) if kind.dtypes else loaded.stored_dtype
 
 
 def _bytes_in(model: Any, dtype: torch.dtype) -> int:
-    """Bytes of the weights in a dtype, shared ones counted once."""
+    """Count the bytes of the weights in a dtype, shared ones counted once."""
     if dtype == torch.float32 == next(model.parameters()).dtype:
         return memory_bytes(model)
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}

@@ -30,7 +30,7 @@ from twofold.task.causal_lm import need_writer
 
 
 def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
-    """The exported model, of one graph that gives the logits of the last token alone where the architecture can.
+    """Export a model as one graph that gives the logits of the last token alone where the architecture can.
 
     Args:
         kind: the name of the format, for messages.
@@ -79,17 +79,17 @@ def need_exporters(kind: str) -> None:
 
 
 def linear_layers(model: nn.Module) -> int:
-    """How many products with a weight one forward of a model has: each factor is one."""
+    """Count the products with a weight that one forward of a model has: each factor is one."""
     return sum(isinstance(module, nn.Linear | Conv1D) for module in model.modules())
 
 
-def products_note(found: int, model: nn.Module) -> str:
-    """Whether the factors are still two products in a graph."""
+def products_note(products: int, model: nn.Module) -> str:
+    """Tell whether the factors are still two products in a graph."""
     expected = linear_layers(model)
-    if found == expected:
-        return f"The graph has {found} products with a weight, one for each factor and each dense layer."
+    if products == expected:
+        return f"The graph has {products} products with a weight, one for each factor and each dense layer."
     return (
-        f"The graph has {found} products with a weight, the model has {expected} linear layers: the exporter has joined or "
+        f"The graph has {products} products with a weight, the model has {expected} linear layers: the exporter has joined or "
         "split some."
     )
 
@@ -108,7 +108,7 @@ def _quiet() -> Iterator[None]:
 
 
 def finish_graph(source: Source, folder: Path) -> None:
-    """The tokenizer, and a configuration that does not say that the folder is a factored checkpoint."""
+    """Write the tokenizer, and a configuration that does not say that the folder is a factored checkpoint."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
@@ -117,7 +117,7 @@ def finish_graph(source: Source, folder: Path) -> None:
 
 
 def open_export(folder: Path, threads: int | None = None) -> Decoder:
-    """The decoder of an exported folder.
+    """Open the decoder of an exported folder.
 
     Args:
         threads: for the runtime; by default those that PyTorch has.
@@ -136,7 +136,7 @@ def other_inputs(
     ids: np.ndarray,  # (batch, tokens)
     read: int,
 ) -> dict[str, np.ndarray]:
-    """What a graph may ask for beside the tokens and the cache, after ``read`` tokens.
+    """Return what a graph may ask for beside the tokens and the cache, after ``read`` tokens.
 
     Raises:
         TwofoldError: if it asks for anything else.

@@ -15,7 +15,7 @@ from twofold.nn.int_matrix import IntMatrix
 
 
 def recorded_original(loaded: LoadedModel) -> str:
-    """The model that a checkpoint was made from, as its record says.
+    """Name the model that a checkpoint was made from, as its record says.
 
     Raises:
         TwofoldError: if it has none.
@@ -30,7 +30,7 @@ def recorded_original(loaded: LoadedModel) -> str:
 
 
 def compact_layers(model: Any) -> dict[str, CompactLinear]:
-    """The layers of a model that take the place of dense ones, by name."""
+    """Return the layers of a model that take the place of dense ones, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CompactLinear)}
 
 

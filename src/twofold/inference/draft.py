@@ -24,10 +24,6 @@ class Draft:
     in_features: int
     out_features: int
 
-    @property
-    def rank(self) -> int:
-        return len(self.reduce)
-
     @classmethod
     def of(cls, layer: FactoredLinear) -> Draft:
         order = None if layer.order is None else layer.order.long()
@@ -36,30 +32,27 @@ class Draft:
         return cls(layer.form, *matrices, order, bias, layer.in_features, layer.out_features)
 
     def on_rows(self) -> Draft | None:
-        """The same product with pivots among its outputs, so that its right factor reads the input as it is.
+        """Return the same product with pivots among its outputs, so that its right factor reads the input as it is.
 
-        Found in float64 where the device has it, so that only the rounding of the stored numbers differs. None where no such
-        form has bounded coefficients.
+        It is computed in float64 where the device has it, so that only the rounding of the stored numbers differs. None where no
+        such form has bounded coefficients.
         """
-        if self.form != "columns":
+        if self.form != "columns" or self.order is None:
             return self
-        assert self.order is not None
         wide = working_dtype(self.reduce.device)
-        found = gauge_form(self.expand.to(wide), unfolded(self.reduce.to(wide), self.order), "rows")
-        if found is None:
+        gauge = gauge_form(self.expand.to(wide), unfolded(self.reduce.to(wide), self.order), "rows")
+        if gauge is None:
             return None
-        dtype, device = self.reduce.dtype, self.reduce.device
-        matrices = found.reduce.to(dtype), found.expand.to(dtype)
-        return Draft("rows", *matrices, found.order.long().to(device), self.bias, self.in_features, self.out_features)
+        reduce, expand = gauge.reduce.to(self.reduce), gauge.expand.to(self.reduce)
+        return replace(self, form="rows", reduce=reduce, expand=expand, order=gauge.order.long().to(self.reduce.device))
 
     def with_outputs(
         self,
         take: Tensor,  # (m,): output i of the new layer is output take[i] of this one
     ) -> Draft:
-        """The layer with its outputs in another order, at no cost when it runs."""
+        """Return the layer with its outputs in another order, at no cost when it runs."""
         bias = None if self.bias is None else self.bias[take]
-        if self.form == "rows":
-            assert self.order is not None
+        if self.form == "rows" and self.order is not None:
             return replace(self, order=self.order[take], bias=bias)
         return replace(self, expand=self.expand[take], bias=bias)
 
@@ -67,34 +60,33 @@ class Draft:
         self,
         take: Tensor,  # (n,): input i of the new layer is input take[i] of this one
     ) -> Draft:
-        """The layer for inputs in another order, at no cost when it runs."""
-        if self.form == "columns":
-            assert self.order is not None
+        """Return the layer for inputs in another order, at no cost when it runs."""
+        if self.form == "columns" and self.order is not None:
             return replace(self, order=take.argsort()[self.order])
         return replace(self, reduce=self.reduce[:, take])
 
     def in_rising_order(self) -> Draft:
-        """The same with pivots, and all others, in the order of the outputs (or inputs): it is read along memory."""
+        """Return the layer with pivots, and all others, in the order of the outputs (or inputs): it is read along memory."""
         if self.order is None:
             return self
+        rank = len(self.reduce)
         if self.form == "rows":
-            pivot = self.order < self.rank
-            first, rest = self.order[pivot], self.order[~pivot] - self.rank
+            pivot = self.order < rank
+            first, rest = self.order[pivot], self.order[~pivot] - rank
             place = torch.cat([pivot.nonzero()[:, 0], (~pivot).nonzero()[:, 0]])
             return replace(self, reduce=self.reduce[first], expand=self.expand[rest][:, first], order=place.argsort())
-        first, rest = self.order[: self.rank].argsort(), self.order[self.rank :].argsort()
-        order = torch.cat([self.order[: self.rank][first], self.order[self.rank :][rest]])
+        (pivots, first), (others, rest) = self.order[:rank].sort(), self.order[rank:].sort()
+        order = torch.cat([pivots, others])
         return replace(self, reduce=self.reduce[first][:, rest], expand=self.expand[:, first], order=order)
 
     @property
     def in_order(self) -> bool:
-        """Whether a layer on rows gives its outputs as they are computed."""
-        assert self.order is not None
-        return torch.equal(self.order, torch.arange(len(self.order), device=self.order.device))
+        """Tell whether this is a layer on rows that gives its outputs as they are computed."""
+        return self.form == "rows" and self.order is not None and bool((self.order.diff() == 1).all())
 
 
 def why_not(layer: nn.Module) -> str | None:
-    """Why a layer keeps the form that it has; None if it is a factored layer that can be given another one."""
+    """Say why a layer keeps the form that it has; None if it is a factored layer that can be given another one."""
     if type(layer) is not FactoredLinear:
         return f"{type(layer).__name__} has no other form yet"
     if any(type(getattr(layer, child)) is not nn.Linear for child in layer.CHILDREN):

@@ -42,7 +42,7 @@ class Optimized:
 
     @property
     def words(self) -> str:
-        """What was done, in one sentence."""
+        """Say what was done, in one sentence."""
         joined = sum(len(group) for group in self.groups)
         parts = [f"{joined} layers in {len(self.groups)} groups that read one input", f"{len(self.alone)} alone"]
         parts += [f"{len(self.folded)} outputs with no order to keep"] if self.folded else []
@@ -102,22 +102,16 @@ def optimize(
     if any(parameter.is_meta for parameter in model.parameters()):
         raise TwofoldError("this model has no weights yet, so it can't be put into its inference form; load it first")
     model.eval()
-    for name, layer in layers.items():
-        reason = why_not(layer)
-        if reason is not None:
-            done.kept[name] = reason
-    free = {
-        name: layer for name, layer in layers.items() if isinstance(layer, FactoredLinear) and name not in done.kept
-    }
-    made: dict[str, nn.Module] = {}
+    done.kept = {name: reason for name, layer in layers.items() if (reason := why_not(layer)) is not None}
+    free: dict[str, Any] = {name: layer for name, layer in layers.items() if name not in done.kept}
     if free:
         first = next(iter(free.values())).reduce.weight
         latencies = latencies or Latencies.of_this_machine(first.dtype, first.device, quiet=quiet)
-        made = _merged(free, done, latencies) if merge == "measured" else {}
-        drafts = {name: Draft.of(layer) for name, layer in free.items() if name not in made}
+        modules = _merged(free, done, latencies) if merge == "measured" else {}
+        drafts = {name: Draft.of(layer) for name, layer in free.items() if name not in modules}
         run, before = _runner(model, done)
-        made |= _grouped(model, drafts, run, done, latencies.by_columns)
-        _install(model, made, run, before)
+        modules |= _grouped(model, drafts, run, done, latencies.by_columns)
+        _install(model, modules, run, before)
     model.twofold_inference = done
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, TwofoldQuantizer):
@@ -129,104 +123,90 @@ def optimize(
 
 
 def _merged(free: Mapping[str, FactoredLinear], done: Optimized, latencies: Latencies) -> dict[str, nn.Module]:
-    """The layers that are slower as they are than dense ones, dense."""
-    made: dict[str, nn.Module] = {}
+    """Make the layers dense that are slower as they are."""
+    modules: dict[str, nn.Module] = {}
     latencies.measure([(layer.out_features, layer.in_features) for layer in free.values()])
     for name, layer in free.items():
         slower = latencies.slower(layer.out_features, layer.in_features, layer.rank)
         if slower is not None:
-            made[name] = layer.dense_module().requires_grad_(False)
+            modules[name] = layer.dense_module().requires_grad_(False)
             done.merged[name] = slower
-    return made
+    return modules
 
 
-def _runner(model: Any, done: Optimized) -> tuple[Callable[[], Any] | None, Any]:
-    """Return a run of the model on a small batch, and what it gives; None if it does not run."""
+def _runner(model: Any, done: Optimized) -> tuple[Callable[[], Tensor] | None, Any]:
+    """Return a function that runs the model on a small batch, and what it gives; None if the model does not run."""
     task = find_task(model)
     if task is None:
         done.notes.append("the model is for no task that is known, so each layer stands alone")
         return None, None
     batch = on_device(task.example(model), next(model.parameters()).device)
 
-    def run() -> Any:
-        return task.call(model, batch)
+    def run() -> Tensor:
+        output = task.call(model, batch)
+        logits = getattr(output, "logits", None)
+        first: Tensor = logits if isinstance(logits, Tensor) else output[0]
+        return first.clone()
 
     try:
-        return run, _first_tensor(run())
+        return run, run()
     except TwofoldError as error:
         done.notes.append(f"{error}, so each layer stands alone")
         return None, None
 
 
-def _first_tensor(output: Any) -> Tensor:
-    logits = getattr(output, "logits", None)
-    found = logits if isinstance(logits, Tensor) else output[0]
-    assert isinstance(found, Tensor)
-    return found.clone()
-
-
 def _grouped(
-    model: nn.Module,
-    drafts: dict[str, Draft],
-    run: Callable[[], Any] | None,
-    done: Optimized,
-    by_columns: bool,
+    model: nn.Module, drafts: dict[str, Draft], run: Callable[[], object] | None, done: Optimized, by_columns: bool
 ) -> dict[str, nn.Module]:
-    """The layers that are not merged, in groups that read one input, with the order of hidden units folded away."""
-    groups: list[list[str]] = []
+    """Make groups of the layers that read one input, and give hidden units an order that costs nothing."""
     if run is not None:
         targets = [Target(name, d.out_features, d.in_features, d.bias is not None, False) for name, d in drafts.items()]
         leaders = find_groups(model, targets, run)
-        turn = called_in_turn(model, list(drafts), run)
-        found: dict[str, list[str]] = {}
-        for name in turn:
-            found.setdefault(leaders[name], []).append(name)
-        for names in found.values():
+        together: dict[str, list[str]] = {}
+        for name in called_in_turn(model, list(drafts), run):
+            together.setdefault(leaders[name], []).append(name)
+        for names in together.values():
             on_rows = {name: drafts[name].on_rows() for name in names} if len(names) > 1 else {}
             members = {name: draft for name, draft in on_rows.items() if draft is not None}
             if len(members) > 1:
                 drafts.update(members)
-                groups.append(list(members))
+                done.groups.append(list(members))
         shapes = {name: (draft.out_features, draft.in_features) for name, draft in drafts.items()}
-        for makers, reader in find_pairs(model, shapes, run):
-            folded = fold(drafts, makers, reader)
-            if folded is not None:
-                done.folded.append(folded)
-    drafts.update({name: draft.in_rising_order() for name, draft in drafts.items()})
-    inside = {name for group in groups for name in group}
-    done.groups, done.alone = groups, [name for name in drafts if name not in inside]
-    made: dict[str, nn.Module] = {}
-    for names in [*groups, *([name] for name in done.alone)]:
-        if drafts[names[0]].form == "columns":
-            d = drafts[names[0]]
-            made[names[0]] = ColumnsLinear(d.reduce, d.expand, d.order, d.bias, by_columns)
+        pairs = find_pairs(model, shapes, run)
+        done.folded = [first for pair in pairs if (first := fold(drafts, *pair)) is not None]
+    done.alone = [name for name in drafts if not any(name in group for group in done.groups)]
+    modules: dict[str, nn.Module] = {}
+    for names in [*done.groups, *([name] for name in done.alone)]:
+        members = {name: drafts[name].in_rising_order() for name in names}
+        d = members[names[0]]
+        if d.form == "columns":
+            modules[names[0]] = ColumnsLinear(d.reduce, d.expand, d.order, d.bias, by_columns)
             continue
-        loose = next((name for name in names if drafts[name].form == "rows" and drafts[name].in_order), None)
-        parts = [_part(drafts[name], name == loose) for name in names]
+        loose = next((name for name, d in members.items() if d.in_order), None)
+        parts = [
+            Part(d.reduce, d.expand, d.form == "rows", None if name == loose else d.order, d.bias)
+            for name, d in members.items()
+        ]
         group = InputGroup(parts, by_columns)
-        for i, name in enumerate(names):
-            made[name] = GroupedLinear(group, i, drafts[name].out_features, holds=i == 0)
-    return made
+        for i, (name, d) in enumerate(members.items()):
+            modules[name] = GroupedLinear(group, i, d.out_features, holds=i == 0)
+    return modules
 
 
-def _part(draft: Draft, loose: bool) -> Part:
-    return Part(draft.reduce, draft.expand, draft.form == "rows", None if loose else draft.order, draft.bias)
-
-
-def _install(model: nn.Module, made: Mapping[str, nn.Module], run: Callable[[], Any] | None, before: Any) -> None:
-    """Put the layers in their places, and look whether the model still says the same.
+def _install(model: nn.Module, modules: Mapping[str, nn.Module], run: Callable[[], Tensor] | None, before: Any) -> None:
+    """Put the layers in their places, and make sure that the model still says the same.
 
     Raises:
         RuntimeError: if not; the model is as it was.
     """
     replaced: dict[str, nn.Module] = {}
     try:
-        for name, module in made.items():
+        for name, module in modules.items():
             replaced[name] = replace_module(model, name, module)
         if run is None:
             return
-        after = _first_tensor(run())
-        apart = float((after.double() - before.double()).norm() / before.double().norm().clamp_min(1e-30))
+        after, before = run(), before.double()
+        apart = float((after.double() - before).norm() / before.norm().clamp_min(1e-30))
         if not apart <= ROUNDING.get(after.dtype, ROUNDING_NARROW):
             raise RuntimeError(f"the inference form changed the outputs by {apart:.1e}, relative; please report this")
     except BaseException:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,10 +28,10 @@ from twofold.host.cache import cache_folder
 from twofold.host.clock import processor
 from twofold.host.files import write_text
 from twofold.host.progress import progress
-from twofold.inference.timing import in_turn, medians
+from twofold.inference.timing import in_turn
 from twofold.linalg.gauge import gauge_rank
 from twofold.model.target import Target
-from twofold.nn.grouped_linear import InputGroup, Part, laid_out
+from twofold.nn.grouped_linear import InputGroup, Part, fixed, laid_out
 
 FORMAT = 1
 KEEPS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)  # shares of the dense numbers at which ranks are measured
@@ -80,7 +81,7 @@ class Latencies:
     def of_this_machine(
         cls, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, quiet: bool = False
     ) -> Latencies:
-        """The table in the cache, or an empty one; one that can't be read is measured again."""
+        """Return the table in the cache, or an empty one; one that can't be read is measured again."""
         device = torch.device(device)
         about = {
             "format": str(FORMAT),
@@ -93,62 +94,60 @@ class Latencies:
         path = cache_folder() / "latency" / f"{name}.json"
         table = Table(about=about)
         with suppress(OSError, ValueError):
-            found = Table.model_validate_json(path.read_text(encoding="utf-8"))
-            table = found if found.about == about else table
+            cached = Table.model_validate_json(path.read_text(encoding="utf-8"))
+            table = cached if cached.about == about else table
         return cls(table, dtype, device, path, quiet)
 
     @property
     def words(self) -> str:
-        """What the times hold for."""
+        """Say what the times hold for."""
         about = self.table.about
         return f"{about['machine']}, {about['threads']} threads, {about['dtype']}, torch {about['torch']}"
 
     @property
     def by_columns(self) -> bool:
-        """Whether weights with more rows than columns are read faster when they are kept by columns."""
+        """Tell whether weights with more rows than columns are read faster when they are kept by columns."""
         if self.table.by_columns is None:
             self.table.by_columns = columns_pay(self.dtype, self.device)
             self._save()
         return self.table.by_columns
 
     def measure(
-        self,
-        shapes: Iterable[tuple[int, int]],
-        form: StoredForm = "gauge",
-        tokens: Iterable[int] = (DECODE, PREFILL),
+        self, shapes: Iterable[tuple[int, int]], form: StoredForm = "gauge", tokens: Iterable[int] = (DECODE, PREFILL)
     ) -> None:
         """Measure what the table lacks of some shapes (m, n)."""
-        wanted = [(m, n, t) for m, n in dict.fromkeys(shapes) for t in tokens]
-        missing = [(m, n, t) for m, n, t in wanted if _key(form, m, n, t) not in self.table.shapes]
+        wanted = {_key(form, m, n, t): (m, n, form, t) for m, n in shapes for t in tokens}
+        missing = {key: shape for key, shape in wanted.items() if key not in self.table.shapes}
         if not missing:
             return
         with progress("Measuring layers", len(missing), unit="shapes", quiet=self.quiet) as tick:
-            for m, n, t in missing:
-                self.table.shapes[_key(form, m, n, t)] = (self.take or self._times)(m, n, form, t)
+            for key, shape in missing.items():
+                self.table.shapes[key] = (self.take or self._times)(*shape)
                 self._save()
                 tick()
 
     def dense(self, m: int, n: int, tokens: int = DECODE, form: StoredForm = "gauge") -> float:
-        """Microseconds of the dense product."""
-        return self._found(form, m, n, tokens).dense
+        """Return the microseconds of the dense product."""
+        return self._stored(form, m, n, tokens).dense
 
     def factored(
         self, m: int, n: int, ranks: ArrayLike, tokens: int = DECODE, form: StoredForm = "gauge"
     ) -> NDArray[np.float64]:
-        """Microseconds at some ranks, interpolated, and never less than at a smaller rank."""
-        times = self._found(form, m, n, tokens)
-        rising = np.maximum.accumulate(np.asarray(times.factored))
-        return np.asarray(np.interp(np.asarray(ranks, dtype=np.float64), times.ranks, rising))
+        """Return the microseconds at some ranks, interpolated, and never less than at a smaller rank."""
+        times = self._stored(form, m, n, tokens)
+        return np.asarray(
+            np.interp(np.asarray(ranks, dtype=np.float64), times.ranks, np.maximum.accumulate(times.factored))
+        )
 
     def slower(self, m: int, n: int, rank: int, form: StoredForm = "gauge") -> str | None:
-        """The measured times in words if a factored layer is slower than a dense one, for one token or for many; else None."""
+        """Say the measured times if a factored layer is slower than a dense one, for one token or for many; else None."""
         for tokens, words in ((DECODE, "one token"), (PREFILL, f"{PREFILL} tokens")):
             factored, dense = float(self.factored(m, n, [rank], tokens, form)[0]), self.dense(m, n, tokens, form)
             if factored > MARGIN * dense:
                 return f"measured {factored:.0f} µs at rank {rank} against {dense:.0f} µs dense, {words}"
         return None
 
-    def _found(self, form: StoredForm, m: int, n: int, tokens: int) -> Times:
+    def _stored(self, form: StoredForm, m: int, n: int, tokens: int) -> Times:
         self.measure([(m, n)], form, [tokens])
         return self.table.shapes[_key(form, m, n, tokens)]
 
@@ -171,16 +170,15 @@ def times_of(
     latencies: Latencies | None = None,
     quiet: bool = False,
 ) -> tuple[dict[str, LayerTimes], str]:
-    """The times of some weights for one token, and what they hold for, in words."""
+    """Return the times of some weights for one token, and what they hold for, in words."""
     table = latencies or Latencies.of_this_machine(dtype, device, quiet=quiet)
-    chosen = list(targets)
-    table.measure([(t.out_features, t.in_features) for t in chosen], form, [DECODE])
+    shapes = {target.name: (target.out_features, target.in_features) for target in targets}
+    table.measure(shapes.values(), form, [DECODE])
     times = {}
-    for target in chosen:
-        m, n = target.out_features, target.in_features
+    for name, (m, n) in shapes.items():
         ranks = measured_ranks(m, n, form)
         factored = table.factored(m, n, ranks, DECODE, form)
-        times[target.name] = LayerTimes(table.dense(m, n, DECODE, form), tuple(ranks), tuple(factored.tolist()))
+        times[name] = LayerTimes(table.dense(m, n, DECODE, form), tuple(ranks), tuple(factored.tolist()))
     return times, table.words
 
 
@@ -198,74 +196,68 @@ def time_shape(
     """Measure one shape: the dense product and a factored layer in turn, at one rank after another.
 
     Args:
-        by_columns: whether tall weights are kept by columns; found out if it is None.
+        by_columns: whether tall weights are kept by columns; measured if it is None.
     """
     columns = columns_pay(dtype, device) if by_columns is None else by_columns
     base = torch.rand(m, n, device=device, dtype=torch.float32).sub_(0.5).to(dtype)
-    many = _copies(base) if tokens == DECODE else 1
+    count = _copies(base) if tokens == DECODE else 1
     x = torch.rand(1, tokens, n, device=device, dtype=torch.float32).to(dtype)
-    dense = [_linear(base.clone()) for _ in range(many)]
-
-    def run(layers: list[nn.Module]) -> None:
-        for layer in layers:
-            layer(x)
-
-    ratios: list[float] = []
-    references: list[float] = []
+    dense = [_linear(base) for _ in range(count)]
+    times = []
     for rank in ranks:
-        factored = [_layer(base, rank, form, columns) for _ in range(many)]
-        with torch.inference_mode():
-            both = [partial(run, dense), partial(run, factored)]
-            one, other = medians(in_turn(both, REPEATS.get(tokens, 3), device))
-        references.append(one)
-        ratios.append(other / one)
-    typical = float(np.median(references)) / many * 1e6
-    return Times(dense=typical, ranks=ranks, factored=[ratio * typical for ratio in ratios])
+        factored = [_layer(base, rank, form, columns) for _ in range(count)]
+        times.append(_medians(x, [dense, factored], REPEATS.get(tokens, 3)))
+    typical = float(np.median([reference for reference, _ in times])) / count * 1e6
+    return Times(dense=typical, ranks=ranks, factored=[time / reference * typical for reference, time in times])
 
 
 def columns_pay(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
-    """Whether a weight with more rows than columns is multiplied with one vector faster when it is kept by columns."""
-    m, n = TALL
-    base = torch.rand(m, n, device=device, dtype=torch.float32).to(dtype)
-    x = torch.rand(1, n, device=device, dtype=torch.float32).to(dtype)
+    """Tell whether a weight with more rows than columns is multiplied with one vector faster when it is kept by columns."""
+    base = torch.rand(*TALL, device=device, dtype=torch.float32).to(dtype)
+    x = torch.rand(1, TALL[1], device=device, dtype=torch.float32).to(dtype)
+    layouts = [[laid_out(base, by).clone().T for _ in range(_copies(base))] for by in (False, True)]
+    by_rows, by_columns = _medians(
+        x, [[partial(torch.mm, mat2=w) for w in weights] for weights in layouts], REPEATS[DECODE]
+    )
+    return by_columns < 0.95 * by_rows
 
-    def run(weights: list[Tensor]) -> None:
-        for weight in weights:
-            torch.mm(x, weight.T)
 
-    kinds = [[laid_out(base, by).clone() for _ in range(_copies(base))] for by in (False, True)]
+def _medians(x: Tensor, products: Sequence[Sequence[Callable[[Tensor], object]]], repeats: int) -> list[float]:
+    """Return the median seconds of some products with x, each done one copy after another, in turn."""
+
+    def run(copies: Sequence[Callable[[Tensor], object]]) -> None:
+        for product in copies:
+            product(x)
+
     with torch.inference_mode():
-        one, other = medians(in_turn([partial(run, kind) for kind in kinds], REPEATS[DECODE], device))
-    return other < 0.95 * one
+        rounds = in_turn([partial(run, copies) for copies in products], repeats, x.device)
+    return [statistics.median(seconds) for seconds in rounds]
 
 
 def _copies(weight: Tensor) -> int:
-    """So many of a weight are more than a processor's cache holds, unless it is very small."""
-    return min(max(2, COPIES // (weight.numel() * weight.element_size())), MANY)
+    """Return how many copies of a weight are more than a processor's cache holds, unless it is very small."""
+    return min(max(2, COPIES // weight.nbytes), MANY)
 
 
 def measured_ranks(m: int, n: int, form: StoredForm) -> list[int]:
-    """The ranks that a shape is measured at, ascending: 1, and those of ``KEEPS``."""
-    found = set()
-    largest = min(m, n) - (1 if form == "gauge" and m <= n else 0)
-    for keep in KEEPS:
-        rank = gauge_rank(m, n, keep * m * n) if form == "gauge" else int(keep * m * n / (m + n))
-        found.add(min(max(rank, 1), max(largest, 1)))
-    return sorted(found)
+    """Return the ranks that a shape is measured at, ascending: 1, and those of ``KEEPS``."""
+    gauge = form == "gauge"
+    largest = max(min(m, n) - (gauge and m <= n), 1)
+    ranks = (gauge_rank(m, n, keep * m * n) if gauge else int(keep * m * n / (m + n)) for keep in KEEPS)
+    return sorted({min(max(rank, 1), largest) for rank in ranks})
 
 
 def _layer(base: Tensor, rank: int, form: StoredForm, columns: bool) -> nn.Module:
-    m = len(base)
-    order = torch.randperm(m, device=base.device) if form == "gauge" else None
-    outer = m - rank if form == "gauge" else m
-    reduce = base[:rank].clone()
+    m, gauge = len(base), form == "gauge"
+    outer = m - rank if gauge else m
     expand = base.T.reshape(-1)[: outer * rank].reshape(outer, rank).clone()
-    return InputGroup([Part(reduce, expand, form == "gauge", order)], columns)
+    order = torch.randperm(m, device=base.device) if gauge else None
+    return InputGroup([Part(base[:rank].clone(), expand, gauge, order)], columns)
 
 
 def _linear(weight: Tensor) -> nn.Module:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight = fixed(weight.clone())
     return layer
 
 
@@ -282,5 +274,5 @@ class LayerTimes:
     factored: tuple[float, ...]  # never falling
 
     def at(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Microseconds at some ranks."""
+        """Return the microseconds at some ranks."""
         return np.interp(ranks, self.ranks, self.factored)

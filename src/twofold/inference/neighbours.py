@@ -7,7 +7,8 @@ between the two, the reader must still read the same numbers. A norm between the
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +16,22 @@ from torch import Tensor, nn
 from twofold.inference.draft import Draft
 from twofold.structures.roles import MLP
 
+Pairs: TypeAlias = list[tuple[list[str], str]]  # the weights that make hidden units, and the one that reads them
 ROUNDING = 1e-2  # of the reader's inputs, relative; another order of the units changes them by as much as they are
 
 
-def find_pairs(
-    model: nn.Module, layers: Mapping[str, tuple[int, int]], run: Callable[[], object]
-) -> list[tuple[list[str], str]]:
-    """The weights that make hidden units, and the one that reads them, of each MLP whose units can be put in any order.
+def find_pairs(model: nn.Module, layers: Mapping[str, tuple[int, int]], run: Callable[[], object]) -> Pairs:
+    """Find the weights that make hidden units, and the one that reads them, of each MLP whose units can be put in any order.
 
     Args:
         layers: the shapes (out, in) of the layers that may be changed, by name.
         run: runs the model on a few tokens.
     """
-    proposed: list[tuple[list[str], str]] = []
+    proposed: Pairs = []
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
         for makers, reader in MLP:
-            names, last = [f"{parent}.{maker}".lstrip(".") for maker in makers], f"{parent}.{reader}".lstrip(".")
-            if last in layers and all(name in layers for name in names):
+            *names, last = (f"{parent}.{child}".lstrip(".") for child in (*makers, reader))
+            if all(name in layers for name in (*names, last)):
                 if all(layers[name][0] == layers[last][1] for name in names):
                     proposed.append((names, last))
                 break
@@ -39,12 +39,9 @@ def find_pairs(
 
 
 def _confirmed(
-    model: nn.Module,
-    proposed: list[tuple[list[str], str]],
-    layers: Mapping[str, tuple[int, int]],
-    run: Callable[[], object],
-) -> list[tuple[list[str], str]]:
-    """Those of the proposed that are, up to the first that is not: what comes behind it did not get its own inputs."""
+    model: nn.Module, proposed: Pairs, layers: Mapping[str, tuple[int, int]], run: Callable[[], object]
+) -> Pairs:
+    """Return the proposed pairs up to the first that is none: what comes behind it did not get its own inputs."""
     readers = [reader for _, reader in proposed]
     before = _inputs(model, readers, {}, run)
     generator = torch.Generator().manual_seed(0)
@@ -58,56 +55,45 @@ def _confirmed(
     for makers, reader in proposed:
         if len(before.get(reader, [])) != 1 or len(after.get(reader, [])) != 1:
             break
-        one, other = before[reader][0].double(), after[reader][0].double()
-        if one.shape != other.shape or float((one - other).norm()) > ROUNDING * float(one.norm()):
+        old, new = before[reader][0].double(), after[reader][0].double()
+        if old.shape != new.shape or float((old - new).norm()) > ROUNDING * float(old.norm()):
             break
         confirmed.append((makers, reader))
     return confirmed
 
 
 def _inputs(
-    model: nn.Module,
-    readers: Collection[str],
-    shuffled: Mapping[str, tuple[Tensor, bool]],
-    run: Callable[[], object],
+    model: nn.Module, readers: Collection[str], shuffled: Mapping[str, tuple[Tensor, bool]], run: Callable[[], object]
 ) -> dict[str, list[Tensor]]:
-    """What the readers get when the model runs; some layers' outputs, or inputs, are put in another order on the way."""
-    seen: dict[str, list[Tensor]] = {}
-    handles = []
-    for name, (order, inputs) in shuffled.items():
-        module = model.get_submodule(name)
-        if inputs:
-            handles.append(module.register_forward_pre_hook(lambda m, args, o=order: (args[0][..., o], *args[1:])))
-        else:
-            handles.append(module.register_forward_hook(lambda m, args, out, o=order: out[..., o]))
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, []).append(args[0].detach().clone())
-
-        return hook
-
-    handles += [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in readers]
-    try:
-        run()
-    except Exception:  # an order that something else depends on may end in any error
-        return {}
-    finally:
-        for handle in handles:
-            handle.remove()
+    """Record what the readers get when the model runs; some layers' outputs, or inputs, are put in another order on the way."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in readers}
+    with ExitStack() as hooks:
+        for name, (order, inputs) in shuffled.items():
+            module = model.get_submodule(name)
+            if inputs:
+                hook = module.register_forward_pre_hook(lambda m, args, o=order: (args[0][..., o], *args[1:]))
+            else:
+                hook = module.register_forward_hook(lambda m, args, out, o=order: out[..., o])
+            hooks.enter_context(hook)
+        for name in readers:
+            reader = model.get_submodule(name)
+            watch = reader.register_forward_pre_hook(lambda m, args, n=name: seen[n].append(args[0].detach().clone()))
+            hooks.enter_context(watch)
+        try:
+            run()
+        except Exception:  # an order that something else depends on may end in any error
+            return {}
     return seen
 
 
 def fold(drafts: dict[str, Draft], makers: list[str], reader: str) -> str | None:
-    """Give the hidden units of an MLP the order in which one of its makers computes them; the name of that one.
+    """Give the hidden units of an MLP the order in which one of its makers computes them, and return the name of that one.
 
-    None where no maker has pivots among its outputs, or one of them all would have to be changed and can't be.
+    None where no maker has pivots among its outputs.
     """
     first = next((name for name in makers if drafts[name].form == "rows"), None)
-    if first is None:
+    if first is None or (order := drafts[first].order) is None:
         return None
-    order = drafts[first].order
-    assert order is not None
     take = order.argsort()
     for name in makers:
         drafts[name] = drafts[name].with_outputs(take)
@@ -116,15 +102,11 @@ def fold(drafts: dict[str, Draft], makers: list[str], reader: str) -> str | None
 
 
 def called_in_turn(model: nn.Module, names: Collection[str], run: Callable[[], Any]) -> list[str]:
-    """The layers in the order in which they are first called when the model runs."""
+    """Return the layers in the order in which they are first called when the model runs."""
     calls: dict[str, None] = {}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda m, args, n=name: calls.setdefault(n))
-        for name in names
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_pre_hook(lambda m, args, n=name: calls.setdefault(n))
+            hooks.enter_context(hook)
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return list(calls)

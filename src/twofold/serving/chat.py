@@ -84,8 +84,8 @@ class Conversation:
                 ) from error
         else:
             ids = self.tokenizer("".join(turn["content"] for turn in turns), return_tensors="pt")
-        found: torch.Tensor = ids["input_ids"]
-        return found.to(self.loaded.model.device)
+        tokens: torch.Tensor = ids["input_ids"]
+        return tokens.to(self.loaded.model.device)
 
     def _generate(self, ids: torch.Tensor) -> str:
         from transformers import TextStreamer
@@ -141,7 +141,7 @@ def chat(
 
 
 def _lines(terminal: bool) -> Iterator[str]:
-    """What is written, without empty lines."""
+    """Yield the lines that are written, without empty ones."""
     while True:
         try:
             line = input("> ") if terminal else sys.stdin.readline()

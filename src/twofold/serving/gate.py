@@ -109,6 +109,6 @@ async def refuse(
 
 
 def error_body(status: int, sentence: str, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's API words it."""
+    """Return an error as OpenAI's API words it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": sentence, "type": kind, "param": None, "code": code}}

@@ -25,7 +25,7 @@ LIMITS = {  # of numbers in a request: the least one, the largest one, and what 
     "top_p": (0.0, 1.0, "a number between 0 and 1"),
     "frequency_penalty": (math.nextafter(-1.0, 0.0), sys.float_info.max, "a number above -1"),
 }
-OURS = (  # of the chat template's arguments
+FIXED_ARGUMENTS = (  # of the chat template, which the server gives
     "add_generation_prompt", "chat_template", "conversation", "load_audio_from_video", "return_dict", "return_tensors", "self",
     "tokenize", "tools",
 )  # fmt: skip
@@ -193,7 +193,7 @@ class Chat(_Checked, ChatCompletionHandler):  # type: ignore[misc]
         more = body.get("chat_template_kwargs", {})
         if not isinstance(more, dict):
             raise HTTPException(400, "chat_template_kwargs must be an object")
-        if taken := [key for key in OURS if key in more]:
+        if taken := [key for key in FIXED_ARGUMENTS if key in more]:
             raise HTTPException(400, f"chat_template_kwargs can't set {taken[0]}; leave it out")
         model, tokenizer = self.model_manager.loaded.model, self.model_manager.loaded.tokenizer
         try:

@@ -33,7 +33,7 @@ def check_installed() -> None:
 
 
 def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
-    """The application: chat and completion, the list of the one model, and whether it is well.
+    """Build the application: chat and completion, the list of the one model, and whether it is well.
 
     Args:
         name: of the model, for clients.
@@ -121,7 +121,7 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at a place.
+    """Open a socket that listens at a place.
 
     Raises:
         TwofoldError: if it is taken, or not this machine's.

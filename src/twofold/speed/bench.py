@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from twofold.errors import TwofoldError
 from twofold.host.clock import machine, processor
-from twofold.host.folders import check_output
+from twofold.host.folders import check_output, staged_folder
 from twofold.host.progress import progress
 from twofold.model.source import choose_device
+from twofold.speed.figure import draw_roofline
 from twofold.speed.layers import layer_table
 from twofold.speed.memory import peak_of
-from twofold.speed.output import write_bench
 from twofold.speed.record import Bench, Ratio, Row
 from twofold.speed.roofs import measure_roofs
 from twofold.speed.rounds import Lengths, opened, ratios_of, row_of, time_all
@@ -66,18 +67,17 @@ def bench(
         torch.set_num_threads(threads)
     lengths = Lengths(prompt, new, prefill, _batches(batch), repeats)
     settings = Settings(dtype, device, optimize, trust_remote_code, quiet)
-    chosen = [get_runtime(name) for name in dict.fromkeys(_names(runtime))]
-    if not chosen:
+    asked = runtime.split(",") if isinstance(runtime, str) else runtime
+    runtimes = [get_runtime(name) for name in dict.fromkeys(asked) if name]
+    if not runtimes:
         raise TwofoldError("`runtime` names none; give some with commas between, as `runtime=eager,compile`")
-    models = [models] if isinstance(models, str) else models
-    bench = _bench(models, against, chosen, lengths, settings, memory=memory)
+    names = [*([against] if against is not None else []), *([models] if isinstance(models, str) else models)]
+    record = _bench(list(dict.fromkeys(names)), against, runtimes, lengths, settings, memory)
     if out is not None:
-        write_bench(bench, Path(out))
-    return bench
-
-
-def _names(several: str | Sequence[str]) -> list[str]:
-    return [name for name in (several.split(",") if isinstance(several, str) else several) if name]
+        with staged_folder(Path(out)) as folder:
+            (folder / "bench.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            draw_roofline(record, [folder / "roofline.png", folder / "roofline.svg"])
+    return record
 
 
 def _batches(batch: int | str | Sequence[int]) -> tuple[int, ...]:
@@ -92,110 +92,88 @@ def _batches(batch: int | str | Sequence[int]) -> tuple[int, ...]:
 
 
 def _bench(
-    models: Sequence[str],
-    against: str | None,
-    chosen: list[Runtime],
-    lengths: Lengths,
-    settings: Settings,
-    *,
-    memory: bool,
+    names: list[str], against: str | None, runtimes: list[Runtime], lengths: Lengths, settings: Settings, memory: bool
 ) -> Bench:
     """Time models in the runtimes."""
-    names = list(dict.fromkeys([*([against] if against is not None else []), *models]))
-    notes, able = _able(names, chosen, settings)
-    for runtime in chosen:
+    notes, able = _able(names, runtimes, settings)
+    for runtime in runtimes:
         runtime.check(able[runtime.name], settings)
         for name in able[runtime.name]:
             _check_lengths(name, runtime.context(name, settings), lengths)
+    rows: list[Row] = []
+    ratios: list[Ratio] = []
     with tempfile.TemporaryDirectory(prefix="twofold-bench-") as folder:
-        places = {runtime.name: _places(runtime, able, settings, Path(folder)) for runtime in chosen}
-        rows, ratios, more = _rows(places, against, chosen, lengths, settings, memory)
+        places: dict[str, dict[str, str]] = {}  # what is loaded, by runtime and model
+        for runtime in runtimes:
+            own = Path(folder) / runtime.name
+            own.mkdir()
+            places[runtime.name] = runtime.places(able[runtime.name], settings, own)
+        rounds = sum(map(len, places.values())) * (lengths.repeats + 1)
+        with progress("Timing", rounds, unit="rounds", quiet=settings.quiet) as tick:
+            for runtime in runtimes:
+                timed = _time(runtime, places[runtime.name], against, lengths, settings, memory, notes, tick)
+                rows += timed
+                ratios += ratios_of(timed, lengths)
+                gc.collect()
     device, dtype = choose_device(settings.device), getattr(torch, rows[0].dtype, torch.float32)
     return Bench(
         machine=machine(device, dtype),
         processor=processor(device),
-        prompt=lengths.prompt,
-        new=lengths.new,
-        prefill=lengths.prefill,
-        batches=list(lengths.batches),
-        repeats=lengths.repeats,
+        **asdict(lengths),
         optimized=settings.optimize,
         rows=rows,
         ratios=ratios,
         layers=[layer for name in names for layer in layer_table(name, settings, dtype, device)],
         roofs=measure_roofs(dtype, device, lengths.repeats),
-        notes=list(dict.fromkeys([*notes, *more])),
+        notes=list(dict.fromkeys(notes)),
     )
 
 
-def _places(runtime: Runtime, able: dict[str, list[str]], settings: Settings, folder: Path) -> dict[str, str]:
-    """What the runtime loads for each of its models, in a folder of its own if it has to make it."""
-    own = folder / runtime.name
-    own.mkdir()
-    return runtime.places(able[runtime.name], settings, own)
-
-
-def _rows(
-    places: dict[str, dict[str, str]],  # by runtime and model
+def _time(
+    runtime: Runtime,
+    places: dict[str, str],
     against: str | None,
-    chosen: list[Runtime],
     lengths: Lengths,
     settings: Settings,
     memory: bool,
-) -> tuple[list[Row], list[Ratio], list[str]]:
-    """Every model in every runtime, the ratios, and notes."""
-    device = choose_device(settings.device)
-    notes: list[str] = []
-    rows: list[Row] = []
-    ratios: list[Ratio] = []
-    rounds = sum(len(models) for models in places.values()) * (lengths.repeats + 1)
-    with progress("Timing", rounds, unit="rounds", quiet=settings.quiet) as tick:
-        for runtime in chosen:
-            timed_here = opened(places[runtime.name], against, runtime, settings, lengths.repeats)
-            for one in timed_here:
-                _check_lengths(one.name, one.session.positions, lengths)
-                notes += one.session.notes
-                if one.place != one.name:
-                    notes.append(
-                        f"{one.name} in {runtime.name} is an export that was made for this bench: its layers are as they are "
-                        "stored, not in their inference form, and the export is no part of the time to load"
-                    )
-            time_all(timed_here, lengths, device, tick)
-            peaks = {
-                one.name: peak_of(
-                    one.place, runtime.name, settings, lengths.prompt, lengths.new, lengths.prefill, one.name
-                )
-                for one in timed_here
-                if memory
-            }
-            made = [row_of(one, runtime.name, lengths, peaks.get(one.name)) for one in timed_here]
-            rows += made
-            ratios += ratios_of(made, lengths)
-            del timed_here
-            gc.collect()
-    return rows, ratios, notes
+    notes: list[str],  # to which those on the models are added
+    tick: Callable[[], None],
+) -> list[Row]:
+    """Time the models of one runtime."""
+    models = opened(places, against, runtime, settings, lengths.repeats)
+    for model in models:
+        _check_lengths(model.name, model.session.positions, lengths)
+        notes += model.session.notes
+        if model.place != model.name:
+            notes.append(
+                f"{model.name} in {runtime.name} is an export that was made for this bench: its layers are as they are "
+                "stored, not in their inference form, and the export is no part of the time to load"
+            )
+    time_all(models, lengths, choose_device(settings.device), tick)
+    most = (lengths.prompt, lengths.new, lengths.prefill)
+    peaks = [peak_of(model.place, runtime.name, settings, *most, model.name) if memory else None for model in models]
+    return [row_of(model, runtime.name, lengths, peak) for model, peak in zip(models, peaks, strict=True)]
 
 
-def _able(names: list[str], chosen: list[Runtime], settings: Settings) -> tuple[list[str], dict[str, list[str]]]:
-    """Which models each runtime runs, and notes on those that it does not.
+def _able(names: list[str], runtimes: list[Runtime], settings: Settings) -> tuple[list[str], dict[str, list[str]]]:
+    """Find which models each runtime runs, and make notes on those that it does not.
 
     Raises:
         TwofoldError: if a model is run by none of them.
     """
     notes: list[str] = []
-    able: dict[str, list[str]] = {runtime.name: [] for runtime in chosen}
+    able: dict[str, list[str]] = {runtime.name: [] for runtime in runtimes}
     for name in names:
-        reasons = {runtime.name: runtime.why_not(name, settings) for runtime in chosen}
-        for runtime, reason in reasons.items():
-            if reason is None:
-                able[runtime].append(name)
-            else:
-                notes.append(f"{name} is not timed in {runtime}: {reason}")
-        if all(reason is not None for reason in reasons.values()):
+        answers = {runtime.name: runtime.why_not(name, settings) for runtime in runtimes}
+        reasons = {runtime: reason for runtime, reason in answers.items() if reason is not None}
+        if len(reasons) == len(runtimes):
             why = "; ".join(f"{runtime}: {reason}" for runtime, reason in reasons.items())
             raise TwofoldError(
                 f"{name} is run by none of the runtimes that are named ({why}); name one for it with `runtime`"
             )
+        notes += [f"{name} is not timed in {runtime}: {reason}" for runtime, reason in reasons.items()]
+        for runtime in answers.keys() - reasons.keys():
+            able[runtime].append(name)
     return notes, able
 
 

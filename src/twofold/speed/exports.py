@@ -20,17 +20,11 @@ def export_all(models: dict[str, Path], to: str, trust_remote_code: bool, quiet:
     Raises:
         TwofoldError: if one can't be exported.
     """
-    asked = {
-        "format": to, "models": {name: str(folder) for name, folder in models.items()},
-        "trust_remote_code": trust_remote_code, "quiet": quiet,
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "twofold.speed.exports", json.dumps(asked)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE if quiet else None,
-        text=True,
-        check=False,
-    )
+    folders = {name: str(folder) for name, folder in models.items()}
+    asked = {"format": to, "models": folders, "trust_remote_code": trust_remote_code, "quiet": quiet}
+    command = [sys.executable, "-m", "twofold.speed.exports", json.dumps(asked)]
+    stderr = subprocess.PIPE if quiet else None
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     if done.returncode != 0:
         said = [line for text in (done.stdout, done.stderr) for line in (text or "").strip().splitlines()[-1:]]
         killed = done.returncode < 0 or done.returncode == 137
@@ -41,21 +35,12 @@ def export_all(models: dict[str, Path], to: str, trust_remote_code: bool, quiet:
 def main() -> None:
     """Do what the JSON in the first argument says; the sentence of an error goes to standard output."""
     asked = json.loads(sys.argv[1])
-    for name, folder in asked["models"].items():
+    to, models = asked.pop("format"), asked.pop("models")
+    for name, folder in models.items():
         try:
-            export(
-                name,
-                asked["format"],
-                folder,
-                check_tokens=0,
-                trust_remote_code=asked["trust_remote_code"],
-                quiet=asked["quiet"],
-            )
+            export(name, to, folder, check_tokens=0, **asked)
         except TwofoldError as error:
-            print(
-                f"{name} can't be exported to be timed in {asked['format']} ({error}); or leave {asked['format']} out of "
-                "`runtime`"
-            )
+            print(f"{name} can't be exported to be timed in {to} ({error}); or leave {to} out of `runtime`")
             sys.exit(2)
 
 

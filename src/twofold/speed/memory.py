@@ -18,28 +18,15 @@ from twofold.speed.runtimes import Session, Settings, get_runtime
 
 
 def random_ids(session: Session, batch: int, length: int) -> torch.Tensor:  # (batch, length)
-    """Token ids, always the same for a vocabulary."""
+    """Return token ids, always the same for a vocabulary."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(session.vocabulary, (batch, length), generator=generator)
 
 
-def write(session: Session, batch: int, prompt: int, new: int) -> None:
-    """Read prompts and write ``new`` tokens behind them."""
-    state = session.begin(random_ids(session, batch, prompt), new)
-    for _ in range(new):
-        session.step(state)
-
-
 def peak_of(
-    model: str,
-    runtime: str,
-    settings: Settings,
-    prompt: int,
-    new: int,
-    prefill: int,
-    name: str | None = None,
+    model: str, runtime: str, settings: Settings, prompt: int, new: int, prefill: int, name: str | None = None
 ) -> int:
-    """Bytes of resident memory at the peak, in a process of its own with as many threads as this one.
+    """Measure the bytes of resident memory at the peak, in a process of its own with as many threads as this one.
 
     Args:
         model: what the runtime loads.
@@ -48,13 +35,10 @@ def peak_of(
     Raises:
         TwofoldError: if that process fails.
     """
-    asked = {
-        "model": model, "runtime": runtime, "settings": {**asdict(settings), "quiet": True}, "prompt": prompt, "new": new,
-        "prefill": prefill, "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "twofold.speed.memory", json.dumps(asked)], capture_output=True, text=True, check=False
-    )
+    numbers = {"prompt": prompt, "new": new, "prefill": prefill, "threads": torch.get_num_threads()}
+    asked = {"model": model, "runtime": runtime, "settings": {**asdict(settings), "quiet": True}, **numbers}
+    command = [sys.executable, "-m", "twofold.speed.memory", json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it was killed, as for lack of memory"])[-1]
         raise TwofoldError(f"the memory of {name or model} in {runtime} can't be measured: {last}")
@@ -67,7 +51,9 @@ def main() -> None:
     torch.set_num_threads(asked["threads"])
     runtime, settings = get_runtime(asked["runtime"]), Settings(**asked["settings"])
     session = runtime.session(runtime.load(asked["model"], settings), settings)
-    write(session, 1, asked["prompt"], asked["new"])
+    state = session.begin(random_ids(session, 1, asked["prompt"]), asked["new"])
+    for _ in range(asked["new"]):
+        session.step(state)
     session.begin(random_ids(session, 1, asked["prefill"]), 1)
     print(json.dumps({"peak_memory": peak_memory()}))
 

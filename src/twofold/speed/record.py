@@ -44,7 +44,7 @@ class Row(pydantic.BaseModel, extra="forbid"):
     work: TokenWork | None = None
 
     def timing(self, what: str) -> Timing:
-        """decode 1, decode 8, prefill, first token, or load."""
+        """Return the timing of "decode 1", "decode 8", "prefill", "first token", or "load"."""
         kind, _, batch = what.partition(" ")
         return self.decode[int(batch)] if kind == "decode" else getattr(self, what.replace(" ", "_"))  # type: ignore[no-any-return]
 

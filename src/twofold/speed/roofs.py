@@ -13,7 +13,7 @@ SIDE = 1536  # of a square product
 
 
 def measure_roofs(dtype: torch.dtype, device: torch.device | str = "cpu", repeats: int = 5) -> Roofs:
-    """The best of some rounds of a product with one vector, and of a square product."""
+    """Time rounds of a product with one vector and of a square product, and return the best of each."""
     rows = LARGE // 4 // (WIDE * dtype.itemsize)
     matrices = [torch.full((rows, WIDE), 0.5, dtype=dtype, device=device) for _ in range(4)]
     vector = torch.ones(1, WIDE, dtype=dtype, device=device)

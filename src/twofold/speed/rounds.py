@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,10 +38,9 @@ class Timed:
     place: str  # what is loaded: the model, or an export of it
     original: bool
     session: Session
-    loaded: list[float]
-    prepared: float
+    prepared: float  # seconds
     disk: int | None
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, list[float]]  # of each round, by what is timed
 
 
 def opened(
@@ -50,7 +51,6 @@ def opened(
     held: dict[str, Any] = {}
     for number in range(repeats + 1):
         for name, place in places.items():
-            held.pop(name, None)
             gc.collect()
             start = time.perf_counter()
             held[name] = runtime.load(place, settings)
@@ -58,83 +58,75 @@ def opened(
                 seconds[name].append(time.perf_counter() - start)
             if number < repeats:
                 del held[name]
-    made = []
+    models = []
     for name, place in places.items():
         loaded = held.pop(name)
         disk = runtime.disk_bytes(loaded)
         start = time.perf_counter()
         session = runtime.session(loaded, settings)
         prepared = time.perf_counter() - start
-        made.append(Timed(name, place, name == against, session, seconds[name], prepared, disk))
-    return made
+        models.append(Timed(name, place, name == against, session, prepared, disk, {"load": seconds[name]}))
+    return models
 
 
 def time_all(models: list[Timed], lengths: Lengths, device: torch.device, tick: Callable[[], None]) -> None:
-    """All measurements, model after model in each round; the first round warms up and is not counted."""
+    """Take all measurements, model after model in each round; the first round warms up and is not counted."""
     for number in range(lengths.repeats + 1):
-        for one in models:
-            for what, seconds in _round(one.session, lengths, device).items():
+        for model in models:
+            for what, seconds in _round(model.session, lengths, device).items():
                 if number:
-                    one.seconds.setdefault(what, []).append(seconds)
+                    model.seconds.setdefault(what, []).append(seconds)
             tick()
 
 
 def _round(session: Session, lengths: Lengths, device: torch.device) -> dict[str, float]:
-    """Seconds of each measurement, once."""
-    found: dict[str, float] = {}
+    """Take each measurement once, in seconds."""
+    seconds: dict[str, float] = {}
     for batch in lengths.batches:
         state = session.begin(random_ids(session, batch, lengths.prompt), lengths.new)
-
-        def write(state: Any = state) -> None:
-            for _ in range(lengths.new):
-                session.step(state)
-
-        found[f"decode {batch}"] = timed(write, device)
+        steps = [partial(session.step, state)] * lengths.new
+        seconds[f"decode {batch}"] = timed(lambda steps=steps: [step() for step in steps], device)  # type: ignore[misc]
     for what, length in (("prefill", lengths.prefill), ("first token", lengths.prompt)):
-        ids = random_ids(session, 1, length)
-        found[what] = timed(lambda ids=ids: session.begin(ids, 1), device)  # type: ignore[misc]
-    return found
+        seconds[what] = timed(partial(session.begin, random_ids(session, 1, length), 1), device)
+    return seconds
 
 
-def row_of(one: Timed, runtime: str, lengths: Lengths, peak: int | None) -> Row:
-    seconds = one.seconds
+def row_of(model: Timed, runtime: str, lengths: Lengths, peak: int | None) -> Row:
+    """Return the record of a model that was timed."""
+    seconds = model.seconds
     return Row(
-        model=one.name,
+        model=model.name,
         runtime=runtime,
-        original=one.original,
-        dtype=one.session.dtype,
+        original=model.original,
+        dtype=model.session.dtype,
         decode={b: Timing(seconds=seconds[f"decode {b}"], tokens=b * lengths.new) for b in lengths.batches},
         prefill=Timing(seconds=seconds["prefill"], tokens=lengths.prefill),
         first_token=Timing(seconds=seconds["first token"], tokens=lengths.prompt),
-        load=Timing(seconds=one.loaded),
-        prepare=one.prepared,
-        memory=one.session.weight_bytes,
+        load=Timing(seconds=seconds["load"]),
+        prepare=model.prepared,
+        memory=model.session.weight_bytes,
         peak_memory=peak,
-        disk=one.disk,
-        work=one.session.work,
+        disk=model.disk,
+        work=model.session.work,
     )
 
 
 def ratios_of(rows: list[Row], lengths: Lengths) -> list[Ratio]:
-    """Each model against the original in the same runtime."""
+    """Compare each model with the original in the same runtime."""
     original = next((row for row in rows if row.original), None)
-    if original is None:
-        return []
-    found = []
     whats = [*(f"decode {batch}" for batch in lengths.batches), "prefill", "first token", "load"]
-    for row in rows:
-        if row is original:
-            continue
-        for what in whats:
+    ratios = []
+    for row, what in itertools.product(rows, whats):
+        if original is not None and row is not original:
             pairs = zip(original.timing(what).seconds, row.timing(what).seconds, strict=True)
-            measured = statistics.median(one / other for one, other in pairs)
+            measured = statistics.median(before / after for before, after in pairs)
             ideal = _ideal(original, row, what, lengths)
-            found.append(Ratio(model=row.model, runtime=row.runtime, what=what, measured=measured, ideal=ideal))
-    return found
+            ratios.append(Ratio(model=row.model, runtime=row.runtime, what=what, measured=measured, ideal=ideal))
+    return ratios
 
 
 def _ideal(original: Row, row: Row, what: str, lengths: Lengths) -> float | None:
-    """How many times as fast it could be: by bytes moved for decode, multiplications for prompts, bytes on disk for loading."""
+    """Return the speed-up at best, by bytes moved for decode, multiplications for prompts, bytes on disk for loading."""
     if what == "load":
         return original.disk / row.disk if original.disk and row.disk else None
     if original.work is None or row.work is None:

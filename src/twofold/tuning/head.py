@@ -87,10 +87,9 @@ def row_head(
     """Return ``plain_head``, if the outputs on a row's first tokens are the logits, too."""
     if plain_head(model, ids.device) is None:
         return None
-    ids = ids[:, :PROBED]
 
     def run() -> Any:
-        return model(input_ids=ids, **no_cache(model))
+        return model(input_ids=ids[:, :PROBED], **no_cache(model))
 
     with evaluating(model):
         return find_head(model, run, run().logits, trained=True)

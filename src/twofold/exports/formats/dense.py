@@ -14,7 +14,7 @@ from twofold.nn.places import cast_weights
 
 @export_format("dense", integers=True)
 def write_dense(source: Source, folder: Path) -> Written:
-    """Products multiplied in float64 and rounded once to the stored dtype; the files are those of the original's architecture."""
+    """Write products multiplied in float64 and rounded once to the stored dtype, in files of the original's architecture."""
     save_dense(source, folder)
 
     def decoder() -> Decoder:

@@ -27,7 +27,7 @@ CONVERTER = "without one, use `to=dense` and then llama.cpp's own convert_hf_to_
 
 @export_format("gguf", integers=True, takes=("base",), weights=(".gguf",))
 def write_gguf(source: Source, folder: Path) -> Written:
-    """The merged weights in float32, bfloat16 or float16, and everything else as the original's file has it.
+    """Write the merged weights in float32, bfloat16 or float16, and everything else as the original's file has it.
 
     Raises:
         TwofoldError: if no GGUF file of the original is named, or it is of another model.
@@ -92,8 +92,8 @@ def _names(gguf: Any, arch: str, model: Any) -> dict[str, str]:
     known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if arch not in known:
         raise TwofoldError(f"the gguf package does not know the architecture {arch}; {CONVERTER}")
-    found = gguf.get_tensor_name_map(known[arch], model.config.num_hidden_layers)
-    pairs = ((found.get_name(key, try_suffixes=(".weight", ".bias")), key) for key in model.state_dict())
+    names = gguf.get_tensor_name_map(known[arch], model.config.num_hidden_layers)
+    pairs = ((names.get_name(key, try_suffixes=(".weight", ".bias")), key) for key in model.state_dict())
     return {name: key for name, key in pairs if name is not None}
 
 
@@ -107,7 +107,7 @@ def _check_same(before: dict[str, Tensor], after: dict[str, Tensor], source: Sou
 
 
 def _turn(weight: Tensor, stored: np.ndarray, config: Any, name: str) -> Turn:
-    """How the file keeps a weight: as it is, transposed, or with the halves of each head's rows woven, for rotary positions.
+    """Tell how the file keeps a weight: as it is, transposed, or with the halves of each head's rows woven, for rotary positions.
 
     Raises:
         TwofoldError: if none of these makes the file's weight of transformers'.

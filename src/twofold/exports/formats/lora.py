@@ -38,7 +38,7 @@ class Residual:
 
 @export_format("lora", factored=True, needs=("peft",), takes=("rank", "base"), original=True)
 def write_lora(source: Source, folder: Path) -> Written:
-    """An adapter of the rank that each layer takes, or of ``rank`` at the most.
+    """Write an adapter of the rank that each layer takes, or of ``rank`` at the most.
 
     Raises:
         TwofoldError: if there is no original to be found, or it is not the one that the model was made from.
@@ -76,7 +76,7 @@ def split(
     rank: int | None,
     eps: float,
 ) -> Residual | None:
-    """The difference of two weights as a product, without what the rounding of the stored numbers explains.
+    """Take the difference of two weights as a product, without what the rounding of the stored numbers explains.
 
     Args:
         rank: at the most; None for all that is above rounding.
@@ -87,16 +87,16 @@ def split(
     """
     u, s, vh = torch.linalg.svd(factored - dense, full_matrices=False)
     full = int((s > eps * torch.linalg.matrix_norm(factored, 2)).sum())
-    kept = full if rank is None else min(full, rank)
-    if not kept:
+    size = full if rank is None else min(full, rank)
+    if not size:
         return None
-    root = s[:kept].sqrt()
-    left = float(s[kept:].square().sum() / s.square().sum())
-    return Residual(u[:, :kept] * root, root[:, None] * vh[:kept], full, left)
+    root = s[:size].sqrt()
+    left = float(s[size:].square().sum() / s.square().sum())
+    return Residual(u[:, :size] * root, root[:, None] * vh[:size], full, left)
 
 
 def _adapt(model: Any, residuals: dict[str, Residual], name: str) -> Any:
-    """The original with the adapter on it."""
+    """Put the adapter on the original."""
     from peft import LoraConfig, get_peft_model
 
     ranks = {key: residual.down.shape[0] for key, residual in residuals.items()}

@@ -32,8 +32,8 @@ class OnnxDecoder:
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
-        self._inputs = {one.name: one for one in self._session.get_inputs()}
-        self._outputs = [one.name for one in self._session.get_outputs()]
+        self._inputs = {node.name: node for node in self._session.get_inputs()}
+        self._outputs = [node.name for node in self._session.get_outputs()]
         self._past = [name for name in self._inputs if name.startswith(PAST)]
         self.sizes = tuple(size if isinstance(size, int) else None for size in self._inputs["input_ids"].shape)
         self.start()
@@ -55,12 +55,12 @@ class OnnxDecoder:
         return torch.from_numpy(out["logits"].numpy())
 
     def _empty(self, name: str, batch: int) -> np.ndarray:
-        """A cache of no tokens: sizes that are no numbers are the batch, which comes first, and the tokens."""
-        one = self._inputs[name]
-        shape = [int(size) if str(size).isdigit() else 0 for size in one.shape]
+        """Make a cache of no tokens: sizes that are no numbers are the batch, which comes first, and the tokens."""
+        node = self._inputs[name]
+        shape = [int(size) if str(size).isdigit() else 0 for size in node.shape]
         if shape:
             shape[0] = batch
-        return np.zeros(shape, dtype=INTEGERS.get(one.type, np.float32))
+        return np.zeros(shape, dtype=INTEGERS.get(node.type, np.float32))
 
 
 @export_format(
@@ -72,7 +72,7 @@ class OnnxDecoder:
     decoder=OnnxDecoder,
 )
 def write_onnx(source: Source, folder: Path) -> Written:
-    """The graph, its weights beside it, the configuration and the tokenizer."""
+    """Write the graph, its weights beside it, the configuration and the tokenizer."""
     need_exporters("onnx")
     from transformers.exporters import OnnxConfig, OnnxExporter
 

@@ -65,7 +65,7 @@ class OpenVinoDecoder:
     decoder=OpenVinoDecoder,
 )
 def write_openvino(source: Source, folder: Path) -> Written:
-    """The graph, its weights beside it, the configuration and the tokenizer."""
+    """Write the graph, its weights beside it, the configuration and the tokenizer."""
     need_exporters("openvino")
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
@@ -73,14 +73,14 @@ def write_openvino(source: Source, folder: Path) -> Written:
     for parameter in exported.program.get_parameters():  # settings that the tracing has used up
         if not parameter.output(0).get_target_inputs():
             exported.program.remove_parameter(parameter)
-    found = weight_products(exported.program)
+    products = weight_products(exported.program)
     exported.save_pretrained(folder)
     finish_graph(source, folder)
-    return Written(lambda: OpenVinoDecoder(folder / GRAPH), [products_note(found, source.model)])
+    return Written(lambda: OpenVinoDecoder(folder / GRAPH), [products_note(products, source.model)])
 
 
 def weight_products(program: Any) -> int:
-    """Products in a graph one side of which is a weight, converted or turned round or not."""
+    """Count the products in a graph one side of which is a weight, converted or turned round or not."""
 
     def is_weight(node: Any) -> bool:
         while node.get_type_name() in ("Convert", "Transpose"):

@@ -49,7 +49,7 @@ model = {auto}.from_pretrained(FOLDER, trust_remote_code=True)
 
 @export_format("portable", factored=True)
 def write_portable(source: Source, folder: Path) -> Written:
-    """The weights as they are, and a modeling file that subclasses the architecture's own classes.
+    """Write the weights as they are, and a modeling file that subclasses the architecture's own classes.
 
     Raises:
         TwofoldError: if the architecture is not one of transformers' own.
@@ -90,11 +90,11 @@ def write_portable(source: Source, folder: Path) -> Written:
 
 
 def _classes(auto: str) -> list[type]:
-    """The model classes that an Auto class knows."""
+    """Return the model classes that an Auto class knows."""
     mapping: auto_factory._LazyAutoMapping = getattr(transformers, auto)._model_mapping
     names = mapping._model_mapping.values()
     flat = [name for value in names for name in (value if isinstance(value, tuple | list) else (value,))]
-    return [found for name in flat if isinstance(found := getattr(transformers, name, None), type)]
+    return [native for name in flat if isinstance(native := getattr(transformers, name, None), type)]
 
 
 def _name(native: type) -> str:
@@ -102,7 +102,7 @@ def _name(native: type) -> str:
 
 
 def _code(config: Any, base: type, native: type) -> str:
-    """The modeling file: the layers, and classes that put them in the place of the architecture's own."""
+    """Write the modeling file: the layers, and classes that put them in the place of the architecture's own."""
     kinds = list(dict.fromkeys((base, native)))
     imports = "\n".join(f"from {kind.__module__} import {kind.__name__}" for kind in [config, *kinds])
     torchs = "from torch import Tensor, nn\n"
@@ -134,7 +134,7 @@ class {_name(kind)}({kind.__name__}):
 
 
 def _build(file: Path, model: Any, native: type) -> Any:
-    """The model again, of the class in a modeling file, with the very tensors."""
+    """Build the model again, of the class in a modeling file, with the very tensors."""
     spec = importlib.util.spec_from_file_location(FILE, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -65,7 +65,7 @@ class Runtime(ABC):
     extra: ClassVar[str] = ""  # of twofold, which installs them
 
     def why_not(self, model: str, settings: Settings) -> str | None:
-        """Why it can't run a model or folder of this name, told without loading it; None if it may."""
+        """Say why it can't run a model or folder of this name, told without loading it; None if it may."""
         return None
 
     def check(self, models: list[str], settings: Settings) -> None:
@@ -77,7 +77,7 @@ class Runtime(ABC):
         return
 
     def context(self, model: str, settings: Settings) -> int | None:
-        """The longest sequence of a model that ``places`` will take long for; None if there is no limit, or no such work."""
+        """Return the longest sequence of a model that ``places`` takes long for; None if there is no limit, or no such work."""
         return None
 
     def places(
@@ -86,7 +86,7 @@ class Runtime(ABC):
         settings: Settings,
         folder: Path,  # an empty one, which is removed after the bench
     ) -> dict[str, str]:
-        """What is loaded in the place of each model: itself, or what is made of it for this runtime."""
+        """Return what is loaded in the place of each model: itself, or what is made of it for this runtime."""
         return {model: model for model in models}
 
     @abstractmethod
@@ -97,7 +97,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def disk_bytes(self, loaded: Any) -> int | None:
-        """Bytes of the weight files; None if they are on no disk."""
+        """Return the bytes of the weight files; None if they are on no disk."""
 
 
 RUNTIMES: Registry[Runtime] = Registry("runtime", __name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,8 +72,7 @@ class GraphSession:
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.dtype = "float32"
         self.work: TokenWork | None = None if record is None else record.work
-        files = graph_bytes(opened.folder, FORMATS.get(runtime))
-        self.weight_bytes = files if record is None else record.weight_bytes
+        self.weight_bytes = graph_bytes(opened.folder, FORMATS.get(runtime)) if record is None else record.weight_bytes
         self.notes: list[str] = []
         if choose_device(settings.device).type != "cpu":
             self.notes.append(f"{runtime} runs on the processor, whatever the other runtimes use")
@@ -100,13 +100,11 @@ class Graphs(Runtime):
 
     def why_not(self, model: str, settings: Settings) -> str | None:
         folder = Path(model).expanduser()
-        if self._is_export(model):
+        if self._is_export(model) or model.endswith(".gguf"):  # loaded whole; the export refuses what it can't take
             return None
         others = [other.name for other in FORMATS.all() if other.graph and (folder / other.graph).is_file()]
         if others and not any(folder.glob("*.safetensors")):
             return f"a folder exported to {others[0]}"
-        if model.endswith(".gguf"):  # it would be loaded whole; the export refuses what it can't take
-            return None
         skeleton = load_skeleton(model, trust_remote_code=settings.trust_remote_code).model
         if not writes_text(skeleton):
             return f"it does not write text token by token, and {self.name} runs exports of models that do"
@@ -117,19 +115,16 @@ class Graphs(Runtime):
         return None
 
     def check(self, models: list[str], settings: Settings) -> None:
-        for flag, given, able in (
-            ("dtype", settings.dtype, ("auto", "float32")),
-            ("device", settings.device, ("auto", "cpu")),
-        ):
-            if given not in able:
+        for flag, able in (("dtype", "float32"), ("device", "cpu")):
+            given = getattr(settings, flag)
+            if given not in ("auto", able):
                 raise TwofoldError(
                     f"the runtime {self.name} runs in float32 on the processor, got `{flag}={given}`; leave `{flag}` out, or "
                     f"{self.name} out of `runtime`"
                 )
-        if all(self._is_export(model) for model in models):
-            return
-        self.format.check()
-        need_exporters(self.name)
+        if not all(self._is_export(model) for model in models):
+            self.format.check()
+            need_exporters(self.name)
 
     def context(self, model: str, settings: Settings) -> int | None:
         if self._is_export(model) or model.endswith(".gguf"):
@@ -138,15 +133,15 @@ class Graphs(Runtime):
 
     def places(self, models: list[str], settings: Settings, folder: Path) -> dict[str, str]:
         wanted = [model for model in models if not self._is_export(model)]
-        made = {model: folder / str(number) for number, model in enumerate(wanted)}
-        if made:
+        exports = {model: folder / str(number) for number, model in enumerate(wanted)}
+        if exports:
             if not settings.quiet:
                 say(
-                    f"Exporting {', '.join(made)} to {self.name} into {folder}, which is removed after the bench; it takes "
+                    f"Exporting {', '.join(exports)} to {self.name} into {folder}, which is removed after the bench; it takes "
                     "longer with more layers. To keep one: twofold export"
                 )
-            export_all(made, self.name, settings.trust_remote_code, settings.quiet)
-        return {model: str(made.get(model, model)) for model in models}
+            export_all(exports, self.name, settings.trust_remote_code, settings.quiet)
+        return {model: str(exports.get(model, model)) for model in models}
 
     def load(self, model: str, settings: Settings) -> Opened:
         folder = Path(model).expanduser()
@@ -179,8 +174,7 @@ def graph_bytes(folder: Path, kind: Format) -> int:
 
 
 def _record(folder: Path) -> Exported | None:
-    """What twofold export says of a folder, if it wrote it."""
-    try:
+    """Return what twofold export says of a folder, if it wrote it."""
+    with suppress(OSError, ValueError):
         return Exported.model_validate_json((folder / EXPORTED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    return None

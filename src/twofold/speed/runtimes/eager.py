@@ -84,8 +84,8 @@ class Eager(Runtime):
 
     def why_not(self, model: str, settings: Settings) -> str | None:
         folder = Path(model).expanduser()
-        exported = [f"*{end}" for end in (".onnx", ".xml")]
-        if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(any(folder.rglob(e)) for e in exported):
+        graphs = ("*.onnx", "*.xml")
+        if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(any(folder.rglob(g)) for g in graphs):
             return "an exported folder without safetensors"
         return None
 
