@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from twofold.nn.int_matrix import IntMatrix
 
 
-def memory_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers, shared ones counted once."""
+def memory_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of the parameters and buffers, shared ones counted once; with a dtype, as if floats were in it."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(t.numel() * (dtype if dtype and t.is_floating_point() else t).itemsize for t in tensors.values())
 
 
 def disk_bytes(folder: Path | None) -> int | None:

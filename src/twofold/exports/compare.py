@@ -20,8 +20,7 @@ TEXTS = (
     "In mathematics, a matrix of low rank is",
     "Once upon a time there was a small town by the sea. Every morning the fishermen went out, and in the evening",
 )
-LIMITS = {torch.float64: 1e-2, torch.float32: 1e-2}  # of the relative difference; a broken graph is off by far more
-HALF_LIMIT = 0.1
+LIMIT, HALF_LIMIT = 1e-2, 0.1  # of the relative difference; a broken graph is off by far more
 LONGEST = 32  # tokens of a prompt
 NONE = (torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0))
 
@@ -53,15 +52,14 @@ def prompts(loaded: LoadedModel) -> list[Tensor]:
     """Return token ids to compare on: short texts, or drawn ones if there is no tokenizer for them."""
     longest = min(window_limit(loaded.model) or LONGEST, LONGEST)
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
-    drawn: list[Tensor] = []
+    asked: list[Tensor] = []
     for number, text in enumerate(TEXTS):
-        ids = torch.tensor([[]], dtype=torch.long)
-        if loaded.tokenizer is not None:
-            ids = torch.tensor([loaded.tokenizer(text)["input_ids"][:longest]], dtype=torch.long)
-        if ids.numel() == 0 or int(ids.max()) >= vocabulary:
+        tokens = [] if loaded.tokenizer is None else loaded.tokenizer(text)["input_ids"][:longest]
+        ids = torch.tensor([tokens], dtype=torch.long)
+        if not tokens or max(tokens) >= vocabulary:
             ids = torch.randint(vocabulary, (1, longest), generator=torch.Generator().manual_seed(number))
-        drawn.append(ids[:, : max(1, longest // (number + 1))])
-    return drawn
+        asked.append(ids[:, : max(1, longest // (number + 1))])
+    return asked
 
 
 def refer(loaded: LoadedModel, count: int) -> Reference:
@@ -72,12 +70,8 @@ def refer(loaded: LoadedModel, count: int) -> Reference:
     """
     decoder = ModelDecoder(loaded.model)
     asked = prompts(loaded)
-    with models_errors(
-        lambda error: (
-            f"{loaded.name} can't be exported: its logits can't be compared, since it does not run on token ids "
-            f"alone ({first_line(error)})"
-        )
-    ):
+    why = f"{loaded.name} can't be exported: its logits can't be compared, since it does not run on token ids alone"
+    with models_errors(lambda error: f"{why} ({first_line(error)})"):
         logits = []
         for ids in asked:
             decoder.start()
@@ -134,7 +128,7 @@ def check(comparison: Comparison, dtype: torch.dtype, exact: bool, what: str) ->
     Raises:
         TwofoldError: with the difference.
     """
-    limit = LIMITS.get(dtype, HALF_LIMIT)
+    limit = LIMIT if dtype.itemsize >= 4 else HALF_LIMIT
     if exact and not comparison.relative <= limit:  # NaN is not below it either
         raise TwofoldError(
             f"the logits of the export {what} differ from the model's by {comparison.relative:.1e} (relative), more than "
@@ -149,12 +143,11 @@ def words(comparison: Comparison, dtype: Any) -> list[str]:
         f"at {comparison.positions} positions in {str(dtype).removeprefix('torch.')}; "
         f"the same best token at {comparison.same_best:.0%}."
     ]
-    if comparison.tokens:
-        if comparison.equal == comparison.tokens:
-            said.append(f"Greedy decoding: all {comparison.tokens} tokens are equal.")
-        else:
-            said.append(
-                f"Greedy decoding: the first {comparison.equal} of {comparison.tokens} tokens are equal; where they part, "
-                f"the model's two best logits are {comparison.lead:.1e} apart."
-            )
+    if comparison.equal < comparison.tokens:
+        said.append(
+            f"Greedy decoding: the first {comparison.equal} of {comparison.tokens} tokens are equal; where they part, "
+            f"the model's two best logits are {comparison.lead:.1e} apart."
+        )
+    elif comparison.tokens:
+        said.append(f"Greedy decoding: all {comparison.tokens} tokens are equal.")
     return said

@@ -18,7 +18,7 @@ class Decoder(Protocol):
         self,
         ids: Tensor,  # (batch, tokens)
     ) -> Tensor:  # (batch, tokens, vocabulary), or (batch, 1, vocabulary) where only the last are computed
-        """Read more tokens; the logits behind them."""
+        """Read more tokens and return the logits behind them."""
 
 
 class GraphDecoder(Decoder, Protocol):
@@ -39,10 +39,7 @@ class ModelDecoder:
         self._read: Tensor | None = None
 
     @torch.inference_mode()
-    def read(
-        self,
-        ids: Tensor,  # (batch, tokens)
-    ) -> Tensor:  # (batch, tokens, vocabulary)
+    def read(self, ids: Tensor) -> Tensor:  # (batch, tokens, vocabulary)
         ids = ids.to(self.model.device)
         whole = ids if self._read is None else torch.cat([self._read, ids], 1)
         past = {} if self._past is None else {"past_key_values": self._past}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pydantic
 import torch
@@ -16,6 +13,7 @@ from twofold.evaluation.size import memory_bytes
 from twofold.exports.compare import Comparison, check, compare, refer, words
 from twofold.exports.formats import FORMATS, Format, Source
 from twofold.exports.layers import check_plain, compact_layers, recorded_original
+from twofold.host.faults import errors_in_words
 from twofold.host.folders import EXPORTED, check_apart, check_output, check_space, staged_folder
 from twofold.host.progress import progress
 from twofold.host.quiet import quiet_bars
@@ -93,10 +91,12 @@ def export(
     if original is not None and Path(original).expanduser().exists():
         check_apart(folder, Path(original).expanduser(), [])
     stored = _dtype(dtype, loaded, kind)
-    weight_bytes = _bytes_in(loaded.model, stored)
+    weight_bytes = memory_bytes(loaded.model, stored)
     work = work_of(loaded.model) if kind.graph else None
     check_space(folder, weight_bytes)
-    with _out_of_memory(model), torch.no_grad(), quiet_bars():
+    too_large = f"not enough memory to export {model}; exports hold the whole model twice"
+    in_words = errors_in_words(lambda _: too_large, but=lambda error: not isinstance(error, MemoryError))
+    with in_words, torch.no_grad(), quiet_bars():
         reference = refer(loaded, check_tokens)
         with staged_folder(folder, overwrite) as staged:
             with progress(f"Writing {to}", 1, quiet=quiet) as tick:
@@ -143,27 +143,11 @@ def _check_kind(kind: Format, loaded: LoadedModel) -> None:
 
 
 def _dtype(name: str, loaded: LoadedModel, kind: Format) -> torch.dtype:
-    if name != "auto":
-        dtype: torch.dtype | None = getattr(torch, name, None)
-        if dtype is None or dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TwofoldError(f"`dtype` must be auto, float32, bfloat16 or float16, got {name!r}")
-        if kind.dtypes and name not in kind.dtypes:
-            raise TwofoldError(f"`to={kind.name}` writes {' or '.join(kind.dtypes)}, got `dtype={name}`; leave it out")
-        return dtype
-    return getattr(torch, kind.dtypes[0]) if kind.dtypes else loaded.stored_dtype
-
-
-def _bytes_in(model: Any, dtype: torch.dtype) -> int:
-    """Count the bytes of the weights in a dtype, shared ones counted once."""
-    if dtype == torch.float32 == next(model.parameters()).dtype:
-        return memory_bytes(model)
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.itemsize) for t in tensors.values())
-
-
-@contextmanager
-def _out_of_memory(model: str) -> Iterator[None]:
-    try:
-        yield
-    except MemoryError as error:
-        raise TwofoldError(f"not enough memory to export {model}; exports hold the whole model twice") from error
+    if name == "auto":
+        return getattr(torch, kind.dtypes[0]) if kind.dtypes else loaded.stored_dtype
+    dtype: torch.dtype | None = getattr(torch, name, None)
+    if dtype is None or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TwofoldError(f"`dtype` must be auto, float32, bfloat16 or float16, got {name!r}")
+    if kind.dtypes and name not in kind.dtypes:
+        raise TwofoldError(f"`to={kind.name}` writes {' or '.join(kind.dtypes)}, got `dtype={name}`; leave it out")
+    return dtype

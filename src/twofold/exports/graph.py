@@ -40,9 +40,7 @@ def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
         TwofoldError: if the model does not decode with a cache, or has what the format can't express.
     """
     need_writer(model, name, f"and `to={kind}` takes models that do; use `to=dense` or `to=portable`")
-    samples = torch.tensor(
-        [[3, 4, 5, 6, 7], [7, 6, 5, 4, 3]]
-    )  # two rows and several tokens, so that both sizes stay open
+    samples = torch.tensor([[3, 4, 5, 6, 7], [7, 6, 5, 4, 3]])  # rows and tokens, so that both sizes stay open
     from transformers.exporters.utils import decompose_for_generation
 
     try:
@@ -55,13 +53,11 @@ def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
                 inputs["logits_to_keep"] = 1
             return exporter.export(model, inputs, config)
     except Exception as error:  # torch, onnxscript and openvino raise errors of their own
-        deepest: BaseException = error
-        while deepest.__cause__ is not None:
+        deepest = error
+        while isinstance(deepest.__cause__, Exception):
             deepest = deepest.__cause__
-        reason = first_line(deepest if isinstance(deepest, Exception) else error)
-        raise TwofoldError(
-            f"{name} ({type(model).__name__}) can't be exported to {kind}: {reason}; use `to=dense` or `to=portable`"
-        ) from error
+        refused = f"{name} ({type(model).__name__}) can't be exported to {kind}: {first_line(deepest)}"
+        raise TwofoldError(f"{refused}; use `to=dense` or `to=portable`") from error
 
 
 def need_exporters(kind: str) -> None:
@@ -78,42 +74,38 @@ def need_exporters(kind: str) -> None:
         ) from error
 
 
-def linear_layers(model: nn.Module) -> int:
-    """Count the products with a weight that one forward of a model has: each factor is one."""
-    return sum(isinstance(module, nn.Linear | Conv1D) for module in model.modules())
-
-
-def products_note(products: int, model: nn.Module) -> str:
-    """Tell whether the factors are still two products in a graph."""
-    expected = linear_layers(model)
-    if products == expected:
-        return f"The graph has {products} products with a weight, one for each factor and each dense layer."
-    return (
-        f"The graph has {products} products with a weight, the model has {expected} linear layers: the exporter has joined or "
-        "split some."
-    )
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what the exporters say of themselves out of our output; what they can't do they raise."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(before)
 
 
-def finish_graph(source: Source, folder: Path) -> None:
-    """Write the tokenizer, and a configuration that does not say that the folder is a factored checkpoint."""
+def save_graph(exported: Any, products: int, source: Source, folder: Path) -> list[str]:
+    """Save a traced graph with the tokenizer and a configuration that does not say that it is a factored checkpoint.
+
+    Args:
+        products: with a weight, in the graph.
+
+    Returns:
+        A note that tells whether the factors are still two products.
+    """
+    exported.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_beside(source, folder)
+    expected = sum(isinstance(module, nn.Linear | Conv1D) for module in source.model.modules())
+    has = f"The graph has {products} products with a weight, "
+    if products == expected:
+        return [f"{has}one for each factor and each dense layer."]
+    return [f"{has}the model has {expected} linear layers: the exporter has joined or split some."]
 
 
 def open_export(folder: Path, threads: int | None = None) -> Decoder:
@@ -149,8 +141,6 @@ def other_inputs(
         "attention_mask": np.ones((batch, read + tokens), dtype=np.int64),
         "beam_idx": np.arange(batch, dtype=np.int32),
     }
-    if names - known.keys():
-        raise TwofoldError(
-            f"the graph asks for {', '.join(sorted(names - known.keys()))}, which no decoding of text has"
-        )
+    if unknown := names - known.keys():
+        raise TwofoldError(f"the graph asks for {', '.join(sorted(unknown))}, which no decoding of text has")
     return {name: np.ascontiguousarray(known[name]) for name in names}

@@ -46,14 +46,10 @@ class OtherProcess:
     def start(self) -> None:
         self._begin = True
 
-    def read(
-        self,
-        ids: Tensor,  # (batch, tokens)
-    ) -> Tensor:  # (batch, tokens, vocabulary)
+    def read(self, ids: Tensor) -> Tensor:  # (batch, tokens, vocabulary)
         out = Path(self._folder.name) / "logits.safetensors"
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"ids": ids.tolist(), "start": self._begin, "out": str(out)}) + "\n")
-        self._process.stdin.flush()
+        request = {"ids": ids.tolist(), "start": self._begin, "out": str(out)}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
         self._begin = False
         self._answer()
         logits: Tensor = load_file(out)["logits"]
@@ -73,10 +69,7 @@ class OtherProcess:
         return dict(json.loads(line))
 
     def __del__(self) -> None:
-        process = getattr(self, "_process", None)
-        if process is not None:
-            process.stdin.close()
-            process.wait()
-            process.stdout.close()
+        if hasattr(self, "_process"):
+            self._process.communicate()
             self._said.close()
             self._folder.cleanup()

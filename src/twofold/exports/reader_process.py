@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-del sys.path[0]  # this file's folder, whose modules are no top-level ones
+sys.path.append(sys.path.pop(0))  # this file's folder comes last, so that its modules hide no other ones
 
 
 class NoTwofold:
@@ -24,21 +24,17 @@ def main(folder: str, auto: str) -> None:
 
     import torch
     import transformers
+    from decoding import ModelDecoder  # type: ignore[import-not-found]
     from safetensors.torch import save_file
 
     model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-    past, read = None, torch.zeros(1, 0, dtype=torch.long)
+    decoder = ModelDecoder(model)
     print(json.dumps({"class": type(model).__name__, "module": type(model).__module__}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        ids = torch.tensor(request["ids"])
         if request["start"]:
-            past, read = None, ids[:, :0]
-        read = torch.cat([read, ids], 1)
-        with torch.inference_mode():
-            out = model(input_ids=read) if past is None else model(input_ids=ids, past_key_values=past)
-        past = getattr(out, "past_key_values", None)
-        save_file({"logits": out.logits[:, -ids.shape[1] :].contiguous()}, request["out"])
+            decoder.start()
+        save_file({"logits": decoder.read(torch.tensor(request["ids"])).contiguous()}, request["out"])
         print("{}", flush=True)
 
 

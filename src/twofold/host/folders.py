@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from twofold.errors import TwofoldError
 
-COMPRESSED = ("config.json", "plan.json", "run.json")  # what every factored checkpoint of ours holds
+COMPRESSED = ("config.json", "plan.json", "run.json")  # what every factored checkpoint holds
 EXPORTED = "twofold-export.json"  # what an export holds
 TUNED = ("tune", "merge", "extract")  # the kinds of run.json in the folders of those commands
 
@@ -36,7 +36,7 @@ def check_output(out: Path, overwrite: bool) -> None:
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise TwofoldError(f"the output folder {out} exists; name another one, or replace it with `overwrite`")
-        if not _is_ours(out):
+        if not _is_by_twofold(out):
             raise TwofoldError(
                 f"the output folder {out} was not written by Twofold, so it is not replaced; name another"
             )
@@ -45,8 +45,8 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise TwofoldError(f"the output folder {out} can't be made: no permission to write in {parent}")
 
 
-def _is_ours(out: Path) -> bool:
-    """Say whether a folder holds what we write: a factored checkpoint, an export, or what was tuned, merged or extracted."""
+def _is_by_twofold(out: Path) -> bool:
+    """Tell whether a folder holds what we write: a factored checkpoint, an export, or what was tuned, merged or extracted."""
     compressed = all((out / name).exists() for name in COMPRESSED)
     return compressed or (out / EXPORTED).exists() or tuned_record(out) is not None
 
@@ -111,15 +111,16 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     out = out.expanduser().resolve()
     check_output(out, overwrite)
     staged: Path | None = None
+    mask = os.umask(0)
+    os.umask(mask)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(out)
         staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=".partial", dir=out.parent))
-        staged.chmod(0o777 & ~_umask())
+        staged.chmod(0o777 & ~mask)
         yield staged
-        for file in staged.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~_umask())
+        for file in filter(Path.is_file, staged.rglob("*")):
+            file.chmod(0o666 & ~mask)
         _put_in_place(staged, out)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
@@ -147,14 +148,7 @@ def _put_in_place(staged: Path, out: Path) -> None:
 
 def _remove_stale(out: Path) -> None:
     """Remove what killed runs to the same place left; those that still run are left alone."""
-    ours = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.(?:[^.]+\.partial|old)")
+    stale = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.(?:[^.]+\.partial|old)")
     for folder in out.parent.iterdir():
-        match = ours.fullmatch(folder.name)
-        if match and not psutil.pid_exists(int(match[1])):
+        if (match := stale.fullmatch(folder.name)) and not psutil.pid_exists(int(match[1])):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from contextlib import suppress
 
 import torch
 
@@ -72,10 +72,9 @@ class Conversation:
 
     def _ids(self, turns: list[dict[str, str]]) -> torch.Tensor:  # (1, tokens)
         if self.templated:
-            said = [*self.opening, *turns]
             try:
-                ids = self.tokenizer.apply_chat_template(
-                    said, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                encoded = self.tokenizer.apply_chat_template(
+                    [*self.opening, *turns], add_generation_prompt=True, return_tensors="pt", return_dict=True
                 )
             except Exception as error:  # a template is data, and may refuse anything
                 rest = "; leave `system` out" if self.opening else ""
@@ -83,19 +82,19 @@ class Conversation:
                     f"the chat template of {self.loaded.name} refuses the conversation ({first_line(error)}){rest}"
                 ) from error
         else:
-            ids = self.tokenizer("".join(turn["content"] for turn in turns), return_tensors="pt")
-        tokens: torch.Tensor = ids["input_ids"]
-        return tokens.to(self.loaded.model.device)
+            encoded = self.tokenizer("".join(turn["content"] for turn in turns), return_tensors="pt")
+        ids: torch.Tensor = encoded["input_ids"].to(self.loaded.model.device)
+        return ids
 
     def _generate(self, ids: torch.Tensor) -> str:
         from transformers import TextStreamer
 
         room = self.max_tokens if self.longest is None else min(self.max_tokens, self.longest - ids.shape[1])
-        how: dict[str, Any] = {"do_sample": self.temperature > 0, "max_new_tokens": room}
-        if self.temperature > 0:
-            how["temperature"] = self.temperature
+        drawn = {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}
         shown = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        out = self.loaded.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=shown, **how)
+        out = self.loaded.model.generate(
+            ids, attention_mask=torch.ones_like(ids), streamer=shown, max_new_tokens=room, **drawn
+        )
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
@@ -116,38 +115,32 @@ def chat(
         TwofoldError: if the model can't be loaded or does not answer, or a line of a pipe is longer than its context.
     """
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    said = Conversation(loaded, system, max_tokens, temperature)
+    conversation = Conversation(loaded, system, max_tokens, temperature)
     torch.manual_seed(seed)
     terminal = sys.stdin.isatty()
     if terminal:
         print(HELP, file=sys.stderr)
-    if not said.templated:
+    if not conversation.templated:
         print(f"{loaded.name} has no chat template: it goes on with the text that you write.", file=sys.stderr)
     for line in _lines(terminal):
         if line in ("/exit", "/quit"):
             break
         if line == "/clear":
-            said.clear()
+            conversation.clear()
             continue
         try:
-            _, forgot = said.answer(line)
+            _, forgot = conversation.answer(line)
+            if forgot:
+                print("(the oldest turns were forgotten: the context is full)", file=sys.stderr)
         except TwofoldError as error:
             if not terminal:
                 raise
             print(error, file=sys.stderr)
-            continue
-        if forgot:
-            print("(the oldest turns were forgotten: the context is full)", file=sys.stderr)
 
 
 def _lines(terminal: bool) -> Iterator[str]:
     """Yield the lines that are written, without empty ones."""
-    while True:
-        try:
-            line = input("> ") if terminal else sys.stdin.readline()
-        except EOFError:
-            return
-        if not terminal and not line:
-            return
-        if line.strip():
-            yield line.strip()
+    with suppress(EOFError):
+        for line in iter(lambda: input("> "), None) if terminal else sys.stdin:
+            if line.strip():
+                yield line.strip()

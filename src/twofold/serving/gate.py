@@ -1,16 +1,13 @@
-"""The door of the server: so many requests and no more, and none goes on for a client that has left."""
+"""Admission to the server: a limited number of requests, and none goes on for a client that has left."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeAlias
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-App: TypeAlias = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LARGEST = 16 << 20  # bytes of a request
 
@@ -22,37 +19,33 @@ class Gate:
     answer streams, the application learns of it as of any other disconnection.
     """
 
-    def __init__(self, app: App, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app, self.limit = app, limit
         self.inside = 0
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         if self.inside >= self.limit:
             sentence = f"the queue is full ({self.limit} requests); try again in a moment"
-            await refuse(send, 503, sentence, "overloaded", [(b"retry-after", b"1")])
+            await refusal(503, sentence, "overloaded", {"retry-after": "1"})(scope, receive, send)
             return
         self.inside += 1
-        within = True
+        with ExitStack() as place:
+            place.callback(self._leave)
 
-        def leave() -> None:
-            nonlocal within
-            self.inside -= within
-            within = False
+            async def give(message: Message) -> None:
+                if message["type"] == "http.response.body" and not message.get("more_body", False):
+                    place.close()  # before the client has all of it, and may ask again
+                await send(message)
 
-        async def give(message: Message) -> None:
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
-                leave()  # before the client has all of it, and may ask again
-            await send(message)
-
-        try:
             await self._run(scope, receive, give)
-        finally:
-            leave()
 
-    async def _run(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    def _leave(self) -> None:
+        self.inside -= 1
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = bytearray()
         more = True
         while more:
@@ -62,16 +55,15 @@ class Gate:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > LARGEST:
-                await refuse(send, 413, f"a request may have {LARGEST >> 20} MiB, this one has more", "too_large")
+                sentence = f"a request may have {LARGEST >> 20} MiB, this one has more"
+                await refusal(413, sentence, "too_large")(scope, receive, send)
                 return
         left, began = asyncio.Event(), asyncio.Event()
-        given = False
+        messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:
-            nonlocal given
-            if not given:
-                given = True
-                return {"type": "http.request", "body": bytes(body), "more_body": False}
+            if messages:
+                return messages.pop()
             await left.wait()
             return {"type": "http.disconnect"}
 
@@ -98,17 +90,9 @@ class Gate:
             watcher.cancel()
 
 
-async def refuse(
-    send: Send, status: int, sentence: str, code: str, headers: list[tuple[bytes, bytes]] | None = None
-) -> None:
-    """Answer with an error as OpenAI's API words it."""
-    content = json.dumps(error_body(status, sentence, code)).encode()
-    fields = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": fields + (headers or [])})
-    await send({"type": "http.response.body", "body": content})
+def refusal(status: int, sentence: str, code: str | None = None, headers: dict[str, str] | None = None) -> Any:
+    """Return the response with an error as OpenAI's API words it."""
+    from starlette.responses import JSONResponse
 
-
-def error_body(status: int, sentence: str, code: str | None = None) -> dict[str, Any]:
-    """Return an error as OpenAI's API words it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": sentence, "type": kind, "param": None, "code": code}}
+    return JSONResponse({"error": {"message": sentence, "type": kind, "param": None, "code": code}}, status, headers)

@@ -20,10 +20,14 @@ from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel
 
 SEED = "twofold_seed"  # of a request, in its generation config on the way to the thread that draws
-LIMITS = {  # of numbers in a request: the least one, the largest one, and what they are in words
-    "temperature": (0.0, sys.float_info.max, "a number that is not below 0"),
-    "top_p": (0.0, 1.0, "a number between 0 and 1"),
-    "frequency_penalty": (math.nextafter(-1.0, 0.0), sys.float_info.max, "a number above -1"),
+REAL = (int, float)
+LIMITS = {  # of numbers in a request: their types, the least one, the largest one, and what they are in words
+    "max_tokens": ((int,), 1, math.inf, "a whole number above 0"),
+    "max_completion_tokens": ((int,), 1, math.inf, "a whole number above 0"),
+    "temperature": (REAL, 0.0, sys.float_info.max, "a number that is not below 0"),
+    "top_p": (REAL, 0.0, 1.0, "a number between 0 and 1"),
+    "frequency_penalty": (REAL, math.nextafter(-1.0, 0.0), sys.float_info.max, "a number above -1"),
+    "seed": ((int,), -(2**63), 2**63 - 1, "a whole number of 64 bits"),
 }
 FIXED_ARGUMENTS = (  # of the chat template, which the server gives
     "add_generation_prompt", "chat_template", "conversation", "load_audio_from_video", "return_dict", "return_tensors", "self",
@@ -63,17 +67,13 @@ class Answers(GenerateManager):  # type: ignore[misc]
         self.longest = longest
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **more: Any) -> Any:
-        self._fit(inputs, gen_config)
-        seed = gen_config.__dict__.pop(SEED, None)
-        if seed is not None:  # on the thread that draws, right before this answer: nothing comes between the two
-            self.submit(torch.manual_seed, seed)
+        self._prepare(inputs, gen_config)
         return super().generate_streaming(model, processor, inputs, gen_config, **more)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, Any]:
-        self._fit(inputs, gen_config)
-        seed = gen_config.__dict__.pop(SEED, None)
+        self._prepare(inputs, gen_config)
         left = threading.Event()
 
         def stop(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -82,8 +82,6 @@ class Answers(GenerateManager):  # type: ignore[misc]
         def run() -> Any:
             if left.is_set():
                 return inputs["input_ids"]
-            if seed is not None:
-                torch.manual_seed(seed)
             return model.generate(**inputs, generation_config=gen_config, tokenizer=processor, stopping_criteria=[stop])
 
         try:
@@ -95,24 +93,20 @@ class Answers(GenerateManager):  # type: ignore[misc]
         generated = sequences[0, length:]
         return processor.decode(generated, skip_special_tokens=True), length, generated
 
-    def _fit(self, inputs: Any, gen_config: Any) -> None:
-        """Refuse a prompt without room for an answer, and end an answer where the context ends.
-
-        Raises:
-            HTTPException: 400 with a sentence.
-        """
+    def _prepare(self, inputs: Any, gen_config: Any) -> None:
+        """Refuse a prompt without room for an answer, end the answer where the context ends, and set its seed."""
         length = int(inputs["input_ids"].shape[-1])
         if length == 0:
             raise HTTPException(400, "the prompt is empty; write something")
         if self.longest is not None:
-            if length >= self.longest:
-                raise HTTPException(
-                    400,
-                    f"the prompt has {length} tokens and the model's context {self.longest}, with no room for an answer; "
-                    "shorten it",
-                )
-            asked = gen_config.max_new_tokens
-            gen_config.max_new_tokens = min(asked, self.longest - length) if asked else self.longest - length
+            room = self.longest - length
+            if room <= 0:
+                context = f"the prompt has {length} tokens and the model's context {self.longest}"
+                raise HTTPException(400, f"{context}, with no room for an answer; shorten it")
+            gen_config.max_new_tokens = min(gen_config.max_new_tokens or room, room)
+        seed = gen_config.__dict__.pop(SEED, None)
+        if seed is not None:  # on the thread that draws, right before this answer: nothing comes between the two
+            self.submit(torch.manual_seed, seed)
 
 
 class State(GenerationState):  # type: ignore[misc]
@@ -138,17 +132,10 @@ class _Checked:
         return name, self.model_manager.loaded.model, self.model_manager.loaded.tokenizer
 
     def _check_numbers(self, body: dict[str, Any]) -> None:
-        for key in ("max_tokens", "max_completion_tokens"):
+        for key, (types, least, most, words) in LIMITS.items():
             value = body.get(key)
-            if value is not None and (type(value) is not int or value < 1):
-                raise HTTPException(400, f"{key} must be a whole number above 0, got {value!r}")
-        for key, (least, most, words) in LIMITS.items():
-            value = body.get(key)
-            if value is not None and (type(value) not in (int, float) or not least <= value <= most):
+            if value is not None and (type(value) not in types or not least <= value <= most):
                 raise HTTPException(400, f"{key} must be {words}, got {value!r}")
-        seed = body.get("seed")
-        if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**63):
-            raise HTTPException(400, f"seed must be a whole number of 64 bits, got {seed!r}")
         if body.get("n") not in (None, 1):
             raise HTTPException(400, "n must be 1: this server gives one answer to a request")
         if body.get("generation_config") is not None:
@@ -171,39 +158,27 @@ class Chat(_Checked, ChatCompletionHandler):  # type: ignore[misc]
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         self._check_numbers(body)
         messages = body.get("messages")
-        if (
-            not isinstance(messages, list)
-            or not messages
-            or not all(isinstance(m, dict) and "role" in m for m in messages)
-        ):
+        if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)):
             raise HTTPException(400, "messages must be a list of {role, content}, with at least one")
-        if getattr(self.model_manager.loaded.tokenizer, "chat_template", None) is None:
+        model, tokenizer = self.model_manager.loaded.model, self.model_manager.loaded.tokenizer
+        if getattr(tokenizer, "chat_template", None) is None:
             raise HTTPException(400, f"{self.model_manager.name} has no chat template; use /v1/completions")
-        self._check_template(body)
-        return await super().handle_request(body, request_id)
-
-    def _check_template(self, body: dict[str, Any]) -> None:
-        """Refuse what the chat template refuses, before the answer begins.
-
-        Raises:
-            HTTPException: 400 with a sentence.
-        """
         if body.get("chat_template_kwargs", {}) is None:
             del body["chat_template_kwargs"]
-        more = body.get("chat_template_kwargs", {})
-        if not isinstance(more, dict):
+        arguments = body.get("chat_template_kwargs", {})
+        if not isinstance(arguments, dict):
             raise HTTPException(400, "chat_template_kwargs must be an object")
-        if taken := [key for key in FIXED_ARGUMENTS if key in more]:
-            raise HTTPException(400, f"chat_template_kwargs can't set {taken[0]}; leave it out")
-        model, tokenizer = self.model_manager.loaded.model, self.model_manager.loaded.tokenizer
-        try:
+        if fixed := [key for key in FIXED_ARGUMENTS if key in arguments]:
+            raise HTTPException(400, f"chat_template_kwargs can't set {fixed[0]}; leave it out")
+        try:  # before the answer begins
             modality = self.model_manager.get_model_modality(model, processor=tokenizer)
-            turns = self.get_processor_inputs_from_messages(body["messages"], modality)
+            turns = self.get_processor_inputs_from_messages(messages, modality)
             tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tools=body.get("tools"), tokenize=False, **more
+                turns, add_generation_prompt=True, tools=body.get("tools"), tokenize=False, **arguments
             )
         except Exception as error:  # a template is data, and may refuse anything
             raise HTTPException(400, f"the chat template refuses the conversation ({first_line(error)})") from error
+        return await super().handle_request(body, request_id)
 
 
 class Complete(_Checked, CompletionHandler):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The OpenAI API of one model: transformers' own server, pinned to a model, with a door before it."""
+"""The OpenAI API of one model: transformers' own server, pinned to a model, behind a gate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel, load_model, need_tokenizer, window_limit
-from twofold.serving.gate import Gate, error_body
+from twofold.serving.gate import Gate, refusal
 from twofold.task.causal_lm import need_writer
 
 INSTALL = "pip install 'twofold[serve]'"
@@ -33,7 +33,7 @@ def check_installed() -> None:
 
 
 def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
-    """Build the application: chat and completion, the list of the one model, and whether it is well.
+    """Build the application: chat, completion, the list of the one model, and the state of health.
 
     Args:
         name: of the model, for clients.
@@ -51,7 +51,6 @@ def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
         )
     from fastapi import HTTPException, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse
 
     try:
         from transformers.cli.serving.server import build_server
@@ -74,18 +73,17 @@ def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
     )
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
 
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code)
+    async def refused(_: Request, error: HTTPException) -> Any:
+        return refusal(error.status_code, str(error.detail))
 
-    async def unreadable(_: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse(error_body(400, "the request is no JSON object"), 400)
+    async def unreadable(_: Request, error: RequestValidationError) -> Any:
+        return refusal(400, "the request is no JSON object")
 
-    async def failed(_: Request, error: Exception) -> JSONResponse:
+    async def failed(_: Request, error: Exception) -> Any:
         traceback.print_exception(error)
-        return JSONResponse(error_body(500, f"the server failed ({type(error).__name__}: {error})"), 500)
+        return refusal(500, f"the server failed ({type(error).__name__}: {error})")
 
-    for kind, handler in ((HTTPException, refused), (RequestValidationError, unreadable), (Exception, failed)):
-        app.add_exception_handler(kind, handler)
+    app.exception_handlers |= {HTTPException: refused, RequestValidationError: unreadable, Exception: failed}
     return Gate(app, queue)
 
 
@@ -115,8 +113,7 @@ def serve(
     app = build_app(load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code), name, queue)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS)
-    taken = place.getsockname()[1]
-    print(f"Serving {name} at http://{host}:{taken}/v1 (Ctrl-C ends it)", flush=True)
+    print(f"Serving {name} at http://{host}:{place.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
     uvicorn.Server(config).run(sockets=[place])
 
 

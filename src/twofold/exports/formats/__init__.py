@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -49,25 +49,18 @@ Open: TypeAlias = "Callable[[Path, int | None], GraphDecoder]"
 
 @dataclass(frozen=True)
 class Format:
-    """A form that a model is exported in.
-
-    ``factored``: it takes only models with factored layers. ``integers``: it takes layers of integers, which it merges. ``needs``
-    are modules of packages that Twofold does not depend on. ``takes`` are the settings beside the format, "rank" and "base", that
-    it reads. ``original``: it also reads the model that the checkpoint was made from. ``weights`` are the endings of the files
-    that hold weights. ``dtypes`` are those that it writes; the first is the default, and none means that of the checkpoint.
-    ``graph`` is the file that a runtime opens with ``decoder`` (path, threads), of a format that writes a graph.
-    """
+    """A form that a model is exported in."""
 
     name: str
     write: Write
-    factored: bool = False
-    integers: bool = False
-    needs: tuple[str, ...] = ()
-    takes: frozenset[str] = frozenset()
-    original: bool = False
-    weights: tuple[str, ...] = (".safetensors",)
-    dtypes: tuple[str, ...] = ()
-    graph: str = ""
+    factored: bool = False  # it takes only models with factored layers
+    integers: bool = False  # it takes layers of integers, which it merges
+    needs: tuple[str, ...] = ()  # modules of packages that Twofold does not depend on
+    takes: Collection[str] = ()  # the settings beside the format, "rank" and "base", that it reads
+    original: bool = False  # it also reads the model that the checkpoint was made from
+    weights: tuple[str, ...] = (".safetensors",)  # the endings of the files that hold weights
+    dtypes: tuple[str, ...] = ()  # those that it writes, the default first; none means that of the checkpoint
+    graph: str = ""  # the file that a runtime opens with ``decoder`` (path, threads), if it writes a graph
     decoder: Open | None = None
 
     def check(self) -> None:
@@ -78,20 +71,18 @@ class Format:
         """
         missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if missing:
-            raise TwofoldError(
-                f"`to={self.name}` needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-                f"installed: {EXTRA}"
-            )
+            are = "is" if len(missing) == 1 else "are"
+            raise TwofoldError(f"`to={self.name}` needs {' and '.join(missing)}, which {are} not installed: {EXTRA}")
 
 
 FORMATS: Registry[Format] = Registry("export format", __name__)
 
 
-def export_format(name: str, *, takes: Iterable[str] = (), **about: Any) -> Callable[[Write], Write]:
+def export_format(name: str, **about: Any) -> Callable[[Write], Write]:
     """Register a function (source, folder) → what was written as a format; the rest is that of ``Format``."""
 
     def register(function: Write) -> Write:
-        FORMATS.add(name, Format(name, function, takes=frozenset(takes), **about))
+        FORMATS.add(name, Format(name, function, **about))
         return function
 
     return register

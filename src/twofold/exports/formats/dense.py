@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from twofold.exports.decoding import Decoder, ModelDecoder
+from twofold.exports.decoding import ModelDecoder
 from twofold.exports.formats import Source, Written, export_format
 from twofold.model.load import load_model
 from twofold.nn.places import cast_weights
@@ -16,11 +16,10 @@ from twofold.nn.places import cast_weights
 def write_dense(source: Source, folder: Path) -> Written:
     """Write products multiplied in float64 and rounded once to the stored dtype, in files of the original's architecture."""
     save_dense(source, folder)
-
-    def decoder() -> Decoder:
-        return ModelDecoder(load_model(str(folder), device="cpu").model)
-
-    return Written(decoder, ["As large as the original: merging gives up what was saved, in memory and in time."])
+    return Written(
+        lambda: ModelDecoder(load_model(str(folder), device="cpu").model),
+        ["As large as the original: merging gives up what was saved, in memory and in time."],
+    )
 
 
 def save_dense(source: Source, folder: Path) -> None:

@@ -7,7 +7,8 @@ against it, and the result is read again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.exports.decoding import Decoder, ModelDecoder
+from twofold.exports.decoding import ModelDecoder
 from twofold.exports.formats import Source, Written, export_format
 from twofold.model.load import load_model
 
@@ -45,9 +46,14 @@ def write_gguf(source: Source, folder: Path) -> Written:
     arch = str(reader.fields["general.architecture"].contents())
     names = _names(gguf, arch, original)
     before, after = original.state_dict(), merged.state_dict()
-    _check_same(before, after, source)
-    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[source.dtype]
-    quantization = gguf.GGMLQuantizationType[kind]
+    for key, value in before.items():
+        if key not in after or after[key].shape != value.shape:
+            raise TwofoldError(
+                f"{source.base} has the weight {key} {tuple(value.shape)}, and {source.loaded.name} has none of that shape; "
+                "name a GGUF file of its original with `base`"
+            )
+    types = gguf.GGMLQuantizationType
+    merged_type = {torch.float32: types.F32, torch.bfloat16: types.BF16, torch.float16: types.F16}[source.dtype]
 
     writer = gguf.GGUFWriter(folder / FILE, arch)
     for field in reader.fields.values():
@@ -57,38 +63,27 @@ def write_gguf(source: Source, folder: Path) -> Written:
             writer.add_key_value(field.name, field.contents(), first, sub_type=inner)
     replaced = 0
     for tensor in reader.tensors:
-        key = names.get(tensor.name)
-        if key is None or torch.equal(before[key], after[key]):
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-            continue
-        stored = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        turn = _turn(before[key], stored, original.config, tensor.name)
-        data = turn(after[key].float().numpy())
-        writer.add_tensor(tensor.name, gguf.quants.quantize(data, quantization), raw_dtype=quantization)
-        replaced += 1
+        key, data, stored_type = names.get(tensor.name), tensor.data, tensor.tensor_type
+        if key is not None and not torch.equal(before[key], after[key]):
+            turn = _turn(before[key], gguf.quants.dequantize(data, stored_type), original.config, tensor.name)
+            data, stored_type = gguf.quants.quantize(turn(after[key].float().numpy()), merged_type), merged_type
+            replaced += 1
+        writer.add_tensor(tensor.name, data, raw_dtype=stored_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-    def decoder() -> Decoder:
-        return ModelDecoder(load_model(str(folder / FILE), device="cpu").model)
-
     return Written(
-        decoder,
+        lambda: ModelDecoder(load_model(str(folder / FILE), device="cpu").model),
         [
-            f"{replaced} merged weights in {kind}, the others as in {source.base}; read again by transformers, not by llama.cpp.",
+            f"{replaced} merged weights in {merged_type.name}, the others as in {source.base}; read again by transformers, not by llama.cpp.",
             "As large as the original or larger: llama.cpp has no layer of two products. Quantize the file with its own tools.",
         ],
     )
 
 
 def _names(gguf: Any, arch: str, model: Any) -> dict[str, str]:
-    """GGUF's name of each weight → transformers'.
-
-    Raises:
-        TwofoldError: if the gguf package does not know the architecture.
-    """
+    """Map GGUF's names of weights to transformers', and refuse an architecture that the gguf package does not know."""
     known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if arch not in known:
         raise TwofoldError(f"the gguf package does not know the architecture {arch}; {CONVERTER}")
@@ -97,35 +92,14 @@ def _names(gguf: Any, arch: str, model: Any) -> dict[str, str]:
     return {name: key for name, key in pairs if name is not None}
 
 
-def _check_same(before: dict[str, Tensor], after: dict[str, Tensor], source: Source) -> None:
-    for key, value in before.items():
-        if key not in after or after[key].shape != value.shape:
-            raise TwofoldError(
-                f"{source.base} has the weight {key} {tuple(value.shape)}, and {source.loaded.name} has none of that shape; "
-                "name a GGUF file of its original with `base`"
-            )
-
-
 def _turn(weight: Tensor, stored: np.ndarray, config: Any, name: str) -> Turn:
-    """Tell how the file keeps a weight: as it is, transposed, or with the halves of each head's rows woven, for rotary positions.
-
-    Raises:
-        TwofoldError: if none of these makes the file's weight of transformers'.
-    """
+    """Find how the file keeps a weight: as it is, transposed, or with the halves of each head's rows woven (rotary positions)."""
     wanted = weight.float().numpy()
-    for turn in _turns(config):
-        try:
-            turned = turn(wanted)
-        except ValueError:  # the rows are not so many heads
-            continue
-        if turned.shape == stored.shape and np.array_equal(turned, stored):
-            return turn
+    turns: list[Turn] = [lambda w: w, lambda w: np.ascontiguousarray(w.T)]
+    for heads in {getattr(config, "num_attention_heads", 0), getattr(config, "num_key_value_heads", 0)} - {0, None}:
+        turns.append(lambda w, n=heads: w.reshape(n, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape))  # type: ignore[misc]
+    for turn in turns:
+        with suppress(ValueError):  # the rows are not so many heads
+            if np.array_equal(turn(wanted), stored):
+                return turn
     raise TwofoldError(f"the order of {name} in the GGUF file is none that Twofold knows; {CONVERTER}")
-
-
-def _turns(config: Any) -> Iterator[Turn]:
-    yield lambda w: w
-    yield lambda w: np.ascontiguousarray(w.T)
-    for heads in {getattr(config, "num_attention_heads", 0), getattr(config, "num_key_value_heads", 0)}:
-        if heads:
-            yield lambda w, heads=heads: w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)  # type: ignore[misc]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
-from twofold.exports.decoding import Decoder, ModelDecoder
+from twofold.exports.decoding import ModelDecoder
 from twofold.exports.formats import Source, Written, export_format
 from twofold.exports.layers import compact_layers, recorded_original
 from twofold.linalg.metric import working_dtype
@@ -43,31 +43,29 @@ def write_lora(source: Source, folder: Path) -> Written:
     Raises:
         TwofoldError: if there is no original to be found, or it is not the one that the model was made from.
     """
+    from peft import PeftModel
+
     name = source.base or recorded_original(source.loaded)
-    original = load_model(name, device="cpu")
+    original = load_model(name, device="cpu").model
     layers = compact_layers(source.model)
-    _check_original(source, original.model, layers, name)
-    eps = torch.finfo(source.loaded.stored_dtype).eps
+    _check_original(source, original, layers, name)
+    eps, wide = torch.finfo(source.loaded.stored_dtype).eps, working_dtype(torch.device("cpu"))
     residuals: dict[str, Residual] = {}
     for key, layer in layers.items():
-        wide = working_dtype(torch.device("cpu"))
-        residual = split(layer.to_dense(wide), _dense(original.model.get_submodule(key)).to(wide), source.rank, eps)
+        residual = split(layer.to_dense(wide), _dense(original.get_submodule(key)).to(wide), source.rank, eps)
         if residual is not None:
             residuals[key] = residual
     if not residuals:
         raise TwofoldError(
             f"{source.loaded.name} computes the same as {name}: there is no residual to make an adapter of"
         )
-    adapted = _adapt(original.model, residuals, name)
+    adapted = _adapt(original, residuals, name)
     cast_weights(adapted, source.dtype)
     adapted.save_pretrained(str(folder))
-
-    def decoder() -> Decoder:
-        from peft import PeftModel
-
-        return ModelDecoder(PeftModel.from_pretrained(load_model(name, device="cpu").model, str(folder)).eval())
-
-    return Written(decoder, _notes(name, residuals, source.rank))
+    return Written(
+        lambda: ModelDecoder(PeftModel.from_pretrained(load_model(name, device="cpu").model, str(folder)).eval()),
+        _notes(name, residuals, source.rank),
+    )
 
 
 def split(
@@ -128,11 +126,7 @@ def _dense(module: nn.Module) -> Tensor:  # (m, n)
 
 
 def _check_original(source: Source, original: Any, layers: dict[str, CompactLinear], name: str) -> None:
-    """Refuse another model than the one that the factored one was made from: an adapter holds only products.
-
-    Raises:
-        TwofoldError: naming the first weight that differs.
-    """
+    """Refuse another model than the one that the factored one was made from: an adapter holds only products."""
     bases = [key for key, module in source.model.named_modules() if isinstance(module, SharedBasis)]
     inside = tuple(f"{key}." for key in [*layers, *bases])
     theirs = original.state_dict()
@@ -146,10 +140,8 @@ def _check_original(source: Source, original: Any, layers: dict[str, CompactLine
                 "weights alone; name the original with `base`, or use `to=dense`"
             )
     for key, layer in layers.items():
-        if f"{key}.weight" not in theirs or _dense(original.get_submodule(key)).shape != (
-            layer.out_features,
-            layer.in_features,
-        ):
+        shape = (layer.out_features, layer.in_features)
+        if f"{key}.weight" not in theirs or _dense(original.get_submodule(key)).shape != shape:
             raise TwofoldError(f"{name} has no weight of the shape of {key}; name the original with `base`")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twofold.exports.formats import Source, Written, export_format
-from twofold.exports.graph import finish_graph, need_exporters, other_inputs, products_note, trace
+from twofold.exports.graph import need_exporters, other_inputs, save_graph, trace
 
 GRAPH = "model.onnx"
 PAST, PRESENT = "input.past_key_values", "output.past_key_values"
@@ -18,11 +18,7 @@ INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 
 
 class OnnxDecoder:
-    """A graph of ``twofold export --to onnx``, on the processor.
-
-    Attributes:
-        sizes: how many sequences and how many tokens of each it reads at once; None for any number.
-    """
+    """A graph of ``twofold export --to onnx``, on the processor."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         import onnxruntime
@@ -42,10 +38,7 @@ class OnnxDecoder:
         self._cache: dict[str, Any] = {}
         self._read = 0
 
-    def read(
-        self,
-        ids: Tensor,  # (batch, tokens)
-    ) -> Tensor:  # (batch, 1 or tokens, vocabulary)
+    def read(self, ids: Tensor) -> Tensor:  # (batch, 1 or tokens, vocabulary)
         cache = self._cache or {name: self._value(self._empty(name, len(ids))) for name in self._past}
         feed = other_inputs(self._inputs.keys() - set(self._past), ids.cpu().numpy(), self._read)
         values = {name: self._value(array) for name, array in feed.items()} | cache
@@ -77,15 +70,13 @@ def write_onnx(source: Source, folder: Path) -> Written:
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     exported = trace("onnx", OnnxExporter(), OnnxConfig(dynamic=True), source.model, source.loaded.name)
-    program: Any = exported.program
-    forget_trace(program)
-    exported.save_pretrained(folder)
-    finish_graph(source, folder)
-    return Written(lambda: OnnxDecoder(folder / GRAPH), [products_note(weight_products(program), source.model)])
+    forget_trace(exported.program)
+    notes = save_graph(exported, weight_products(exported.program), source, folder)
+    return Written(lambda: OnnxDecoder(folder / GRAPH), notes)
 
 
 def weight_products(program: Any) -> int:
-    """Products in a graph one side of which is a weight, turned round or not."""
+    """Count the products in a graph one side of which is a weight, turned round or not."""
     weights = set(program.graph.initializers)
     turned = {n.outputs[0].name for n in program.graph if n.op_type == "Transpose" and n.inputs[0].name in weights}
     return sum(
@@ -96,8 +87,6 @@ def weight_products(program: Any) -> int:
 
 def forget_trace(program: Any) -> None:
     """Drop where in which Python file each node came from: it is large, and names folders of this machine."""
-    for graph in [program.graph, *(function.graph for function in program.functions.values())]:
-        graph.metadata_props.clear()
-        for node in graph:
-            node.metadata_props.clear()
-    program.metadata_props.clear()
+    graphs = [program.graph, *(function.graph for function in program.functions.values())]
+    for part in [program, *graphs, *(node for graph in graphs for node in graph)]:
+        part.metadata_props.clear()

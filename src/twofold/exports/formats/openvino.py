@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 
 from twofold.exports.formats import Source, Written, export_format
-from twofold.exports.graph import finish_graph, need_exporters, other_inputs, products_note, trace
+from twofold.exports.graph import need_exporters, other_inputs, save_graph, trace
 
 GRAPH = "openvino_model.xml"
 
 
 class OpenVinoDecoder:
-    """A graph of ``twofold export --to openvino``, on the processor, in float32.
-
-    Attributes:
-        sizes: how many sequences and how many tokens of each it reads at once; None for any number.
-    """
+    """A graph of ``twofold export --to openvino``, on the processor, in float32."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         os.environ.setdefault("OPENVINO_TELEMETRY", "0")
@@ -47,22 +43,14 @@ class OpenVinoDecoder:
         self._request.reset_state()
         self._read = 0
 
-    def read(
-        self,
-        ids: Tensor,  # (batch, tokens)
-    ) -> Tensor:  # (batch, 1 or tokens, vocabulary)
+    def read(self, ids: Tensor) -> Tensor:  # (batch, 1 or tokens, vocabulary)
         out = self._request.infer(other_inputs(self._names, ids.cpu().numpy(), self._read))
         self._read += ids.shape[1]
         return torch.from_numpy(np.array(out[self._logits]))
 
 
 @export_format(
-    "openvino",
-    needs=("openvino",),
-    weights=(".xml", ".bin"),
-    dtypes=("float32",),
-    graph=GRAPH,
-    decoder=OpenVinoDecoder,
+    "openvino", needs=("openvino",), weights=(".xml", ".bin"), dtypes=("float32",), graph=GRAPH, decoder=OpenVinoDecoder
 )
 def write_openvino(source: Source, folder: Path) -> Written:
     """Write the graph, its weights beside it, the configuration and the tokenizer."""
@@ -73,10 +61,8 @@ def write_openvino(source: Source, folder: Path) -> Written:
     for parameter in exported.program.get_parameters():  # settings that the tracing has used up
         if not parameter.output(0).get_target_inputs():
             exported.program.remove_parameter(parameter)
-    products = weight_products(exported.program)
-    exported.save_pretrained(folder)
-    finish_graph(source, folder)
-    return Written(lambda: OpenVinoDecoder(folder / GRAPH), [products_note(products, source.model)])
+    notes = save_graph(exported, weight_products(exported.program), source, folder)
+    return Written(lambda: OpenVinoDecoder(folder / GRAPH), notes)
 
 
 def weight_products(program: Any) -> int:

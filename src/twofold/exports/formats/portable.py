@@ -6,23 +6,21 @@ random.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
+import runpy
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto import auto_factory, modeling_auto
+from transformers.models.auto import modeling_auto
 
 from twofold.errors import TwofoldError
 from twofold.exports import portable_layers
-from twofold.exports.decoding import Decoder
 from twofold.exports.formats import Source, Written, export_format
 from twofold.exports.formats.dense import save_beside
 from twofold.exports.layers import compact_layers
 from twofold.exports.other_process import OtherProcess
-from twofold.nn.compact import CompactLinear
 from twofold.nn.places import cast_weights
 
 FILE = "modeling_twofold"
@@ -54,7 +52,7 @@ def write_portable(source: Source, folder: Path) -> Written:
     Raises:
         TwofoldError: if the architecture is not one of transformers' own.
     """
-    model: Any = source.model
+    model = source.model
     native = type(model)
     if not native.__module__.startswith("transformers."):
         raise TwofoldError(
@@ -63,7 +61,7 @@ def write_portable(source: Source, folder: Path) -> Written:
         )
     base = modeling_auto.MODEL_MAPPING.get(type(model.config), None)
     base = base if isinstance(base, type) else native
-    heads = {auto: native for auto in HEADS if native in _classes(auto)}
+    heads = [auto for auto in HEADS if _knows(auto, native)]
     (folder / f"{FILE}.py").write_text(_code(type(model.config), base, native), encoding="utf-8")
 
     cast_weights(model, source.dtype)
@@ -71,17 +69,13 @@ def write_portable(source: Source, folder: Path) -> Written:
     config = mine.config
     config.dtype = source.dtype
     config.auto_map = {"AutoConfig": f"{FILE}.{_name(type(model.config))}", "AutoModel": f"{FILE}.{_name(base)}"}
-    config.auto_map |= {auto: f"{FILE}.{_name(head)}" for auto, head in heads.items()}
+    config.auto_map |= dict.fromkeys(heads, f"{FILE}.{_name(native)}")
     mine.save_pretrained(folder)
     save_beside(source, folder)
     auto = next(iter(heads), "AutoModel")
     (folder / "README.md").write_text(README.format(native=native.__name__, file=FILE, auto=auto), encoding="utf-8")
-
-    def decoder() -> Decoder:
-        return OtherProcess(folder, auto)
-
     return Written(
-        decoder,
+        lambda: OtherProcess(folder, auto),
         [
             "Read again by plain transformers with trust_remote_code, in a process that can't import twofold.",
             "Not for tensor parallelism: every process of such a server would hold all factors.",
@@ -89,12 +83,11 @@ def write_portable(source: Source, folder: Path) -> Written:
     )
 
 
-def _classes(auto: str) -> list[type]:
-    """Return the model classes that an Auto class knows."""
-    mapping: auto_factory._LazyAutoMapping = getattr(transformers, auto)._model_mapping
-    names = mapping._model_mapping.values()
-    flat = [name for value in names for name in (value if isinstance(value, tuple | list) else (value,))]
-    return [native for name in flat if isinstance(native := getattr(transformers, name, None), type)]
+def _knows(auto: str, native: type) -> bool:
+    """Tell whether an Auto class knows a model class."""
+    names = getattr(transformers, auto)._model_mapping._model_mapping.values()
+    known = any(native.__name__ in (name if isinstance(name, tuple | list) else (name,)) for name in names)
+    return known and getattr(transformers, native.__name__, None) is native
 
 
 def _name(native: type) -> str:
@@ -106,17 +99,15 @@ def _code(config: Any, base: type, native: type) -> str:
     kinds = list(dict.fromkeys((base, native)))
     imports = "\n".join(f"from {kind.__module__} import {kind.__name__}" for kind in [config, *kinds])
     torchs = "from torch import Tensor, nn\n"
-    parts = [
-        inspect.getsource(portable_layers).replace(torchs, torchs + imports + "\n", 1),
-        f'''
+    layers = inspect.getsource(portable_layers).replace(torchs, torchs + imports + "\n", 1)
+    configuration = f'''
 class {_name(config)}({config.__name__}):
     """The configuration of the architecture, and which of its layers are smaller (`twofold_modules`)."""
 
     model_type = "twofold_{config.model_type}"
     base_model_tp_plan = None
-''',
-    ]
-    parts += [
+'''
+    classes = [
         f'''
 class {_name(kind)}({kind.__name__}):
     """The architecture's own class, with smaller layers."""
@@ -130,26 +121,19 @@ class {_name(kind)}({kind.__name__}):
 '''
         for kind in kinds
     ]
-    return "\n".join(parts)
+    return "\n".join([layers, configuration, *classes])
 
 
 def _build(file: Path, model: Any, native: type) -> Any:
     """Build the model again, of the class in a modeling file, with the very tensors."""
-    spec = importlib.util.spec_from_file_location(FILE, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    classes = runpy.run_path(str(file), run_name=FILE)
     settings = {key: value for key, value in model.config.to_dict().items() if key not in OWN}
-    config = getattr(module, _name(type(model.config)))(
-        **settings, twofold_modules={name: _settings(layer) for name, layer in compact_layers(model).items()}
-    )
+    modules = {name: layer.settings() for name, layer in compact_layers(model).items()}
+    for about in modules.values():
+        del about["kind"]  # the portable code tells the kinds apart by the other keys
+    config = classes[_name(type(model.config))](**settings, twofold_modules=modules)
     with torch.device("meta"):
-        mine = getattr(module, _name(native))(config)
+        mine = classes[_name(native)](config)
     mine.load_state_dict(model.state_dict(), assign=True)
     mine.tie_weights()
     return mine
-
-
-def _settings(layer: CompactLinear) -> dict[str, Any]:
-    """Return what the portable code asks of a layer: it tells the kinds apart by their keys."""
-    return {name: value for name, value in layer.settings().items() if name != "kind"}

@@ -29,7 +29,7 @@ class CompiledSession(TorchSession):
         self._compiled = torch.compile(self.model.forward, dynamic=False)
 
     def _cache(self, batch: int, length: int) -> Any:
-        """One cache for each size, emptied: its tensors stay where the graphs know them."""
+        """Return the one cache of each size, emptied: its tensors stay where the graphs know them."""
         if (batch, length) not in self._caches:
             self._caches[batch, length] = StaticCache(config=self.model.config, max_cache_len=length)
         cache = self._caches[batch, length]
