@@ -52,7 +52,7 @@ class OneModel(ModelManager):  # type: ignore[misc]
         return [{"id": self.name, "object": "model", "created": 0, "owned_by": "twofold"}]
 
     def shutdown(self) -> None:
-        """Nothing was loaded here."""
+        """Do nothing: the model was not loaded here."""
 
 
 class Answers(GenerateManager):  # type: ignore[misc]

@@ -44,7 +44,6 @@ class Written:
 
 
 Write: TypeAlias = Callable[[Source, Path], Written]
-Open: TypeAlias = "Callable[[Path, int | None], GraphDecoder]"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Format:
     weights: tuple[str, ...] = (".safetensors",)  # the endings of the files that hold weights
     dtypes: tuple[str, ...] = ()  # those that it writes, the default first; none means that of the checkpoint
     graph: str = ""  # the file that a runtime opens with ``decoder`` (path, threads), if it writes a graph
-    decoder: Open | None = None
+    decoder: Callable[[Path, int | None], GraphDecoder] | None = None
 
     def check(self) -> None:
         """Refuse what can't be written here, before any work.

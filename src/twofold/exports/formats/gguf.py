@@ -52,8 +52,8 @@ def write_gguf(source: Source, folder: Path) -> Written:
                 f"{source.base} has the weight {key} {tuple(value.shape)}, and {source.loaded.name} has none of that shape; "
                 "name a GGUF file of its original with `base`"
             )
-    types = gguf.GGMLQuantizationType
-    merged_type = {torch.float32: types.F32, torch.bfloat16: types.BF16, torch.float16: types.F16}[source.dtype]
+    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[source.dtype]
+    merged_type = gguf.GGMLQuantizationType[kind]
 
     writer = gguf.GGUFWriter(folder / FILE, arch)
     for field in reader.fields.values():
@@ -76,7 +76,7 @@ def write_gguf(source: Source, folder: Path) -> Written:
     return Written(
         lambda: ModelDecoder(load_model(str(folder / FILE), device="cpu").model),
         [
-            f"{replaced} merged weights in {merged_type.name}, the others as in {source.base}; read again by transformers, not by llama.cpp.",
+            f"{replaced} merged weights in {kind}, the others as in {source.base}; read again by transformers, not by llama.cpp.",
             "As large as the original or larger: llama.cpp has no layer of two products. Quantize the file with its own tools.",
         ],
     )
