@@ -22,7 +22,7 @@ class Timing(pydantic.BaseModel, extra="forbid"):
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Return tokens a second."""
         return self.tokens / self.median
 
 
@@ -60,7 +60,7 @@ class Ratio(pydantic.BaseModel, extra="forbid"):
 
     @property
     def share(self) -> float | None:
-        """Of the ideal speed-up."""
+        """Return the share of the ideal speed-up that is measured."""
         return None if self.ideal is None else self.measured / self.ideal
 
 
@@ -78,7 +78,7 @@ class Layer(pydantic.BaseModel, extra="forbid"):
 
     @property
     def ideal(self) -> float:
-        """Dense numbers over those of the gauge form."""
+        """Return dense numbers over those of the gauge form."""
         m, n, r = self.out_features, self.in_features, self.rank
         return m * n / (r * (m + n - r))
 

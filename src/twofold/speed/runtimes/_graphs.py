@@ -160,7 +160,7 @@ class Graphs(Runtime):
 
     @property
     def format(self) -> Format:
-        """The export format that it runs."""
+        """Return the export format that it runs."""
         return FORMATS.get(self.name)
 
     def _is_export(self, model: str) -> bool:
