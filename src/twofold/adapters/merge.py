@@ -45,7 +45,7 @@ class Merge(pydantic.BaseModel, extra="forbid"):
 
 def merge(
     model: str,
-    adapters: list[str],
+    adapters: list[str] | str,
     out: Path | str,
     *,
     weight: list[float] | None = None,
@@ -65,6 +65,7 @@ def merge(
     Raises:
         TwofoldError: if an adapter does not belong to the model, or the settings do not fit.
     """
+    adapters = [adapters] if isinstance(adapters, str) else adapters
     weight = weight or [1.0] * len(adapters)
     if len(weight) != len(adapters):
         raise TwofoldError(

@@ -8,6 +8,7 @@ from twofold.errors import TwofoldError
 from twofold.model.blocks import Chain
 from twofold.model.load import LoadedModel
 from twofold.model.streamed import Streamed
+from twofold.objectives import without_data
 from twofold.task import Task, find_task
 
 
@@ -29,15 +30,19 @@ class Opened:
         """What the model is for; None if it is for nothing that is known."""
         return find_task(self.loaded.model, self.named)
 
-    def need_task(self, what: str = "calibrated") -> Task:
+    def need_task(self, what: str = "") -> Task:
         """Return what the model is for.
+
+        Args:
+            what: can't be done without; calibration if nothing is said.
 
         Raises:
             TwofoldError: if it is for nothing that is known.
         """
         task = self.task
         if task is None:
+            remedy = f"{what} yet" if what else f"calibrated yet; {without_data()}"
             raise TwofoldError(
-                f"{type(self.loaded.model).__name__} is an encoder-decoder model, which can't be {what} yet"
+                f"{type(self.loaded.model).__name__} is an encoder-decoder model, which can't be {remedy}"
             )
         return task

@@ -183,7 +183,10 @@ class _Sweep:
                 hidden.requires_grad_(True)
             out = run(step.sweep == "both")
             if step.sweep == "both":
-                outputs = task.read(out, model)
+                try:
+                    outputs = task.read(out, model)
+                except TwofoldError as error:
+                    raise TwofoldError(f"{error}; {without_gradients()}") from error
                 if not outputs.requires_grad:
                     raise TwofoldError(
                         f"no gradient reaches the outputs of {type(model).__name__}; {without_gradients()}"

@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from twofold.cli.words import one_line, repeat_flags, with_flags
 from twofold.errors import TwofoldError
+from twofold.host.faults import is_out_of_memory
 from twofold.host.progress import PHRASE
 from twofold.model.place import find_model
 from twofold.version import __version__
@@ -119,7 +120,7 @@ def _advice(error: Exception) -> str | None:
     """Say what the user can put right; None if it is a failure of ours."""
     if isinstance(error, TwofoldError):
         return one_line(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "not enough memory; give less to the run with --memory, or use a smaller --batch-size or --window"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"no file can have the name {str(error.filename)[:80]!r}…: it is too long"

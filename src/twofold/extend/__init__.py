@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from twofold.nn.compact import CompactLinear as CompactLinear
     from twofold.objectives import LayerMoments as LayerMoments
     from twofold.objectives import Problem as Problem
+    from twofold.objectives import corrective_objective as corrective_objective
     from twofold.objectives import objective as objective
+    from twofold.objectives import structural_objective as structural_objective
     from twofold.objectives._sides import gradient_side as gradient_side
     from twofold.objectives._sides import input_side as input_side
     from twofold.refine import Refined as Refined

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,13 +12,24 @@ from pathlib import Path
 from twofold.errors import TwofoldError
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
+WRAPPERS = (
+    contextlib.__file__,
+    "_contextlib.py",
+)  # frames of decorators, the standard library's and PyTorch's: nobody's code
 
 
 def is_ours(error: BaseException) -> bool:
     """Say whether an error comes from our code: a hook or a layer that the model's code has called."""
-    ours = (frame.filename.startswith(PACKAGE) for frame in traceback.extract_tb(error.__traceback__))
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    ours = (file.startswith(PACKAGE) for file in files if not file.endswith(WRAPPERS))
     inner = list(dropwhile(bool, ours))  # without what leads to the model
     return any(inner) or not inner
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error tells that memory is short, of the machine or of an accelerator."""
+    words = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
 @contextmanager
@@ -43,5 +55,5 @@ def errors_in_words(
 
 
 def models_errors(words: Callable[[Exception], str]) -> AbstractContextManager[None]:
-    """Turn an error of a model's own code within the block into a sentence; a fault of ours goes on as it is."""
-    return errors_in_words(words, is_ours)
+    """Turn an error of a model's own code within the block into a sentence; a fault of ours, or too little memory, goes on."""
+    return errors_in_words(words, lambda error: is_ours(error) or is_out_of_memory(error))

@@ -40,8 +40,11 @@ def quiet_bars() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, with the second if the first ends in a colon; without words, its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Return the first line of what an error says, with the second if the first ends in a colon; without words, its type.
+
+    Backticks are turned into quotes: in our sentences they mark settings.
+    """
+    lines = [line.strip().replace("`", "'") for line in str(error).splitlines() if line.strip()]
     if isinstance(error, KeyError):
         return f"it does not know {error}"
     if len(lines) > 1 and lines[0].endswith(":"):

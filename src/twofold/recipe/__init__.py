@@ -62,14 +62,14 @@ class _Recipe(Stages):
 if TYPE_CHECKING:
     Recipe = _Recipe
 else:
-    Recipe = pydantic.create_model("Recipe", __base__=(_Recipe, *method_settings()), __module__=__name__)
+    Recipe = pydantic.create_model("Recipe", __base__=(*method_settings(), _Recipe), __module__=__name__)
     Recipe.__doc__ = _Recipe.__doc__
 
 
 def recipe_type() -> type[Recipe]:
     """Return the recipe with the settings of methods that other packages have registered since."""
     more = [kind for kind in method_settings() if not kind.model_fields.keys() <= Recipe.model_fields.keys()]
-    bases: Any = (Recipe, *more)
+    bases: Any = (*more, Recipe)
     return pydantic.create_model("Recipe", __base__=bases) if more else Recipe
 
 

@@ -43,6 +43,8 @@ def refuse(recipe: Recipe, missing: Missing, remedy: str = "") -> None:
         TwofoldError: with what it needs, why that is missing, and what to do.
     """
     for setting, needs, alternative in _needs_of(recipe, missing):
+        if unknown := needs - NEEDS.keys():
+            raise TwofoldError(f"{setting} needs {min(unknown)!r}, which is none of {', '.join(NEEDS)}")
         for need in sorted(needs & missing.keys()):
             raise TwofoldError(f"{setting} {NEEDS[need]}, {missing[need]}; {alternative}{remedy}")
 
