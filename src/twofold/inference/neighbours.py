@@ -13,7 +13,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from twofold.errors import TwofoldError
+from twofold.host.faults import is_ours
 from twofold.inference.draft import Draft
+from twofold.model.kinds.linear import input_of
 from twofold.structures.roles import MLP
 
 Pairs: TypeAlias = list[tuple[list[str], str]]  # the weights that make hidden units, and the one that reads them
@@ -71,17 +74,26 @@ def _inputs(
         for name, (order, inputs) in shuffled.items():
             module = model.get_submodule(name)
             if inputs:
-                hook = module.register_forward_pre_hook(lambda m, args, o=order: (args[0][..., o], *args[1:]))
+                hook = module.register_forward_pre_hook(
+                    lambda m, args, kwargs, o=order: ((input_of(args, kwargs)[..., o],), {}), with_kwargs=True
+                )
             else:
                 hook = module.register_forward_hook(lambda m, args, out, o=order: out[..., o])
             hooks.enter_context(hook)
         for name in readers:
             reader = model.get_submodule(name)
-            watch = reader.register_forward_pre_hook(lambda m, args, n=name: seen[n].append(args[0].detach().clone()))
+            watch = reader.register_forward_pre_hook(
+                lambda m, args, kwargs, n=name: seen[n].append(input_of(args, kwargs).detach().clone()),
+                with_kwargs=True,
+            )
             hooks.enter_context(watch)
         try:
             run()
-        except Exception:  # an order that something else depends on may end in any error
+        except TwofoldError:
+            return {}
+        except Exception as error:  # an order that something else depends on may end in any error of the model's
+            if is_ours(error):
+                raise
             return {}
     return seen
 

@@ -48,7 +48,7 @@ class LinearKind(Kind):
 
     def watch(self, module: nn.Module, sink: Sink) -> list[Any]:
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x = _input(args, kwargs)
+            x = input_of(args, kwargs)
             if sink.starts and torch.is_grad_enabled() and not x.requires_grad:
                 x = x.detach().requires_grad_(True)
             return (x,), {}  # by position, since PyTorch shows the gradients of no others
@@ -59,7 +59,7 @@ class LinearKind(Kind):
                 bias = module.bias
                 return output - bias if isinstance(bias, Tensor) else output
 
-            take = None if sink.calls is None else sink.calls(_input(args, kwargs), product)
+            take = None if sink.calls is None else sink.calls(input_of(args, kwargs), product)
             if take is not None and output.requires_grad:
                 output.register_hook(lambda g: take(g) and None)  # type: ignore[no-untyped-call]
 
@@ -75,7 +75,7 @@ class LinearKind(Kind):
         return handles
 
 
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the input of a call of a linear layer, by position or by keyword."""
     x = args[0] if args else next(iter(kwargs.values()))
     assert isinstance(x, Tensor)

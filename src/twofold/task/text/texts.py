@@ -104,7 +104,7 @@ class Rows:
                 try:
                     return str(self.tokenizer.apply_chat_template(row["messages"], tokenize=False))
                 except Exception as error:  # a template may refuse a role or an order
-                    raise TwofoldError(f"the chat template refuses {where}: {error}") from error
+                    raise TwofoldError(f"the chat template refuses {where}: {first_line(error)}") from error
             for answer in ("completion", "response"):
                 if isinstance(row.get("prompt"), str) and isinstance(row.get(answer), str):
                     return str(row["prompt"]) + str(row[answer])
