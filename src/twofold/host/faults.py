@@ -12,10 +12,7 @@ from pathlib import Path
 from twofold.errors import TwofoldError
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
-WRAPPERS = (
-    contextlib.__file__,
-    "_contextlib.py",
-)  # frames of decorators, the standard library's and PyTorch's: nobody's code
+WRAPPERS = (contextlib.__file__, "_contextlib.py")  # decorators of the standard library and of PyTorch: nobody's code
 
 
 def is_ours(error: BaseException) -> bool:
