@@ -24,6 +24,7 @@ from conftest import TEXT, interruptible
 from pages import front_matter, make_plan, make_run, page
 from twofold.cli import compress, plan, tables
 from twofold.host.cache import cache_folder
+from twofold.host.folders import staged_folder
 from twofold.report.card import write_card
 from twofold.report.record import Sample
 
@@ -214,6 +215,20 @@ def test_a_disk_that_fills_while_the_checkpoint_is_written(command, tmp_path):
 
 
 # --- Ctrl-C
+
+
+def test_stopped_as_soon_as_the_folder_is_there_nothing_stays(tmp_path, monkeypatch):
+    make = Path.mkdir
+
+    def make_and_stop(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        if self.suffix == ".partial":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", make_and_stop)
+    with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "small"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long

@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -110,14 +110,14 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     out = out.expanduser().resolve()
     check_output(out, overwrite)
-    staged: Path | None = None
+    # Named before it is made, so that nothing stays wherever a run is stopped.
+    staged = out.with_name(f".{out.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     mask = os.umask(0)
     os.umask(mask)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(out)
-        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=".partial", dir=out.parent))
-        staged.chmod(0o777 & ~mask)
+        staged.mkdir()
         yield staged
         for file in filter(Path.is_file, staged.rglob("*")):
             file.chmod(0o666 & ~mask)
@@ -127,8 +127,7 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             raise TwofoldError(f"no space left while writing {out}; free some space and run again") from error
         raise TwofoldError(f"the output folder {out} can't be written: {error}") from error
     finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _put_in_place(staged: Path, out: Path) -> None:
