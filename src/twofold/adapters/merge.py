@@ -24,7 +24,7 @@ from twofold.model.kinds import dense_weight
 from twofold.model.load import LoadedModel, load_model
 from twofold.nn.layers.dense_columns import DenseColumnsLinear
 from twofold.nn.layers.factored import FactoredLinear
-from twofold.nn.places import cast_weights, replace_module
+from twofold.nn.places import replace_module
 
 
 class Merge(pydantic.BaseModel, extra="forbid"):
@@ -211,7 +211,6 @@ def _factored(model: Any) -> dict[str, FactoredLinear]:
 def _write_model(folder: Path, model: Any, loaded: LoadedModel) -> None:
     """Write a model in the dtype of its checkpoint, with its tokenizer."""
     with quiet_bars():
-        cast_weights(model, loaded.stored_dtype)
-        model.save_pretrained(folder)
+        loaded.save(model, folder)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(folder)

@@ -1,7 +1,7 @@
 """What the weight files of a checkpoint say of themselves, checked before any weight is read.
 
 The safetensors library makes sure that a header is whole and covers its file. This module makes sure that the files are those
-of the folder, that the index agrees with them, and that the shapes are those of the model that config.json describes.
+of the folder, and that the index agrees with them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from twofold.checkpoint.configuration import read_config
 from twofold.errors import TwofoldError
@@ -25,8 +24,6 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Some architectures make a part of their weights anew, so a model may have more numbers than its checkpoint, but not many more.
-SLACK, LARGER = 100_000_000, 4
 
 
 @dataclass(frozen=True)
@@ -163,40 +160,3 @@ def read_headers(files: dict[Path, set[str]]) -> dict[str, TensorHeader]:
             )
         headers |= stored
     return headers
-
-
-def check_fit(headers: dict[str, TensorHeader], model: nn.Module, name: str) -> None:
-    """Refuse tensors that do not fit an empty model, so that a wrong configuration can't ask for absurd amounts of memory.
-
-    transformers may store a weight under another name or turned, so a tensor is compared by its count of numbers where the
-    names are the same; the exact shapes are checked when they are loaded.
-
-    Args:
-        model: made from the configuration, on the meta device.
-
-    Raises:
-        TwofoldError: naming the first tensor of another size or kind, or both sizes if the model is far larger.
-    """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for key, tensor in model.state_dict().items():
-        header = headers.get(key) or headers.get(key.removeprefix(prefix)) or headers.get(prefix + key)
-        if header is None:
-            continue
-        if header.numbers != tensor.numel():
-            raise TwofoldError(
-                f"the weight {key} in {header.file} has the shape {header.shape}, its config.json says {tuple(tensor.shape)}; "
-                "fetch the checkpoint again"
-            )
-        if tensor.is_floating_point() != header.dtype.startswith(("F", "BF")):
-            needed = "a floating-point type" if tensor.is_floating_point() else "integers"
-            raise TwofoldError(
-                f"the weight {key} in {header.file} is of type {header.dtype}, the model needs {needed}; "
-                "fetch the checkpoint again"
-            )
-    described = sum(parameter.numel() for parameter in model.parameters())
-    stored = sum(header.numbers for header in headers.values())
-    if described > LARGER * stored + SLACK:
-        raise TwofoldError(
-            f"the config.json of {name} describes a model of {described:,} numbers, its weight files hold {stored:,}; "
-            "fetch the checkpoint again"
-        )

@@ -107,7 +107,7 @@ def print_end(run: Run | TuneRun, places: Mapping[str, Path]) -> None:
 def print_sizes(plan: Plan) -> None:
     """Print both numbers for size: over the targeted weights and over the whole model, in parameters and bytes."""
     targets, model = "factorized weights", "whole model"
-    bytes_before, bytes_after = plan.target_before * plan.element_bytes, plan.bytes_after - plan.dense_bytes
+    bytes_before, bytes_after = plan.target_bytes_before, plan.bytes_after - plan.dense_bytes
     rows: list[tuple[str, float, float, Callable[[float], str]]] = [
         (f"{targets}, parameters", plan.target_before, plan.target_after, millions),
         (f"{model}, parameters", plan.model_before, plan.model_after, millions),

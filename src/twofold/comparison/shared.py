@@ -23,9 +23,8 @@ from twofold.decompose.decompose import Decomposition
 from twofold.errors import TwofoldError
 from twofold.host.clock import Stopwatch
 from twofold.host.progress import say
-from twofold.model.load import LoadedModel, check_ids, need_tokenizer, window_limit
+from twofold.model.load import LoadedModel, check_ids, need_tokenizer, targets_of, window_limit
 from twofold.model.target import Targets
-from twofold.model.weights import find_targets
 from twofold.objectives import OBJECTIVES, Objective, Statistic
 from twofold.recipe import Recipe
 from twofold.run.check import check_methods
@@ -169,7 +168,7 @@ def set_up(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False
     notes: list[str] = []
     with watch.stage("texts"):
         texts = _texts(grid, loaded)
-    targets = find_targets(loaded.model, recipe.include, recipe.exclude)
+    targets = targets_of(loaded, recipe.include, recipe.exclude)
     with watch.stage("hash"):
         hashed = model_hash(loaded.model, loaded.shards)
     data: Data | None = None

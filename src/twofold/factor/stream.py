@@ -59,7 +59,7 @@ def write_units(folder: Path, prepared: Prepared, *, quiet: bool = False) -> int
             with residence.hold([part for part in unit if part in blocks]):
                 decomposition, stored = prepared.decomposition, prepared.loaded.stored_dtype
                 outcomes = factor_entries(prepared.loaded.model, inside, decomposition, stored, tick)
-                _write_unit(path, residence, keys, outcomes, mark)
+                _write_unit(path, residence, keys, outcomes, stored, mark)
         processes.wait()
     entries: dict[str, PlanEntry] = {}
     notes = list(plan.notes)
@@ -74,7 +74,9 @@ def write_units(folder: Path, prepared: Prepared, *, quiet: bool = False) -> int
     return len(units)
 
 
-def _write_unit(path: Path, residence: Streamed, keys: list[str], outcomes: Iterable[Outcome], mark: str) -> None:
+def _write_unit(
+    path: Path, residence: Streamed, keys: list[str], outcomes: Iterable[Outcome], stored: torch.dtype, mark: str
+) -> None:
     """Write the tensors of one part: the dense ones as they are stored, the factored ones in the place of their weight."""
     tensors: dict[str, Tensor] = {}
     record: dict[str, Any] = {"mark": mark, "entries": [], "notes": [], "layers": {}}
@@ -82,10 +84,9 @@ def _write_unit(path: Path, residence: Streamed, keys: list[str], outcomes: Iter
     for layer, entry, note in outcomes:
         key = residence.keys[f"{entry.name}.weight"]
         stem = key.removesuffix("weight")
-        dtype = residence.shards.headers[key].torch_dtype
         for name, tensor in layer.state_dict().items():
             if name != "bias":
-                tensors[stem + name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                tensors[stem + name] = tensor.to(stored) if tensor.is_floating_point() else tensor
         replaced.add(key)
         record["entries"].append(entry.model_dump(mode="json"))
         record["notes"] += [note] if note is not None else []

@@ -13,7 +13,7 @@ from twofold.planning.plan import Plan
 
 
 def verify(folder: Path, plan: Plan, model: nn.Module) -> None:
-    """Count what was really stored, so that no figure of the plan goes unchecked: numbers, or bytes where some are integers.
+    """Count the bytes that were really stored, so that no figure of the plan goes unchecked.
 
     Raises:
         RuntimeError: if it is not what the plan says; a failure of ours.
@@ -29,12 +29,7 @@ def verify(folder: Path, plan: Plan, model: nn.Module) -> None:
 
     persistent = model.state_dict()
     foreign = {id(b): b for n, b in model.named_buffers() if n in persistent and not planned_for(n)}.values()
-    if plan.integers:
-        unit, stored = "bytes", sum(header.bytes for header in headers)
-        planned = plan.bytes_after + sum(buffer.numel() * buffer.element_size() for buffer in foreign)
-    else:
-        unit, stored = "numbers", sum(header.numbers for header in headers)
-        guards = sum(entry.replaced for entry in plan.entries)
-        planned = plan.model_after + guards + plan.order_numbers + sum(buffer.numel() for buffer in foreign)
+    stored = sum(header.bytes for header in headers)
+    planned = plan.bytes_after + sum(buffer.numel() * buffer.element_size() for buffer in foreign)
     if stored != planned:
-        raise RuntimeError(f"the checkpoint holds {stored} {unit}, the plan says {planned}; please report this")
+        raise RuntimeError(f"the checkpoint holds {stored} bytes, the plan says {planned}; please report this")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from twofold.checkpoint.headers import check_fit
 from twofold.checkpoint.loaded import check_missing, check_shape
 from twofold.checkpoint.shards import Shards, check_finite_tensor
 from twofold.errors import TwofoldError
@@ -24,9 +22,12 @@ from twofold.model.blocks import Chain
 from twofold.model.settings import Loading
 from twofold.model.skeleton import empty_model, forget_gguf, is_plain, model_on_meta
 from twofold.model.source import choose_device, compute_dtype, config_and_class, locate, open_shards, stored_dtype
+from twofold.model.stored import Stored, check_depth_of_files, check_fit, find_stored
 from twofold.model.streamed import Resident, Streamed
-
-LAYER = re.compile(r"\.\d+\.")
+from twofold.model.target import Targets, UnusedTensor
+from twofold.model.ties import settle_ties
+from twofold.model.weights import find_targets
+from twofold.nn.places import cast_weights
 
 
 @dataclass
@@ -41,10 +42,25 @@ class LoadedModel:
     no_tokenizer: str = ""  # why there is none
     residence: Resident = field(default=None)  # type: ignore[assignment]
     shards: Shards | None = None  # the files that the weights came from, if they are safetensors on this disk
+    stored: Stored = field(default_factory=Stored)  # what they hold, by the names of the model
 
     def __post_init__(self) -> None:
         if self.residence is None:
             self.residence = Resident(self.model)
+
+    @property
+    def own_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes of the weights, by their names in the model, that are stored in another one than most."""
+        return self.stored.own_dtypes
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write a model that was made of this one, each number in the dtype that it came in; the model is cast in place."""
+        cast_weights(model, self.stored_dtype, self.own_dtypes)
+        with quiet_bars():
+            model.save_pretrained(folder)
+        if model.config.dtype != self.stored_dtype:  # transformers takes that of the first weight
+            model.config.dtype = self.stored_dtype
+            model.config.save_pretrained(folder)
 
 
 def load_model(
@@ -69,10 +85,13 @@ def load_model(
     shards = open_shards(folder, name)
     with errors_in_words(lambda error: f"the model {name} can't be loaded: {first_line(error)}"):
         config, model_class = config_and_class(source, where)
-        stored = stored_dtype(config, shards)
-        compute = compute_dtype(dtype, stored, torch_device)
+        stored = Stored()
         if shards is not None and is_plain(config, trust_remote_code):
-            check_fit(shards.headers, model_on_meta(model_class, config, trust_remote_code), name)
+            empty = model_on_meta(model_class, config, trust_remote_code)
+            stored = find_stored(empty, shards)
+            check_fit(stored, empty, name)
+        kept = stored_dtype(config, stored)
+        compute = compute_dtype(dtype, kept, torch_device)
         with quiet_bars():
             model, report = model_class.from_pretrained(
                 source,
@@ -85,13 +104,16 @@ def load_model(
     for key, shape, expected in sorted(report["mismatched_keys"]):
         check_shape(f"the weight {key}", f"the checkpoint {name}", tuple(shape), tuple(expected))
     check_missing(sorted(report["missing_keys"]), place=name)
-    _check_layers(model, report["unexpected_keys"], name)
     if "gguf_file" in where:
         forget_gguf(model)
+    if not stored.keys:  # of the hub, or with code of its own
+        stored = find_stored(model, shards, report["unexpected_keys"])
+        check_depth_of_files(stored, model.state_dict(), name)
+    settle_ties(model, stored, shards)
     model = model.to(torch_device).eval()
     check_finite_weights(model, name)
     tokenizer, reason = _tokenizer(source, where)
-    return LoadedModel(model, tokenizer, name, folder, stored or compute, reason, shards=shards)
+    return LoadedModel(model, tokenizer, name, folder, kept or compute, reason, shards=shards, stored=stored)
 
 
 def _readable(name: str) -> AbstractContextManager[None]:
@@ -134,14 +156,16 @@ def load_streamed(settings: Loading, chain: Chain) -> LoadedModel:
     assert shards is not None
     with _readable(name):
         config, model_class = config_and_class(source, where)
-        stored = stored_dtype(config, shards)
-        dtype = compute_dtype(settings.dtype, stored, device)
-        check_fit(shards.headers, model_on_meta(model_class, config, settings.trust_remote_code), name)
+        empty = model_on_meta(model_class, config, settings.trust_remote_code)
+        stored = find_stored(empty, shards)
+        check_fit(stored, empty, name)
+        kept = stored_dtype(config, stored)
+        dtype = compute_dtype(settings.dtype, kept, device)
         model = empty_model(model_class, config, dtype)
-    residence = Streamed(model, shards, chain, dtype, device)
-    _check_layers(model, residence.unexpected, name)
+    settle_ties(model, stored, shards)
+    residence = Streamed(model, shards, stored, chain, dtype, device)
     tokenizer, reason = _tokenizer(source, where)
-    return LoadedModel(model, tokenizer, name, folder, stored or dtype, reason, residence, shards)
+    return LoadedModel(model, tokenizer, name, folder, kept or dtype, reason, residence, shards, stored)
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -167,10 +191,31 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
     with _readable(name):
         config, model_class = config_and_class(source, where)
         model = model_on_meta(model_class, config, trust_remote_code)
-        stored = stored_dtype(config, shards) or torch.float32
+        stored = Stored()
         if shards is not None and is_plain(config, trust_remote_code):
-            check_fit(shards.headers, model, name)
-    return LoadedModel(model.eval(), None, name, folder, stored, shards=shards)
+            stored = find_stored(model, shards)
+            check_fit(stored, model, name)
+        kept = stored_dtype(config, stored) or torch.float32
+    settle_ties(model, stored, shards)
+    return LoadedModel(model.eval(), None, name, folder, kept, shards=shards, stored=stored)
+
+
+def targets_of(loaded: LoadedModel, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> Targets:
+    """Find the targets of a model as ``find_targets`` does, with what its files say of each weight, and what is left over.
+
+    Raises:
+        TwofoldError: if a pattern matches no linear layer, nothing is left to factorize, or weights are integers already.
+    """
+    weights, stored = find_targets(loaded.model, include, exclude), loaded.stored
+    sizes = {name: dtype.itemsize for name, dtype in loaded.own_dtypes.items()}
+    unused = sorted(stored.unused.items())
+    return replace(
+        weights,
+        targets=[replace(t, element_bytes=sizes.get(f"{t.name}.weight")) for t in weights.targets],
+        dense=[replace(weight, element_bytes=sizes.get(weight.name)) for weight in weights.dense],
+        unused=tuple(UnusedTensor(key, stored.shape(key), reason) for key, reason in unused),
+        notes=(*stored.notes, *stored.unused_notes),
+    )
 
 
 def window_limit(model: Any) -> int | None:
@@ -224,18 +269,4 @@ def check_ids(ids: Tensor, loaded: LoadedModel) -> None:
         raise TwofoldError(
             f"the tokenizer of {loaded.name} gives the token id {int(ids.max())}, the model has only {count} "
             "embeddings; they do not belong together"
-        )
-
-
-def _check_layers(model: nn.Module, unexpected: Iterable[str], name: str) -> None:
-    """Refuse to drop layers that the checkpoint has and config.json does not; other leftover weights do no harm.
-
-    Raises:
-        TwofoldError: naming the first weight.
-    """
-    known = {LAYER.sub(".#.", key) for key in model.state_dict()}
-    dropped = sorted(key for key in unexpected if LAYER.search(key) and LAYER.sub(".#.", key) in known)
-    if dropped:
-        raise TwofoldError(
-            f"the checkpoint {name} has more layers than its config.json says, first {dropped[0]}; fetch it again"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from twofold.checkpoint.configuration import check_depth, read_config
-from twofold.checkpoint.headers import DTYPES, INDEX, read_index
+from twofold.checkpoint.headers import INDEX, read_index
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
 from twofold.model import builtin
 from twofold.model.place import find_model
+from twofold.model.stored import Stored
 
 
 def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str | Path, dict[str, Any], Path | None]:
@@ -72,21 +72,25 @@ def open_shards(folder: Path | None, name: str) -> Shards | None:
     return shards
 
 
-def stored_dtype(config: Any, shards: Shards | None) -> torch.dtype | None:
-    """Return the dtype that the weights are stored in, by the configuration, or else by most of the tensors."""
-    stored = getattr(config, "dtype", None)
-    stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
-    if isinstance(stored, torch.dtype):
-        if not stored.is_floating_point:
-            raise TwofoldError(
-                f"the model's config.json names {stored} as its dtype, which is not a floating-point type"
-            )
-        return stored
-    if shards is None:
-        return None
-    ((commonest, _),) = Counter(header.dtype for header in shards.headers.values()).most_common(1)
-    dtype = DTYPES.get(commonest)
-    return dtype if dtype is not None and dtype.is_floating_point else None
+def stored_dtype(config: Any, stored: Stored) -> torch.dtype | None:
+    """Return the dtype that the weights are stored in: of most of their numbers, or else as the configuration says.
+
+    Where the two differ, a note in ``stored`` says so.
+
+    Raises:
+        TwofoldError: if the configuration names a type that is not of floating point.
+    """
+    said = getattr(config, "dtype", None)
+    said = getattr(torch, said, None) if isinstance(said, str) else said
+    if isinstance(said, torch.dtype) and not said.is_floating_point:
+        raise TwofoldError(f"the model's config.json names {said} as its dtype, which is not a floating-point type")
+    held = stored.dtype
+    if held is not None and isinstance(said, torch.dtype) and held != said:
+        words = [str(dtype).removeprefix("torch.") for dtype in (said, held)]
+        stored.notes.append(
+            f"config.json names {words[0]} as the dtype, the weights are stored in {words[1]}: the result is, too"
+        )
+    return held or (said if isinstance(said, torch.dtype) else None)
 
 
 def choose_device(device: str) -> torch.device:

@@ -22,6 +22,7 @@ from twofold.errors import TwofoldError
 from twofold.host.clock import return_memory
 from twofold.model.blocks import Chain, Stretch, replaced_forward
 from twofold.model.head import output_layer
+from twofold.model.stored import Stored
 from twofold.model.weights import parameter_names
 
 EMBEDDING, HEAD = "the input embedding", "the output head"
@@ -74,18 +75,21 @@ class Streamed(Resident):
 
     streamed = True
 
-    def __init__(self, model: Any, shards: Shards, chain: Chain, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, shards: Shards, stored: Stored, chain: Chain, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__(model, dtype, device)
         self.shards, self.chain = shards, chain
         self.tables: dict[str, Any] = {EMBEDDING: model.get_input_embeddings(), HEAD: output_layer(model)}
         self.state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
-        self.keys: dict[str, str] = {}  # name in the model → name in the checkpoint, stored as it is
-        self.unexpected: list[str] = []  # names in the checkpoint that this model does not have
-        self.converted: dict[str, str] = {}  # name in the checkpoint → unit, for those that transformers converts
-        self._map_names()
+        self.keys = stored.keys  # name in the model → name in the checkpoint, stored as it is
+        # name in the checkpoint → unit, for those that transformers converts
+        self.converted = {key: self.unit_of(name) for key, name in stored.converted.items()}
         self.units: dict[str, list[str]] = {}  # unit → names in the model
-        for name in self.state:
-            self.units.setdefault(self.unit_of(name), []).append(name)
+        always = {id(tensor) for name, tensor in self.state.items() if not self.unit_of(name)}
+        for name, tensor in self.state.items():
+            unit = "" if id(tensor) in always else self.unit_of(name)  # tied to a weight that stays in memory
+            self.units.setdefault(unit, []).append(name)
         self._check()
         for module in model.modules():
             for leaf, buffer in module._buffers.items():
@@ -125,26 +129,6 @@ class Streamed(Resident):
 
     def fused(self, name: str) -> bool:
         return f"{name}.weight" not in self.keys
-
-    def _map_names(self) -> None:
-        """Find which tensor of the checkpoint is which of the model, by the rules by which transformers loads it."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-        rules = get_model_conversion_mapping(self.model)
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        prefix = self.model.base_model_prefix
-        for key in sorted(self.shards.headers, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, self.state)
-            if name not in self.state and key in self.state:
-                name, pattern = key, None
-            if name not in self.state:
-                self.unexpected.append(key)
-            elif pattern is None:
-                self.keys[name] = key
-            else:
-                self.converted[key] = self.unit_of(name)
 
     def _check(self) -> None:
         """Refuse a checkpoint that lacks a weight or has one of another shape."""
@@ -193,8 +177,10 @@ class Streamed(Resident):
         for key, tensor in self.shards.read(keys):
             check_finite_tensor(key, tensor, self.shards.folder)
             dtype = self.dtype if tensor.is_floating_point() and not stays_stored else tensor.dtype
-            # A copy of its own, so that the file is not kept mapped.
+            # A copy of its own, so that the file is not kept mapped; weights that are tied stay one.
             own = tensor.to(self.device, dtype, copy=True)
+            if own.is_floating_point():
+                own = nn.Parameter(own, requires_grad=False)
             for name in keys[key]:
                 self._put(name, own)
         if stays_stored:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -23,11 +23,16 @@ class Target:
     in_features: int  # n
     bias: bool
     transposed: bool  # the module keeps its weight as (in, out)
+    element_bytes: int | None = None  # of a stored number; None: as of most of the model's
 
     @property
     def size(self) -> int:
         """m · n."""
         return self.out_features * self.in_features
+
+    def bytes(self, element: int) -> int:
+        """Return the bytes of the weight as it is stored, where a number of most weights takes ``element``."""
+        return self.size * (self.element_bytes or element)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,10 +59,20 @@ class DenseWeight:
     reason: str
     layer: Holder = ""  # that holds it
     tied: tuple[str, ...] = ()  # linear layers that use it too
+    element_bytes: int | None = None  # of a stored number; None: as of most of the model's
 
     @property
     def size(self) -> int:
         return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class UnusedTensor:
+    """A tensor in the files that no weight of the model is made of, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,8 @@ class Targets:
     dense: list[DenseWeight]
     groups: dict[str, str] = field(default_factory=dict)  # target → the first target that shares its input
     structures: tuple[Structure, ...] = ()  # targets whose sizes are chosen together; if any are, all belong to one
+    unused: tuple[UnusedTensor, ...] = ()  # in the files
+    notes: tuple[str, ...] = ()  # on the files
 
     def without(self, reasons: dict[str, str]) -> Targets:
         """Leave some targets dense, each for its reason; those that can't be cut without them stay dense too."""
@@ -82,11 +99,17 @@ class Targets:
                 reasons = {**dict.fromkeys(names, f"cut together with {dropped[0]}, which stays dense"), **reasons}
         left = [t for t in self.targets if t.name not in reasons]
         dense = [
-            DenseWeight(f"{t.name}.weight", t.shape, reasons[t.name], "transposed" if t.transposed else "linear")
+            DenseWeight(
+                f"{t.name}.weight",
+                t.shape,
+                reasons[t.name],
+                "transposed" if t.transposed else "linear",
+                element_bytes=t.element_bytes,
+            )
             for t in self.targets
             if t.name in reasons
         ]
-        return Targets(left, dense + self.dense, self.groups, tuple(structures))
+        return replace(self, targets=left, dense=dense + self.dense, structures=tuple(structures))
 
     @property
     def target_numbers(self) -> int:

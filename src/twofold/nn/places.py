@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,18 +46,21 @@ def dense_again(model: nn.Module, replaced: dict[str, nn.Module]) -> Iterator[No
             replace_module(model, name, module)
 
 
-def cast_weights(model: Any, dtype: torch.dtype) -> None:
+def cast_weights(model: Any, dtype: torch.dtype, own: Mapping[str, torch.dtype] | None = None) -> None:
     """Cast what a checkpoint stores, in place: parameters and persistent buffers of floating point.
 
     Other buffers, such as rotary frequencies, stay in the precision that their architecture computes them in.
+
+    Args:
+        own: the dtypes of those, by names, that are stored in another one.
     """
-    stored = model.state_dict().keys()
-    for parameter in model.parameters():
+    stored, own = model.state_dict().keys(), own or {}
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(own.get(name, dtype))
     for name, buffer in model.named_buffers():
         if name in stored and buffer.is_floating_point():
-            buffer.data = buffer.data.to(dtype)
+            buffer.data = buffer.data.to(own.get(name, dtype))
 
 
 BASES = "twofold_bases"  # where a model holds its bases

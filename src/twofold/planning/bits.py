@@ -85,7 +85,7 @@ def bit_menu(request: PlanRequest) -> Menu:
 
     def candidate(target: Target) -> Candidate:
         """Return the options of one weight; a dense one has its full rank. An override leaves no choice to stay as it is."""
-        pairs, whole = options[target.name], float(target.size * request.element)
+        pairs, whole = options[target.name], float(target.bytes(request.element))
         return Candidate(
             target.name,
             np.array([min(target.shape) if pair.rank is None else pair.rank for pair in pairs], dtype=np.int64),

@@ -18,7 +18,7 @@ from twofold.objectives._correction import Correction
 from twofold.planning.bits import bit_menu
 from twofold.planning.evidence import Evidence
 from twofold.planning.menu import Menu, PlanRequest
-from twofold.planning.plan import Plan, PlanEntry
+from twofold.planning.plan import Plan, PlanEntry, UnusedEntry
 from twofold.planning.ranks import rank_menu
 from twofold.planning.settings import Planning
 from twofold.planning.sizes import ModelSize, target_budget
@@ -57,7 +57,8 @@ def make_plan(
         element_bytes=element_bytes,
         entries=entries,
         dense=request.dense,
-        notes=alone_notes(targets.structures) + notes,
+        unused=[UnusedEntry(name=t.name, shape=list(t.shape), reason=t.reason) for t in targets.unused],
+        notes=[*alone_notes(targets.structures), *notes, *targets.notes],
     )
 
 
@@ -103,7 +104,8 @@ def _allocated(request: PlanRequest) -> tuple[list[PlanEntry], list[str]]:
     else:
         numbers, element = targets.target_numbers, request.element
         dense_bytes = sum(entry.weight_bytes(element) for entry in request.dense)
-        size = ModelSize(numbers, targets.total_numbers - numbers, element, dense_bytes, least)
+        target_bytes = sum(target.bytes(element) for target in targets.targets)
+        size = ModelSize(numbers, targets.total_numbers - numbers, target_bytes, dense_bytes, least)
         amount = target_budget(recipe.keep, recipe.budget, size)
     choices = dict(menu.forced)
     if free:

@@ -138,7 +138,14 @@ class PlanRequest:
             rows, columns = reversed(weight.shape) if weight.layer == "transposed" else weight.shape
             size = int_bytes(rows, columns, bits, self.recipe.group(bits)) + self.element * (1 + len(weight.tied))
             reason, more = f"{reason}; rounded to {bits} bits", self.rounded(bits, size)
-        return DenseEntry(name=weight.name, shape=list(weight.shape), numbers=weight.size, reason=reason, **more)
+        return DenseEntry(
+            name=weight.name,
+            shape=list(weight.shape),
+            numbers=weight.size,
+            reason=reason,
+            element_bytes=weight.element_bytes,
+            **more,
+        )
 
 
 def at_most(values: NDArray[np.generic], most: float) -> Choice:

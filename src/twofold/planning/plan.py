@@ -32,6 +32,7 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     quantized_bytes: PositiveInt | None = None  # of codes and scales
     transposed: bool
     bias: bool
+    element_bytes: PositiveInt | None = None  # of a number of the dense weight as it is stored; None: the plan's
     numbers_before: PositiveInt  # m · n
     numbers_after: NonNegativeInt
     predicted_loss: NonNegativeFloat | None  # Σ σ² left out, None if no spectrum was taken
@@ -64,7 +65,13 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
 
     def weight_bytes(self, element: int) -> int:
         """Return the bytes of the numbers, with scales; without order and guard."""
-        return self.numbers_after * element if self.quantized_bytes is None else self.quantized_bytes
+        if self.quantized_bytes is not None:
+            return self.quantized_bytes
+        return self.numbers_after * element if self.replaced else self.bytes_before(element)
+
+    def bytes_before(self, element: int) -> int:
+        """Return the bytes of the dense weight."""
+        return self.numbers_before * (self.element_bytes or element)
 
     @property
     def multiplications(self) -> int:
@@ -90,13 +97,26 @@ class DenseEntry(pydantic.BaseModel, extra="forbid"):
     shape: list[NonNegativeInt]
     numbers: NonNegativeInt
     reason: str
+    element_bytes: PositiveInt | None = None  # of a number as it is stored; None: the plan's
     bits: Annotated[int, Field(ge=2, le=8)] | None = None  # of the stored numbers; None: in the dtype of the checkpoint
     scale_group: PositiveInt | None = None
     quantized_bytes: PositiveInt | None = None  # of codes, scales and guards
 
     def weight_bytes(self, element: int) -> int:
         """Return the bytes of the numbers."""
-        return self.numbers * element if self.quantized_bytes is None else self.quantized_bytes
+        return self.bytes_before(element) if self.quantized_bytes is None else self.quantized_bytes
+
+    def bytes_before(self, element: int) -> int:
+        """Return the bytes of the numbers in floating point."""
+        return self.numbers * (self.element_bytes or element)
+
+
+class UnusedEntry(pydantic.BaseModel, extra="forbid"):
+    """A tensor in the files of the original that is not in the result."""
+
+    name: str
+    shape: list[NonNegativeInt]
+    reason: str
 
 
 class Estimate(pydantic.BaseModel, extra="forbid"):
@@ -125,6 +145,7 @@ class Plan(pydantic.BaseModel, extra="forbid"):
     element_bytes: PositiveInt
     entries: list[PlanEntry]
     dense: list[DenseEntry]
+    unused: list[UnusedEntry] = []
     notes: list[str] = []
     estimate: Estimate | None = None  # what a run will take, in a plan that was asked for alone
 
@@ -161,7 +182,12 @@ class Plan(pydantic.BaseModel, extra="forbid"):
 
     @property
     def bytes_before(self) -> int:
-        return self.model_before * self.element_bytes
+        return self.target_bytes_before + sum(entry.bytes_before(self.element_bytes) for entry in self.dense)
+
+    @property
+    def target_bytes_before(self) -> int:
+        """The bytes of the targeted weights."""
+        return sum(entry.bytes_before(self.element_bytes) for entry in self.entries)
 
     @property
     def integers(self) -> bool:

@@ -46,7 +46,7 @@ def _candidate(request: PlanRequest, target: Target, storage: Storage) -> Candid
         np.array([storage.cost(target, int(rank)) for rank in ranks], dtype=np.float64),
         tails[ranks] * request.weight(tails),
         float(Storage(request.recipe, request.element, request.recipe.kept_bits).cost(target, None)),
-        float(target.size * request.scale),
+        float(target.bytes(request.element) if request.recipe.in_bytes else target.size),
         values,
         target.kind,
         request.evidence.tokens,

@@ -14,7 +14,7 @@ class ModelSize:
 
     target_numbers: int  # parameters of the targeted weights
     dense_numbers: int  # parameters of all the rest
-    element_bytes: int  # of one parameter on disk
+    target_bytes: int  # of the targeted weights on disk
     dense_bytes: int  # of all the rest
     smallest: float  # what the targets store at their smallest possible ranks, in the unit of the budget
 
@@ -48,7 +48,7 @@ def target_budget(keep: float | None, budget: str | None, size: ModelSize) -> fl
             raise TwofoldError(f"a budget of {budget} of the whole model must be above 0 and at most 100%")
         number *= whole
     if unit == "bytes":
-        dense, targets, name, share = size.dense_bytes, size.target_numbers * size.element_bytes, "MB", ""
+        dense, targets, name, share = size.dense_bytes, size.target_bytes, "MB", ""
     else:
         dense, targets, name = size.dense_numbers, size.target_numbers, "M"
         share = f" parameters ({_up(100 * (dense + size.smallest) / whole, 1):g}%)"

@@ -42,7 +42,8 @@ class Storage:
 
     def bytes(self, weight: Shaped, rank: int | None) -> int:
         """Return the bytes of all that is stored: numbers, order, and the guard of a layer in the dense one's place."""
-        numbers = self.numbers(weight, rank) * self.element if self.bits is None else self.integers(weight, rank)
+        element = self.element if rank is not None else getattr(weight, "element_bytes", None) or self.element
+        numbers = self.numbers(weight, rank) * element if self.bits is None else self.integers(weight, rank)
         guard = 0 if rank is None and self.bits is None else self.element
         order = 0 if rank is None else ORDER_BYTES * order_integers(self.form(weight), weight)
         return numbers + order + guard

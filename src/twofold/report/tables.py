@@ -23,12 +23,11 @@ class TextTable:
 
 def size_table(plan: Plan) -> TextTable:
     """Show both numbers for size: over the factorized weights and over the whole model, in parameters and in bytes."""
-    element = plan.element_bytes
     bytes_after = plan.bytes_after - plan.dense_bytes
     rows = [
         ("factorized weights, parameters", plan.target_before, plan.target_after, millions),
         ("whole model, parameters", plan.model_before, plan.model_after, millions),
-        ("factorized weights, bytes", plan.target_before * element, bytes_after, megabytes),
+        ("factorized weights, bytes", plan.target_bytes_before, bytes_after, megabytes),
         ("whole model, bytes", plan.bytes_before, plan.bytes_after, megabytes),
     ]
     return TextTable(

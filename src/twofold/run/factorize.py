@@ -78,7 +78,7 @@ def factorize(
     replaced = prepared.factorize(quiet=quiet)
     refine(prepared, replaced, recipe, quiet=quiet)
     result = loaded.model
-    cast_weights(result, loaded.stored_dtype)
+    cast_weights(result, loaded.stored_dtype, loaded.own_dtypes)
     attach(result)
     result.twofold_plan, result.twofold_tokenizer = prepared.plan, loaded.tokenizer
     return result

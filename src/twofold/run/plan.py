@@ -9,8 +9,7 @@ from typing import Any
 from twofold.calibrate.opened import Opened
 from twofold.errors import TwofoldError
 from twofold.host.clock import Stopwatch
-from twofold.model.load import load_skeleton
-from twofold.model.weights import find_targets
+from twofold.model.load import load_skeleton, targets_of
 from twofold.objectives import OBJECTIVES
 from twofold.planning.plan import Plan
 from twofold.recipe import Recipe, make_recipe
@@ -81,7 +80,7 @@ def _by_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
     loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     recipe = fit_window(recipe, loaded, quiet=True)
     opened = Opened(loaded, named=recipe.task)
-    targets = with_structures(opened, find_targets(loaded.model, recipe.include, recipe.exclude), recipe)
+    targets = with_structures(opened, targets_of(loaded, recipe.include, recipe.exclude), recipe)
     uniform = plan_of_shapes(loaded, targets, recipe, layer_times(loaded, targets, recipe, quiet=quiet))
     note = (
         f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "

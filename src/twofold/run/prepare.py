@@ -26,11 +26,10 @@ from twofold.host.progress import say
 from twofold.host.unfinished import Work
 from twofold.inference.latency import times_of
 from twofold.model.blocks import plain_chain
-from twofold.model.load import LoadedModel
+from twofold.model.load import LoadedModel, targets_of
 from twofold.model.source import choose_device, compute_dtype
 from twofold.model.streamed import Streamed
 from twofold.model.target import Targets
-from twofold.model.weights import find_targets
 from twofold.objectives import OBJECTIVES
 from twofold.planning.bits import with_fewest_bits
 from twofold.planning.evidence import Evidence, gather
@@ -69,7 +68,7 @@ def prepare(
     loaded, model = opened.loaded, opened.loaded.model
     objective, allocation = OBJECTIVES.get(recipe.objective), ALLOCATIONS.get(recipe.allocate)
     measured = allocation.measure is not None
-    targets = with_structures(opened, find_targets(model, recipe.include, recipe.exclude), recipe)
+    targets = with_structures(opened, targets_of(loaded, recipe.include, recipe.exclude), recipe)
     times = layer_times(loaded, targets, recipe, quiet=quiet)
     plan_of_shapes(loaded, targets, recipe, times)  # an impossible budget or override is refused before any work
     if isinstance(loaded.residence, Streamed):

@@ -18,7 +18,7 @@ from twofold.host.quiet import quiet_bars
 from twofold.host.unfinished import Work
 from twofold.model.load import load_streamed
 from twofold.model.streamed import Streamed
-from twofold.nn.places import cast_weights, dense_again
+from twofold.nn.places import dense_again
 from twofold.recipe import Recipe
 from twofold.refine import Refined
 from twofold.refine.steps.series import refine
@@ -94,10 +94,8 @@ class InMemory(_Way):
     def write(self, folder: Path) -> None:
         self.replaced.clear()
         model = self.prepared.loaded.model
-        cast_weights(model, self.prepared.loaded.stored_dtype)
         attach(model)
-        with quiet_bars():
-            model.save_pretrained(folder)
+        self.prepared.loaded.save(model, folder)
 
 
 @dataclass

@@ -19,7 +19,6 @@ from twofold.host.folders import check_apart, check_output, check_space, staged_
 from twofold.host.progress import say
 from twofold.host.unfinished import BEFORE, Work, working
 from twofold.model.load import LoadedModel, load_model
-from twofold.nn.places import cast_weights
 from twofold.report.record import Sample
 from twofold.settings.base import from_call
 from twofold.tuning.bar import LossBar
@@ -288,8 +287,7 @@ def save(method: Method, loaded: LoadedModel, folder: Path) -> None:
     """Write the adapter, or the model with the adapter put into it, and the tokenizer."""
     model = method.model.merge_and_unload() if method.merged else method.model
     if not method.adapter:
-        cast_weights(model, loaded.stored_dtype)
-        model.save_pretrained(folder)
+        loaded.save(model, folder)
     elif method.initial is not None:
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(method.initial))
     else:

@@ -1,0 +1,144 @@
+"""Odd checkpoints × commands: the right result or one sentence, the same in memory and block by block."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import twofold.cli
+from conftest import TEXT
+from odd import ODD, adapter, logits_of
+from runs import same
+from twofold.checkpoint.headers import read_headers, weight_files
+from twofold.planning.plan import Plan
+
+QUICK = ["--tokens", "64", "--window", "16", "--eval-windows", "1", "--quiet"]
+KEEP = ["--keep", "0.7"]
+
+
+@pytest.fixture
+def run(capsys: Any, monkeypatch: Any) -> Any:
+    """Run the command in this process, and return what it says; it ends well or with one sentence."""
+    monkeypatch.setattr("twofold.report.page.write_report", lambda *arguments: None)  # seconds, of no interest here
+
+    def call(*arguments: Any) -> str | None:
+        monkeypatch.setattr(sys, "argv", ["twofold", *map(str, arguments)])
+        code = 0
+        try:
+            twofold.cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        said = capsys.readouterr()
+        assert code in (0, 2), said.err
+        if code == 0:
+            return None
+        assert said.err.startswith("twofold: "), said.err
+        assert said.err.count("\n") == 1, said.err
+        return str(said.err)
+
+    return call
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, Path]:
+    """Files of text, and of rows."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    rows = "".join(json.dumps({"prompt": f"How old is {i}?", "completion": f"{i} years."}) + "\n" for i in range(12))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    return {"text": tmp_path / "text.txt", "rows": tmp_path / "rows.jsonl"}
+
+
+def close(one: torch.Tensor, other: torch.Tensor, *, half: bool) -> None:
+    """Check that logits are equal within the rounding of the dtype that is written."""
+    scale = float(other.abs().max())
+    torch.testing.assert_close(one, other, rtol=0, atol=scale * (0.06 if half else 2e-3))
+
+
+def accounted(source: Path, plan: Plan, unused: int) -> None:
+    """Check that each tensor of the source is a weight of the plan, or listed as not used."""
+    stored = read_headers(weight_files(source, "it"))
+    assert len(plan.unused) == unused
+    assert {entry.name for entry in plan.unused} <= set(stored)
+    numbers = sum(header.numbers for name, header in stored.items() if name not in {e.name for e in plan.unused})
+    assert numbers == plan.model_before
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(ODD))
+def test_an_odd_folder_gives_the_right_result_or_one_sentence(name, run, texts, tmp_path, monkeypatch):
+    odd, source = ODD[name], tmp_path / "model"
+    odd.make(source)
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    calibration = ["--calibration", texts["text"], *QUICK]
+    commands = {
+        "inspect": ["inspect", source, *odd.flags],
+        "plan": ["plan", source, *KEEP, *calibration, "--out", tmp_path / "plan.json", *odd.flags],
+        "memory": ["compress", source, *KEEP, *calibration, "--out", tmp_path / "memory", *odd.flags],
+        "streamed": ["compress", source, *KEEP, *calibration, "--stream", "always", "--out", tmp_path / "streamed", *odd.flags],
+        "eval": ["eval", tmp_path / "memory", "--against", source, "--text", texts["text"], "--window", "16", "--windows", "1", *odd.flags],
+        "dense": ["export", tmp_path / "memory", "--to", "dense", "--out", tmp_path / "dense", "--quiet", *odd.flags],
+        "tune": ["tune", source, "--data", texts["rows"], "--steps", "1", "--length", "32", "--out", tmp_path / "tuned", "--quiet", *odd.flags],
+    }  # fmt: skip
+    if odd.refused is not None:
+        for what in ("inspect", "plan", "memory", "streamed", "tune"):
+            said = run(*commands[what])
+            if what != "inspect" or said is not None:  # which reads no weights
+                assert odd.refused in str(said), what
+        commands["eval"][1] = commands["dense"][1] = source
+        assert odd.refused in str(run(*commands["eval"]))
+        assert odd.refused in str(run(*commands["dense"]))
+        assert not (tmp_path / "memory").exists()
+        assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
+        return
+    for what in ("inspect", "plan", "memory"):
+        assert run(*commands[what]) is None, what
+    accounted(source, Plan.load(tmp_path / "memory" / "plan.json"), odd.unused)
+    meant = logits_of(source, odd.loads)
+    close(logits_of(tmp_path / "memory", odd.loads), meant, half=odd.half)
+
+    monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "cache-streamed"))
+    assert run(*commands["streamed"]) is None
+    as_one(tmp_path / "memory", tmp_path / "streamed")
+
+    for what in ("eval", "dense"):
+        assert run(*commands[what]) is None, what
+    close(logits_of(tmp_path / "dense", odd.loads), meant, half=odd.half)
+    if odd.loads is not AutoModelForCausalLM:
+        assert "next token" in str(run(*commands["tune"]))
+        return
+    assert run(*commands["tune"]) is None
+    assert run("merge", source, adapter(tmp_path / "adapter", source), "--out", tmp_path / "merged", *odd.flags) is None
+    with_adapter = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=bool(odd.flags)),
+        tmp_path / "adapter",
+    )
+    close(logits_of(tmp_path / "merged"), logits_of(with_adapter), half=odd.half)
+
+
+def as_one(memory: Path, streamed: Path) -> None:
+    """Check that both ways wrote the same files, the same tensors and the same plan."""
+
+    def files(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*")} - {
+            p.name for p in folder.glob("model*.safetensors*")
+        }
+
+    assert files(memory) == files(streamed)
+    same(memory, streamed)
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        paths = [folder / name for folder in (memory, streamed)]
+        if paths[0].exists():
+            assert paths[0].read_bytes() == paths[1].read_bytes(), name
+    plans = [Plan.load(folder / "plan.json") for folder in (memory, streamed)]
+    assert plans[0].model_dump(exclude={"notes"}) == plans[1].model_dump(exclude={"notes"})
+    ours = [[note for note in plan.notes if "sample answers" not in note] for plan in plans]
+    assert ours[0] == ours[1]
+    qualities = [json.loads((folder / "run.json").read_text())["quality"] for folder in (memory, streamed)]
+    assert qualities[0] == qualities[1]
