@@ -7,7 +7,7 @@ from pathlib import Path
 import pydantic
 import torch
 
-from twofold.adapters.folder import check_base, write_adapter
+from twofold.adapters.folder import check_base, task_type, write_adapter
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import Changes, by_energy
 from twofold.checkpoint.peft.lora import whole_layers
@@ -92,7 +92,7 @@ def extract(
         notes=_others(first, second, names),
     )
     with staged_folder(out, overwrite) as folder:
-        write_adapter(folder, changes.cut(ranks), str(first.source or base))
+        write_adapter(folder, changes.cut(ranks), str(first.source or base), task_type(first.model))
         (folder / "run.json").write_text(extraction.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return extraction
 
@@ -156,10 +156,11 @@ def _others(base: LoadedModel, tuned: LoadedModel, names: list[str]) -> list[str
     """Say what else differs, which no adapter of linear layers holds."""
     bases = [name for name, module in tuned.model.named_modules() if isinstance(module, SharedBasis)]
     inside = tuple(f"{name}." for name in [*names, *bases])
-    old = dict(base.model.named_parameters())
+    # A weight by all of its names: what is tied in one model may be two weights in the other.
+    old = dict(base.model.named_parameters(remove_duplicate=False))
     differs = [
         name
-        for name, new in tuned.model.named_parameters()
+        for name, new in tuned.model.named_parameters(remove_duplicate=False)
         if not (name.startswith(inside) and not name.endswith(".bias"))
         and (name not in old or old[name].shape != new.shape or not torch.equal(old[name], new))
     ]

@@ -27,15 +27,20 @@ def write_adapter(
     folder: Path,
     layers: Mapping[str, tuple[Tensor, Tensor]],  # by layer: left (m, r), right (r, n); their product is added
     base: str,
+    kind: str | None = "CAUSAL_LM",
 ) -> None:
-    """Write a LoRA adapter whose layers have ranks of their own."""
+    """Write a LoRA adapter whose layers have ranks of their own.
+
+    Args:
+        kind: PEFT's name of what the model is for.
+    """
     ranks = {name: left.shape[1] for name, (left, _) in layers.items()}
     counts = list(ranks.values())
     usual = max(set(counts), key=counts.count)
     pattern = {name: rank for name, rank in ranks.items() if rank != usual}
     config = LoraConfig(
         r=usual, lora_alpha=usual, rank_pattern=pattern, alpha_pattern=dict(pattern), target_modules=sorted(ranks),
-        task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
+        task_type=kind, base_model_name_or_path=base, inference_mode=True,
     )  # fmt: skip
     tensors: dict[str, Tensor] = {}
     for name, (left, right) in layers.items():
@@ -44,6 +49,11 @@ def write_adapter(
         tensors[f"base_model.model.{name}.lora_B.weight"] = up.float().contiguous()
     config.save_pretrained(folder)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def task_type(model: Any) -> str | None:
+    """Return PEFT's name of what a model is for; None for its plainest wrapper, which serves every other one."""
+    return "CAUSAL_LM" if model.can_generate() else None
 
 
 def load_adapter(model: Any, folder: Path, name: str, loaded: LoadedModel) -> PeftModel:
@@ -70,10 +80,20 @@ def load_adapter(model: Any, folder: Path, name: str, loaded: LoadedModel) -> Pe
         warnings.catch_warnings(),  # advice to who calls PEFT by hand
     ):
         warnings.simplefilter("ignore")
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), adapter_name=name)
-            return model
-        return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        if not isinstance(model, PeftModel):
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        found = model.load_adapter(
+            str(folder), adapter_name=name
+        )  # for the first one again: it tells what was not taken
+    for names, what in (
+        (found.missing_keys, "lacks"),
+        (found.unexpected_keys, f"holds, and {loaded.name} has no place for,"),
+    ):
+        if names:
+            raise TwofoldError(
+                f"the adapter {folder} {what} {len(names)} weights, first {names[0]}; name the model that it was trained on"
+            )
+    return model
 
 
 def check_base(folder: Path, loaded: LoadedModel) -> None:

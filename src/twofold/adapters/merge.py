@@ -12,7 +12,8 @@ from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from twofold.adapters.folder import load_adapter, write_adapter
+from twofold.adapters.exact import Example, merged_exactly
+from twofold.adapters.folder import load_adapter, task_type, write_adapter
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import Changes
 from twofold.checkpoint.plugin import attach
@@ -25,6 +26,9 @@ from twofold.model.load import LoadedModel, load_model
 from twofold.nn.layers.dense_columns import DenseColumnsLinear
 from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import replace_module
+
+# Of an adapter, what takes the place of the model's weights, where a product is added to them.
+SETS = ("modules_to_save", "bias", "trainable_token_indices")
 
 
 class Merge(pydantic.BaseModel, extra="forbid"):
@@ -84,15 +88,16 @@ def merge(
         parameters_before=sum(p.numel() for p in loaded.model.parameters()),
     )  # fmt: skip
     adapted: Any = loaded.model
+    example = Example.of(loaded.model)
     for number, folder in enumerate(folders):
         adapted = load_adapter(adapted, folder, f"adapter{number}", loaded)
     _check_kinds(adapted, record, adapter_rank is not None)
     metrics = Metrics(moments)
     if adapter_rank is not None:
         layers = _one_adapter(adapted, adapter_rank, metrics, record)
-        write = partial(write_adapter, layers=layers, base=str(loaded.source or model))
+        write = partial(write_adapter, layers=layers, base=str(loaded.source or model), kind=task_type(loaded.model))
     else:
-        merged = _one_model(adapted, loaded, metrics if recompress else None, record)
+        merged = _one_model(adapted, loaded, metrics if recompress else None, record, example)
         write = partial(_write_model, model=merged, loaded=loaded)
     with staged_folder(out, overwrite) as folder:
         write(folder)
@@ -104,26 +109,43 @@ def _check_kinds(adapted: PeftModel, record: Merge, together: bool) -> None:
     """Refuse what would not be the sum of the adapters.
 
     Raises:
-        TwofoldError: if DoRA is scaled or added to another adapter; or if one adapter is asked for, of others than plain LoRA.
+        TwofoldError: if an adapter is none of weights; if one that sets weights, and adds nothing to them, is scaled, or is DoRA
+            and added to another one; or if one adapter is asked for, of others than plain LoRA.
     """
     for number, (path, weight) in enumerate(zip(record.adapters, record.weights, strict=True)):
         config = adapted.peft_config[f"adapter{number}"]
+        if not hasattr(adapted.base_model, "merge_and_unload"):
+            raise TwofoldError(
+                f"{path} is of the kind {config.peft_type.value}, which changes no weights, so there is nothing to merge; keep "
+                "it beside the model"
+            )
         dora = getattr(config, "use_dora", False)
         if dora and (weight != 1 or len(record.adapters) > 1):
             raise TwofoldError(
                 f"{path} is DoRA, which also sets the length of each weight: it can't count more or less than once, nor be added "
                 "to other adapters; merge it alone, without `weight`"
             )
-        more = getattr(config, "bias", "none") != "none" or getattr(config, "lora_bias", False)
-        more = more or getattr(config, "modules_to_save", None)
-        if together and (config.peft_type != PeftType.LORA or dora or more):
+        sets = [name for name in SETS if getattr(config, name, None) not in (None, [], {}, "none")]
+        if sets and weight != 1:
+            raise TwofoldError(
+                f"{path} has {sets[0]}, weights that take the place of the model's: they can't count more or less than once; "
+                "leave `weight` out"
+            )
+        more = dora or sets or getattr(config, "lora_bias", False) or getattr(config, "target_parameters", None)
+        if together and (config.peft_type != PeftType.LORA or more):
             raise TwofoldError(
                 f"{path} is no plain LoRA, and `adapter_rank` puts the products of plain LoRA into one adapter; merge it without"
             )
 
 
-def _one_model(adapted: PeftModel, loaded: LoadedModel, metrics: Metrics | None, record: Merge) -> Any:
-    """Put all adapters into the model, whose factored layers grow by their ranks; with metrics, those are brought back."""
+def _one_model(
+    adapted: PeftModel, loaded: LoadedModel, metrics: Metrics | None, record: Merge, example: Example | None
+) -> Any:
+    """Put all adapters into the model, whose factored layers grow by their ranks; with metrics, those are brought back.
+
+    Raises:
+        TwofoldError: if adapters can't be merged, or the model would not compute with them what it computes beside them.
+    """
     before = _factored(loaded.model)
     columns = [name for name, layer in before.items() if isinstance(layer, DenseColumnsLinear)]
     ranks = {name: layer.rank for name, layer in before.items() if name not in columns}
@@ -134,7 +156,8 @@ def _one_model(adapted: PeftModel, loaded: LoadedModel, metrics: Metrics | None,
                 module.scaling[name] *= weights[name]
         elif hasattr(module, "merge") and hasattr(module, "base_layer") and any(w != 1 for w in record.weights):
             raise TwofoldError("only LoRA adapters can count more or less than once; leave `weight` out")
-    merged = adapted.merge_and_unload(adapter_names=list(weights))
+    merged, notes = merged_exactly(adapted, list(weights), loaded, " and ".join(record.adapters), example)
+    record.notes += notes
     if metrics is not None:
         recompress_to(merged, ranks, metrics)
         record.notes += [f"{name} has dense columns and keeps its grown rank" for name in columns]
@@ -176,6 +199,11 @@ def _one_adapter(adapted: PeftModel, rank: int, metrics: Metrics, record: Merge)
         count = 0
         for number, weight in enumerate(record.weights):
             key = f"adapter{number}"
+            if key in module.lora_embedding_A:
+                raise TwofoldError(
+                    f"{record.adapters[number]} changes the embedding {name}, which one adapter of linear layers does not hold; "
+                    "merge it without `adapter_rank`"
+                )
             if key not in module.lora_A:
                 continue
             if module.lora_variant.get(key) is not None:

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from twofold.checkpoint.loaded import check_layers
 from twofold.checkpoint.peft.register import register
+from twofold.checkpoint.ties import forget_ties, settle_ties, tie
 from twofold.errors import TwofoldError
 from twofold.host.quiet import silence
 from twofold.nn.compact import LAYERS, Compact
@@ -102,11 +103,12 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
             replace_module(model, name, _skeleton(modules[name], name, layers[stored], shared, model))
             replaced = True
         hold_bases(model)
-        mind_ties(model)
+        forget_ties(model)
         register()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         check_layers(model)
+        settle_ties(model)
         if self.quantization_config.format_version < FORMAT_VERSION:
             self.describe(model)  # what is saved anew is of today's format
 
@@ -114,7 +116,8 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
         """Write down which layers of a model are factored, and how: what its config.json will say."""
         layers = {name: module for name, module in model.named_modules() if isinstance(module, Compact) and module.KIND}
         self.quantization_config = TwofoldConfig({name: layer.settings() for name, layer in layers.items()})
-        mind_ties(model)
+        forget_ties(model)
+        settle_ties(model)
         model.config.quantization_config = self.quantization_config
         model.hf_quantizer = self
         model.is_quantized = True
@@ -142,11 +145,11 @@ class TwofoldQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         if isinstance(dtype, str):  # a saved model's config holds the name
             dtype = getattr(torch, dtype.removeprefix("torch."))
-        for name, module in list(model.named_modules()):
-            if isinstance(module, Compact) and module.KIND:
-                replace_module(model, name, module.dense_module(dtype))  # type: ignore[arg-type]
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, Compact) and module.KIND}
+        for name, layer in layers.items():
+            replace_module(model, name, layer.dense_module(dtype))  # type: ignore[arg-type]
         hold_bases(model)
-        mind_ties(model, dense=True)
+        tie(model, [f"{name}.weight" for name, layer in layers.items() if isinstance(layer, TiedLinear)])
         return model
 
 
@@ -178,23 +181,6 @@ def _skeleton(module: nn.Module, name: str, settings: Any, shared: dict[str, Any
         raise TwofoldError(
             f"the plan of {name or type(model).__name__} in the checkpoint does not fit: {error}"
         ) from error
-
-
-def mind_ties(model: Any, *, dense: bool = False) -> None:
-    """Let transformers tie the parameters that there are: an output layer that shares a table of integers has none to tie.
-
-    Args:
-        dense: whether there were such layers before, and are none now.
-    """
-    if not hasattr(model, "get_expanded_tied_weights_keys"):
-        return
-    ours = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TiedLinear)}
-    if not ours and not dense:
-        return
-    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
-    model.all_tied_weights_keys = {key: source for key, source in ties.items() if key not in ours}
-    if not ours:
-        model.tie_weights()
 
 
 def attach(model: Any) -> None:

@@ -25,7 +25,7 @@ from twofold.model.source import choose_device, compute_dtype, config_and_class,
 from twofold.model.stored import Stored, check_depth_of_files, check_fit, find_stored
 from twofold.model.streamed import Resident, Streamed
 from twofold.model.target import Targets, UnusedTensor
-from twofold.model.ties import settle_ties
+from twofold.model.ties import settle_ties_by_files
 from twofold.model.weights import find_targets
 from twofold.nn.places import cast_weights
 
@@ -47,6 +47,11 @@ class LoadedModel:
     def __post_init__(self) -> None:
         if self.residence is None:
             self.residence = Resident(self.model)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the result should know of the files."""
+        return [*self.stored.notes, *self.stored.unused_notes]
 
     @property
     def own_dtypes(self) -> dict[str, torch.dtype]:
@@ -109,7 +114,7 @@ def load_model(
     if not stored.keys:  # of the hub, or with code of its own
         stored = find_stored(model, shards, report["unexpected_keys"])
         check_depth_of_files(stored, model.state_dict(), name)
-    settle_ties(model, stored, shards)
+    settle_ties_by_files(model, stored, shards)
     model = model.to(torch_device).eval()
     check_finite_weights(model, name)
     tokenizer, reason = _tokenizer(source, where)
@@ -162,7 +167,7 @@ def load_streamed(settings: Loading, chain: Chain) -> LoadedModel:
         kept = stored_dtype(config, stored)
         dtype = compute_dtype(settings.dtype, kept, device)
         model = empty_model(model_class, config, dtype)
-    settle_ties(model, stored, shards)
+    settle_ties_by_files(model, stored, shards)
     residence = Streamed(model, shards, stored, chain, dtype, device)
     tokenizer, reason = _tokenizer(source, where)
     return LoadedModel(model, tokenizer, name, folder, kept or dtype, reason, residence, shards, stored)
@@ -196,7 +201,7 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
             stored = find_stored(model, shards)
             check_fit(stored, model, name)
         kept = stored_dtype(config, stored) or torch.float32
-    settle_ties(model, stored, shards)
+    settle_ties_by_files(model, stored, shards)
     return LoadedModel(model.eval(), None, name, folder, kept, shards=shards, stored=stored)
 
 
@@ -214,7 +219,6 @@ def targets_of(loaded: LoadedModel, include: Iterable[str] = (), exclude: Iterab
         targets=[replace(t, element_bytes=sizes.get(f"{t.name}.weight")) for t in weights.targets],
         dense=[replace(weight, element_bytes=sizes.get(weight.name)) for weight in weights.dense],
         unused=tuple(UnusedTensor(key, stored.shape(key), reason) for key, reason in unused),
-        notes=(*stored.notes, *stored.unused_notes),
     )
 
 

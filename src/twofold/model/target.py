@@ -84,7 +84,6 @@ class Targets:
     groups: dict[str, str] = field(default_factory=dict)  # target → the first target that shares its input
     structures: tuple[Structure, ...] = ()  # targets whose sizes are chosen together; if any are, all belong to one
     unused: tuple[UnusedTensor, ...] = ()  # in the files
-    notes: tuple[str, ...] = ()  # on the files
 
     def without(self, reasons: dict[str, str]) -> Targets:
         """Leave some targets dense, each for its reason; those that can't be cut without them stay dense too."""

@@ -58,7 +58,7 @@ def make_plan(
         entries=entries,
         dense=request.dense,
         unused=[UnusedEntry(name=t.name, shape=list(t.shape), reason=t.reason) for t in targets.unused],
-        notes=[*alone_notes(targets.structures), *notes, *targets.notes],
+        notes=alone_notes(targets.structures) + notes,
     )
 
 

@@ -86,7 +86,7 @@ def _by_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
         f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "
         f"the {recipe.allocate} plan needs the moments: name `calibration=FILE`, or `calibration=self`"
     )
-    estimated, notes = None, [*uniform.notes, note]
+    estimated, notes = None, [*uniform.notes, note, *loaded.notes]
     try:
         estimated = estimate_run(opened, recipe, uniform.bytes_after) if estimate else None
     except TwofoldError as error:

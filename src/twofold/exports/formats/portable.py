@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
+from twofold.checkpoint.ties import tie, tied_names
 from twofold.errors import TwofoldError
 from twofold.exports import portable_layers
 from twofold.exports.formats import Source, Written, export_format
@@ -135,5 +136,5 @@ def _build(file: Path, model: Any, native: type) -> Any:
     with torch.device("meta"):
         mine = classes[_name(native)](config)
     mine.load_state_dict(model.state_dict(), assign=True)
-    mine.tie_weights()
+    tie(mine, tied_names(model))
     return mine
