@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
+import peft
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from twofold.checkpoint.ties import FLAG, rounding_apart, settle_ties, tie, tied_names
 from twofold.errors import TwofoldError
-from twofold.host.faults import models_errors
+from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel
 from twofold.task import Batch, Task, find_task, on_device
@@ -66,7 +69,7 @@ def merged_exactly(
     model: Any = adapted.get_base_model()
     flag = getattr(model.config, FLAG, None)
     with (
-        models_errors(lambda error: f"{which} can't be merged into {loaded.name}: {first_line(error)}"),
+        errors_in_words(lambda error: f"{which} can't be merged into {loaded.name}: {first_line(error)}", _not_of_peft),
         warnings.catch_warnings(),  # of ties, which are looked after here
     ):
         warnings.simplefilter("ignore")
@@ -85,9 +88,14 @@ def merged_exactly(
         if not apart <= ROUNDING.get(loaded.residence.dtype, ROUNDING_NARROW):
             raise TwofoldError(
                 f"with {which} merged, {loaded.name} computes something else than with it beside (the logits differ by "
-                f"{apart:.1e}, relative); keep it beside the model, and please report it"
+                f"{apart:.1e}, relative); keep it beside the model"
             )
     return merged, [] if note is None else [note]
+
+
+def _not_of_peft(error: Exception) -> bool:
+    """Say whether an error was raised by other code than PEFT's, which refuses what does not go together."""
+    return not extract_tb(error.__traceback__)[-1].filename.startswith(str(Path(peft.__file__).parent))
 
 
 def _part_from_others(model: nn.Module) -> None:

@@ -85,10 +85,8 @@ def load_adapter(model: Any, folder: Path, name: str, loaded: LoadedModel) -> Pe
         found = model.load_adapter(
             str(folder), adapter_name=name
         )  # for the first one again: it tells what was not taken
-    for names, what in (
-        (found.missing_keys, "lacks"),
-        (found.unexpected_keys, f"holds, and {loaded.name} has no place for,"),
-    ):
+    extra = [] if model.peft_config[name].is_prompt_learning else found.unexpected_keys
+    for names, what in ((found.missing_keys, "lacks"), (extra, f"holds, and {loaded.name} has no place for,")):
         if names:
             raise TwofoldError(
                 f"the adapter {folder} {what} {len(names)} weights, first {names[0]}; name the model that it was trained on"

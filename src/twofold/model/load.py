@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from twofold.checkpoint.loaded import check_missing, check_shape
 from twofold.checkpoint.shards import Shards, check_finite_tensor
+from twofold.checkpoint.ties import settle_ties
 from twofold.errors import TwofoldError
 from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line, quiet_bars
@@ -61,6 +62,7 @@ class LoadedModel:
     def save(self, model: Any, folder: Path) -> None:
         """Write a model that was made of this one, each number in the dtype that it came in; the model is cast in place."""
         cast_weights(model, self.stored_dtype, self.own_dtypes)
+        settle_ties(model)
         with quiet_bars():
             model.save_pretrained(folder)
         if model.config.dtype != self.stored_dtype:  # transformers takes that of the first weight

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from twofold.calibrate.opened import Opened
+from twofold.checkpoint.ties import settle_ties
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.model.load import LoadedModel, check_finite_weights, load_model, load_streamed
@@ -63,6 +64,8 @@ def open_loaded(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
 
 def _in_memory(loaded: LoadedModel, recipe: Recipe) -> Opened:
     """Take up a model in memory, and refuse settings that need what it does not give."""
+    note = settle_ties(loaded.model)
+    loaded.notes += [note] if note is not None else []
     opened = Opened(loaded, named=recipe.task)
     refuse(recipe, _missing_of(opened, recipe))
     return opened

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
+from twofold.checkpoint.ties import settle_ties
 from twofold.exports.decoding import ModelDecoder
 from twofold.exports.formats import Source, Written, export_format
 from twofold.model.load import load_model
@@ -29,6 +30,7 @@ def save_dense(source: Source, folder: Path) -> None:
         model = model.dequantize()
     cast_weights(model, source.dtype)
     model.config.dtype = source.dtype
+    settle_ties(model)
     model.save_pretrained(folder)
     save_beside(source, folder)
 
