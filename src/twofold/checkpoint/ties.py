@@ -29,6 +29,8 @@ def settle_ties(model: Any) -> str | None:
     """
     changed = ""
     for prefix, part in _parts(model):
+        if getattr(part.config, FLAG, None) is False:
+            _say_that_tied(part)
         ties = _declared(part)
         apart = [name for name, source in ties.items() if not _same(_weight(part, name), _weight(part, source))]
         if apart and len(apart) == len(ties) and not _computes_by_flag(part):
@@ -102,6 +104,20 @@ def _declared(part: Any) -> dict[str, str]:
     except ValueError:  # the names of a pattern are none of this model's: other layers stand there
         return {}
     return {name: source for name, source in ties.items() if _dense(part, name, source)}
+
+
+def _say_that_tied(part: Any) -> None:
+    """Let a configuration say that weights are tied, where it denies that, and they are one: a file holds them once."""
+    setattr(part.config, FLAG, True)
+    ties = _declared(part)
+    one = [name for name, source in ties.items() if _weight(part, name) is _weight(part, source)]
+    if one and len(one) == len(ties) and not _computes_by_flag(part):
+        return
+    setattr(part.config, FLAG, False)
+    for name in one:  # so that the file holds each of them
+        owner, _, leaf = name.rpartition(".")
+        weight = _weight(part, name)
+        setattr(part.get_submodule(owner), leaf, nn.Parameter(weight.detach().clone(), weight.requires_grad))
 
 
 def _dense(model: nn.Module, *names: str) -> bool:

@@ -9,13 +9,15 @@ from typing import Any
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Let a model evaluate within the block, without dropout."""
+    """Let a model evaluate within the block, without dropout; layers that are new by then train as the model does."""
     training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in model.modules():
+            module.training = modes.get(module, training)
 
 
 @contextmanager

@@ -44,20 +44,17 @@ class LoadedModel:
     residence: Resident = field(default=None)  # type: ignore[assignment]
     shards: Shards | None = None  # the files that the weights came from, if they are safetensors on this disk
     stored: Stored = field(default_factory=Stored)  # what they hold, by the names of the model
+    own_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of weights, by name, that are stored in another one
 
     def __post_init__(self) -> None:
         if self.residence is None:
             self.residence = Resident(self.model)
+        self.own_dtypes = self.own_dtypes or self.stored.own_dtypes
 
     @property
     def notes(self) -> list[str]:
         """What a reader of the result should know of the files."""
         return [*self.stored.notes, *self.stored.unused_notes]
-
-    @property
-    def own_dtypes(self) -> dict[str, torch.dtype]:
-        """The dtypes of the weights, by their names in the model, that are stored in another one than most."""
-        return self.stored.own_dtypes
 
     def save(self, model: Any, folder: Path) -> None:
         """Write a model that was made of this one, each number in the dtype that it came in; the model is cast in place."""

@@ -46,15 +46,20 @@ def dense_again(model: nn.Module, replaced: dict[str, nn.Module]) -> Iterator[No
             replace_module(model, name, module)
 
 
+def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Return the dtype of each weight of floating point that a checkpoint stores, by its name."""
+    return {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+
 def cast_weights(model: Any, dtype: torch.dtype, own: Mapping[str, torch.dtype] | None = None) -> None:
     """Cast what a checkpoint stores, in place: parameters and persistent buffers of floating point.
 
     Other buffers, such as rotary frequencies, stay in the precision that their architecture computes them in.
 
     Args:
-        own: the dtypes of those, by names, that are stored in another one.
+        own: the dtypes of weights that have another one, by name.
     """
-    stored, own = model.state_dict().keys(), own or {}
+    own, stored = own or {}, model.state_dict().keys()
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(own.get(name, dtype))

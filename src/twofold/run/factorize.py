@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.host.clock import Stopwatch
+from twofold.model.frozen import evaluating
 from twofold.nn.places import cast_weights
 from twofold.recipe import Recipe, make_recipe
 from twofold.refine.steps.series import refine
@@ -72,12 +75,13 @@ def factorize(
             "this model is worked through block by block, so it can't be factorized in place; compress it to a folder: twofold "
             "compress"
         )
-    recipe = fit_window(recipe, loaded, quiet=quiet)
-    sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None
-    prepared = prepare(recipe, opened, Stopwatch(), texts=texts, sizing=sizing, quiet=quiet)
-    replaced = prepared.factorize(quiet=quiet)
-    refine(prepared, replaced, recipe, quiet=quiet)
     result = loaded.model
+    with evaluating(result):
+        recipe = fit_window(recipe, loaded, quiet=quiet)
+        sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None
+        prepared = prepare(recipe, opened, Stopwatch(), texts=texts, sizing=sizing, quiet=quiet)
+        replaced = prepared.factorize(quiet=quiet)
+        refine(prepared, replaced, recipe, quiet=quiet)
     cast_weights(result, loaded.stored_dtype, loaded.own_dtypes)
     attach(result)
     result.twofold_plan, result.twofold_tokenizer = prepared.plan, loaded.tokenizer

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
-from torch import nn
 
 from twofold.calibrate.opened import Opened
 from twofold.checkpoint.ties import settle_ties
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
+from twofold.model.bare import check_bare
 from twofold.model.load import LoadedModel, check_finite_weights, load_model, load_streamed
 from twofold.model.survey import survey
-from twofold.nn.places import cast_weights
+from twofold.nn.places import cast_weights, stored_dtypes
 from twofold.recipe import Recipe
 from twofold.refine import REFINEMENTS
 from twofold.run.check import check_methods, check_streamed, refuse
@@ -46,26 +47,29 @@ def open_loaded(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
     """Take up a model that the caller loaded; on a processor it computes in float32, and is given back in its own dtype.
 
     Raises:
-        TwofoldError: if it is no model, its weights are not finite, or a setting does not go with it.
+        TwofoldError: if it is no model, or not a plain one; its weights are not finite, or a setting does not go with it.
     """
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise TwofoldError(f"factorize takes a transformers model or its name, got {type(model).__name__}")
+    check_bare(model)
     for setting in ("dtype", "device", "revision"):
         if setting in recipe.model_fields_set:
             raise TwofoldError(f"`{setting}` is for models that are named; move a loaded model itself")
     check_finite_weights(model, recipe.model)
-    first = next(model.parameters())
-    stored = first.dtype
-    if first.device.type == "cpu" and stored in (torch.bfloat16, torch.float16):
+    first, dtypes = next(model.parameters()), stored_dtypes(model)
+    sizes = Counter[torch.dtype]()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    stored = sizes.most_common(1)[0][0]
+    if first.device.type == "cpu" and not {torch.bfloat16, torch.float16}.isdisjoint(dtypes.values()):
         cast_weights(model, torch.float32)
     check_methods(recipe)
-    return _in_memory(LoadedModel(model, tokenizer, recipe.model, None, stored), recipe)
+    own = {name: dtype for name, dtype in dtypes.items() if dtype != stored}
+    return _in_memory(LoadedModel(model, tokenizer, recipe.model, None, stored, own_dtypes=own), recipe)
 
 
 def _in_memory(loaded: LoadedModel, recipe: Recipe) -> Opened:
     """Take up a model in memory, and refuse settings that need what it does not give."""
-    note = settle_ties(loaded.model)
-    loaded.notes += [note] if note is not None else []
+    if (note := settle_ties(loaded.model)) is not None:
+        loaded.stored.notes.append(note)
     opened = Opened(loaded, named=recipe.task)
     refuse(recipe, _missing_of(opened, recipe))
     return opened

@@ -14,6 +14,7 @@ from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line, quiet_bars
 from twofold.linalg.metric import working_dtype
+from twofold.model.bare import check_bare
 from twofold.model.kinds import dense_weight
 from twofold.model.load import check_finite_weights
 from twofold.model.skeleton import model_from_config
@@ -72,7 +73,6 @@ def factorize_start(start: Any, init: str = "spectral", **settings: Any) -> Any:
     given = {name: value for name, value in settings.items() if value is not None}
     recipe = make_recipe({**DEFAULTS, **given, "model": type(start).__name__})
     model = _build(start, recipe.seed)
-    _check_dense(model)
     check_finite_weights(model, recipe.model)
     stored = next(model.parameters()).dtype
     targets = find_targets(model, recipe.include, recipe.exclude)
@@ -88,7 +88,9 @@ def factorize_start(start: Any, init: str = "spectral", **settings: Any) -> Any:
 
 def _build(start: Any, seed: int) -> Any:
     """Return the model itself, or the one of a configuration, with the weights of a seed."""
-    if isinstance(start, nn.Module) and hasattr(start, "config"):
+    if isinstance(start, nn.Module):
+        check_bare(start)
+        _check_dense(start)
         return start
     if not isinstance(start, PretrainedConfig):
         raise TwofoldError(
