@@ -116,7 +116,7 @@ def test_what_stands_around_or_on_a_model_is_told_in_one_sentence(name: str) -> 
         twofold.factorize(put(make_model()), init="spectral", keep=0.6)
 
 
-@pytest.mark.parametrize("name", ["adapter", "compiled", "hook", "hooks of accelerate"])
+@pytest.mark.parametrize("name", ["adapter", "adapter inside", "compiled", "parallel"])
 def test_it_is_told_before_a_factored_model_is_optimized(name: str) -> None:
     from factored import factored_model
 

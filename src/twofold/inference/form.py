@@ -15,7 +15,7 @@ from twofold.host.progress import say
 from twofold.inference.draft import Draft, why_not
 from twofold.inference.latency import Latencies
 from twofold.inference.neighbours import called_in_turn, find_pairs, fold
-from twofold.model.bare import check_bare
+from twofold.model.bare import check_unwrapped
 from twofold.model.target import Target
 from twofold.model.weights import find_groups
 from twofold.nn.compact import CompactLinear
@@ -102,7 +102,7 @@ def optimize(
         return model
     if any(parameter.is_meta for parameter in model.parameters()):
         raise TwofoldError("this model has no weights yet, so it can't be put into its inference form; load it first")
-    check_bare(model)
+    check_unwrapped(model)
     model.eval()
     done.kept = {name: reason for name, layer in layers.items() if (reason := why_not(layer)) is not None}
     free: dict[str, Any] = {name: layer for name, layer in layers.items() if name not in done.kept}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,15 +31,10 @@ def check_bare(model: Any) -> None:
     Raises:
         TwofoldError: if it is no model; or naming what is around it or on it, and how it is taken off.
     """
-    if isinstance(model, nn.Module) and type(model).__name__ in PARALLEL:
-        raise TwofoldError(f"the model is wrapped in {type(model).__name__}; pass the model inside it, model.module")
+    check_unwrapped(model)
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TwofoldError(f"factorize takes a transformers model or its name, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        reason = next(_upon(module), None)
-        if reason is not None:
-            place = f"the layer {name} of the model" if name else "the model"
-            raise TwofoldError(f"{place} {reason}")
+    _refuse_first(model, _upon)
     method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     method = getattr(method, "quant_method", METHOD)
     if method != METHOD:
@@ -51,8 +46,28 @@ def check_bare(model: Any) -> None:
     _check_places(model)
 
 
-def _upon(module: nn.Module) -> Iterator[str]:
-    """Yield what stands on one module, with what to do."""
+def check_unwrapped(model: Any) -> None:
+    """Refuse a model that is wrapped, compiled, or carries an adapter; hooks and the like may stand on it.
+
+    Raises:
+        TwofoldError: naming what it is, and how it is taken off.
+    """
+    if type(model).__name__ in PARALLEL:
+        raise TwofoldError(f"the model is wrapped in {type(model).__name__}; pass the model inside it, model.module")
+    if isinstance(model, nn.Module):
+        _refuse_first(model, _around)
+
+
+def _refuse_first(model: nn.Module, reasons: Callable[[nn.Module], Iterator[str]]) -> None:
+    """Refuse the first module that there is a reason against."""
+    for name, module in model.named_modules():
+        reason = next(reasons(module), None)
+        if reason is not None:
+            raise TwofoldError(f"{f'the layer {name} of the model' if name else 'the model'} {reason}")
+
+
+def _around(module: nn.Module) -> Iterator[str]:
+    """Yield what a module is wrapped in, with what to do."""
     if "_orig_mod" in module._modules:
         yield "is compiled by torch.compile; pass the model inside, model._orig_mod, and compile what comes back"
     if getattr(module, "_compiled_call_impl", None) is not None:
@@ -68,6 +83,10 @@ def _upon(module: nn.Module) -> Iterator[str]:
                 "carries an adapter of PEFT; put it into the weights first, model = model.merge_and_unload(), or take it off, "
                 "model = model.unload()"
             )
+
+
+def _upon(module: nn.Module) -> Iterator[str]:
+    """Yield what stands on a module, with what to do."""
     if hasattr(module, "_hf_hook"):
         yield (
             "has a hook of accelerate, which moves weights between devices or disk; load the model without `device_map`, or "
