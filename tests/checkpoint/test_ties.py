@@ -109,6 +109,42 @@ def test_what_is_written_computes_what_was_factored(name: str, state: str, tmp_p
             says_the_truth(tmp_path / folder, head, table)
 
 
+@pytest.mark.parametrize("state", ["tied", "both"])
+def test_tables_of_integers_compute_what_was_factored(state: str, tmp_path: Path) -> None:
+    source = folder_of("llama", state, tmp_path / "source")
+    settings: dict[str, Any] = {"keep": 0.7, "bits": 8, "dense_bits": 8, "objective": "svd", "quiet": True}
+    model = twofold.factorize(str(source), **settings)
+    meant = logits(model)
+    model.save_pretrained(tmp_path / "factored")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "factored")
+    torch.testing.assert_close(logits(again), meant)
+    torch.testing.assert_close(logits(again.dequantize()), meant, rtol=1e-4, atol=1e-4)
+    again.save_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), meant, rtol=1e-4, atol=1e-4
+    )
+    says_the_truth(tmp_path / "dense", "lm_head.weight", "model.embed_tokens.weight")
+
+
+def test_the_portable_form_computes_what_was_factored(tmp_path: Path) -> None:
+    from twofold.exports.formats import Source
+    from twofold.exports.formats.portable import write_portable
+    from twofold.model.load import load_model
+
+    for name in ("llama", "bert"):
+        source = folder_of(name, "both", tmp_path / name)
+        twofold.factorize(str(source), keep=0.7, objective="svd", quiet=True).save_pretrained(
+            tmp_path / f"{name}-small"
+        )
+        loaded = load_model(str(tmp_path / f"{name}-small"))
+        meant = logits(loaded.model)
+        (tmp_path / f"{name}-portable").mkdir()
+        write_portable(Source(loaded, torch.float32), tmp_path / f"{name}-portable")
+        auto = ARCHITECTURES[name][1]
+        again = auto.from_pretrained(tmp_path / f"{name}-portable", trust_remote_code=True)
+        torch.testing.assert_close(logits(again), meant)
+
+
 def test_a_plain_model_is_exported_as_it_is(tmp_path: Path) -> None:
     source = folder_of("llama", "both", tmp_path / "source")
     meant = logits(AutoModelForCausalLM.from_pretrained(source))
