@@ -64,10 +64,10 @@ def tie(model: Any, names: Iterable[str]) -> None:
                 model.all_tied_weights_keys[prefix + name] = prefix + source
 
 
-def tied_names(model: Any) -> list[str]:
-    """Return the weights that are one with those that the model's class declares them to be."""
-    return [
-        prefix + name
+def tied_names(model: Any) -> dict[str, str]:
+    """Return the weights that are one with those that the model's class declares them to be: weight → the one that it is."""
+    return {
+        prefix + name: prefix + source
         for prefix, part in _parts(model)
         for name, source in _declared(part).items()
         if _weight(part, name) is _weight(part, source)

@@ -44,7 +44,9 @@ class LoadedModel:
     residence: Resident = field(default=None)  # type: ignore[assignment]
     shards: Shards | None = None  # the files that the weights came from, if they are safetensors on this disk
     stored: Stored = field(default_factory=Stored)  # what they hold, by the names of the model
-    own_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of weights, by name, that are stored in another one
+    own_dtypes: dict[str, torch.dtype] = field(
+        default_factory=dict
+    )  # of weights, by name, that are stored in another one
 
     def __post_init__(self) -> None:
         if self.residence is None:

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from twofold.checkpoint.plugin import attach
