@@ -56,6 +56,7 @@ def merge(
     recompress: bool = False,
     adapter_rank: int | None = None,
     moments: Path | None = None,
+    dequantize: bool = False,
     overwrite: bool = False,
 ) -> Merge:
     """Merge LoRA adapters, and write the model, or with ``adapter_rank`` one adapter.
@@ -64,6 +65,7 @@ def merge(
         weight: how much each adapter counts; 1 each by default.
         recompress: bring each factored layer back to the rank that it had.
         adapter_rank: a budget: as many numbers as this rank in every adapted layer would take, spent where they count most.
+        dequantize: turn weights of the model that are quantized already into ordinary ones.
         moments: of the model's calibration: what is left out is measured in their metric.
 
     Raises:
@@ -79,7 +81,7 @@ def merge(
         raise TwofoldError("give either `recompress` or `adapter_rank`")
     out = Path(out).expanduser().resolve()
     check_output(out, overwrite)
-    loaded = load_model(model)
+    loaded = load_model(model, dequantize=dequantize)
     folders = [Path(adapter).expanduser() for adapter in adapters]
     check_apart(out, loaded.source, folders)
     record = Merge(

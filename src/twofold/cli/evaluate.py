@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import twofold
-from twofold.cli.flags import Against, Device, Dtype, Json, Model, Quiet, Trust
+from twofold.cli.flags import Against, Dequantize, Device, Dtype, Json, Model, Quiet, Trust
 from twofold.cli.tables import megabytes, millions, number, run_command, table
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def command(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
+    dequantize: Dequantize = False,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import twofold
-from twofold.cli.flags import Json, Quiet, Trust
+from twofold.cli.flags import Dequantize, Json, Quiet, Trust
 from twofold.cli.tables import run_command
 from twofold.exports.formats import FORMATS
 
@@ -23,6 +23,7 @@ def command(
     check_tokens: Annotated[int, typer.Option(min=0, help="Tokens to decode in both, for the comparison.")] = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that Twofold wrote.")] = False,
     trust_remote_code: Trust = False,
+    dequantize: Dequantize = False,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -12,6 +12,7 @@ Against = Annotated[str | None, typer.Option(help="The original model to compare
 Dtype = Annotated[str, typer.Option(help="Of the computation; auto is float32 on a processor.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+Dequantize = Annotated[bool, typer.Option("--dequantize", help="Turn quantized weights into ordinary ones.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 Moments = Annotated[Path | None, typer.Option(help="Folder of the moments \\[default: in the cache].")]

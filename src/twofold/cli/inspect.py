@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import twofold
-from twofold.cli.flags import Json, Model, Trust
+from twofold.cli.flags import Dequantize, Json, Model, Trust
 from twofold.cli.tables import millions, plain, print_record, table, tally, tell
 
 if TYPE_CHECKING:
@@ -21,11 +21,16 @@ def command(
     exclude: Annotated[list[str] | None, typer.Option(help="Patterns of layers to leave dense.")] = None,
     every: Annotated[bool, typer.Option("--all", help="A row for each weight, not for each kind.")] = False,
     trust_remote_code: Trust = False,
+    dequantize: Dequantize = False,
     json_output: Json = False,
 ) -> None:
     """List the weights of a model: shapes, groups that share an input, and what stays dense and why."""
     inspection = twofold.inspect(
-        model, include=include or [], exclude=exclude or [], trust_remote_code=trust_remote_code
+        model,
+        include=include or [],
+        exclude=exclude or [],
+        trust_remote_code=trust_remote_code,
+        dequantize=dequantize,
     )
     print_record(inspection, json_output, partial(print_inspection, every=every))
 

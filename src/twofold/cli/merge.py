@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import twofold
-from twofold.cli.flags import Json, Out, Overwrite
+from twofold.cli.flags import Dequantize, Json, Out, Overwrite
 from twofold.cli.tables import millions, plain, print_notes, print_place, run_command, tell
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def command(
     moments: Annotated[
         Path | None, typer.Option(help="Moments of the model: leave out what counts least for it.")
     ] = None,
+    dequantize: Dequantize = False,
     overwrite: Overwrite = False,
     json_output: Json = False,
 ) -> None:

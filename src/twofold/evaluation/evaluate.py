@@ -35,6 +35,7 @@ def evaluate(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    dequantize: bool = False,
     quiet: bool = False,
 ) -> Evaluation | TaskEvaluation:
     """Measure a model, and the original beside it: perplexity and divergence on a text, or accuracy on tasks of lm-eval.
@@ -48,6 +49,7 @@ def evaluate(
         fewshot: examples before each question; None takes what the task says.
         windows: of the text, the first ones; 0 measures all.
         window: tokens in one.
+        dequantize: turn weights that are quantized already into ordinary ones.
 
     Raises:
         TwofoldError: if a model, the text or a task can't be used, or a setting is of the other kind of measuring.
@@ -61,7 +63,8 @@ def evaluate(
         if settings[name] != defaults[name].default:
             raise TwofoldError(f"`{name}` goes with `{there}` and not with `{here}`; leave it out")
     models = [*([(against, None)] if against else []), (model, adapter)]
-    load = partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    how = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "dequantize": dequantize}
+    load = partial(load_model, **how)
     if tasks is not None:
         names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
         return evaluate_tasks(models, load, names, quiet=quiet, **{name: settings[name] for name in ON_TASKS})

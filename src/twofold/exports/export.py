@@ -62,6 +62,7 @@ def export(
     check_tokens: int = TOKENS,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    dequantize: bool = False,
     quiet: bool = False,
 ) -> Exported:
     """Write a model in another form, read it again, and compare the two.
@@ -74,6 +75,7 @@ def export(
             ``gguf``.
         dtype: of the exported weights; "auto" is the stored one, or float32 for runtimes.
         check_tokens: to decode greedily in both, for the comparison.
+        dequantize: turn weights that are quantized already into ordinary ones.
 
     Raises:
         TwofoldError: if the model can't be loaded or exported in that form, or the export does not say the same.
@@ -83,7 +85,7 @@ def export(
     _check_settings(kind, {"rank": rank, "base": base})
     check_output(folder, overwrite)
     with progress("Loading", 1, quiet=quiet) as tick:
-        loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code)
+        loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code, dequantize=dequantize)
         tick()
     check_apart(folder, loaded.source, [])
     _check_kind(kind, loaded)

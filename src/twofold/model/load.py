@@ -20,6 +20,13 @@ from twofold.errors import TwofoldError
 from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line, quiet_bars
 from twofold.model.blocks import Chain
+from twofold.model.quantized import (
+    dequantized_dtype,
+    load_dequantized,
+    quantized_by,
+    refuse_quantized,
+    without_quantization,
+)
 from twofold.model.settings import Loading
 from twofold.model.skeleton import empty_model, forget_gguf, is_plain, model_on_meta
 from twofold.model.source import choose_device, compute_dtype, config_and_class, locate, open_shards, stored_dtype
@@ -47,6 +54,7 @@ class LoadedModel:
     own_dtypes: dict[str, torch.dtype] = field(
         default_factory=dict
     )  # of weights, by name, that are stored in another one
+    dequantized: str = ""  # how the checkpoint's weights are quantized, if they are ordinary ones in this model alone
 
     def __post_init__(self) -> None:
         if self.residence is None:
@@ -56,7 +64,9 @@ class LoadedModel:
     @property
     def notes(self) -> list[str]:
         """What a reader of the result should know of the files."""
-        return [*self.stored.notes, *self.stored.unused_notes]
+        dtype = str(self.stored_dtype).removeprefix("torch.")
+        words = f"the model is {self.dequantized}; its weights were turned into ordinary ones of {dtype} first"
+        return [*([words] if self.dequantized else []), *self.stored.notes, *self.stored.unused_notes]
 
     def save(self, model: Any, folder: Path) -> None:
         """Write a model that was made of this one, each number in the dtype that it came in; the model is cast in place."""
@@ -76,50 +86,72 @@ def load_model(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    dequantize: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer, and check its weights.
 
     Args:
         name: a folder, a hub id, a .gguf file, or ``smollm2``.
         dtype: of the computation; "auto" is float32 on a processor and the stored dtype elsewhere.
+        dequantize: turn weights that are quantized into ordinary ones.
 
     Raises:
-        TwofoldError: if there is no such model, it is not whole, or a weight is NaN or infinite.
+        TwofoldError: if there is no such model, it is not whole, it is quantized, or a weight is NaN or infinite.
     """
     torch_device = choose_device(device)
     source, where, folder = locate(name, revision, trust_remote_code)
     shards = open_shards(folder, name)
     with errors_in_words(lambda error: f"the model {name} can't be loaded: {first_line(error)}"):
         config, model_class = config_and_class(source, where)
+        how = quantized_by(config, shards)
+        refuse_quantized(name, how, dequantize)
+        if how and shards is None:
+            source = _download(name, revision)
+            shards = open_shards(source, name)
         stored = Stored()
-        if shards is not None and is_plain(config, trust_remote_code):
-            empty = model_on_meta(model_class, config, trust_remote_code)
-            stored = find_stored(empty, shards)
-            check_fit(stored, empty, name)
-        kept = stored_dtype(config, stored)
+        if shards is not None and not how and is_plain(config, trust_remote_code):
+            stored = _match(model_on_meta(model_class, config, trust_remote_code), shards, name)
+        kept = dequantized_dtype(config, shards) if how else stored_dtype(config, stored)
         compute = compute_dtype(dtype, kept, torch_device)
+        settings = {
+            "dtype": compute,
+            "use_safetensors": None if "gguf_file" in where else True,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # they are refused below, by name
+            **where,
+        }
         with quiet_bars():
-            model, report = model_class.from_pretrained(
-                source,
-                dtype=compute,
-                use_safetensors=None if "gguf_file" in where else True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                **where,
-            )
+            if how:
+                assert shards is not None
+                model, report = load_dequantized(model_class, config, shards, source, name, how, **settings)
+            else:
+                model, report = model_class.from_pretrained(source, **settings)
     for key, shape, expected in sorted(report["mismatched_keys"]):
         check_shape(f"the weight {key}", f"the checkpoint {name}", tuple(shape), tuple(expected))
     check_missing(sorted(report["missing_keys"]), place=name)
     if "gguf_file" in where:
         forget_gguf(model)
-    if not stored.keys:  # of the hub, or with code of its own
-        stored = find_stored(model, shards, report["unexpected_keys"])
+    if not stored.keys:  # of the hub, with code of its own, or quantized
+        stored = find_stored(model, None if how else shards, report["unexpected_keys"])
         check_depth_of_files(stored, model.state_dict(), name)
     settle_ties_by_files(model, stored, shards)
     model = model.to(torch_device).eval()
     check_finite_weights(model, name)
     tokenizer, reason = _tokenizer(source, where)
-    return LoadedModel(model, tokenizer, name, folder, kept or compute, reason, shards=shards, stored=stored)
+    return LoadedModel(
+        model, tokenizer, name, folder, kept or compute, reason, shards=shards, stored=stored, dequantized=how
+    )
+
+
+def _match(model: Any, shards: Shards, name: str) -> Stored:
+    """Match the files with a model without weights.
+
+    Raises:
+        TwofoldError: if they do not fit it.
+    """
+    stored = find_stored(model, shards)
+    check_fit(stored, model, name)
+    return stored
 
 
 def _readable(name: str) -> AbstractContextManager[None]:
@@ -162,9 +194,8 @@ def load_streamed(settings: Loading, chain: Chain) -> LoadedModel:
     assert shards is not None
     with _readable(name):
         config, model_class = config_and_class(source, where)
-        empty = model_on_meta(model_class, config, settings.trust_remote_code)
-        stored = find_stored(empty, shards)
-        check_fit(stored, empty, name)
+        refuse_quantized(name, quantized_by(config, shards), dequantize=False)
+        stored = _match(model_on_meta(model_class, config, settings.trust_remote_code), shards, name)
         kept = stored_dtype(config, stored)
         dtype = compute_dtype(settings.dtype, kept, device)
         model = empty_model(model_class, config, dtype)
@@ -181,13 +212,15 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
-def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+def load_skeleton(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, dequantize: bool = False
+) -> LoadedModel:
     """Make a model without its weights, on the meta device: from the configuration alone, however large it is.
 
     A GGUF file is loaded whole, since its configuration stands in the file.
 
     Raises:
-        TwofoldError: if there is no such model.
+        TwofoldError: if there is no such model, or it is quantized and not to be dequantized.
     """
     if name.endswith(".gguf"):
         return load_model(name, trust_remote_code=trust_remote_code)
@@ -196,14 +229,15 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
     shards = open_shards(folder, name) if folder is not None and any(folder.glob("*.safetensors")) else None
     with _readable(name):
         config, model_class = config_and_class(source, where)
-        model = model_on_meta(model_class, config, trust_remote_code)
+        how = quantized_by(config, shards)
+        refuse_quantized(name, how, dequantize)
+        model = model_on_meta(model_class, without_quantization(config) if how else config, trust_remote_code)
         stored = Stored()
-        if shards is not None and is_plain(config, trust_remote_code):
-            stored = find_stored(model, shards)
-            check_fit(stored, model, name)
-        kept = stored_dtype(config, stored) or torch.float32
+        if shards is not None and not how and is_plain(config, trust_remote_code):
+            stored = _match(model, shards, name)
+        kept = dequantized_dtype(config, shards) if how else stored_dtype(config, stored) or torch.float32
     settle_ties_by_files(model, stored, shards)
-    return LoadedModel(model.eval(), None, name, folder, kept, shards=shards, stored=stored)
+    return LoadedModel(model.eval(), None, name, folder, kept, shards=shards, stored=stored, dequantized=how)
 
 
 def targets_of(loaded: LoadedModel, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> Targets:

@@ -20,6 +20,9 @@ class Loading(Settings):
     model: Annotated[str, Field(description="a folder, a hub id, a .gguf file, or smollm2 (built in)")]
     revision: Annotated[str | None, Field(description="the revision of a hub model")] = None
     trust_remote_code: Annotated[bool, Field(description="run code that comes with the checkpoint")] = False
+    dequantize: Annotated[
+        bool, Field(description="turn weights that are quantized already into ordinary ones as they are loaded")
+    ] = False
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         Field(description="of the loaded weights; auto is float32 on a processor"),

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from twofold.checkpoint.plugin import METHOD, TwofoldConfig, TwofoldQuantizer
-from twofold.errors import TwofoldError
 from twofold.host.quiet import quiet_bars
 
 
@@ -45,18 +43,8 @@ def model_from_config(model_class: Any, config: Any, trust_remote_code: bool = F
 
 
 def is_plain(config: Any, trust_remote_code: bool) -> bool:
-    """Say whether the weights are stored as the configuration alone says: not packed by a quantizer, no code of their own.
-
-    Raises:
-        TwofoldError: if transformers does not know how they are packed; it would go on with a warning.
-    """
-    settings = getattr(config, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if isinstance(settings, dict) and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        raise TwofoldError(
-            f"the model's config.json names the quantization {method!r}, which transformers does not know"
-        )
-    return (settings is None or method == METHOD) and not (trust_remote_code and getattr(config, "auto_map", None))
+    """Say whether the weights are stored as the configuration alone says: there is no code of their own."""
+    return not (trust_remote_code and getattr(config, "auto_map", None))
 
 
 def forget_gguf(model: Any) -> None:

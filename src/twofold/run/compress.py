@@ -116,6 +116,7 @@ def _finish(
     work.update(stage="measuring")
     with watch.stage("measure"):
         measured = _measure(way, evaluation, sizing)
+    prepared.plan.notes += loaded.notes
     if loaded.tokenizer is None:
         prepared.plan.notes.append(f"no tokenizer was written: {loaded.no_tokenizer or 'the model has none'}")
     with watch.stage("samples"):

@@ -42,14 +42,19 @@ class Inspection(pydantic.BaseModel, extra="forbid"):
 
 
 def inspect(
-    model: str, *, include: Iterable[str] = (), exclude: Iterable[str] = (), trust_remote_code: bool = False
+    model: str,
+    *,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    trust_remote_code: bool = False,
+    dequantize: bool = False,
 ) -> Inspection:
     """List the weights of a model from its configuration; none is loaded.
 
     Raises:
         TwofoldError: if it can't be read, or a pattern matches nothing.
     """
-    loaded = load_skeleton(model, trust_remote_code=trust_remote_code)
+    loaded = load_skeleton(model, trust_remote_code=trust_remote_code, dequantize=dequantize)
     layers = {n: m for n, m in loaded.model.named_modules() if isinstance(m, Compact) and m.CHILDREN}
     weights: list[Weight] = []
     targets = list_weights(loaded.model, include, exclude)

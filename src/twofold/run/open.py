@@ -31,7 +31,7 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
     check_methods(recipe)
     fit = choose_fit(recipe)
     if fit is None or fit.chain is None:
-        how = recipe.model_dump(include={"dtype", "device", "revision", "trust_remote_code"})
+        how = recipe.model_dump(include={"dtype", "device", "revision", "trust_remote_code", "dequantize"})
         return _in_memory(load_model(recipe.model, **how), recipe)
     check_streamed(recipe, fit.resident, fit.limit)
     if not quiet:

@@ -77,7 +77,8 @@ def _by_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
         raise TwofoldError(
             f"{recipe.goal.setting} needs measuring: name `calibration=FILE`, or `calibration=self`; or give `keep` or `budget`"
         )
-    loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    how = recipe.model_dump(include={"revision", "trust_remote_code", "dequantize"})
+    loaded = load_skeleton(recipe.model, **how)
     recipe = fit_window(recipe, loaded, quiet=True)
     opened = Opened(loaded, named=recipe.task)
     targets = with_structures(opened, targets_of(loaded, recipe.include, recipe.exclude), recipe)
@@ -102,4 +103,5 @@ def _by_moments(recipe: Recipe, moments: Path | None, *, quiet: bool) -> Plan:
     recipe = fit_window(recipe, opened.loaded, quiet=quiet)
     sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None
     watch = Stopwatch()
-    return prepare(recipe, opened, watch, moments_folder=moments, bases=False, sizing=sizing, quiet=quiet).plan
+    planned = prepare(recipe, opened, watch, moments_folder=moments, bases=False, sizing=sizing, quiet=quiet).plan
+    return planned.model_copy(update={"notes": [*planned.notes, *opened.loaded.notes]})

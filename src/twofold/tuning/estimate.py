@@ -78,7 +78,8 @@ def estimate(
     Raises:
         TwofoldError: if there is no such model, or the method can't train it.
     """
-    skeleton = load_skeleton(settings.model, trust_remote_code=settings.trust_remote_code)
+    how = settings.model_dump(include={"trust_remote_code", "dequantize"})
+    skeleton = load_skeleton(settings.model, **how)
     names = check_method(skeleton.model, settings)
     device = choose_device(settings.device)
     dtype = compute_dtype(settings.dtype, skeleton.stored_dtype, device)

@@ -48,7 +48,8 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
         dataset_config=settings.dataset_config,
         dataset_split=settings.dataset_split,
     )
-    model = load_skeleton(settings.model, trust_remote_code=settings.trust_remote_code).model
+    how = settings.model_dump(include={"trust_remote_code", "dequantize"})
+    model = load_skeleton(settings.model, **how).model
     check_method(model, settings)
     check_layers(model, settings)
     length = min(settings.length, window_limit(model) or settings.length)

@@ -96,9 +96,8 @@ def tune(
     if not quiet:
         say(summary(prepared.rows, prepared.examples))
     with watch.stage("load"), quiet_libraries():
-        loaded = load_model(
-            settings.model, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
-        )
+        how = settings.model_dump(include={"dtype", "device", "trust_remote_code", "dequantize"})
+        loaded = load_model(settings.model, **how)
         check_apart(out, loaded.source, [file for source in settings.data for file in data_files(source)])
         base = loaded.shards.hash("") if loaded.shards is not None else ""
     about = f"{__version__} {settings.model_dump_json()} {prepared.examples.sha256} {base}"

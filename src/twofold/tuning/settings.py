@@ -121,6 +121,9 @@ class Machine(Settings):
     dtype: Annotated[str, Field(description="of the computation; auto is float32 on a processor")] = "auto"
     device: Annotated[str, Field(description="cpu, cuda, mps, or auto")] = "auto"
     trust_remote_code: Annotated[bool, Field(description="run code that comes with the checkpoint")] = False
+    dequantize: Annotated[
+        bool, Field(description="turn weights that are quantized already into ordinary ones as they are loaded")
+    ] = False
 
 
 class TuneSettings(Machine, Steps, Trained, Rows):

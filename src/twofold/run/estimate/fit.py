@@ -49,7 +49,8 @@ def choose_fit(recipe: Recipe) -> Fit | None:
     limit = processes.least(memory_limit(recipe))  # all processes must choose the same
     if recipe.model.endswith(".gguf") or recipe.stream == "never":
         return None
-    loaded = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    how = recipe.model_dump(include={"revision", "trust_remote_code", "dequantize"})
+    loaded = load_skeleton(recipe.model, **how)
     return fit_of(Opened(loaded, named=recipe.task), recipe, limit)
 
 
@@ -63,8 +64,10 @@ def fit_of(opened: Opened, recipe: Recipe, limit: float) -> Fit:
     resident = max(memory_of(figures_of(loaded, None, {}, recipe), recipe, None).values())
     if recipe.stream == "never" or (recipe.stream == "auto" and resident * 1.5 < limit):  # no need to look closer
         return Fit(resident, limit)
-    surveyed, reason = None, "it is quantized or factorized already"
-    if getattr(loaded.model.config, "quantization_config", None) is None:
+    surveyed, reason = None, "it is factorized already"
+    if loaded.dequantized:
+        reason = f"it is {loaded.dequantized}, and `dequantize` works on the whole model in memory"
+    elif getattr(loaded.model.config, "quantization_config", None) is None:
         reason = "its blocks do not simply follow one another"
         try:
             targets = list_weights(loaded.model, recipe.include, recipe.exclude).targets

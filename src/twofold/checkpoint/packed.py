@@ -1,0 +1,209 @@
+"""Weights that a file holds packed, unpacked one at a time as they are read: numbers of 8 bits with scales, GPTQ, AWQ.
+
+The arithmetic is that of the formats (block scales, arXiv:2412.19437; GPTQ, arXiv:2210.17323; AWQ, arXiv:2306.00978),
+so the package that packed them is not needed. What else there is stays with transformers (``model/quantized.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twofold.checkpoint.headers import TensorHeader
+from twofold.checkpoint.shards import Shards
+from twofold.errors import TwofoldError
+
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+NARROW = {*FLOAT8, "F8_E8M0", "F4", "I8", "U8", "I16", "U16", "I32", "U32"}
+SCALES = (
+    "weight_scale_inv",
+    "weight_scale",
+    "scale_weight",
+    "scale",
+    "SCB",
+)  # beside x.weight, whose multiples they are
+BESIDE = ("input_scale", "activation_scale", "weight_format", "weight_zero_point")  # of what is not a weight, or of one
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each four bits of a word hold
+BLOCK = (128, 128)  # of scales, where config.json names none
+INT8_LARGEST = 127  # bitsandbytes keeps the largest number of a row as its scale
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A weight that is read and unpacked when it is asked for, with the questions that transformers asks a slice of a file."""
+
+    make: Callable[[], Tensor]
+    dtype: str  # as safetensors names it
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.make()[index]
+
+
+def is_packed(headers: Mapping[str, TensorHeader]) -> bool:
+    """Say whether some weights are no ordinary numbers, by their names and dtypes alone."""
+    return any(h.dtype in FLOAT8 or (h.dtype in NARROW and _is_of_a_weight(n)) for n, h in headers.items())
+
+
+def _is_of_a_weight(name: str) -> bool:
+    packed = (".qweight", ".W_q", ".weight_packed", "_blocks", ".weight._data", ".weight_qdata", ".weight")
+    return name.endswith(packed)
+
+
+def unpacked_tensors(shards: Shards, settings: Mapping[str, Any]) -> dict[str, Unpacked] | None:
+    """Return every weight of a checkpoint by its ordinary name; None if one is packed in a way that is not known here.
+
+    Args:
+        settings: quantization_config, as far as there is one.
+
+    Raises:
+        TwofoldError: naming the first weight whose scales do not belong to it.
+    """
+    headers, weights = shards.headers, dict[str, Unpacked]()
+    used: set[str] = set()
+    for name in headers:
+        stem, _, leaf = name.rpartition(".")
+        found = None
+        if leaf == "qweight":
+            found = _integers(shards, stem, settings)
+        elif headers[name].dtype in (*FLOAT8, "I8"):
+            found = _scaled(shards, name, settings)
+        if found is not None:
+            target, taken, make = found
+            weights[target] = Unpacked(make, "F32")
+            used |= taken
+    for name in headers.keys() - used:
+        if name.rpartition(".")[2] in BESIDE:
+            continue
+        if headers[name].dtype in NARROW and len(headers[name].shape) > 1:
+            return None
+        weights[name] = Unpacked(partial(_read, shards, name), headers[name].dtype)
+    return weights
+
+
+def _read(shards: Shards, name: str) -> Tensor:
+    return next(tensor for _, tensor in shards.read([name]))
+
+
+Found = tuple[str, set[str], Callable[[], Tensor]]  # the ordinary name, what it is made of, and how
+
+
+def _scaled(shards: Shards, name: str, settings: Mapping[str, Any]) -> Found | None:
+    """Find the scales of a weight of 8 bits; floats without any are the weight themselves, integers are not."""
+    headers, (stem, _, leaf) = shards.headers, name.rpartition(".")
+    candidates = [f"{name}_scale_inv", f"{name}_scale", *(f"{stem}.{kind}" for kind in SCALES if leaf == "weight")]
+    scale = next((key for key in candidates if key in headers), None)
+    zero = f"{name}_zero_point"
+    if scale is None:
+        return None if headers[name].dtype == "I8" else (name, {name}, lambda: _read(shards, name).float())
+    spread = partial(_spread, shape=headers[name].shape, block=_block(headers, name, scale, settings))
+
+    def make() -> Tensor:
+        numbers, factors = _read(shards, name).float(), _read(shards, scale)
+        # Scales of 8 bits are exponents of two.
+        factors = (factors.float() - 127).exp2() if factors.dtype == torch.uint8 else factors.float()
+        if scale.endswith(".SCB"):
+            factors = factors / INT8_LARGEST
+        if zero in headers:
+            numbers = numbers - spread(_read(shards, zero).float())
+        return numbers * spread(factors)
+
+    return name, {name, scale, zero}, make
+
+
+def _block(headers: Mapping[str, TensorHeader], name: str, scale: str, settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the rows and columns that a scale is for, one for each of the last dimensions of the weight.
+
+    Raises:
+        TwofoldError: if there are not as many scales as the weight has blocks.
+    """
+    shape, grid = headers[name].shape, headers[scale].shape
+    if headers[scale].numbers == 1:
+        return shape
+    if len(grid) == len(shape) - 1 and grid == shape[:-1]:  # one for each row
+        return (*(1 for _ in grid), shape[-1])
+    named = settings.get("weight_block_size")
+    named = (
+        tuple(named) if isinstance(named, list | tuple) and all(isinstance(b, int) and b > 0 for b in named) else BLOCK
+    )
+    for block in (
+        (*(1 for _ in shape[:-2]), *named),
+        tuple(-(-m // max(g, 1)) for m, g in zip(shape, grid, strict=False)),
+    ):
+        if len(block) == len(shape) == len(grid) and all(
+            -(-m // b) == g for m, b, g in zip(shape, block, grid, strict=True)
+        ):
+            return block
+    raise TwofoldError(
+        f"the weight {name} in {headers[name].file} has the shape {shape}, and its scales {scale} the shape {grid}, which is not "
+        f"that of its blocks of {' × '.join(map(str, named))}; fetch the checkpoint again"
+    )
+
+
+def _spread(grid: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> Tensor:
+    """Repeat each scale over its block; the last blocks may be cut."""
+    if grid.numel() == 1:
+        return grid.reshape(())
+    if grid.dim() == len(shape) - 1:
+        return grid.unsqueeze(-1)
+    for axis, (size, length) in enumerate(zip(shape, block, strict=True)):
+        if length > 1:
+            grid = grid.repeat_interleave(length, axis).narrow(axis, 0, size)
+    return grid
+
+
+def _integers(shards: Shards, stem: str, settings: Mapping[str, Any]) -> Found | None:
+    """Find the parts of a weight of GPTQ or AWQ; None if they are of a layout that is not known here."""
+    headers = shards.headers
+    parts = {part: f"{stem}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{part}" in headers}
+    if not {"qweight", "qzeros", "scales"} <= parts.keys():
+        return None
+    rows, columns = headers[parts["qweight"]].shape
+    groups, outputs = headers[parts["scales"]].shape
+    zeros = headers[parts["qzeros"]].shape
+    bits = settings.get("bits") or settings.get("w_bit") or 32 * zeros[1] / outputs
+    if bits not in (2, 4, 8) or zeros != (groups, outputs * bits // 32):
+        return None
+    if columns == outputs:
+        inputs, unpack = rows * 32 // bits, partial(_gptq, one=settings.get("checkpoint_format") != "gptq_v2")
+    elif columns == outputs // 8 and bits == 4:
+        inputs, unpack = rows, _awq
+    else:
+        return None
+    if inputs % groups:
+        return None
+
+    def make() -> Tensor:
+        tensors = {part: _read(shards, key) for part, key in parts.items()}
+        group = tensors.pop("g_idx", torch.arange(inputs) // (inputs // groups)).long()
+        numbers, middle = unpack(tensors["qweight"], tensors["qzeros"], int(bits))
+        return ((numbers - middle[group]) * tensors["scales"].float()[group]).T.contiguous()
+
+    return f"{stem}.weight", set(parts.values()), make
+
+
+def _gptq(weight: Tensor, zeros: Tensor, bits: int, one: bool) -> tuple[Tensor, Tensor]:
+    """Unpack words along the inputs, and zero points, which the first version of the format stores less one."""
+    numbers = torch.stack(list(_fields(weight, bits)), 1).flatten(0, 1)
+    middle = torch.stack(list(_fields(zeros, bits)), 2).flatten(1)
+    return numbers.float(), ((middle + one) & ((1 << bits) - 1) if one else middle).float()
+
+
+def _awq(weight: Tensor, zeros: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Unpack words along the outputs, whose fields are in another order than their columns."""
+    order = sorted(range(len(AWQ_ORDER)), key=AWQ_ORDER.__getitem__)
+    numbers, middle = (torch.stack(list(_fields(t, bits)), 2)[..., order].flatten(1).float() for t in (weight, zeros))
+    return numbers, middle
+
+
+def _fields(words: Tensor, bits: int) -> Iterator[Tensor]:
+    """Yield the numbers that stand in each word of 32 bits, from the lowest."""
+    for shift in range(0, 32, bits):
+        yield (words >> shift) & ((1 << bits) - 1)
