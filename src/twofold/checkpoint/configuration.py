@@ -21,7 +21,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the settings in a checkpoint's config.json.
 
     Raises:
-        TwofoldError: if it is not a JSON object, a number in it is NaN, or a size is not a whole number above zero.
+        TwofoldError: if it is not a JSON object, a number in it is NaN, a size is not a whole number above zero, or
+            ``quantization_config`` is no settings.
     """
     path = folder / "config.json"
     try:
@@ -37,6 +38,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             value = settings.get(key)
             if isinstance(value, bool | float | str) or (isinstance(value, int) and value < 1):
                 raise TwofoldError(f"{path}: {key} must be a whole number above 0, got {reprlib.repr(value)}")
+        packing = settings.get("quantization_config")
+        if packing is not None and not (isinstance(packing, dict) and packing):
+            raise TwofoldError(
+                f"{path}: quantization_config must say how the weights are packed, got {reprlib.repr(packing)}; "
+                "take it out if they are ordinary"
+            )
     check_depth(config, path, MOST_LAYERS, "any model has")
     return config
 

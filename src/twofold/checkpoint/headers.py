@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from twofold.checkpoint.configuration import read_config
+from twofold.checkpoint.recognize import recognize
 from twofold.errors import TwofoldError
 
 DTYPES = {
@@ -106,10 +107,9 @@ def weight_files(folder: Path, name: str) -> dict[Path, set[str]]:
         for tensor, shard in read_index(index).items():
             promised.setdefault(folder / shard, set()).add(tensor)
     else:
-        raise TwofoldError(
-            f"{name} has no weights in safetensors{f' ({named}, as its transformers_weights says)' if named else ''}; "
-            "Twofold loads no other format (pickles can run code)"
-        )
+        says = f" ({named}, as its transformers_weights says)" if named else ""
+        what = recognize(folder) or "Twofold loads no other format (pickles can run code)"
+        raise TwofoldError(f"{name} has no weights in safetensors{says}; it {what}".replace("it Twofold", "Twofold"))
     for file in promised:
         _check_link(file, folder)
     absent = sorted(file.name for file in promised if not file.is_file())

@@ -18,26 +18,17 @@ from twofold.checkpoint.plugin import METHOD
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
 from twofold.host.faults import errors_in_words
-from twofold.host.quiet import first_line, quiet_bars, silence
+from twofold.host.quiet import first_line, silence
 
 FIELD = "quantization_config"
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
-    """Return the settings of the quantizer, where transformers looks for them; None if there are none.
-
-    Raises:
-        TwofoldError: if they are no settings.
-    """
+    """Return the settings of the quantizer, where transformers looks for them; None if there are none."""
     for part in (config, config.get_text_config(decoder=True)):
         settings = getattr(part, FIELD, None)
-        settings = settings.to_dict() if hasattr(settings, "to_dict") else settings
-        if settings:
-            if not isinstance(settings, dict):
-                raise TwofoldError(
-                    f"the model's config.json has {settings!r} as its {FIELD}, which is no mapping; fetch the checkpoint again"
-                )
-            return settings
+        if settings is not None:
+            return settings if isinstance(settings, dict) else dict(settings.to_dict())
     return None
 
 
@@ -48,14 +39,20 @@ def method_of(settings: Mapping[str, Any]) -> str:
         TwofoldError: if it knows none; it would go on with a warning, and random weights.
     """
     method = settings.get("quant_method")
-    # As AutoHfQuantizer.supports_quant_method does it: bitsandbytes goes by the flags that came before its name.
-    bits = next((bits for bits in ("4bit", "8bit") if settings.get(f"load_in_{bits}")), None)
-    if (method if bits is None else f"bitsandbytes_{bits}") not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if _key(settings) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        named = (
+            f"the quantization {method!r}, which transformers does not know" if method else "no method of quantization"
+        )
         raise TwofoldError(
-            f"the model's config.json names the quantization {method!r}, which transformers does not know; name the "
-            "checkpoint that it was made from"
+            f"the model's config.json names {named} (quant_method in {FIELD}); name the checkpoint that it was made from"
         )
     return str(method or "bitsandbytes")
+
+
+def _key(settings: Mapping[str, Any]) -> Any:
+    """Return the name of a method in transformers' tables: bitsandbytes goes by the flags that came before its name."""
+    bits = next((f"bitsandbytes_{bits}" for bits in ("4bit", "8bit") if settings.get(f"load_in_{bits}")), None)
+    return bits or settings.get("quant_method")
 
 
 def quantized_by(config: Any, shards: Shards | None) -> str:
@@ -117,72 +114,49 @@ def load_dequantized(
         TwofoldError: if it can't be done, naming what it lacks.
     """
     quantization = quantization_of(config) or {}
-    tensors = unpacked_tensors(shards, quantization)
-    if tensors is not None:
-        config = without_quantization(config)
-        if not hasattr(model_class, "config_class") or model_class.config_class is None:  # an Auto class
-            model_class = model_class._model_mapping[type(config)]
+    tensors: Mapping[str, Any] | None = unpacked_tensors(shards, quantization)
+    if tensors is None:
+
+        def words(error: Exception) -> str:
+            lacks = re.search(r"pip install (?:-U |--upgrade )?[`'\"]?([\w-]+)", str(error))
+            remedy = f"install {lacks[1]}, or name" if lacks else "name"
+            return (
+                f"the model {name} is {how}, and transformers can't dequantize it here ({first_line(error)}); {remedy} the "
+                "model that it was made from"
+            )
+
+        with errors_in_words(words), silence():
+            tensors = _by_transformers(model_class, quantization, source, settings)
+    config = without_quantization(config)
+    if getattr(model_class, "config_class", None) is None:  # an Auto class takes no tensors
+        model_class = model_class._model_mapping[type(config)]
+    with errors_in_words(lambda error: f"the model {name}, dequantized, can't be loaded: {first_line(error)}"):
         model, report = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)
-        model.config._name_or_path = str(source)
-        if model.can_generate() and (Path(source) / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(source)
-        return model, report
-
-    def words(error: Exception) -> str:
-        lacks = re.search(r"`?pip install (?:-U |--upgrade )?[`'\"]?([\w-]+)", str(error))
-        remedy = f"install {lacks[1]}, or name" if lacks else "name"
-        return (
-            f"the model {name} is {how}, and transformers can't dequantize it here ({first_line(error)}); {remedy} the model "
-            "that it was made from"
-        )
-
-    with errors_in_words(words), silence():
-        model, report = _by_transformers(model_class, quantization, source, settings)
-    _check_ordinary(model, name, how)
+    model.config._name_or_path = str(source)
+    if model.can_generate() and (Path(source) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
     return model, report
 
 
 def _by_transformers(
     model_class: Any, quantization: dict[str, Any], source: str | Path, settings: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """Load and dequantize by the means of transformers, as far as a method has any."""
-    bits = next((f"bitsandbytes_{bits}" for bits in ("4bit", "8bit") if quantization.get(f"load_in_{bits}")), None)
-    kind = AUTO_QUANTIZATION_CONFIG_MAPPING[bits or quantization.get("quant_method", "")]
-    asked = {}
-    if "dequantize" in vars(kind.from_dict(dict(quantization))):  # while the weights are loaded
-        asked = {FIELD: kind.from_dict({**quantization, "dequantize": True})}
-    model, report = model_class.from_pretrained(source, **asked, **settings)
-    if getattr(model, "hf_quantizer", None) is not None:
-        packed = [
-            (key, p) for key, p in model.named_parameters() if type(p.data) is not Tensor and hasattr(p, "dequantize")
-        ]
-        for key, parameter in packed:  # numbers that know themselves what they stand for, as torchao's
-            module, leaf = model.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
-            setattr(module, leaf, torch.nn.Parameter(parameter.dequantize().to(settings["dtype"]), requires_grad=False))
-        if packed:
-            model.hf_quantizer.remove_quantization_config(model)
-        else:
-            model = model.dequantize(settings["dtype"])
-    with quiet_bars():
-        return model, report
-
-
-def _check_ordinary(model: Any, name: str, how: str) -> None:
-    """Refuse a model that is not what its configuration alone makes.
+) -> dict[str, Tensor]:
+    """Load and dequantize by the means of transformers, as far as a method has any; return the weights.
 
     Raises:
-        TwofoldError: naming the first weight that is not.
+        ValueError: if a weight stays packed.
     """
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-
-    with quiet_bars(), init_empty_weights():
-        plain = dict(type(model)._from_config(without_quantization(model.config)).state_dict())
-    for key, tensor in model.state_dict().items():
-        if (
-            key not in plain
-            or tensor.shape != plain[key].shape
-            or not tensor.is_floating_point() == plain[key].is_floating_point()
-        ):
-            raise TwofoldError(
-                f"the model {name} is {how}, and transformers leaves {key} of it packed; name the model that it was made from"
-            )
+    kind, asked = AUTO_QUANTIZATION_CONFIG_MAPPING[_key(quantization)], {}
+    if "dequantize" in vars(kind.from_dict(dict(quantization))):  # while the weights are loaded
+        asked = {FIELD: kind.from_dict({**quantization, "dequantize": True})}
+    model, _ = model_class.from_pretrained(source, **asked, **settings)
+    tensors: dict[str, Any] = model.state_dict()
+    # Numbers that know themselves what they stand for, as torchao's.
+    knowing = {key for key, tensor in tensors.items() if type(tensor) is not Tensor and hasattr(tensor, "dequantize")}
+    if getattr(model, "hf_quantizer", None) is not None and not knowing:
+        tensors = model.dequantize(settings["dtype"]).state_dict()
+    tensors |= {key: tensors[key].dequantize() for key in knowing}
+    packed = next((key for key, tensor in tensors.items() if tensor.dim() > 1 and not tensor.is_floating_point()), None)
+    if packed is not None:
+        raise ValueError(f"it leaves {packed} packed")
+    return tensors

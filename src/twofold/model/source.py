@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from twofold.checkpoint.configuration import check_depth, read_config
 from twofold.checkpoint.headers import INDEX, read_index
+from twofold.checkpoint.recognize import check_checkpoint
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
 from twofold.model import builtin
@@ -30,8 +31,7 @@ def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[st
         return name, where, None
     if path.is_file():
         return path.parent, {**where, "gguf_file": path.name}, None
-    if not (path / "config.json").is_file():
-        raise TwofoldError(f"{name} is not a Transformers checkpoint: it has no config.json")
+    check_checkpoint(path, name)
     read_config(path)  # refuses a configuration or an index that can't be used, before transformers sees it
     if (path / INDEX).is_file():
         read_index(path / INDEX)

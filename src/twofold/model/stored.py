@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from twofold.checkpoint.headers import DTYPES, TensorHeader
+from twofold.checkpoint.recognize import check_names
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
 
@@ -116,10 +117,11 @@ def check_fit(stored: Stored, model: Any, name: str) -> None:
         model: made from the configuration, on the meta device.
 
     Raises:
-        TwofoldError: naming the first tensor of another size or kind, or of a layer that the model does not have; or both
-            sizes, if the model is far larger.
+        TwofoldError: naming the first tensor of another size or kind, or of a layer that the model does not have; what has
+            changed the names of all of them; or both sizes, if the model is far larger.
     """
     state = model.state_dict()
+    check_names(set(stored.headers), state.keys(), f"{getattr(model, 'base_model_prefix', '')}.")
     for key, own in stored.keys.items():
         tensor, header = state[key], stored.headers[own]
         if header.numbers != tensor.numel():
