@@ -130,17 +130,13 @@ def _block(headers: Mapping[str, TensorHeader], name: str, scale: str, settings:
     if len(grid) == len(shape) - 1 and grid == shape[:-1]:  # one for each row
         return (*(1 for _ in grid), shape[-1])
     named = settings.get("weight_block_size")
-    named = (
-        tuple(named) if isinstance(named, list | tuple) and all(isinstance(b, int) and b > 0 for b in named) else BLOCK
-    )
-    for block in (
-        (*(1 for _ in shape[:-2]), *named),
-        tuple(-(-m // max(g, 1)) for m, g in zip(shape, grid, strict=False)),
-    ):
-        if len(block) == len(shape) == len(grid) and all(
-            -(-m // b) == g for m, b, g in zip(shape, block, grid, strict=True)
-        ):
+    named = named if isinstance(named, list) and all(isinstance(size, int) and size > 0 for size in named) else BLOCK
+    if len(grid) == len(shape):
+        block = (*(1 for _ in shape[: -len(named)]), *named)
+        if [-(-size // length) for size, length in zip(shape, block, strict=True)] == list(grid):  # the last may be cut
             return block
+        if all(count and size % count == 0 for size, count in zip(shape, grid, strict=True)):
+            return tuple(size // count for size, count in zip(shape, grid, strict=True))
     raise TwofoldError(
         f"the weight {name} in {headers[name].file} has the shape {shape}, and its scales {scale} the shape {grid}, which is not "
         f"that of its blocks of {' × '.join(map(str, named))}; fetch the checkpoint again"
