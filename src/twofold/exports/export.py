@@ -110,17 +110,11 @@ def export(
             narrower = min(stored, getattr(torch, written.dtype), key=lambda dtype: dtype.itemsize)
             check(comparison, narrower, rank is None, str(folder))
             result = Exported(
-                format=to,
-                model=model,
-                out=str(folder),
-                dtype=str(stored).removeprefix("torch."),
+                format=to, model=model, out=str(folder), dtype=str(stored).removeprefix("torch."),
                 weight_bytes=weight_bytes,
                 file_bytes=sum(p.stat().st_size for p in staged.iterdir() if p.name.endswith(kind.weights)),
-                compared_in=written.dtype,
-                comparison=comparison,
-                notes=written.notes,
-                work=work,
-            )
+                compared_in=written.dtype, comparison=comparison, notes=written.notes, work=work,
+            )  # fmt: skip
             (staged / EXPORTED).write_text(json.dumps(result.model_dump(), indent=1) + "\n", encoding="utf-8")
     return result
 
