@@ -28,11 +28,12 @@ from twofold.nn.layers.quantized import QuantizedLinear
 from twofold.nn.layers.tied import TiedLinear
 from twofold.run.factorize import factorize
 from twofold.scratch.bound import BoundedUpdate, product_norm, spectral_norm
+from twofold.settings.sizes import parse_bytes
 from twofold.tuning.directions import split_directions
 from twofold.tuning.estimate import choose, estimate
 from twofold.tuning.fused import fuse_lora
 from twofold.tuning.head import row_head
-from twofold.tuning.prepare import prepare, read_bytes
+from twofold.tuning.prepare import prepare
 from twofold.tuning.record import TuneRun
 from twofold.tuning.rows import read_rows
 from twofold.tuning.run import tune
@@ -338,7 +339,7 @@ def test_the_estimate_counts_what_is_kept(place: Path) -> None:
     assert again.activations < one.activations and again.step_seconds > one.step_seconds
     enough, found = choose(settings, one.memory + 2**26, longest=64, mean=32, steps=10)
     assert enough.method == "full" and found.memory <= one.memory + 2**26
-    assert read_bytes("4GB") == 4e9
+    assert parse_bytes("4GB", "memory") == 4e9
 
 
 def test_splitting_directions_changes_nothing_at_the_start() -> None:

@@ -28,6 +28,15 @@ SCALES = (
     "SCB",
 )  # beside x.weight, whose multiples they are
 BESIDE = ("input_scale", "activation_scale", "weight_format", "weight_zero_point")  # of what is not a weight, or of one
+PACKED = (
+    ".qweight",
+    ".W_q",
+    ".weight_packed",
+    "_blocks",
+    ".weight._data",
+    ".weight_qdata",
+)  # how packed weights are called
+ENDS_BESIDE = (".SCB", ".weight_scale_inv", ".weight_scale", ".absmax")  # and what stands beside them
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each four bits of a word hold
 BLOCK = (128, 128)  # of scales, where config.json names none
 INT8_LARGEST = 127  # bitsandbytes keeps the largest number of a row as its scale
@@ -48,13 +57,10 @@ class Unpacked:
 
 
 def is_packed(headers: Mapping[str, TensorHeader]) -> bool:
-    """Say whether some weights are no ordinary numbers, by their names and dtypes alone."""
-    return any(h.dtype in FLOAT8 or (h.dtype in NARROW and _is_of_a_weight(n)) for n, h in headers.items())
-
-
-def _is_of_a_weight(name: str) -> bool:
-    packed = (".qweight", ".W_q", ".weight_packed", "_blocks", ".weight._data", ".weight_qdata", ".weight")
-    return name.endswith(packed)
+    """Say whether some weights are no ordinary numbers, by names and dtypes alone."""
+    return any(
+        header.dtype in FLOAT8 or (header.dtype in NARROW and name.endswith(PACKED)) for name, header in headers.items()
+    ) or any(name.endswith(ENDS_BESIDE) for name in headers)
 
 
 def unpacked_tensors(shards: Shards, settings: Mapping[str, Any]) -> dict[str, Unpacked] | None:

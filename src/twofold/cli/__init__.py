@@ -15,6 +15,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from twofold.cli.streams import give_streams, until_cut_off
 from twofold.cli.words import one_line, repeat_flags, with_flags
 from twofold.errors import TwofoldError
 from twofold.host.faults import is_out_of_memory
@@ -28,6 +29,11 @@ COMMANDS = (
 )  # fmt: skip
 ALIASES = {"eval": "evaluate"}
 HELP = {"help_option_names": ["-h", "--help"]}
+# What is wrong with a place, and not with a program; a file that is missing may be our fault.
+PLACES = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
+    errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
 MODELS = ("model", "models", "against", "tuned", "base")  # parameters that name models
 
 
@@ -70,7 +76,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
                 named = flags.get(parameter) or []
                 for model in [named] if isinstance(named, str) else named:
                     find_model(model, flags.get("revision"))
-            command(**flags)
+            with until_cut_off():
+                command(**flags)
         except KeyboardInterrupt:
             print("twofold: stopped; the same command goes on from what was done", file=sys.stderr)
             sys.exit(130)
@@ -105,6 +112,7 @@ def _root(
 def main() -> None:
     """Run the command; 0 if it did what was asked, 2 if the user can put something right, 1 for a failure of ours."""
     PHRASE.set(with_flags)
+    give_streams()
     try:
         app(repeat_flags(sys.argv[1:]))
     except Exception as error:
@@ -124,4 +132,9 @@ def _advice(error: Exception) -> str | None:
         return "not enough memory; give less to the run with --memory, or use a smaller --batch-size or --window"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"no file can have the name {str(error.filename)[:80]!r}…: it is too long"
+    if isinstance(error, OSError) and (
+        error.errno in PLACES or (error.filename is None and error.errno == errno.ENOENT)
+    ):
+        where = "the current folder, or one for temporary files," if error.filename is None else error.filename
+        return one_line(OSError(f"{where} can't be used: {error.strerror or error}; name another place"))
     return None

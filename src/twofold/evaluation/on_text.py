@@ -63,14 +63,14 @@ def evaluate_text(
         if adapter is not None:
             put_adapter(model, adapter)
     longest = min((p for p in (window_limit(model.model) for model in loaded) if p is not None), default=window)
-    if window > longest:
-        raise TwofoldError(f"`window={window}` is longer than this model's {longest} positions; use `window={longest}`")
     task = Opened(loaded[-1]).need_task("evaluated on a text")
     if len({getattr(model.model.config.get_text_config(), "vocab_size", None) for model in loaded}) > 1:
         raise TwofoldError(
             f"{models[0][0]} and {models[-1][0]} have different vocabularies, so their predictions can't be compared"
         )
-    samples = evaluation_windows(text, need_tokenizer(loaded[-1]), window=window, **source)
+    samples = evaluation_windows(text, need_tokenizer(loaded[-1]), window=min(window, longest), **source)
+    if window > longest:  # told after what is wrong with the text
+        raise TwofoldError(f"`window={window}` is longer than this model's {longest} positions; use `window={longest}`")
     check_ids(samples.ids, loaded[-1])
 
     def predict(model: LoadedModel) -> Predict:

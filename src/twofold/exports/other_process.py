@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class OtherProcess:
     def read(self, ids: Tensor) -> Tensor:  # (batch, tokens, vocabulary)
         out = Path(self._folder.name) / "logits.safetensors"
         request = {"ids": ids.tolist(), "start": self._begin, "out": str(out)}
-        print(json.dumps(request), file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it ended; its last words are told below
+            print(json.dumps(request), file=self._process.stdin, flush=True)
         self._begin = False
         self._answer()
         logits: Tensor = load_file(out)["logits"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
+import errno
 import hashlib
 import os
 import tempfile
@@ -15,6 +15,19 @@ from safetensors import SafetensorError
 
 from twofold.errors import TwofoldError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, or the limit of a file
+
+
+def place_error(path: Path, error: Exception) -> TwofoldError:
+    """Say why a file or folder can't be written, and what to do: free some space, or name another place."""
+    reason = getattr(error, "strerror", None) or str(error)
+    full = getattr(error, "errno", None) in FULL or any(
+        words in str(error) for words in ("No space left", "File too large")
+    )
+    if full:
+        return TwofoldError(f"no space left while writing {path} ({reason}); free some space and run again")
+    return TwofoldError(f"{path} can't be written: {reason}; name another place (`out`, `moments`, TWOFOLD_CACHE)")
+
 
 def make_folder(folder: Path) -> None:
     """Make a folder to write to.
@@ -25,7 +38,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TwofoldError(f"the folder {folder} can't be made: {error.strerror}; name another one") from error
+        raise place_error(folder, error) from error
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -43,9 +56,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        raise TwofoldError(
-            f"{path} can't be written: {error}; free some space, or name another place (`out`, `moments`, TWOFOLD_CACHE)"
-        ) from error
+        raise place_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -61,6 +72,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 def lock_of(folder: Path) -> FileLock:
-    """Return the lock of a folder among the processes of a user on this machine; it ends with the process that holds it."""
+    """Return the lock of a folder among the processes of a user on this machine; it ends with the process that holds it.
+
+    Raises:
+        TwofoldError: if there is no folder for temporary files.
+    """
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
-    return FileLock(Path(tempfile.gettempdir()) / f"twofold-{getpass.getuser()}-{name}.lock")
+    # By number where there is one: a user of a container may have no name.
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    return FileLock(temporary_folder() / f"twofold-{user}-{name}.lock")
+
+
+def temporary_folder() -> Path:
+    """Return the folder for temporary files.
+
+    Raises:
+        TwofoldError: if there is none that can be written.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as error:
+        raise TwofoldError(
+            f"there is no folder for temporary files ({error.strerror}); name one with TMPDIR"
+        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import psutil
 from safetensors import SafetensorError
 
 from twofold.errors import TwofoldError
+from twofold.host.files import place_error
 
 COMPRESSED = ("config.json", "plan.json", "run.json")  # what every factored checkpoint holds
 EXPORTED = "twofold-export.json"  # what an export holds
@@ -40,9 +40,25 @@ def check_output(out: Path, overwrite: bool) -> None:
             raise TwofoldError(
                 f"the output folder {out} was not written by Twofold, so it is not replaced; name another"
             )
+    check_place(out)
+
+
+def check_place(out: Path) -> None:
+    """Refuse a folder that can't be made; the rights alone don't tell, so one beside it is made and removed.
+
+    Raises:
+        TwofoldError: if it can't, for whatever reason.
+    """
     parent = _nearest(out.absolute().parent)
-    if not os.access(parent, os.W_OK):
-        raise TwofoldError(f"the output folder {out} can't be made: no permission to write in {parent}")
+    # As long as the longest name that it will have.
+    trial = parent / f".{out.name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise TwofoldError(
+            f"the output folder {out} can't be made: {error.strerror} ({parent}); name another place"
+        ) from error
 
 
 def _is_by_twofold(out: Path) -> bool:
@@ -81,8 +97,8 @@ def check_space(out: Path, needed: int) -> None:
         TwofoldError: if the disk has less than ``needed`` bytes free.
     """
     parent = _nearest(out)
-    if parent != out.absolute() and (not parent.is_dir() or not os.access(parent, os.W_OK)):
-        raise TwofoldError(f"{out} can't be written: {parent} is not a writable folder; name another place")
+    if parent != out.absolute():
+        check_place(out)
     free = free_space(out)
     if free < needed:
         raise TwofoldError(
@@ -123,9 +139,7 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             file.chmod(0o666 & ~mask)
         _put_in_place(staged, out)
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise TwofoldError(f"no space left while writing {out}; free some space and run again") from error
-        raise TwofoldError(f"the output folder {out} can't be written: {error}") from error
+        raise place_error(out, error) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

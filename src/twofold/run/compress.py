@@ -56,7 +56,7 @@ def compress(
         TwofoldError: for whatever the user can put right.
     """
     recipe = from_call(Recipe, make_recipe, recipe, settings)
-    moments = None if moments is None else Path(moments)
+    moments = None if moments is None else Path(moments).expanduser()
     processes.join()
     quiet = quiet or not processes.is_main()
     out = Path(out).expanduser().resolve()

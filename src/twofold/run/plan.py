@@ -9,6 +9,7 @@ from typing import Any
 from twofold.calibrate.opened import Opened
 from twofold.errors import TwofoldError
 from twofold.host.clock import Stopwatch
+from twofold.host.folders import check_place
 from twofold.model.load import load_skeleton, targets_of
 from twofold.objectives import OBJECTIVES
 from twofold.planning.plan import Plan
@@ -51,19 +52,34 @@ def plan(
         TwofoldError: for whatever the user can put right.
     """
     recipe = from_call(Recipe, make_recipe, recipe, settings)
+    out = None if out is None else Path(out).expanduser()
+    if out is not None:
+        _check_file(out)
     check_methods(recipe)
     named = "calibration" in recipe.model_fields_set or moments is not None
     if named or not OBJECTIVES.get(recipe.objective).needs:
-        planned = _by_moments(recipe, None if moments is None else Path(moments), quiet=quiet)
+        planned = _by_moments(recipe, None if moments is None else Path(moments).expanduser(), quiet=quiet)
     else:
         planned = _by_shapes(recipe, estimate=estimate, quiet=quiet)
     if out is not None:
-        try:
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            planned.save(Path(out))
-        except OSError as error:
-            raise TwofoldError(f"the plan can't be written to {out}: {error.strerror}") from error
+        planned.save(out)
     return planned
+
+
+def _check_file(out: Path) -> None:
+    """Refuse a file that can't be written, or would take the place of something else than a plan.
+
+    Raises:
+        TwofoldError: if it is a folder, another file, or lies where no file can be made.
+    """
+    if out.is_dir():
+        raise TwofoldError(f"{out} is a folder; name a file for the plan, such as {out / 'plan.json'}")
+    if out.exists():
+        try:
+            Plan.load(out)
+        except TwofoldError as error:
+            raise TwofoldError(f"{out} exists and is no plan, so it is not replaced; name another file") from error
+    check_place(out)
 
 
 def _by_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:

@@ -117,7 +117,7 @@ def chat(
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     conversation = Conversation(loaded, system, max_tokens, temperature)
     torch.manual_seed(seed)
-    terminal = sys.stdin.isatty()
+    terminal = sys.stdin is not None and sys.stdin.isatty()
     if terminal:
         print(HELP, file=sys.stderr)
     if not conversation.templated:
@@ -141,6 +141,6 @@ def chat(
 def _lines(terminal: bool) -> Iterator[str]:
     """Yield the lines that are written, without empty ones."""
     with suppress(EOFError):
-        for line in iter(lambda: input("> "), None) if terminal else sys.stdin:
+        for line in iter(lambda: input("> "), None) if terminal else sys.stdin or ():
             if line.strip():
                 yield line.strip()

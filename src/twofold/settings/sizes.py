@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Literal
 
 from twofold.errors import TwofoldError
@@ -39,3 +40,19 @@ def parse_budget(text: str) -> tuple[float, Literal["parameters", "bytes", "shar
     raise TwofoldError(
         f"the budget {text!r} is not understood: give parameters (90M), bytes (180MB) or a share of the whole model (70%)"
     )
+
+
+def parse_bytes(text: str, setting: str) -> float:
+    """Read a number of bytes, such as 6GB, which a setting is given as.
+
+    >>> parse_bytes("6GB", "memory")
+    6000000000.0
+
+    Raises:
+        TwofoldError: if the text is none.
+    """
+    with suppress(TwofoldError):
+        number, unit = parse_budget(text)
+        if unit == "bytes":
+            return number
+    raise TwofoldError(f"`{setting}` must be a size in bytes, as in `{setting}=6GB`, got {text!r}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from twofold.errors import TwofoldError
 from twofold.model.load import load_skeleton, load_tokenizer, window_limit
-from twofold.settings.sizes import parse_budget
+from twofold.settings.sizes import parse_bytes
 from twofold.tuning.estimate import TuneEstimate, choose, estimate
 from twofold.tuning.methods import check_method
 from twofold.tuning.optimizers import check_layers, check_optimizer
@@ -75,7 +75,7 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
         with nullcontext() if must_estimate else suppress(TwofoldError):
             prepared.estimate = estimate(settings, **shape)
         return prepared
-    prepared.settings, prepared.estimate = choose(settings, int(read_bytes(settings.memory)), **shape)
+    prepared.settings, prepared.estimate = choose(settings, int(parse_bytes(settings.memory, "memory")), **shape)
     method, optimizer = prepared.settings.method, prepared.settings.optimizer
     if method != settings.method:
         prepared.notes.append(
@@ -83,18 +83,6 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
             + (f", by adamw and not by {settings.optimizer}" if optimizer != settings.optimizer else "")
         )
     return prepared
-
-
-def read_bytes(text: str) -> float:
-    """Return a memory such as 4GB in bytes.
-
-    Raises:
-        TwofoldError: if it is none.
-    """
-    size, unit = parse_budget(text)
-    if unit != "bytes":
-        raise TwofoldError(f"`memory` must be a size in bytes, such as 4GB, got {text!r}")
-    return size
 
 
 def summary(rows: Rows, examples: Examples) -> str:

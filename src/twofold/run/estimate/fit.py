@@ -21,7 +21,7 @@ from twofold.model.weights import list_weights
 from twofold.recipe import Recipe
 from twofold.run.estimate.figures import figures_of
 from twofold.run.estimate.memory import memory_of
-from twofold.settings.sizes import parse_budget
+from twofold.settings.sizes import parse_bytes
 
 PART_OF_FREE = 0.85  # of the memory that is free, what is used unless a limit is named
 
@@ -109,10 +109,7 @@ def memory_limit(recipe: Loading) -> float:
         TwofoldError: if ``memory`` is not a number of bytes.
     """
     if recipe.memory is not None:
-        amount, unit = parse_budget(recipe.memory)
-        if unit != "bytes":
-            raise TwofoldError(f"`memory={recipe.memory}` is not understood: give bytes, as in `memory=6GB`")
-        return amount
+        return parse_bytes(recipe.memory, "memory")
     if recipe.device.startswith("cuda") or (recipe.device == "auto" and torch.cuda.is_available()):
         return torch.cuda.mem_get_info()[0] * PART_OF_FREE
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine

@@ -155,6 +155,7 @@ def read_texts(
 def _expand(sources: Iterable[str | Path]) -> Iterator[str]:
     """Yield each source, and the files that a pattern such as texts/*.txt stands for, in order."""
     for source in map(str, sources):
+        source = source if source[:1] != "~" else str(Path(source).expanduser())
         if not any(sign in source for sign in "*?[") or Path(source).exists():
             yield source
             continue
