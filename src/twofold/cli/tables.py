@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from twofold.report.record import Run, Sample
     from twofold.tuning.record import TuneRun
 
-console = Console()
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the command end as for any output that nobody reads; rich's own way is exit code 1."""
+        raise BrokenPipeError
+
+
+console = _Console()
 Key = TypeVar("Key", bound=Hashable)
 
 

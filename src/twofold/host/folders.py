@@ -44,21 +44,23 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Refuse a folder that can't be made; the rights alone don't tell, so one beside it is made and removed.
+    """Refuse a file or folder that can't be made; the rights alone don't tell, so one beside it is made and removed.
 
     Raises:
         TwofoldError: if it can't, for whatever reason.
     """
     parent = _nearest(out.absolute().parent)
     # As long as the longest name that it will have.
-    trial = parent / f".{out.name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+    trial = parent / f".{out.name}.{os.getpid()}.{secrets.token_hex(4)}.attempt"
     try:
         trial.mkdir()
-        trial.rmdir()
     except OSError as error:
         raise TwofoldError(
-            f"the output folder {out} can't be made: {error.strerror} ({parent}); name another place"
+            f"{out} can't be made: {error.strerror} ({parent}); name another place (`out`, `moments`, TWOFOLD_CACHE)"
         ) from error
+    finally:
+        with suppress(OSError):
+            trial.rmdir()
 
 
 def _is_by_twofold(out: Path) -> bool:

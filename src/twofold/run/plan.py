@@ -72,6 +72,7 @@ def _check_file(out: Path) -> None:
     Raises:
         TwofoldError: if it is a folder, another file, or lies where no file can be made.
     """
+    check_place(out)
     if out.is_dir():
         raise TwofoldError(f"{out} is a folder; name a file for the plan, such as {out / 'plan.json'}")
     if out.exists():
@@ -79,7 +80,6 @@ def _check_file(out: Path) -> None:
             Plan.load(out)
         except TwofoldError as error:
             raise TwofoldError(f"{out} exists and is no plan, so it is not replaced; name another file") from error
-    check_place(out)
 
 
 def _by_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
