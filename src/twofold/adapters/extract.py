@@ -10,6 +10,7 @@ import torch
 from twofold.adapters.folder import check_base, task_type, write_adapter
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import Changes, by_energy
+from twofold.checkpoint.beside import LICENCE
 from twofold.checkpoint.peft.lora import whole_layers
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_apart, check_output, staged_folder
@@ -17,6 +18,7 @@ from twofold.host.progress import progress
 from twofold.linalg.metric import working_dtype
 from twofold.model.kinds import dense_weight
 from twofold.model.load import LoadedModel, load_model
+from twofold.model.written import Companions
 from twofold.nn.layers._basis import SharedBasis
 
 FAR = 0.5  # a tuned weight differs from its base by much less than this share of its norm
@@ -36,6 +38,8 @@ class Extraction(pydantic.BaseModel, extra="forbid"):
     change: float  # ‖tuned − base‖ / ‖base‖ over the linear layers
     metric: str  # in words
     notes: list[str] = []
+    carried: list[str] = []  # files of the tuned model that stand beside the adapter: its licence
+    licence: dict[str, str] = {}  # of the original: what its card says, or the file that holds it
 
 
 def extract(
@@ -47,6 +51,7 @@ def extract(
     energy: float | None = None,
     moments: Path | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> Extraction:
     """Write the adapter that turns ``base`` into ``tuned`` as far as its ranks go; both dense, or factorized.
@@ -65,7 +70,7 @@ def extract(
         raise TwofoldError(f"`energy` must be a share above 0 and at most 1, got {energy}")
     out = Path(out).expanduser().resolve()
     check_output(out, overwrite)
-    first, second = load_model(base), load_model(tuned)
+    first, second = (load_model(name, trust_remote_code=trust_remote_code) for name in (base, tuned))
     for loaded in (first, second):
         check_apart(out, loaded.source, [])
     metrics, names = Metrics(moments), matching_layers(first, second)
@@ -80,6 +85,7 @@ def extract(
             "model that it was tuned from"
         )
     ranks = {name: r for name, r in ranks.items() if r} if rank is None else changes.within(rank)
+    companions = Companions.of(second, [LICENCE])
     extraction = Extraction(
         tuned=tuned,
         base=base,
@@ -89,9 +95,11 @@ def extract(
         energy=changes.energy(ranks),
         change=relative,
         metric=metrics.words,
-        notes=_others(first, second, names),
+        notes=[*_others(first, second, names), *companions.notes],
+        **companions.record,
     )
     with staged_folder(out, overwrite) as folder:
+        companions.write(folder)
         write_adapter(folder, changes.cut(ranks), str(first.source or base), task_type(first.model))
         (folder / "run.json").write_text(extraction.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return extraction

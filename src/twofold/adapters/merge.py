@@ -16,13 +16,14 @@ from twofold.adapters.exact import Example, merged_exactly
 from twofold.adapters.folder import load_adapter, task_type, write_adapter
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import Changes
+from twofold.checkpoint.beside import LICENCE, WHOLE
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_apart, check_output, staged_folder
-from twofold.host.quiet import quiet_bars
 from twofold.linalg.metric import working_dtype
 from twofold.model.kinds import dense_weight
 from twofold.model.load import LoadedModel, load_model
+from twofold.model.written import Companions, save_like
 from twofold.nn.layers.dense_columns import DenseColumnsLinear
 from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import replace_module
@@ -45,6 +46,8 @@ class Merge(pydantic.BaseModel, extra="forbid"):
     energy: float = 1.0  # one adapter: the share of the change that is kept
     metric: str = ""
     notes: list[str] = []
+    carried: list[str] = []  # files of the model that stand beside the weights as they were
+    licence: dict[str, str] = {}  # of the original: what its card says, or the file that holds it
 
 
 def merge(
@@ -58,6 +61,7 @@ def merge(
     moments: Path | None = None,
     dequantize: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Merge:
     """Merge LoRA adapters, and write the model, or with ``adapter_rank`` one adapter.
 
@@ -81,13 +85,15 @@ def merge(
         raise TwofoldError("give either `recompress` or `adapter_rank`")
     out = Path(out).expanduser().resolve()
     check_output(out, overwrite)
-    loaded = load_model(model, dequantize=dequantize)
+    loaded = load_model(model, trust_remote_code=trust_remote_code, dequantize=dequantize)
     folders = [Path(adapter).expanduser() for adapter in adapters]
     check_apart(out, loaded.source, folders)
+    companions = Companions.of(loaded, WHOLE if adapter_rank is None else [LICENCE])
     record = Merge(
         model=model, adapters=adapters, weights=weight, ranks={},
         base_sha256=loaded.shards.hash("") if loaded.shards is not None else "",
         parameters_before=sum(p.numel() for p in loaded.model.parameters()),
+        **companions.record,
     )  # fmt: skip
     adapted: Any = loaded.model
     example = Example.of(loaded.model)
@@ -101,8 +107,10 @@ def merge(
     else:
         merged = _one_model(adapted, loaded, metrics if recompress else None, record, example)
         write = partial(_write_model, model=merged, loaded=loaded)
+    record.notes += companions.notes
     with staged_folder(out, overwrite) as folder:
         write(folder)
+        companions.write(folder)
         (folder / "run.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return record
 
@@ -239,8 +247,5 @@ def _factored(model: Any) -> dict[str, FactoredLinear]:
 
 
 def _write_model(folder: Path, model: Any, loaded: LoadedModel) -> None:
-    """Write a model in the dtype of its checkpoint, with its tokenizer."""
-    with quiet_bars():
-        loaded.save(model, folder)
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(folder)
+    """Write a model in the dtype of its checkpoint."""
+    save_like(loaded, model, folder)

@@ -120,14 +120,22 @@ def weight_files(folder: Path, name: str) -> dict[Path, set[str]]:
     return promised
 
 
-def _check_link(file: Path, folder: Path) -> None:
-    """Refuse a link that leads out of its folder; in the hub's cache files are links to the blobs of their repository."""
+def leads_out(file: Path, folder: Path) -> Path | None:
+    """Return where a link out of its folder leads; in the hub's cache files are links to the blobs of their repository."""
     try:
         target, home = file.resolve(), folder.resolve()
-    except (OSError, RuntimeError) as error:
-        raise TwofoldError(f"the weight file {file} is a link to nothing; fetch it again") from error
+    except (OSError, RuntimeError):
+        return file
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not target.is_relative_to(home) and not target.is_relative_to(blobs):
+    return None if target.is_relative_to(home) or target.is_relative_to(blobs) else target
+
+
+def _check_link(file: Path, folder: Path) -> None:
+    """Refuse a link that leads out of its folder."""
+    target = leads_out(file, folder)
+    if target == file:
+        raise TwofoldError(f"the weight file {file} is a link to nothing; fetch it again")
+    if target is not None:
         raise TwofoldError(
             f"the weight file {file} is a link to {target}, outside of its folder; put the file itself there if you trust it"
         )

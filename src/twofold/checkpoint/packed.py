@@ -173,6 +173,7 @@ def _integers(shards: Shards, stem: str, settings: Mapping[str, Any]) -> Found |
     bits = settings.get("bits") or settings.get("w_bit") or 32 * zeros[1] / outputs
     if bits not in (2, 4, 8) or zeros != (groups, outputs * bits // 32):
         return None
+    unpack: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     if columns == outputs:
         inputs, unpack = rows * 32 // bits, partial(_gptq, one=settings.get("checkpoint_format") != "gptq_v2")
     elif columns == outputs // 8 and bits == 4:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import twofold
-from twofold.cli.flags import Json, Out, Overwrite, Quiet
+from twofold.cli.flags import Json, Out, Overwrite, Quiet, Trust
 from twofold.cli.tables import millions, plain, print_notes, print_place, run_command, tell
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def command(
         Path | None, typer.Option(help="Moments of the base: measure the change in their metric.")
     ] = None,
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:

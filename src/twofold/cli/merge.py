@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import twofold
-from twofold.cli.flags import Dequantize, Json, Out, Overwrite
+from twofold.cli.flags import Dequantize, Json, Out, Overwrite, Trust
 from twofold.cli.tables import millions, plain, print_notes, print_place, run_command, tell
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def command(
     ] = None,
     dequantize: Dequantize = False,
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     json_output: Json = False,
 ) -> None:
     """Merge LoRA adapters into a model: exactly, the rank of a factored layer grows by theirs; or back to the old size."""

@@ -19,6 +19,7 @@ from twofold.comparison.shared import GridSetup, set_up
 from twofold.comparison.tables import csv_table, markdown
 from twofold.errors import TwofoldError
 from twofold.host.clock import machine
+from twofold.host.faults import decorating
 from twofold.host.progress import say
 from twofold.objectives import OBJECTIVES
 from twofold.refine import REFINEMENTS
@@ -136,10 +137,11 @@ def write_files(comparison: Comparison, out: Path) -> None:
     staged = out / f".{os.getpid()}.output"
     try:
         staged.mkdir(exist_ok=True)
+        with decorating("figure", comparison.notes):
+            draw_front(comparison, [staged / "compare.png", staged / "compare.svg"])
         (staged / "compare.json").write_text(comparison.model_dump_json(indent=1) + "\n", encoding="utf-8")
         (staged / "compare.csv").write_text(csv_table(comparison), encoding="utf-8", newline="")
         (staged / "compare.md").write_text(markdown(comparison), encoding="utf-8")
-        draw_front(comparison, [staged / "compare.png", staged / "compare.svg"])
         for path in sorted(staged.iterdir()):
             path.replace(out / path.name)
     except OSError as error:

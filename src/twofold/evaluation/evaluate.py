@@ -63,8 +63,7 @@ def evaluate(
         if settings[name] != defaults[name].default:
             raise TwofoldError(f"`{name}` goes with `{there}` and not with `{here}`; leave it out")
     models = [*([(against, None)] if against else []), (model, adapter)]
-    how = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "dequantize": dequantize}
-    load = partial(load_model, **how)
+    load = partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, dequantize=dequantize)
     if tasks is not None:
         names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
         return evaluate_tasks(models, load, names, quiet=quiet, **{name: settings[name] for name in ON_TASKS})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pydantic
 import torch
 
+from twofold.checkpoint.beside import LICENCE
 from twofold.errors import TwofoldError
 from twofold.evaluation.size import memory_bytes
 from twofold.exports.compare import Comparison, check, compare, refer, words
@@ -19,6 +20,7 @@ from twofold.host.progress import progress
 from twofold.host.quiet import quiet_bars
 from twofold.model.load import LoadedModel, load_model
 from twofold.model.work import TokenWork, work_of
+from twofold.model.written import Companions
 from twofold.version import __version__
 
 TOKENS = 64  # decoded greedily for the comparison
@@ -36,6 +38,8 @@ class Exported(pydantic.BaseModel, extra="forbid"):
     compared_in: str  # dtype of the computation
     comparison: Comparison
     notes: list[str]
+    carried: list[str] = []  # files of the model that stand beside the weights as they were
+    licence: dict[str, str] = {}  # of the original: what its card says, or the file that holds it
     work: TokenWork | None = None  # of a graph: what it moves and multiplies for a token
     twofold_version: str = __version__
 
@@ -87,22 +91,21 @@ def export(
     with progress("Loading", 1, quiet=quiet) as tick:
         loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code, dequantize=dequantize)
         tick()
-    check_apart(folder, loaded.source, [])
     _check_kind(kind, loaded)
-    original = base or (recorded_original(loaded) if kind.original else None)
-    if original is not None and Path(original).expanduser().exists():
-        check_apart(folder, Path(original).expanduser(), [])
+    _check_place(kind, loaded, base, folder)
     stored = _dtype(dtype, loaded, kind)
     weight_bytes = memory_bytes(loaded.model, stored)
     work = work_of(loaded.model) if kind.graph else None
     check_space(folder, weight_bytes)
+    companions = Companions.of(loaded, {LICENCE, *kind.beside})
     too_large = f"not enough memory to export {model}; exports hold the whole model twice"
     in_words = errors_in_words(lambda _: too_large, but=lambda error: not isinstance(error, MemoryError))
     with in_words, torch.no_grad(), quiet_bars():
         reference = refer(loaded, check_tokens)
         with staged_folder(folder, overwrite) as staged:
             with progress(f"Writing {to}", 1, quiet=quiet) as tick:
-                written = kind.write(Source(loaded, stored, rank, base), staged)
+                written = kind.write(Source(loaded, stored, rank, base, trust_remote_code), staged)
+                companions.write(staged)
                 tick()
             with progress("Comparing", 1, quiet=quiet) as tick:
                 comparison = compare(reference, written.decoder())
@@ -113,7 +116,8 @@ def export(
                 format=to, model=model, out=str(folder), dtype=str(stored).removeprefix("torch."),
                 weight_bytes=weight_bytes,
                 file_bytes=sum(p.stat().st_size for p in staged.iterdir() if p.name.endswith(kind.weights)),
-                compared_in=written.dtype, comparison=comparison, notes=written.notes, work=work,
+                compared_in=written.dtype, comparison=comparison, notes=[*written.notes, *companions.notes], work=work,
+                **companions.record,
             )  # fmt: skip
             (staged / EXPORTED).write_text(json.dumps(result.model_dump(), indent=1) + "\n", encoding="utf-8")
     return result
@@ -136,6 +140,14 @@ def _check_kind(kind: Format, loaded: LoadedModel) -> None:
             f"`to={kind.name}` takes a factored model, and {loaded.name} has no factored layer; "
             f"name the `out` of twofold compress, or use one of {others}"
         )
+
+
+def _check_place(kind: Format, loaded: LoadedModel, base: str | None, folder: Path) -> None:
+    """Refuse a folder that would take the place of what is read."""
+    check_apart(folder, loaded.source, [])
+    original = base or (recorded_original(loaded) if kind.original else None)
+    if original is not None and Path(original).expanduser().exists():
+        check_apart(folder, Path(original).expanduser(), [])
 
 
 def _dtype(name: str, loaded: LoadedModel, kind: Format) -> torch.dtype:

@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from twofold.errors import TwofoldError
 from twofold.exports.decoding import Decoder
 from twofold.exports.formats import FORMATS, Source
-from twofold.exports.formats.dense import save_beside
 from twofold.host.quiet import first_line
+from twofold.model.written import write_generation
 from twofold.task.causal_lm import need_writer
 
 
@@ -87,7 +87,7 @@ def _quiet() -> Iterator[None]:
 
 
 def save_graph(exported: Any, products: int, source: Source, folder: Path) -> list[str]:
-    """Save a traced graph with the tokenizer and a configuration that does not say that it is a factored checkpoint.
+    """Save a traced graph with a configuration that does not say that it is a factored checkpoint.
 
     Args:
         products: with a weight, in the graph.
@@ -100,7 +100,7 @@ def save_graph(exported: Any, products: int, source: Source, folder: Path) -> li
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_beside(source, folder)
+    write_generation(source.model, folder)
     expected = sum(isinstance(module, nn.Linear | Conv1D) for module in source.model.modules())
     has = f"The graph has {products} products with a weight, "
     if products == expected:

@@ -26,6 +26,7 @@ from twofold.host import processes
 from twofold.host.files import write_text, write_whole
 from twofold.host.progress import progress
 from twofold.model.streamed import EMBEDDING, HEAD, Streamed
+from twofold.model.written import write_generation
 from twofold.planning.plan import PlanEntry
 
 
@@ -133,5 +134,4 @@ def assemble_checkpoint(folder: Path, parts: Path, residence: Streamed, stored: 
     config.dtype = stored
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    if model.can_generate() and getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+    write_generation(model, folder)

@@ -10,8 +10,10 @@ from itertools import dropwhile
 from pathlib import Path
 
 from twofold.errors import TwofoldError
+from twofold.host.quiet import first_line
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
+REPORT = "a failure of ours, please report it"
 WRAPPERS = (contextlib.__file__, "_contextlib.py")  # decorators of the standard library and of PyTorch: nobody's code
 
 
@@ -54,3 +56,18 @@ def errors_in_words(
 def models_errors(words: Callable[[Exception], str]) -> AbstractContextManager[None]:
     """Turn an error of a model's own code within the block into a sentence; a fault of ours, or too little memory, goes on."""
     return errors_in_words(words, lambda error: is_ours(error) or is_out_of_memory(error))
+
+
+@contextmanager
+def decorating(what: str, notes: list[str]) -> Iterator[None]:
+    """Let what only decorates a result fail without it: the reason becomes a note, which tells a fault of ours as one.
+
+    Args:
+        what: is missing then, as "sample answers".
+        notes: of the result.
+    """
+    try:
+        yield
+    except Exception as error:
+        ours = is_ours(error) and not isinstance(error, TwofoldError | OSError) and not is_out_of_memory(error)
+        notes.append(f"no {what}: {first_line(error)}" + (f" ({type(error).__name__}; {REPORT})" if ours else ""))

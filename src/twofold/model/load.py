@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from twofold.checkpoint.beside import PATTERNS
 from twofold.checkpoint.loaded import check_missing, check_shape
 from twofold.checkpoint.shards import Shards, check_finite_tensor
-from twofold.checkpoint.ties import settle_ties
 from twofold.errors import TwofoldError
 from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line, quiet_bars
 from twofold.model.blocks import Chain
+from twofold.model.generation import stored_generation
 from twofold.model.quantized import (
     dequantized_dtype,
     load_dequantized,
@@ -35,7 +37,6 @@ from twofold.model.streamed import Resident, Streamed
 from twofold.model.target import Targets, UnusedTensor
 from twofold.model.ties import settle_ties_by_files
 from twofold.model.weights import find_targets
-from twofold.nn.places import cast_weights
 
 
 @dataclass
@@ -53,8 +54,9 @@ class LoadedModel:
     stored: Stored = field(default_factory=Stored)  # what they hold, by the names of the model
     own_dtypes: dict[str, torch.dtype] = field(
         default_factory=dict
-    )  # of weights, by name, that are stored in another one
+    )  # of weights, by name, that are not stored as most are
     dequantized: str = ""  # how the checkpoint's weights are quantized, if they are ordinary ones in this model alone
+    fetch: Callable[[], Path] | None = None  # of a model on the hub: fetches the files beside its weights to a folder
 
     def __post_init__(self) -> None:
         if self.residence is None:
@@ -67,16 +69,6 @@ class LoadedModel:
         dtype = str(self.stored_dtype).removeprefix("torch.")
         words = f"the model is {self.dequantized}; its weights were turned into ordinary ones of {dtype} first"
         return [*([words] if self.dequantized else []), *self.stored.notes, *self.stored.unused_notes]
-
-    def save(self, model: Any, folder: Path) -> None:
-        """Write a model that was made of this one, each number in the dtype that it came in; the model is cast in place."""
-        cast_weights(model, self.stored_dtype, self.own_dtypes)
-        settle_ties(model)
-        with quiet_bars():
-            model.save_pretrained(folder)
-        if model.config.dtype != self.stored_dtype:  # transformers takes that of the first weight
-            model.config.dtype = self.stored_dtype
-            model.config.save_pretrained(folder)
 
 
 def load_model(
@@ -106,7 +98,7 @@ def load_model(
         how = quantized_by(config, shards)
         refuse_quantized(name, how, dequantize)
         if how and shards is None:
-            source = _download(name, revision)
+            source = _download(name, revision, ["*.safetensors", *PATTERNS])
             shards = open_shards(source, name)
         stored = Stored()
         if shards is not None and not how and is_plain(config, trust_remote_code):
@@ -121,6 +113,9 @@ def load_model(
             **where,
         }
         with quiet_bars():
+            generation, unreadable = stored_generation(source, where, config)
+            if unreadable:
+                settings["generation_config"] = generation
             if how:
                 assert shards is not None
                 model, report = load_dequantized(model_class, config, shards, source, name, how, **settings)
@@ -138,9 +133,11 @@ def load_model(
     model = model.to(torch_device).eval()
     check_finite_weights(model, name)
     tokenizer, reason = _tokenizer(source, where)
+    fetch = partial(_download, name, revision, PATTERNS) if folder is None and "gguf_file" not in where else None
     return LoadedModel(
-        model, tokenizer, name, folder, kept or compute, reason, shards=shards, stored=stored, dequantized=how
-    )
+        model, tokenizer, name, folder, kept or compute, reason,
+        shards=shards, stored=stored, dequantized=how, fetch=fetch,
+    )  # fmt: skip
 
 
 def _match(model: Any, shards: Shards, name: str) -> Stored:
@@ -189,7 +186,7 @@ def load_streamed(settings: Loading, chain: Chain) -> LoadedModel:
     """
     name, device = settings.model, choose_device(settings.device)
     source, where, folder = locate(name, settings.revision, settings.trust_remote_code)
-    folder = folder or _download(name, settings.revision)
+    folder = folder or _download(name, settings.revision, ["*.safetensors", *PATTERNS])
     shards = open_shards(folder, name)
     assert shards is not None
     with _readable(name):
@@ -198,16 +195,18 @@ def load_streamed(settings: Loading, chain: Chain) -> LoadedModel:
         stored = _match(model_on_meta(model_class, config, settings.trust_remote_code), shards, name)
         kept = stored_dtype(config, stored)
         dtype = compute_dtype(settings.dtype, kept, device)
-        model = empty_model(model_class, config, dtype)
+        model = empty_model(model_class, config, dtype, settings.trust_remote_code)
+        if model.can_generate():
+            with quiet_bars():
+                model.generation_config = stored_generation(source, where, config)[0]
     settle_ties_by_files(model, stored, shards)
     residence = Streamed(model, shards, stored, chain, dtype, device)
     tokenizer, reason = _tokenizer(source, where)
     return LoadedModel(model, tokenizer, name, folder, kept or dtype, reason, residence, shards, stored)
 
 
-def _download(name: str, revision: str | None) -> Path:
-    """Fetch the files of a hub model, and return their folder."""
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Fetch files of a hub model, and return their folder."""
     with errors_in_words(lambda error: f"the model {name} can't be fetched: {first_line(error)}"):
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
 

@@ -11,10 +11,10 @@ from twofold.checkpoint.plugin import METHOD, TwofoldConfig, TwofoldQuantizer
 from twofold.host.quiet import quiet_bars
 
 
-def empty_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+def empty_model(model_class: Any, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """Make a model with parameters on the meta device, and with its buffers (rotary frequencies and the like) computed."""
     with quiet_bars(), init_empty_weights(include_buffers=False):
-        model = model_from_config(model_class, config, dtype=dtype)
+        model = model_from_config(model_class, config, trust_remote_code, dtype=dtype)
     return _with_factored_layers(model, config).eval().requires_grad_(False)
 
 

@@ -31,7 +31,7 @@ def write_card(folder: Path, run: Run, plan: Plan) -> None:
     data = ModelCardData(
         library_name="transformers",
         base_model=base_model(plan.model),
-        license=ALIAS_LICENSE if plan.model == ALIAS else None,
+        **({"license": ALIAS_LICENSE} if plan.model == ALIAS else run.licence),  # type: ignore[arg-type]
         tags=["twofold", "low-rank", "factorized"],
         pipeline_tag="text-generation" if auto_class == CAUSAL else None,
     )
@@ -67,6 +67,7 @@ def write_card(folder: Path, run: Run, plan: Plan) -> None:
         *(["Paths in the recipe are shortened to their last part."] if shown != run.recipe else []),
         "## Limits",
         *_limits(run),
+        *files_and_licence(run.carried, run.licence),
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -93,6 +94,18 @@ def _limits(run: Run) -> list[str]:
         )
     words.append("The limits and the licence of the original model hold for this one too.")
     return ["\n".join(f"- {sentence}" for sentence in words)]
+
+
+def files_and_licence(carried: list[str], licence: dict[str, str]) -> list[str]:
+    """Tell, in a card, the licence of the original and which files of it stand beside the weights."""
+    said = []
+    if licence:
+        name = licence.get("license_name") or licence["license"]
+        place = f" ({_words(licence['license_link'])})" if "license_link" in licence else ""
+        said.append(f"The licence of the original is {_words(name)}{place}.")
+    if carried:
+        said.append(f"Carried along from the original as they are: {', '.join(map(_words, carried))}.")
+    return ["## Files and licence", " ".join(said)] if said else []
 
 
 def _auto_class(folder: Path, run: Run) -> str:

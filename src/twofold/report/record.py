@@ -65,6 +65,8 @@ class Run(pydantic.BaseModel, extra="forbid"):
     seconds: dict[str, float] = {}
     peak_memory: int = 0  # bytes, resident
     notes: list[str] = []
+    carried: list[str] = []  # files of the original that stand beside the weights as they were
+    licence: dict[str, str] = {}  # of the original: what its card says, or the file that holds it
 
 
 class Probe(pydantic.BaseModel, extra="forbid"):

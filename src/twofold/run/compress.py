@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from twofold.factor.prepared import Prepared
 from twofold.factor.verify import verify
 from twofold.host import processes
 from twofold.host.clock import Stopwatch, machine, peak_memory
+from twofold.host.faults import decorating
 from twofold.host.folders import check_apart, check_output, check_space, staged_folder
 from twofold.host.unfinished import working
+from twofold.model.written import Companions
 from twofold.recipe import Recipe, make_recipe
 from twofold.refine import Refined
 from twofold.report.record import Measured, Run, Sample
@@ -68,6 +69,7 @@ def compress(
     loaded = opened.loaded
     recipe = fit_window(recipe, loaded, quiet=quiet)
     check_apart(out, loaded.source, _files_read(recipe, moments))
+    companions = Companions.of(loaded)
     sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None
     evaluation = sizing.evaluation if sizing is not None else None
     if sizing is None and opened.task is not None:
@@ -76,7 +78,7 @@ def compress(
         prepared = prepare(recipe, opened, watch, moments_folder=moments, work=work, sizing=sizing, quiet=quiet)
         check_space(out, int(prepared.plan.bytes_after * 1.05) + 20_000_000)
         work.update(stage="factorizing")
-        way = (OnDisk if loaded.residence.streamed else InMemory)(prepared, recipe, work, quiet)
+        way = (OnDisk if loaded.residence.streamed else InMemory)(prepared, recipe, work, companions, quiet)
         with watch.stage("factorize"):
             way.factorize()
         if not processes.is_main():
@@ -104,9 +106,6 @@ def _finish(
     overwrite: bool,
 ) -> Run:
     """Measure the factored model, and write it with its plan, recipe, card and report."""
-    from twofold.report.card import write_card
-    from twofold.report.page import write_report
-
     prepared, recipe, work, loaded = way.prepared, way.recipe, way.work, way.prepared.loaded
     refined: list[Refined] = []
     if recipe.refine:
@@ -116,38 +115,41 @@ def _finish(
     work.update(stage="measuring")
     with watch.stage("measure"):
         measured = _measure(way, evaluation, sizing)
-    prepared.plan.notes += loaded.notes
-    if loaded.tokenizer is None:
-        prepared.plan.notes.append(f"no tokenizer was written: {loaded.no_tokenizer or 'the model has none'}")
-    with watch.stage("samples"):
+    prepared.plan.notes += way.companions.notes
+    answers: list[Sample] = []
+    with watch.stage("samples"), decorating("sample answers", prepared.plan.notes):
         answers = way.answers()
     plan, values = prepared.plan, prepared.spectra.values
-    run = _record(prepared, recipe, refinement=refined, quality=measured, samples=answers)
+    run = _record(way, refinement=refined, quality=measured, samples=answers)
     run.probes = sizing.probes if sizing is not None else []
     work.update(stage="writing")
     with staged_folder(out, overwrite) as folder:
         with watch.stage("write"):
             way.write(folder)
-            if loaded.tokenizer is not None:
-                loaded.tokenizer.save_pretrained(folder)
             verify(folder, plan, loaded.model)
             plan.save(folder / "plan.json")
             (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             tensors = {name: torch.from_numpy(values[name].astype("float32")) for name in values}
             save_file(tensors, folder / "spectra.safetensors")
         run.seconds, run.peak_memory = {**watch.seconds}, peak_memory()
-        with watch.stage("report"):
+        with watch.stage("report"), decorating("report", run.notes):
+            from twofold.report.page import write_report
+
             write_report(folder, run, plan, values)
         run.seconds, run.peak_memory = {**watch.seconds, "total": watch.total()}, peak_memory()
-        write_card(folder, run, plan)
+        with decorating("card", run.notes):
+            from twofold.report.card import write_card
+
+            write_card(folder, run, plan)
         (folder / "run.json").write_text(run.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return run
 
 
 def _record(
-    prepared: Prepared, recipe: Recipe, *, refinement: list[Refined], quality: Measured | None, samples: list[Sample]
+    way: InMemory | OnDisk, *, refinement: list[Refined], quality: Measured | None, samples: list[Sample]
 ) -> Run:
     """Return the record of a run, without its probes and times."""
+    prepared, recipe = way.prepared, way.recipe
     data, plan, residence = prepared.data, prepared.plan, prepared.loaded.residence
     sizes = ("keep", "keep_model", "target_before", "target_after", "bytes_before", "bytes_after")
     return Run(
@@ -165,6 +167,7 @@ def _record(
         notes=[*plan.notes, *(refined.words for refined in refinement)],
         parameters_before=plan.model_before,
         parameters_after=plan.model_after,
+        **way.companions.record,
         **{name: getattr(plan, name) for name in sizes},
     )
 

@@ -119,5 +119,4 @@ def _by_moments(recipe: Recipe, moments: Path | None, *, quiet: bool) -> Plan:
     recipe = fit_window(recipe, opened.loaded, quiet=quiet)
     sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None
     watch = Stopwatch()
-    planned = prepare(recipe, opened, watch, moments_folder=moments, bases=False, sizing=sizing, quiet=quiet).plan
-    return planned.model_copy(update={"notes": [*planned.notes, *opened.loaded.notes]})
+    return prepare(recipe, opened, watch, moments_folder=moments, bases=False, sizing=sizing, quiet=quiet).plan

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from twofold.checkpoint.plugin import attach
@@ -14,10 +13,10 @@ from twofold.evaluation.streamed import LastStates
 from twofold.factor.prepared import Prepared
 from twofold.factor.stream import assemble_checkpoint, write_units
 from twofold.host import processes
-from twofold.host.quiet import quiet_bars
 from twofold.host.unfinished import Work
 from twofold.model.load import load_streamed
 from twofold.model.streamed import Streamed
+from twofold.model.written import Companions, save_like
 from twofold.nn.places import dense_again
 from twofold.recipe import Recipe
 from twofold.refine import Refined
@@ -26,6 +25,7 @@ from twofold.report.record import Sample
 from twofold.task import Samples, Task
 from twofold.task.causal_lm import writes_text
 from twofold.task.output.quality import Predict
+from twofold.task.text.answers import answer
 
 SAMPLE_TOKENS = 32
 QUESTION = "What is the capital of France, and why is it famous?"
@@ -39,6 +39,7 @@ class _Way:
     prepared: Prepared
     recipe: Recipe
     work: Work
+    companions: Companions  # what goes with the result from the folder of the original
     quiet: bool
 
 
@@ -81,21 +82,19 @@ class InMemory(_Way):
                 prompts[0] = (QUESTION, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
         samples = []
         for prompt, text in prompts:
-            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
-            settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": SAMPLE_TOKENS, "do_sample": False}
-            answers = []
-            for context in (dense_again(model, self.replaced), nullcontext()):
-                with context, torch.no_grad(), quiet_bars():
-                    answer = model.generate(ids, **settings)[0, ids.shape[1] :]
-                answers.append(tokenizer.decode(answer, skip_special_tokens=True))
-            samples.append(Sample(prompt=prompt, original=answers[0], factored=answers[1]))
+            with dense_again(model, self.replaced):
+                before = answer(model, tokenizer, text, SAMPLE_TOKENS)
+            samples.append(
+                Sample(prompt=prompt, original=before, factored=answer(model, tokenizer, text, SAMPLE_TOKENS))
+            )
         return samples
 
     def write(self, folder: Path) -> None:
         self.replaced.clear()
         model = self.prepared.loaded.model
         attach(model)
-        self.prepared.loaded.save(model, folder)
+        save_like(self.prepared.loaded, model, folder)
+        self.companions.write(folder)
 
 
 @dataclass
@@ -135,3 +134,4 @@ class OnDisk(_Way):
 
     def write(self, folder: Path) -> None:
         assemble_checkpoint(folder, self.work.folder / "checkpoint", self.residence, self.prepared.loaded.stored_dtype)
+        self.companions.write(folder)

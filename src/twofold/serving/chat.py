@@ -10,6 +10,7 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line
+from twofold.model.generation import answering_generation, generating_plainly
 from twofold.model.load import LoadedModel, load_model, need_tokenizer, window_limit
 from twofold.task.causal_lm import need_writer
 
@@ -92,9 +93,15 @@ class Conversation:
         room = self.max_tokens if self.longest is None else min(self.max_tokens, self.longest - ids.shape[1])
         drawn = {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}
         shown = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        out = self.loaded.model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=shown, max_new_tokens=room, **drawn
-        )
+        settings = answering_generation(self.loaded.model, max_new_tokens=room, **drawn)
+        with generating_plainly(self.loaded.model, settings):
+            out = self.loaded.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=shown,
+                generation_config=settings,
+                tokenizer=self.tokenizer,
+            )
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from twofold.errors import TwofoldError
+from twofold.model.generation import answering_generation
 from twofold.model.load import LoadedModel, load_model, need_tokenizer, window_limit
 from twofold.serving.gate import Gate, refusal
 from twofold.task.causal_lm import need_writer
@@ -61,6 +62,7 @@ def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
             f"this transformers has not the server that twofold serve builds on ({error}); install 5.23 or newer"
         ) from error
 
+    loaded.model.generation_config = answering_generation(loaded.model)  # one answer at a time, streamed
     manager, state = OneModel(loaded, name), State(window_limit(loaded.model))
     app: Any = build_server(
         manager,

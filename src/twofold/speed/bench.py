@@ -12,6 +12,7 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.host.clock import machine, processor
+from twofold.host.faults import decorating
 from twofold.host.folders import check_output, staged_folder
 from twofold.host.progress import progress
 from twofold.model.source import choose_device
@@ -75,8 +76,9 @@ def bench(
     record = _bench(list(dict.fromkeys(names)), against, runtimes, lengths, settings, memory)
     if out is not None:
         with staged_folder(Path(out)) as folder:
+            with decorating("figure", record.notes):
+                draw_roofline(record, [folder / "roofline.png", folder / "roofline.svg"])
             (folder / "bench.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            draw_roofline(record, [folder / "roofline.png", folder / "roofline.svg"])
     return record
 
 

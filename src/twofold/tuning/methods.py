@@ -37,6 +37,7 @@ from twofold.tuning.tokens import Example
 DENSE = ("dora", "pissa", "olora", "corda", "vera", "adalora")  # these look into a dense weight
 CONVERTED = ("pissa", "olora", "corda")  # these change the base weight, so the difference is what is saved
 BESIDE = ("lora", "rslora", "eva")  # these leave the weight as it is, and look at its outputs alone
+WHOLE_MODEL = ("full", "factors", "factors-top", "factors-tail")  # after these the model is written, and no adapter
 SAMPLED = 64  # rows that eva and corda look at
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
+from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 
 from twofold.host.clock import Machine
+from twofold.report.card import files_and_licence
 from twofold.report.printed import COLOURS, on_paper
 from twofold.report.record import Sample
 from twofold.tuning.settings import TuneSettings
@@ -55,6 +57,8 @@ class TuneRun(pydantic.BaseModel, extra="forbid"):
     peak_memory: int = 0  # bytes, resident
     estimated_memory: int = 0
     notes: list[str] = []
+    carried: list[str] = []  # files of the base model that stand beside the weights as they were
+    licence: dict[str, str] = {}  # of the base model: what its card says, or the file that holds it
 
 
 def draw_curve(run: TuneRun, path: Path) -> None:
@@ -87,8 +91,9 @@ def write_card(run: TuneRun, folder: Path) -> None:
         ("held-out loss after", _loss(run.held_out_after)),
     ]
     library = "peft" if (folder / "adapter_config.json").exists() else "transformers"
+    data = ModelCardData(library_name=library, tags=["twofold"], **run.licence)  # type: ignore[arg-type]
     parts = [
-        f"---\nlibrary_name: {library}\ntags:\n- twofold\n---",
+        f"---\n{data.to_yaml().strip()}\n---",
         "# Fine-tuned with Twofold",
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]),
         f"The loss is in nats a token, over {'the answers' if s.loss == 'answers' else 'all tokens'}.",
@@ -99,6 +104,7 @@ def write_card(run: TuneRun, folder: Path) -> None:
         parts.append(f"- before: {_plain(sample.original)}\n- after: {_plain(sample.factored)}")
     if run.notes:
         parts += ["## Notes", "\n".join(f"- {_plain(note)}" for note in run.notes)]
+    parts += files_and_licence(run.carried, run.licence)
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

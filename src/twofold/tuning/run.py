@@ -12,18 +12,22 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback
 from trl import SFTConfig
 
+from twofold.checkpoint.beside import ADAPTER, WHOLE
 from twofold.errors import TwofoldError
 from twofold.host.clock import Stopwatch, machine, peak_memory
+from twofold.host.faults import decorating
 from twofold.host.files import write_text
 from twofold.host.folders import check_apart, check_output, check_space, staged_folder
 from twofold.host.progress import say
 from twofold.host.unfinished import BEFORE, Work, working
+from twofold.model.generation import generating_plainly
 from twofold.model.load import LoadedModel, load_model
+from twofold.model.written import Companions, save_like
 from twofold.report.record import Sample
 from twofold.settings.base import from_call
 from twofold.tuning.bar import LossBar
 from twofold.tuning.estimate import TuneEstimate
-from twofold.tuning.methods import Method, apply_method
+from twofold.tuning.methods import WHOLE_MODEL, Method, apply_method
 from twofold.tuning.optimizers import optimizer_arguments
 from twofold.tuning.prepare import Prepared, prepare, summary
 from twofold.tuning.record import Point, TuneRun, draw_curve, write_card
@@ -123,15 +127,37 @@ class _Tuning:
         self, prepared: Prepared, loaded: LoadedModel, base: str, work: Work, watch: Stopwatch, *, quiet: bool
     ) -> None:
         self.prepared, self.loaded, self.base = prepared, loaded, base
+        self.companions = Companions.of(loaded, WHOLE if prepared.settings.method in WHOLE_MODEL else ADAPTER)
         self.settings, self.examples, self.steps = prepared.settings, prepared.examples, prepared.steps
         self.work, self.watch, self.bar = work, watch, LossBar(quiet=quiet)
         self.folder = work.folder / CHECKPOINTS
         self.parameters = sum(p.numel() for p in loaded.model.parameters())
 
     def run(self, out: Path, overwrite: bool) -> TuneRun:
-        model, tokenizer, examples = self.loaded.model, self.loaded.tokenizer, self.examples
-        prompts = held_out_prompts(examples, tokenizer)
-        before = answers(model, tokenizer, prompts)
+        model, notes = self.loaded.model, self.prepared.notes
+        before = self._answers(model, notes)
+        # Checkpoints hold how the model generates, and transformers writes no settings that it would not take.
+        with generating_plainly(model):
+            method, trainer, resume, first = self._train()
+        record = self._record(method, trainer, resume, first)
+        after = self._answers(method.model, record.notes) if before else {}
+        record.samples = [Sample(prompt=p, original=b, factored=after[p]) for p, b in before.items() if p in after]
+        with staged_folder(out, overwrite) as folder:
+            with self.watch.stage("write"), quiet_libraries():
+                save(method, self.loaded, folder)
+                self.companions.write(folder)
+            with decorating("figure", record.notes):
+                draw_curve(record, folder / "loss.svg")
+            with decorating("card", record.notes):
+                write_card(record, folder)
+            record.seconds = {**self.watch.seconds, "total": self.watch.total()}
+            record.peak_memory = peak_memory()
+            (folder / "run.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        return record
+
+    def _train(self) -> tuple[Method, RowTrainer, Path | None, float | None]:
+        """Train, and return the method, the trainer, the checkpoint that it went on from and the held-out loss of before."""
+        model, examples = self.loaded.model, self.examples
         with self.watch.stage("prepare"), quiet_libraries():
             method = apply_method(model, self.settings, examples=examples.train, steps=self.steps, folder=self.folder)
             stored = method.trainable if isinstance(method.model, PeftModel) else self.parameters
@@ -146,20 +172,15 @@ class _Tuning:
             self._keep_good(method, error)
         finally:
             self.bar.end()
-        record = self._record(method, trainer, resume, first)
-        after = answers(method.model, tokenizer, prompts)
-        record.samples = [
-            Sample(prompt=p, original=b, factored=a) for p, b, a in zip(prompts, before, after, strict=True)
-        ]
-        with staged_folder(out, overwrite) as folder:
-            with self.watch.stage("write"), quiet_libraries():
-                save(method, self.loaded, folder)
-            draw_curve(record, folder / "loss.svg")
-            write_card(record, folder)
-            record.seconds = {**self.watch.seconds, "total": self.watch.total()}
-            record.peak_memory = peak_memory()
-            (folder / "run.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        return record
+        return method, trainer, resume, first
+
+    def _answers(self, model: Any, notes: list[str]) -> dict[str, str]:
+        """Return what a model answers to some held-out prompts; none where it can't, with a note."""
+        said: dict[str, str] = {}
+        with decorating("sample answers", notes):
+            prompts = held_out_prompts(self.examples, self.loaded.tokenizer)
+            said |= zip(prompts, answers(model, self.loaded.tokenizer, prompts), strict=True)
+        return said
 
     def _trainer(self, method: Method) -> RowTrainer:
         settings, examples = self.settings, self.examples
@@ -239,6 +260,7 @@ class _Tuning:
         good = self.folder / "last-good"
         with quiet_libraries():
             save(method, self.loaded, good)
+            self.companions.write(good)
         raise TwofoldError(
             f"{error.what} at step {error.step}, so the training stopped; the state of step {error.step - 1} is kept in {good}: "
             f"take a smaller `learning_rate` than {self.settings.rate:g} and another `out`, or look at the rows"
@@ -278,15 +300,16 @@ class _Tuning:
             steps_shortened=sum(hook.shortened for hook in method.optimizer_hooks),
             step_seconds=trainer.watch.step_seconds,
             estimated_memory=estimate.memory if estimate is not None else 0,
-            notes=self.prepared.notes,
+            notes=[*self.prepared.notes, *self.companions.notes],
+            **self.companions.record,
         )
 
 
 def save(method: Method, loaded: LoadedModel, folder: Path) -> None:
-    """Write the adapter, or the model with the adapter put into it, and the tokenizer."""
+    """Write the adapter, or the model with the adapter put into it."""
     model = method.model.merge_and_unload() if method.merged else method.model
     if not method.adapter:
-        loaded.save(model, folder)
+        save_like(loaded, model, folder)
     elif method.initial is not None:
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(method.initial))
     else:
@@ -295,4 +318,3 @@ def save(method: Method, loaded: LoadedModel, folder: Path) -> None:
             config.eva_config = None
             config.init_lora_weights = True
         model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-import torch
-
 from twofold.host.clock import return_memory
-from twofold.host.quiet import quiet_bars
-from twofold.model.frozen import evaluating
+from twofold.task.text.answers import answer
 from twofold.tuning.tokens import IGNORED, Examples
 
 COUNT, TOKENS, LONGEST = 2, 48, 256
@@ -22,15 +19,8 @@ def held_out_prompts(examples: Examples, tokenizer: Any) -> list[str]:
     return list(islice(prompts, COUNT))
 
 
-@torch.no_grad()
 def answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """Return greedy answers; the state of the random numbers is not touched."""
-    texts = []
-    with evaluating(model), quiet_bars():
-        for prompt in prompts:
-            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
-            mask = torch.ones_like(ids)
-            tokens = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False)
-            texts.append(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))
+    """Return greedy answers."""
+    texts = [answer(model, tokenizer, prompt, TOKENS) for prompt in prompts]
     return_memory()
     return texts

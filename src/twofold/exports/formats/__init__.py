@@ -28,10 +28,17 @@ class Source:
     dtype: torch.dtype  # of the exported weights
     rank: int | None = None
     base: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def model(self) -> Any:
         return self.loaded.model
+
+    def read(self, name: str | Path) -> LoadedModel:
+        """Load a model, or what was written, as the model to export was loaded: on the processor, with the same trust in code."""
+        from twofold.model.load import load_model
+
+        return load_model(str(name), device="cpu", trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,9 @@ class Format:
     needs: tuple[str, ...] = ()  # modules of packages that Twofold does not depend on
     takes: Collection[str] = ()  # the settings beside the format, "rank" and "base", that it reads
     original: bool = False  # it also reads the model that the checkpoint was made from
+    beside: tuple[
+        str, ...
+    ] = ()  # what it takes of the files beside the weights, with the licence (``checkpoint/beside.py``)
     weights: tuple[str, ...] = (".safetensors",)  # the endings of the files that hold weights
     dtypes: tuple[str, ...] = ()  # those that it writes, the default first; none means that of the checkpoint
     graph: str = ""  # the file that a runtime opens with ``decoder`` (path, threads), if it writes a graph

@@ -19,7 +19,6 @@ from torch import Tensor
 from twofold.errors import TwofoldError
 from twofold.exports.decoding import ModelDecoder
 from twofold.exports.formats import Source, Written, export_format
-from twofold.model.load import load_model
 
 FILE = "model.gguf"
 Turn = Callable[[np.ndarray], np.ndarray]
@@ -40,7 +39,7 @@ def write_gguf(source: Source, folder: Path) -> Written:
             f"`to=gguf` takes the tokenizer and the layout from a GGUF file of the original: name it with `base=model.gguf`; "
             f"{CONVERTER}"
         )
-    original = load_model(source.base, device="cpu").model
+    original = source.read(source.base).model
     merged = source.model.dequantize() if getattr(source.model, "hf_quantizer", None) is not None else source.model
     reader = gguf.GGUFReader(Path(source.base).expanduser())
     arch = str(reader.fields["general.architecture"].contents())
@@ -74,7 +73,7 @@ def write_gguf(source: Source, folder: Path) -> Written:
     writer.write_tensors_to_file()
     writer.close()
     return Written(
-        lambda: ModelDecoder(load_model(str(folder / FILE), device="cpu").model),
+        lambda: ModelDecoder(source.read(folder / FILE).model),
         [
             f"{replaced} merged weights in {kind}, the others as in {source.base}; read again by transformers, not by llama.cpp.",
             "As large as the original or larger: llama.cpp has no layer of two products. Quantize the file with its own tools.",

@@ -20,7 +20,6 @@ from twofold.exports.decoding import ModelDecoder
 from twofold.exports.formats import Source, Written, export_format
 from twofold.exports.layers import compact_layers, recorded_original
 from twofold.linalg.metric import working_dtype
-from twofold.model.load import load_model
 from twofold.nn.compact import CompactLinear
 from twofold.nn.layers._basis import SharedBasis
 from twofold.nn.places import cast_weights
@@ -46,7 +45,7 @@ def write_lora(source: Source, folder: Path) -> Written:
     from peft import PeftModel
 
     name = source.base or recorded_original(source.loaded)
-    original = load_model(name, device="cpu").model
+    original = source.read(name).model
     layers = compact_layers(source.model)
     _check_original(source, original, layers, name)
     eps, wide = torch.finfo(source.loaded.stored_dtype).eps, working_dtype(torch.device("cpu"))
@@ -63,7 +62,7 @@ def write_lora(source: Source, folder: Path) -> Written:
     cast_weights(adapted, source.dtype)
     adapted.save_pretrained(str(folder))
     return Written(
-        lambda: ModelDecoder(PeftModel.from_pretrained(load_model(name, device="cpu").model, str(folder)).eval()),
+        lambda: ModelDecoder(PeftModel.from_pretrained(source.read(name).model, str(folder)).eval()),
         _notes(name, residuals, source.rank),
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twofold.checkpoint.beside import WHOLE
 from twofold.exports.formats import Source, Written, export_format
 from twofold.exports.graph import need_exporters, other_inputs, save_graph, trace
 
@@ -61,11 +62,12 @@ class OnnxDecoder:
     needs=("onnx", "onnxscript", "onnxruntime"),
     weights=(".onnx", ".onnx.data"),
     dtypes=("float32",),
+    beside=WHOLE,
     graph=GRAPH,
     decoder=OnnxDecoder,
 )
 def write_onnx(source: Source, folder: Path) -> Written:
-    """Write the graph, its weights beside it, the configuration and the tokenizer."""
+    """Write the graph, its weights beside it, and the configuration."""
     need_exporters("onnx")
     from transformers.exporters import OnnxConfig, OnnxExporter
 

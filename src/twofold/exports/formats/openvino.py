@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twofold.checkpoint.beside import WHOLE
 from twofold.exports.formats import Source, Written, export_format
 from twofold.exports.graph import need_exporters, other_inputs, save_graph, trace
 
@@ -50,10 +51,16 @@ class OpenVinoDecoder:
 
 
 @export_format(
-    "openvino", needs=("openvino",), weights=(".xml", ".bin"), dtypes=("float32",), graph=GRAPH, decoder=OpenVinoDecoder
+    "openvino",
+    needs=("openvino",),
+    weights=(".xml", ".bin"),
+    dtypes=("float32",),
+    beside=WHOLE,
+    graph=GRAPH,
+    decoder=OpenVinoDecoder,
 )
 def write_openvino(source: Source, folder: Path) -> Written:
-    """Write the graph, its weights beside it, the configuration and the tokenizer."""
+    """Write the graph, its weights beside it, and the configuration."""
     need_exporters("openvino")
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 

@@ -15,13 +15,14 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
+from twofold.checkpoint.beside import LICENCE, MODEL, TOKENIZER
 from twofold.checkpoint.ties import tie, tied_names
 from twofold.errors import TwofoldError
 from twofold.exports import portable_layers
 from twofold.exports.formats import Source, Written, export_format
-from twofold.exports.formats.dense import save_beside
 from twofold.exports.layers import compact_layers
 from twofold.exports.other_process import OtherProcess
+from twofold.model.written import save_model, write_generation
 from twofold.nn.places import cast_weights
 
 FILE = "modeling_twofold"
@@ -46,7 +47,7 @@ model = {auto}.from_pretrained(FOLDER, trust_remote_code=True)
 """
 
 
-@export_format("portable", factored=True)
+@export_format("portable", factored=True, beside=(LICENCE, TOKENIZER, MODEL))
 def write_portable(source: Source, folder: Path) -> Written:
     """Write the weights as they are, and a modeling file that subclasses the architecture's own classes.
 
@@ -71,8 +72,8 @@ def write_portable(source: Source, folder: Path) -> Written:
     config.dtype = source.dtype
     config.auto_map = {"AutoConfig": f"{FILE}.{_name(type(model.config))}", "AutoModel": f"{FILE}.{_name(base)}"}
     config.auto_map |= dict.fromkeys(heads, f"{FILE}.{_name(native)}")
-    mine.save_pretrained(folder)
-    save_beside(source, folder)
+    save_model(mine, folder)
+    write_generation(model, folder)
     auto = next(iter(heads), "AutoModel")
     (folder / "README.md").write_text(README.format(native=native.__name__, file=FILE, auto=auto), encoding="utf-8")
     return Written(
