@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tokenizers import processors
 
 import twofold.cli
 from conftest import make_model, make_tokenizer
@@ -90,6 +91,30 @@ def test_accuracy_is_that_of_log_likelihoods_by_hand(limit: int | None, tasks: P
     assert score.rows == (limit or 12) and score.metric == "acc" and score.standard_error is not None
     assert score.value == pytest.approx(accuracy(make_model(), ROWS[:limit]))
     assert found.models[0].mean == score.value
+
+
+@pytest.mark.long
+def test_rows_begin_as_the_tokenizer_begins_texts(tasks: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    given = {"single": "<bos> $A", "special_tokens": [("<bos>", 256)]}
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(**given)
+    tokenizer.pad_token = tokenizer.eos_token = None  # nothing that lm-eval could pad with
+    make_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    firsts: set[int] = set()
+
+    def see(module: torch.nn.Module, given: Any) -> None:
+        if isinstance(module, torch.nn.Embedding):
+            firsts.update(given[0][:, 0].tolist())
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(see)
+    try:
+        for bos, begin in (("auto", "<bos>"), ("none", "T")):
+            firsts.clear()
+            evaluate(str(tmp_path), tasks=["parity"], task_folder=str(tasks), limit=3, bos=bos, quiet=True)  # type: ignore[arg-type]
+            assert firsts == {tokenizer.convert_tokens_to_ids(begin)}
+    finally:
+        hook.remove()
 
 
 @pytest.mark.long

@@ -33,6 +33,9 @@ def command(
     text_column: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
     windows: Annotated[int, typer.Option(min=0, help="Windows to measure on; 0 means all.")] = 16,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    bos: Annotated[
+        str, typer.Option(help="How windows begin: auto, as the tokenizer begins texts; none, with text.")
+    ] = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -54,7 +57,8 @@ def print_evaluation(result: Evaluation) -> None:
         sizes = [millions(m.parameters), megabytes(m.memory), megabytes(m.disk)]
         rows.append([m.name, f"{m.perplexity:.3f}", *compared, *sizes])
     columns = ["× original", "divergence", "same token"] if many else []
-    title = f"{result.text}: {result.windows} windows of {result.window} tokens"
+    begin = f", each beginning with {result.begin}" if result.begin else ""
+    title = f"{result.text}: {result.windows} windows of {result.window} tokens{begin}"
     table(title, ["model", "perplexity", *columns, "parameters", "memory", "disk"], rows)
 
 
@@ -72,6 +76,7 @@ def print_tasks(result: TaskEvaluation) -> None:
     else:
         rows.append(["mean", "none: not all are better if higher", "", *("–" for _ in result.models)])
     title = f"lm-eval {result.lm_eval}" + (f", {result.limit} rows of each task" if result.limit else "")
+    title += "" if result.bos == "auto" else ", rows that begin without special tokens"
     table(title, ["task", "metric", "rows", *(model.name for model in result.models)], rows)
 
 

@@ -19,6 +19,7 @@ class Text(pydantic.BaseModel, extra="forbid"):
     windows: int
     window: int  # tokens
     sha256: str  # of the token ids
+    begin: str = ""  # the special tokens that each window begins with
 
     @property
     def words(self) -> str:

@@ -206,7 +206,8 @@ def _texts(grid: Grid, loaded: LoadedModel) -> list[tuple[Text, Samples]]:
     texts = []
     for i, source in enumerate(sources):
         if source is not None:
-            samples = evaluation_windows(str(source), need_tokenizer(loaded), window=window, windows=windows)
+            bos = str(grid.settings.get("bos", "auto"))
+            samples = evaluation_windows(str(source), need_tokenizer(loaded), window=window, windows=windows, bos=bos)
             check_ids(samples.ids, loaded)
             texts.append(_described(Path(str(source)).name, "out" if i else "in", samples))
     return texts
@@ -214,4 +215,5 @@ def _texts(grid: Grid, loaded: LoadedModel) -> list[tuple[Text, Samples]]:
 
 def _described(name: str, domain: Literal["in", "out"], samples: Samples) -> tuple[Text, Samples]:
     windows, window = samples.shape
-    return Text(name=name, domain=domain, windows=windows, window=window, sha256=samples.sha256), samples
+    text = Text(name=name, domain=domain, windows=windows, window=window, sha256=samples.sha256, begin=samples.begin)
+    return text, samples

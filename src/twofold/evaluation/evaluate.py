@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 from twofold.errors import TwofoldError
 from twofold.evaluation.lm_eval import TaskEvaluation, evaluate_tasks
@@ -32,6 +33,7 @@ def evaluate(
     text_column: str = "text",
     windows: int = 16,
     window: int = 1024,
+    bos: Literal["auto", "none"] = "auto",
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -50,11 +52,15 @@ def evaluate(
         windows: of the text, the first ones; 0 measures all.
         window: tokens in one.
         dequantize: turn weights that are quantized already into ordinary ones.
+        bos: how windows and the rows of tasks begin: "auto", with the special tokens that the tokenizer begins a text with, if it
+            does; "none", without.
 
     Raises:
         TwofoldError: if a model, the text or a task can't be used, or a setting is of the other kind of measuring.
     """
     settings = {**locals()}
+    if bos not in ("auto", "none"):
+        raise TwofoldError(f"`bos` must be auto or none, got {bos!r}")
     if (text is None) == (tasks is None):
         raise TwofoldError("give either `text=FILE` to measure perplexity, or `tasks=NAMES` to measure accuracy")
     here, there, foreign = ("text", "tasks", ON_TASKS) if tasks is None else ("tasks", "text", ON_TEXT)
@@ -66,7 +72,7 @@ def evaluate(
     load = partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, dequantize=dequantize)
     if tasks is not None:
         names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
-        return evaluate_tasks(models, load, names, quiet=quiet, **{name: settings[name] for name in ON_TASKS})
+        return evaluate_tasks(models, load, names, bos=bos, quiet=quiet, **{name: settings[name] for name in ON_TASKS})
     assert text is not None
     source = {name: settings[name] for name in ON_TEXT}
-    return evaluate_text(models, load, text, quiet=quiet, **{**source, "windows": windows or None})
+    return evaluate_text(models, load, text, bos=bos, quiet=quiet, **{**source, "windows": windows or None})

@@ -16,6 +16,7 @@ from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.host.quiet import first_line, quiet_bars, silence
 from twofold.model.load import LoadedModel, need_tokenizer
+from twofold.task.text.special import pad_id
 
 MISSING = "`tasks` needs lm-eval, which is not installed; install it with: pip install 'twofold[lm-eval]'"
 BOOTSTRAP = 1000  # draws for the standard error of metrics that have no formula for it
@@ -49,6 +50,7 @@ class TaskEvaluation(pydantic.BaseModel, extra="forbid"):
     limit: int | None
     fewshot: int | None
     seed: int
+    bos: str = "auto"  # "none": no row begins with the special tokens of the tokenizer
     models: list[ScoredModel]
 
 
@@ -62,12 +64,14 @@ def evaluate_tasks(
     fewshot: int | None,
     batch_size: int,
     seed: int,
+    bos: str,
     quiet: bool,
 ) -> TaskEvaluation:
     """Measure models on tasks of lm-eval.
 
     Args:
         models: names, each with the folder of an adapter that is put on it.
+        bos: "auto" leaves it to lm-eval, which has rows begin as the tokenizer begins texts; "none" has them begin with text.
         task_folder: of YAML files of your own tasks, as ``lm_eval --include_path`` takes it; lm-eval's own are known too.
 
     Raises:
@@ -95,10 +99,11 @@ def evaluate_tasks(
         loaded = load(name)
         if adapter is not None:
             put_adapter(loaded, adapter)
-        rows.append(_score(loaded, tasks, run, batch_size))
+        reader = {"batch_size": batch_size, "add_bos_token": False if bos == "none" else None}
+        rows.append(_score(loaded, tasks, run, reader))
         del loaded  # before the next one is read
         gc.collect()
-    return TaskEvaluation(lm_eval=lm_eval.__version__, limit=limit, fewshot=fewshot, seed=seed, models=rows)
+    return TaskEvaluation(lm_eval=lm_eval.__version__, limit=limit, fewshot=fewshot, seed=seed, bos=bos, models=rows)
 
 
 def _manager(tasks: Sequence[str], folder: str | None) -> Any:
@@ -120,17 +125,21 @@ def _manager(tasks: Sequence[str], folder: str | None) -> Any:
 
 
 def _score(
-    loaded: LoadedModel, tasks: Sequence[str], run: Callable[..., dict[str, Any]], batch_size: int
+    loaded: LoadedModel, tasks: Sequence[str], run: Callable[..., dict[str, Any]], reader: dict[str, Any]
 ) -> ScoredModel:
-    """Measure one model by lm-eval's own loop."""
+    """Measure one model by lm-eval's own loop.
+
+    Args:
+        reader: how lm-eval reads rows.
+    """
     from lm_eval.models.huggingface import HFLM
 
     tokenizer, model = need_tokenizer(loaded), loaded.model
+    # lm-eval would add a token beyond the model's table where the tokenizer has none
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id(tokenizer, model))
     try:
         with silence("lm_eval"), quiet_bars():
-            results = run(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
-            )
+            results = run(model=HFLM(pretrained=model, tokenizer=tokenizer, device=str(model.device), **reader))
     except TwofoldError:
         raise
     except Exception as error:  # a data set that is not on disk, a package that a task needs, an architecture …

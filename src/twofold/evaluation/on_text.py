@@ -37,6 +37,7 @@ class Evaluation(pydantic.BaseModel, extra="forbid"):
     windows: int
     window: int
     predicted_tokens: int
+    begin: str = ""  # the special tokens that each window begins with
     models: list[EvaluatedModel]
 
 
@@ -71,7 +72,8 @@ def evaluate_text(
     samples = evaluation_windows(text, need_tokenizer(loaded[-1]), window=min(window, longest), **source)
     if window > longest:  # told after what is wrong with the text
         raise TwofoldError(f"`window={window}` is longer than this model's {longest} positions; use `window={longest}`")
-    check_ids(samples.ids, loaded[-1])
+    for model in loaded:
+        check_ids(samples.ids, model)
 
     def predict(model: LoadedModel) -> Predict:
         return lambda i: task.outputs(model.model, samples.batch(i, i + 1))
@@ -82,6 +84,7 @@ def evaluate_text(
         windows=samples.shape[0],
         window=samples.shape[1],
         predicted_tokens=qualities[0].tokens,
+        begin=samples.begin,
         models=[
             _row(model, quality, adapter)
             for model, quality, (_, adapter) in zip(loaded, qualities, models, strict=True)

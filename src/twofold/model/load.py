@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -161,7 +162,20 @@ def _tokenizer(source: str | Path, where: dict[str, Any]) -> tuple[Any, str]:
         with quiet_bars():
             return AutoTokenizer.from_pretrained(source, **where), ""
     except Exception as error:  # a model of another modality has none; who needs it says so
-        return None, first_line(error)
+        return None, _why_none(Path(source), error)
+
+
+def _why_none(folder: Path, error: Exception) -> str:
+    """Say why a folder gives no tokenizer; what transformers tries last says little of what it lacks."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"tokenizer.json"}
+    pieces = sorted(name for name in names if name.endswith(".model"))
+    if "tokenizer.json" not in names and pieces and importlib.util.find_spec("sentencepiece") is None:
+        return f"{pieces[0]} needs a library that is not installed: pip install sentencepiece"
+    if not any(
+        name.endswith((".model", ".tiktoken")) or name.startswith(("tokenizer.json", "vocab")) for name in names
+    ):
+        return "its folder has no tokenizer.json, and no vocabulary to make one of"
+    return first_line(error)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -291,20 +305,29 @@ def check_finite_weights(model: nn.Module, name: str) -> None:
         check_finite_tensor(key, tensor, name)
 
 
+def vocabulary_size(model: Any) -> int | None:
+    """Return how many tokens a model has an embedding for; None if that can't be told."""
+    try:
+        table = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # a model of several inputs: it says itself what it does not run on
+        return None
+    weight = getattr(table, "weight", None)
+    count = getattr(table, "num_embeddings", None if weight is None else len(weight))
+    return count if isinstance(count, int) else None
+
+
 def check_ids(ids: Tensor, loaded: LoadedModel) -> None:
     """Refuse token ids that the model has no embedding for.
 
     Raises:
         TwofoldError: if the tokenizer gives ids beyond the model's vocabulary.
     """
-    try:
-        table = loaded.model.get_input_embeddings()
-    except NotImplementedError:  # a model of several inputs: it says itself what it does not run on
-        return
-    weight = getattr(table, "weight", None)
-    count = getattr(table, "num_embeddings", None if weight is None else len(weight))
+    count = vocabulary_size(loaded.model)
     if count is not None and ids.numel() and int(ids.max()) >= count:
+        beyond = int(ids.max())
+        word = "" if loaded.tokenizer is None else f" ({loaded.tokenizer.convert_ids_to_tokens(beyond)!r})"
         raise TwofoldError(
-            f"the tokenizer of {loaded.name} gives the token id {int(ids.max())}, the model has only {count} "
-            "embeddings; they do not belong together"
+            f"the tokenizer of {loaded.name} gives the token id {beyond}{word}, the model has only {count} "
+            "embeddings; they do not belong together: take the tokenizer that the model was trained with, or give the model rows "
+            "for the tokens that were added (resize_token_embeddings)"
         )

@@ -47,6 +47,7 @@ class Run(pydantic.BaseModel, extra="forbid"):
     calibration: str  # in words
     calibration_tokens: int
     calibration_sha256: str
+    windows_begin: str = ""  # the special tokens that each window of text begins with, as <bos>; empty if with text
     fingerprint: str
     moments_reused: bool
     keep: float

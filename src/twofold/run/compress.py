@@ -121,6 +121,8 @@ def _finish(
         answers = way.answers()
     plan, values = prepared.plan, prepared.spectra.values
     run = _record(way, refinement=refined, quality=measured, samples=answers)
+    read = prepared.data.samples if prepared.data is not None else evaluation
+    run.windows_begin = read.begin if read is not None else ""
     run.probes = sizing.probes if sizing is not None else []
     work.update(stage="writing")
     with staged_folder(out, overwrite) as folder:

@@ -9,12 +9,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from twofold.checkpoint.plugin import attach
+from twofold.errors import TwofoldError
 from twofold.evaluation.streamed import LastStates
 from twofold.factor.prepared import Prepared
 from twofold.factor.stream import assemble_checkpoint, write_units
 from twofold.host import processes
 from twofold.host.unfinished import Work
-from twofold.model.load import load_streamed
+from twofold.model.load import check_ids, load_streamed
 from twofold.model.streamed import Streamed
 from twofold.model.written import Companions, save_like
 from twofold.nn.places import dense_again
@@ -25,7 +26,7 @@ from twofold.report.record import Sample
 from twofold.task import Samples, Task
 from twofold.task.causal_lm import writes_text
 from twofold.task.output.quality import Predict
-from twofold.task.text.answers import answer
+from twofold.task.text.answers import answer, prompt_ids
 
 SAMPLE_TOKENS = 32
 QUESTION = "What is the capital of France, and why is it famous?"
@@ -82,6 +83,11 @@ class InMemory(_Way):
                 prompts[0] = (QUESTION, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
         samples = []
         for prompt, text in prompts:
+            try:
+                check_ids(prompt_ids(tokenizer, text), self.prepared.loaded)
+            except TwofoldError as error:
+                self.prepared.plan.notes.append(f"no sample answer to {prompt!r}: {error}")
+                continue
             with dense_again(model, self.replaced):
                 before = answer(model, tokenizer, text, SAMPLE_TOKENS)
             samples.append(

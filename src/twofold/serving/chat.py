@@ -11,8 +11,9 @@ import torch
 from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line
 from twofold.model.generation import answering_generation, generating_plainly
-from twofold.model.load import LoadedModel, load_model, need_tokenizer, window_limit
+from twofold.model.load import LoadedModel, check_ids, load_model, need_tokenizer, window_limit
 from twofold.task.causal_lm import need_writer
+from twofold.task.text.special import encode
 
 HELP = "Write a line. /clear forgets what was said, /exit or Ctrl-D ends."
 
@@ -83,8 +84,14 @@ class Conversation:
                     f"the chat template of {self.loaded.name} refuses the conversation ({first_line(error)}){rest}"
                 ) from error
         else:
-            encoded = self.tokenizer("".join(turn["content"] for turn in turns), return_tensors="pt")
+            text = "".join(turn["content"] for turn in turns)
+            encoded = {"input_ids": torch.tensor([encode(self.tokenizer, text, special=True)], dtype=torch.int64)}
         ids: torch.Tensor = encoded["input_ids"].to(self.loaded.model.device)
+        if not ids.numel():
+            raise TwofoldError(
+                f"the tokenizer of {self.loaded.name} makes no token of what was written; write other words"
+            )
+        check_ids(ids, self.loaded)
         return ids
 
     def _generate(self, ids: torch.Tensor) -> str:

@@ -16,8 +16,9 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
+from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line
-from twofold.model.load import LoadedModel
+from twofold.model.load import LoadedModel, check_ids, window_limit
 
 SEED = "twofold_seed"  # of a request, in its generation config on the way to the thread that draws
 REAL = (int, float)
@@ -62,9 +63,9 @@ class Answers(GenerateManager):  # type: ignore[misc]
         longest: tokens of the model's context, None if it has no limit.
     """
 
-    def __init__(self, longest: int | None) -> None:
+    def __init__(self, loaded: LoadedModel, longest: int | None) -> None:
         super().__init__()
-        self.longest = longest
+        self.loaded, self.longest = loaded, longest
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **more: Any) -> Any:
         self._prepare(inputs, gen_config)
@@ -98,6 +99,10 @@ class Answers(GenerateManager):  # type: ignore[misc]
         length = int(inputs["input_ids"].shape[-1])
         if length == 0:
             raise HTTPException(400, "the prompt is empty; write something")
+        try:
+            check_ids(inputs["input_ids"], self.loaded)
+        except TwofoldError as error:
+            raise HTTPException(400, str(error)) from error
         if self.longest is not None:
             room = self.longest - length
             if room <= 0:
@@ -112,9 +117,9 @@ class Answers(GenerateManager):  # type: ignore[misc]
 class State(GenerationState):  # type: ignore[misc]
     """One manager, for the one model."""
 
-    def __init__(self, longest: int | None) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
-        self._answers = Answers(longest)
+        self._answers = Answers(loaded, window_limit(loaded.model))
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Answers:
         return self._answers

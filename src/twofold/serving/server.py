@@ -11,7 +11,7 @@ from typing import Any
 
 from twofold.errors import TwofoldError
 from twofold.model.generation import answering_generation
-from twofold.model.load import LoadedModel, load_model, need_tokenizer, window_limit
+from twofold.model.load import LoadedModel, load_model, need_tokenizer
 from twofold.serving.gate import Gate, refusal
 from twofold.task.causal_lm import need_writer
 
@@ -63,7 +63,7 @@ def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
         ) from error
 
     loaded.model.generation_config = answering_generation(loaded.model)  # one answer at a time, streamed
-    manager, state = OneModel(loaded, name), State(window_limit(loaded.model))
+    manager, state = OneModel(loaded, name), State(loaded)
     app: Any = build_server(
         manager,
         Chat(manager, state),

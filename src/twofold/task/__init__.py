@@ -26,6 +26,7 @@ class Samples(ABC):
 
     source: str  # in words
     unit: ClassVar[str]  # "tokens", "images", "pairs": what progress and records count
+    begin: str = ""  # the special tokens that each begins with, as they are written
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -13,7 +13,7 @@ from twofold.errors import TwofoldError
 from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line
 from twofold.model.frozen import no_cache
-from twofold.model.load import need_tokenizer, window_limit
+from twofold.model.load import check_ids, need_tokenizer, window_limit
 from twofold.settings.base import Settings
 from twofold.task import Batch, Data, Samples, Task, task
 from twofold.task.output.categorical import CATEGORICAL
@@ -44,7 +44,15 @@ class CausalLM(Task):
         if texts.eval_text is None or texts.eval_windows == 0:
             return None
         window = min(1024, window_limit(loaded.model) or 1024)
-        return evaluation_windows(texts.eval_text, need_tokenizer(loaded), window=window, windows=texts.eval_windows)
+        samples = evaluation_windows(
+            texts.eval_text,
+            need_tokenizer(loaded),
+            window=window,
+            windows=texts.eval_windows,
+            bos=settings.part(Texts).bos,
+        )
+        check_ids(samples.ids, loaded)
+        return samples
 
     def example(self, model: Any, count: int = 8) -> Batch:
         """Return token ids (1, count)."""

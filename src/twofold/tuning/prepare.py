@@ -7,9 +7,12 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from twofold.errors import TwofoldError
-from twofold.model.load import load_skeleton, load_tokenizer, window_limit
+from twofold.model.load import check_ids, load_skeleton, load_tokenizer, window_limit
 from twofold.settings.sizes import parse_bytes
+from twofold.task.text.special import check_known, end_id
 from twofold.tuning.estimate import TuneEstimate, choose, estimate
 from twofold.tuning.methods import check_method
 from twofold.tuning.optimizers import check_layers, check_optimizer
@@ -49,14 +52,17 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
         dataset_split=settings.dataset_split,
     )
     how = settings.model_dump(include={"trust_remote_code", "dequantize"})
-    model = load_skeleton(settings.model, **how).model
+    skeleton = load_skeleton(settings.model, **how)
+    model, tokenizer = skeleton.model, load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
+    skeleton.tokenizer = tokenizer
+    notes = name_the_end(tokenizer, model)
     check_method(model, settings)
     check_layers(model, settings)
     length = min(settings.length, window_limit(model) or settings.length)
     settings = settings.model_copy(update={"length": length})
     examples = encode_rows(
         rows.rows,
-        load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code),
+        tokenizer,
         length=length,
         long=settings.long,
         loss=settings.loss,
@@ -65,12 +71,15 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
         held_out=settings.held_out,
         seed=settings.seed,
     )
+    ids = [token for row in (*examples.train, *examples.held_out) for token in row.input_ids]
+    check_ids(torch.tensor(ids), skeleton)
+    check_known(tokenizer, ids, "the rows")
     windows = packed(examples.train, length) if settings.packing else as_dataset(examples.train)
     steps = settings.steps or max(1, math.ceil(math.ceil(len(windows) / settings.batch) * settings.epochs))
     settings.intervals(steps)
     sizes = [len(ids) for ids in windows["input_ids"]]
     shape: dict[str, Any] = {"longest": max(sizes), "mean": sum(sizes) / len(sizes), "steps": steps}
-    prepared = Prepared(settings, rows, examples, windows, steps)
+    prepared = Prepared(settings, rows, examples, windows, steps, notes=notes)
     if settings.memory is None:
         with nullcontext() if must_estimate else suppress(TwofoldError):
             prepared.estimate = estimate(settings, **shape)
@@ -83,6 +92,21 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
             + (f", by adamw and not by {settings.optimizer}" if optimizer != settings.optimizer else "")
         )
     return prepared
+
+
+def name_the_end(tokenizer: Any, model: Any) -> list[str]:
+    """Give a tokenizer without an end token the one that the model's configuration names, and return what is to be said of it."""
+    if tokenizer.eos_token_id is not None:
+        return []
+    end = end_id(tokenizer, model)
+    word = None if end is None else tokenizer.convert_ids_to_tokens(end)
+    if word is None:
+        return [
+            "neither the tokenizer nor config.json names an end token, so rows that no chat template renders end without one, "
+            "and the model does not learn where an answer ends"
+        ]
+    tokenizer.eos_token = word
+    return [f"the tokenizer names no end token, so rows end with the one of the model's configuration, {word}"]
 
 
 def summary(rows: Rows, examples: Examples) -> str:

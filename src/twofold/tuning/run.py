@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
@@ -25,6 +26,7 @@ from twofold.model.load import LoadedModel, load_model
 from twofold.model.written import Companions, save_like
 from twofold.report.record import Sample
 from twofold.settings.base import from_call
+from twofold.task.text.special import pad_id
 from twofold.tuning.bar import LossBar
 from twofold.tuning.estimate import TuneEstimate
 from twofold.tuning.methods import WHOLE_MODEL, Method, apply_method
@@ -218,9 +220,9 @@ class _Tuning:
             disable_tqdm=True,
             report_to=[],
         )
-        tokenizer = self.loaded.tokenizer
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        # Its own copy, which pads with an id that the model has: that id is written into config.json, too.
+        tokenizer = deepcopy(self.loaded.tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id(tokenizer, self.loaded.model))
         callbacks: list[Any] = [*method.callbacks]
         if settings.patience:
             callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))

@@ -12,6 +12,8 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line
+from twofold.task.text.special import begun, text_prefix
+from twofold.task.text.special import encode as encode_text
 from twofold.tuning.rows import MEND, Row
 
 IGNORED = -100  # the label of a token that is not learnt
@@ -75,12 +77,13 @@ def encode_rows(
             unless such rows are to be skipped; or if too few rows are left.
     """
     examples: list[Example] = []
+    prefix = text_prefix(tokenizer)
     cut = left_out = 0
     too_long: list[tuple[str, int]] = []
     refused: list[RefusedRowError] = []
     for row in rows:
         try:
-            example = encode(row, tokenizer, chat=chat, loss=loss)
+            example = encode(row, tokenizer, chat=chat, loss=loss, prefix=prefix)
         except RefusedRowError as error:
             if not skip_bad:
                 raise TwofoldError(f"{error}; {MEND}") from error
@@ -120,8 +123,18 @@ def _split(examples: list[Example], held_out: float, seed: int) -> tuple[list[Ex
     return [examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])]
 
 
-def encode(row: Row, tokenizer: Any, *, chat: bool = False, loss: Literal["answers", "all"] = "answers") -> Example:
+def encode(
+    row: Row,
+    tokenizer: Any,
+    *,
+    chat: bool = False,
+    loss: Literal["answers", "all"] = "answers",
+    prefix: list[int] | None = None,
+) -> Example:
     """Return one row as tokens and labels.
+
+    Args:
+        prefix: what the tokenizer begins a text with, where it is known.
 
     Raises:
         TwofoldError: if the tokenizer has no chat template, one that does not begin a conversation as it goes on, or one that
@@ -133,22 +146,26 @@ def encode(row: Row, tokenizer: Any, *, chat: bool = False, loss: Literal["answe
     if turns:
         ids, learnt = _conversation(turns, tokenizer, row.where, whole=loss == "all")
     else:
-        ids, learnt = _completion(row, tokenizer, whole=loss == "all")
+        prefix = text_prefix(tokenizer) if prefix is None else prefix
+        ids, learnt = _completion(row, tokenizer, prefix, whole=loss == "all")
     example = Example(ids, [token if label else IGNORED for token, label in zip(ids, learnt, strict=True)])
     if not example.learnt:
         raise RefusedRowError(f"{row.where}: nothing of it is learnt, its answer has no tokens")
     return example
 
 
-def _completion(row: Row, tokenizer: Any, *, whole: bool) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a prompt and its completion as they stand, with the one that ends a text, and which are learnt."""
+def _completion(row: Row, tokenizer: Any, prefix: list[int], *, whole: bool) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a prompt and its completion as they stand, with the one that ends a text, and which are learnt.
+
+    What the tokenizer begins a text with stands there once, also where the row was rendered by a template that writes it.
+    """
     end = getattr(tokenizer, "eos_token_id", None)
-    ids = list(tokenizer(row.prompt + row.completion)["input_ids"])
+    ids = begun(encode_text(tokenizer, row.prompt + row.completion, special=True), prefix)
     if end is not None and ids[-1:] != [end]:
         ids.append(end)
     if whole or not row.prompt:
         return ids, [True] * len(ids)
-    prompt = list(tokenizer(row.prompt)["input_ids"])
+    prompt = begun(encode_text(tokenizer, row.prompt, special=True), prefix)
     if prompt and prompt[-1] == end and getattr(tokenizer, "add_eos_token", False):
         prompt.pop()
     start = _common(prompt, ids)  # a token may reach over the border
@@ -174,7 +191,7 @@ def _conversation(
             text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask)
         except Exception as error:  # a template is data, and may refuse anything
             raise RefusedRowError(f"{where}: the chat template refuses it ({first_line(error)})") from error
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode_text(tokenizer, text)
 
     ids = render(len(messages), False)
     learnt = [whole] * len(ids)

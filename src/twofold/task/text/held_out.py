@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from twofold.errors import TwofoldError
+from twofold.task.text.special import check_known, cut_windows, encode, in_words, text_prefix
 from twofold.task.text.texts import CHARACTERS_PER_TOKEN, Rows, TokenWindows, read_texts
 
 
@@ -21,12 +20,15 @@ def evaluation_windows(
     dataset_config: str | None = None,
     dataset_split: str = "test",
     text_column: str = "text",
+    bos: str = "auto",
 ) -> TokenWindows:
-    """Return non-overlapping windows of a text, tokenized without special tokens.
+    """Return windows of a text that do not overlap, each of which begins as the tokenizer begins a text.
 
     Args:
         source: text files or a data set name; wiki.*.raw files are joined row by row as the published tables do.
+        window: tokens in one, with those that it begins with.
         windows: how many; None for all. A text that is shorter gives what it has, at least one.
+        bos: "none" for windows of text alone.
 
     Raises:
         TwofoldError: if the text is empty or shorter than one window.
@@ -38,12 +40,13 @@ def evaluation_windows(
     if not text.strip():
         raise TwofoldError(f"the evaluation text is empty ({', '.join(names)})")
     # So many characters hold the windows in any natural text; one that they do not is tokenized as far as it was read.
-    ids = tokenizer(text if limit is None else text[:limit], add_special_tokens=False, verbose=False)["input_ids"]
-    count = len(ids) // window if windows is None else min(len(ids) // window, windows)
-    if count == 0:
+    ids = encode(tokenizer, text if limit is None else text[:limit])
+    check_known(tokenizer, ids, f"the evaluation text ({', '.join(names)})")
+    prefix = text_prefix(tokenizer) if bos == "auto" else []
+    table = cut_windows(ids, window, prefix)[:windows]
+    if not len(table):
         raise TwofoldError(
             f"the evaluation text has {len(ids)} tokens, fewer than one window of {window} ({', '.join(names)}); "
             "give more text, or measure in smaller windows"
         )
-    table = torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
-    return TokenWindows(table, ", ".join(Path(name).name for name in names))
+    return TokenWindows(table, ", ".join(Path(name).name for name in names), in_words(tokenizer, prefix))

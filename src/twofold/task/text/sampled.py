@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from twofold.errors import TwofoldError
 from twofold.host.progress import Tick, progress
 from twofold.task.output.curvature import draw
+from twofold.task.text.special import begun, encode, text_prefix
 
 MOST_ROWS = 64  # sequences that are sampled together
 CACHE_BYTES = 1_500_000_000  # their keys and values take at most this much
@@ -32,23 +33,25 @@ def user_turn_prefix(tokenizer: Any) -> str | None:
     return before if after else None
 
 
-def beginnings(tokenizer: Any, kind: str = "both") -> list[list[int]]:
-    """Return the token ids that sampled texts begin with, in turn.
+def beginnings(tokenizer: Any, kind: str = "both", size: int | None = None) -> list[list[int]]:
+    """Return the token ids that sampled texts begin with, in turn: all of them with those that the tokenizer begins a text with.
 
     Args:
+        size: of the model's vocabulary; a special token beyond it begins no text.
         kind: ``plain``, a text's own beginning; ``chat``, a user's turn of the chat template; ``both``, the first, and the
             second if there is a chat template.
 
     Raises:
         TwofoldError: if only turns of chat are asked for and there is no template.
     """
+    prefix = text_prefix(tokenizer)
     specials = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    plain = [next((token for token in specials if token is not None), 0)]
+    plain = prefix or [next((id for id in specials if id is not None and (size is None or id < size)), 0)]
     if kind == "plain":
         return [plain]
     chat = user_turn_prefix(tokenizer)
     if chat:
-        turn = list(tokenizer(chat, add_special_tokens=False)["input_ids"])
+        turn = begun(encode(tokenizer, chat), prefix)
         return [turn] if kind == "chat" else [plain, turn]
     if kind == "chat":
         raise TwofoldError(

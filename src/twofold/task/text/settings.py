@@ -37,6 +37,13 @@ class Texts(Settings):
         Field(ge=0, description="tokens that the model writes on from the calibration texts, to be calibrated on too"),
     ] = 0
     window: Annotated[int, Field(ge=2, description="tokens in a calibration window")] = 512
+    bos: Annotated[
+        Literal["auto", "none"],
+        Field(
+            description="how windows begin: auto, with the special tokens that the tokenizer begins a text with (such as <bos>), "
+            "if it does; none, with text"
+        ),
+    ] = "auto"
     seed: Annotated[int, Field(ge=0, description="of sampled texts and labels")] = 0
 
     @property

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from twofold.errors import TwofoldError
 from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line
 from twofold.task import Batch, Data, Samples
+from twofold.task.text.special import check_known, cut_windows, encode, in_words, text_prefix
 
 CHARACTERS_PER_TOKEN = 16  # a generous bound: texts are read up to this many characters for each token asked for
 WIKITEXT = re.compile(r"wiki\..*\.raw$")
@@ -29,6 +30,7 @@ class TokenWindows(Samples):
 
     ids: Tensor  # (windows, window), int64
     source: str  # where the text came from, in words
+    begin: str = ""
     unit = "tokens"
 
     def __len__(self) -> int:
@@ -38,10 +40,10 @@ class TokenWindows(Samples):
         return {"input_ids": self.ids[first:last]}
 
     def take(self, places: Sequence[int]) -> TokenWindows:
-        return TokenWindows(self.ids[list(places)], self.source)
+        return replace(self, ids=self.ids[list(places)])
 
     def __add__(self, others: TokenWindows) -> TokenWindows:
-        return TokenWindows(torch.cat([self.ids, others.ids]), self.source)
+        return replace(self, ids=torch.cat([self.ids, others.ids]))
 
     def units(self, first: int, last: int) -> int:
         return (last - first) * self.ids.shape[1]
@@ -192,13 +194,21 @@ def _read_one(source: str, limit: float, rows: Rows) -> Iterator[str]:
 
 
 def token_windows(
-    texts: Iterable[str], tokenizer: Any, *, tokens: int, window: int, held_out: int = 0, source: str = "texts"
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    tokens: int,
+    window: int,
+    held_out: int = 0,
+    source: str = "texts",
+    bos: str = "auto",
 ) -> Data:
-    """Tokenize texts without special tokens, join them, and cut the first ``tokens`` into windows.
+    """Tokenize texts, join them, and cut the first ``tokens`` into windows that begin as the tokenizer begins a text.
 
     Args:
         tokens: how many tokens to calibrate on; rounded down to whole windows.
-        window: tokens in a window.
+        window: tokens in a window, with those that it begins with.
+        bos: "none" for windows of text alone.
         held_out: how many windows to set aside for measuring, spread evenly over as many tokens after those as there are, up to
             ``tokens``: the text goes on with what it was about, and what comes right after flatters a training.
 
@@ -212,12 +222,15 @@ def token_windows(
         if text.strip():
             empty = False
             # Texts that are cut by a window all the same are joined as paragraphs.
-            ids += tokenizer(("\n\n" if ids else "") + text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += encode(tokenizer, ("\n\n" if ids else "") + text)
             if len(ids) >= needed:
                 break
     if empty:
         raise TwofoldError(f"the calibration text is empty ({source}); give a text with some thousand words")
-    windows = len(ids) // window
+    check_known(tokenizer, ids, f"the calibration text ({source})")
+    prefix = text_prefix(tokenizer) if bos == "auto" else []
+    table = cut_windows(ids, window, prefix)
+    windows = len(table)
     if windows == 0:
         raise TwofoldError(
             f"the calibration text has {len(ids)} tokens, fewer than one window of {window} ({source}); "
@@ -228,10 +241,9 @@ def token_windows(
     if held_out and not spare and windows > 1:  # a short text: keep the last tenth to measure on
         spare = min(held_out, max(1, windows // 10))
         calibrated = windows - spare
-    table = torch.tensor(ids[: windows * window], dtype=torch.int64).view(windows, window)
     after = table[calibrated:][: (needed - tokens) // window]
-    held = TokenWindows(after[spread(len(after))[:spare]], source)
-    return Data(TokenWindows(table[:calibrated].clone(), source), held, tokens)
+    calibration = TokenWindows(table[:calibrated].clone(), source, in_words(tokenizer, prefix))
+    return Data(calibration, replace(calibration, ids=after[spread(len(after))[:spare]]), tokens)
 
 
 def spread(count: int) -> list[int]:

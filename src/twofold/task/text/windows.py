@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,10 +17,11 @@ from twofold.errors import TwofoldError
 from twofold.host.cache import cache_folder
 from twofold.host.files import write_whole
 from twofold.host.progress import say
-from twofold.model.load import LoadedModel, check_ids, need_tokenizer, window_limit
+from twofold.model.load import LoadedModel, check_ids, need_tokenizer, vocabulary_size, window_limit
 from twofold.task import Data
 from twofold.task.text.sampled import beginnings, sample_texts
 from twofold.task.text.settings import HELD_OUT, Texts
+from twofold.task.text.special import in_words, text_prefix
 from twofold.task.text.texts import CHARACTERS_PER_TOKEN, Rows, TokenWindows, read_texts, token_windows, tokens_needed
 
 T = TypeVar("T", bound=Texts)
@@ -78,7 +80,8 @@ def calibration_windows(
         rows = Rows(recipe.dataset_config, recipe.dataset_split, recipe.text_column, tokenizer)
         needed = tokens_needed(recipe.tokens, held_out * window) * CHARACTERS_PER_TOKEN
         texts = read_texts(recipe.calibration, rows, characters=needed)
-    data = token_windows(texts, tokenizer, tokens=recipe.tokens, window=window, held_out=held_out, source=source)
+    how = {"tokens": recipe.tokens, "window": window, "held_out": held_out}
+    data = token_windows(texts, tokenizer, **how, source=source, bos=recipe.bos)
     windows, aside = data.samples, data.held_out
     assert isinstance(windows, TokenWindows) and isinstance(aside, TokenWindows)
     check_ids(torch.cat([windows.ids, aside.ids]), loaded)
@@ -95,13 +98,18 @@ def _own_windows(loaded: LoadedModel, recipe: Texts, hashed: str, held_out: int,
             "`continuations` goes on from calibration texts, and 'self' has none; name some with `calibration`, or give more "
             "`tokens`"
         )
-    count = max(recipe.tokens // recipe.window, 1)
-    begin = beginnings(need_tokenizer(loaded), recipe.self_texts)
-    mark = f"{hashed} {begin} {recipe.seed} {count} {held_out} {recipe.window}"
+    count, tokenizer = max(recipe.tokens // recipe.window, 1), need_tokenizer(loaded)
+    begin = beginnings(tokenizer, recipe.self_texts, vocabulary_size(loaded.model))
+    check_ids(torch.tensor([id for ids in begin for id in ids]), loaded)
+    prefix = text_prefix(tokenizer)
+    cut = len(prefix) if recipe.bos == "none" else 0  # they are sampled after it, and go without
+    length = recipe.window + cut
+    mark = f"{hashed} {begin} {recipe.seed} {count} {held_out} {length}"
     # Both kinds of beginning are spread evenly over what is calibrated on and what is held out.
-    ids = _sampled(mark, loaded, begin, count + held_out, recipe, shuffled=True, quiet=quiet)
-    source = "texts sampled from the model itself"
-    return Data(TokenWindows(ids[:count], source), TokenWindows(ids[count:], source), recipe.tokens)
+    ids = _sampled(mark, loaded, begin, count + held_out, length, recipe.seed, shuffled=True, quiet=quiet)[:, cut:]
+    words = "" if cut else in_words(tokenizer, prefix)
+    windows = TokenWindows(ids.contiguous(), "texts sampled from the model itself", words)
+    return Data(windows[:count], windows[count:], recipe.tokens)
 
 
 def continue_windows(
@@ -109,30 +117,39 @@ def continue_windows(
 ) -> TokenWindows:
     """Return the windows, and behind them as many as the recipe asks for that the model has written on from pieces of theirs.
 
-    Each begins with a quarter of a window of the text, at a place drawn at random. The windows take their turns, in an order that
-    is drawn too, so that all are continued equally often.
+    Each begins with a quarter of a window of the text, at a place drawn at random, behind the special tokens that windows begin
+    with. The windows take their turns, in an order that is drawn too, so that all are continued equally often.
 
     Raises:
         TwofoldError: if the model can't generate.
     """
     count = max(recipe.continuations // recipe.window, 1)
-    size = max(recipe.window // PROMPT, 1)
+    skipped = 0 if recipe.bos == "none" else len(text_prefix(need_tokenizer(loaded)))
+    size = max((recipe.window - skipped) // PROMPT, 1)
     generator = torch.Generator().manual_seed(recipe.seed)
     orders = [torch.randperm(len(windows.ids), generator=generator) for _ in range(-(-count // len(windows.ids)))]
-    places = torch.randint(0, recipe.window - size + 1, (count,), generator=generator).tolist()
+    places = torch.randint(skipped, recipe.window - size + 1, (count,), generator=generator).tolist()
     begin = [
-        windows.ids[row, place : place + size].tolist()
+        [*windows.ids[row, :skipped].tolist(), *windows.ids[row, place : place + size].tolist()]
         for row, place in zip(torch.cat(orders).tolist(), places, strict=False)
     ]
     mark = f"{hashed} {windows.sha256} {recipe.seed} {count} {size} {recipe.window}"
-    ids = _sampled(mark, loaded, begin, count, recipe, shuffled=False, quiet=quiet)
+    ids = _sampled(mark, loaded, begin, count, recipe.window, recipe.seed, shuffled=False, quiet=quiet)
     source = f"{windows.source}, and {ids.numel():,} tokens of its continuations by the model"
-    return TokenWindows(torch.cat([windows.ids, ids]), source)
+    return replace(windows, ids=torch.cat([windows.ids, ids]), source=source)
 
 
 def _sampled(
-    mark: str, loaded: LoadedModel, begin: list[list[int]], count: int, recipe: Texts, *, shuffled: bool, quiet: bool
-) -> Tensor:  # (count, window)
+    mark: str,
+    loaded: LoadedModel,
+    begin: list[list[int]],
+    count: int,
+    length: int,
+    seed: int,
+    *,
+    shuffled: bool,
+    quiet: bool,
+) -> Tensor:  # (count, length)
     """Return the samples that a mark stands for: those of an earlier run, or new ones, which are kept for another.
 
     If the disk does not take them, this run goes on without.
@@ -140,9 +157,9 @@ def _sampled(
     path = cache_folder() / "samples" / f"{hashlib.sha256(mark.encode()).hexdigest()[:24]}.safetensors"
     ids = _sampled_before(path)
     if ids is None:
-        ids = sample_texts(loaded.model, begin, sequences=count, length=recipe.window, seed=recipe.seed, quiet=quiet)
+        ids = sample_texts(loaded.model, begin, sequences=count, length=length, seed=seed, quiet=quiet)
         if shuffled:
-            ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(recipe.seed))]
+            ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
         try:
             write_whole(path, lambda temporary: save_file({"ids": ids}, temporary))
         except TwofoldError as error:
