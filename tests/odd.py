@@ -1,7 +1,7 @@
 """Odd checkpoints, as people really have them: each is a good one with something done to it.
 
-The weights of the good one have few ranks, so that a factorization at the sizes of the tests loses nothing: the logits of whatever
-is written are those of the odd folder as plain transformers loads it, within rounding.
+The weights of the good one have few ranks, so that a factorization at the sizes of the tests loses nothing: the logits of
+whatever is written are those of the odd folder as plain transformers loads it, within rounding.
 """
 
 from __future__ import annotations
@@ -171,19 +171,24 @@ add(
 # Tensors too many, or too few.
 add(
     old_rotary_buffers=(
-        altered(lambda t: t | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}), {"unused": 2},
+        altered(lambda t: t | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}),
+        {"unused": 2},
     ),
     a_head_for_further_tokens=(altered(lambda t: t | {"mtp.0.proj.weight": torch.ones(32, 64)}), {"unused": 1}),
     a_value_head=(altered(lambda t: t | {"v_head.summary.weight": torch.ones(1, 32)}), {"unused": 1}),
     biases_that_the_class_does_not_take=(
         altered(lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}), {"unused": 1},
     ),
-    a_layer_too_many=(altered(lambda t: t | {"model.layers.2.input_layernorm.weight": torch.ones(32)}), {"refused": "more layers"}),
+    a_layer_too_many=(
+        altered(lambda t: t | {"model.layers.2.input_layernorm.weight": torch.ones(32)}), {"refused": "more layers"},
+    ),
     a_norm_is_missing=(altered(lambda t: {n: x for n, x in t.items() if n != "model.norm.weight"}), {"refused": "model.norm"}),
     a_layer_is_missing=(altered(lambda t: {n: x for n, x in t.items() if "layers.1." not in n}), {"refused": "layers.1."}),
     a_tensor_is_half=(altered(lambda t: t | {EMBED: t[EMBED][:100]}), {"refused": "embed_tokens"}),
     a_weight_is_nan=(altered(lambda t: t | {"model.norm.weight": torch.full((32,), float("nan"))}), {"refused": "NaN"}),
-    integers_for_numbers=(altered(lambda t: t | {"model.norm.weight": torch.ones(32, dtype=torch.int32)}), {"refused": "type I32"}),
+    integers_for_numbers=(
+        altered(lambda t: t | {"model.norm.weight": torch.ones(32, dtype=torch.int32)}), {"refused": "type I32"},
+    ),
 )  # fmt: skip
 # Other names.
 add(

@@ -25,7 +25,8 @@ from twofold.recipe import Recipe
 from twofold.task import TASKS
 from twofold.task.output.curvature import draw, loss_gradient
 from twofold.task.text.sampled import beginnings, sample_texts, user_turn_prefix
-from twofold.task.text.texts import spread, token_windows, wikitext_rows
+from twofold.task.text.sources import wikitext_rows
+from twofold.task.text.texts import spread, token_windows
 from twofold.task.text.windows import calibration_windows
 
 NEEDS = {"input", "gradient", "input_abs", "input_square", "gradient_square", "fisher_rows"}

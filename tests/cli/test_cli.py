@@ -277,8 +277,8 @@ def test_empty_and_tiny_texts(run, checkpoint, tmp_path, content):
     ("name", "content", "message"),
     [
         ("bytes.txt", b"\xff\xfe\x00\x01" * 50, "is not a text file in UTF-8"),
-        ("rows.jsonl", b'{"text": "fine"}\nnot json\n', "rows.jsonl, line 2 is not JSON"),
-        ("rows.jsonl", b'{"other": 1}\n', "rows.jsonl, line 1 has no text"),
+        ("rows.jsonl", b'{"text": "fine"}\nnot json\n', "rows.jsonl, line 2: it is not JSON"),
+        ("rows.jsonl", b'{"other": 1}\n', "rows.jsonl, line 1: a row needs"),
     ],
 )
 def test_texts_that_can_not_be_read(run, checkpoint, tmp_path, name, content, message):

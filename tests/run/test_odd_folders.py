@@ -77,15 +77,28 @@ def test_an_odd_folder_gives_the_right_result_or_one_sentence(name, run, texts, 
     odd.make(source)
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     calibration = ["--calibration", texts["text"], *QUICK]
+    dense, tuned = tmp_path / "dense", tmp_path / "tuned"
     commands = {
-        "inspect": ["inspect", source, *odd.flags],
-        "plan": ["plan", source, *KEEP, *calibration, "--out", tmp_path / "plan.json", *odd.flags],
-        "memory": ["compress", source, *KEEP, *calibration, "--out", tmp_path / "memory", *odd.flags],
-        "streamed": ["compress", source, *KEEP, *calibration, "--stream", "always", "--out", tmp_path / "streamed", *odd.flags],
-        "eval": ["eval", tmp_path / "memory", "--against", source, "--text", texts["text"], "--window", "16", "--windows", "1", *odd.flags],
-        "dense": ["export", tmp_path / "memory", "--to", "dense", "--out", tmp_path / "dense", "--quiet", *odd.flags],
-        "tune": ["tune", source, "--data", texts["rows"], "--steps", "1", "--length", "32", "--out", tmp_path / "tuned", "--quiet", *odd.flags],
-    }  # fmt: skip
+        "inspect": ["inspect", source],
+        "plan": ["plan", source, *KEEP, *calibration, "--out", tmp_path / "plan.json"],
+        "memory": ["compress", source, *KEEP, *calibration, "--out", tmp_path / "memory"],
+        "streamed": ["compress", source, *KEEP, *calibration, "--stream", "always", "--out", tmp_path / "streamed"],
+        "eval": [
+            "eval",
+            tmp_path / "memory",
+            "--against",
+            source,
+            "--text",
+            texts["text"],
+            "--window",
+            "16",
+            "--windows",
+            "1",
+        ],
+        "dense": ["export", tmp_path / "memory", "--to", "dense", "--out", dense, "--quiet"],
+        "tune": ["tune", source, "--data", texts["rows"], "--steps", "1", "--length", "32", "--out", tuned, "--quiet"],
+    }
+    commands = {what: [*command, *odd.flags] for what, command in commands.items()}
     if odd.refused is not None:
         for what in ("inspect", "plan", "memory", "streamed", "tune"):
             said = run(*commands[what])

@@ -10,7 +10,8 @@ import pytest
 
 from conftest import make_tokenizer
 from twofold.errors import TwofoldError
-from twofold.tuning.rows import Row, read_rows
+from twofold.task.text.row import Row, Tally, Turn
+from twofold.tuning.rows import read_rows
 from twofold.tuning.settings import make_settings
 from twofold.tuning.tokens import IGNORED, Example, encode, encode_rows
 
@@ -72,7 +73,7 @@ def test_the_answers_alone_are_learnt(row: dict[str, Any], prompt: str, answer: 
 
 def test_prompt_and_completion_become_turns_if_asked() -> None:
     row = Row("a row", prompt="Hi\n", completion="Ho")
-    example = encode(row, chat_tokenizer(), chat=True)
+    example = encode(row.chat, chat_tokenizer())
     assert make_tokenizer().decode(example.input_ids) == "<user>Hi</><assistant>Ho</>"
     assert learnt(example) == "Ho</>"
 
@@ -83,7 +84,7 @@ def test_prompt_and_completion_become_turns_if_asked() -> None:
         ({"prompt": "x"}, 'no "completion"'),
         ({"prompt": "x", "completion": ""}, "'completion' is empty"),
         ({"prompt": "x", "completion": 3}, "'completion' must be a text, it is a number"),
-        ({"question": "x"}, 'needs "messages", "prompt" with "completion", or "text", this one has \'question\''),
+        ({"riddle": "x"}, 'needs "messages", "prompt" with "completion", or "text" (or the fields of another format'),
         ({"messages": []}, "'messages' must be a list of turns, it is empty"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no turn of the assistant"),
         ({"messages": [{"content": "x"}]}, "turn 1 of 'messages' has no \"role\""),
@@ -143,18 +144,19 @@ def test_long_rows_are_refused_cut_or_skipped() -> None:
 
 
 def test_rows_that_the_template_refuses_are_named_or_skipped() -> None:
-    good = [Row(f"line {i}", turns=(("user", "Hi"), ("assistant", "Ho"))) for i in range(2)]
-    odd = Row("line 7", turns=(("odd", "Hi"), ("assistant", "Ho")))
-    first = Row("line 8", turns=(("assistant", "Ho"), ("user", "Hi")))  # what comes before its answer is empty
+    good = [Row(f"line {i}", turns=(Turn("user", "Hi"), Turn("assistant", "Ho"))) for i in range(2)]
+    odd = Row("line 7", turns=(Turn("odd", "Hi"), Turn("assistant", "Ho")))
+    first = Row("line 8", turns=(Turn("assistant", "Ho"), Turn("user", "Hi")))  # what comes before its answer is empty
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% if messages[0]['role'] == 'odd' %}{{ raise_exception('') }}{% endif %}" + CHAT
     tokenizer.chat_template = "{{ messages[0]['role'][:0] }}" + tokenizer.chat_template
     for bad in (odd, first):
         with pytest.raises(TwofoldError, match=rf"{bad.where}: the chat template refuses it .*`skip_bad`"):
             encode_rows([*good, bad], tokenizer, length=64, held_out=0)
-    found = encode_rows([*good, odd, first], tokenizer, length=64, held_out=0, skip_bad=True)
-    assert (len(found.train), found.refused) == (2, 2)
-    assert found.first_refused.startswith("line 7: the chat template refuses it")
+    tally = Tally()
+    found = encode_rows([*good, odd, first], tokenizer, length=64, held_out=0, skip_bad=True, tally=tally)
+    assert (len(found.train), tally.skipped) == (2, 2)
+    assert tally.first_skipped.startswith("line 7: the chat template refuses it")
     with pytest.raises(TwofoldError, match="no row is left to learn from: 1 bad ones were skipped, first line 7"):
         encode_rows([odd], tokenizer, length=64, skip_bad=True)
 
@@ -173,7 +175,7 @@ def test_rows_are_held_out_by_the_seed() -> None:
 
 
 def test_a_conversation_needs_a_template_that_goes_on() -> None:
-    row = Row("line 7", turns=(("user", "Hi"), ("assistant", "Ho")))
+    row = Row("line 7", turns=(Turn("user", "Hi"), Turn("assistant", "Ho")))
     with pytest.raises(TwofoldError, match="line 7 is a conversation, and the tokenizer has no chat template"):
         encode(row, make_tokenizer())
     tokenizer = make_tokenizer()

@@ -31,6 +31,12 @@ def command(
     dataset_config: Annotated[str | None, typer.Option(help="The configuration of the data set.")] = None,
     dataset_split: Annotated[str, typer.Option(help="The split of the data set.")] = "test",
     text_column: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put prompt and completion rows through the chat template, as one turn each.")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out rows that can't be read, and count them.")
+    ] = False,
     windows: Annotated[int, typer.Option(min=0, help="Windows to measure on; 0 means all.")] = 16,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
     bos: Annotated[

@@ -19,7 +19,7 @@ from twofold.planning.settings import SIZES
 from twofold.settings.base import read_settings
 
 MOST_USED = ("keep", "budget", "calibration", "refine", "data", "method", "out")  # in the first panel, that of --help
-PANELS = ("Size", "Calibration", "Method", "Refinement", "Storage", "Weights", "Measuring", "Model and machine")
+PANELS = ("Size", "Calibration", "Rows", "Method", "Refinement", "Storage", "Weights", "Measuring", "Model and machine")
 
 
 def settings_flags(

@@ -32,14 +32,14 @@ from twofold.run.open import open_for
 from twofold.run.prepare import decompose_under, with_structures
 from twofold.task import Data, Samples
 from twofold.task.text.held_out import evaluation_windows
-from twofold.task.text.settings import HELD_OUT
+from twofold.task.text.settings import HELD_OUT, OF_ROWS
 from twofold.task.text.windows import fit_window
 from twofold.version import __version__
 
 UNRELATED = {  # settings that a row does not depend on, or whose tokens and weights are hashed in their place
     "model", "keep", "budget", "objective", "allocate", "refine", "calibration", "dataset_config", "dataset_split",
-    "text_column", "eval_text", "memory", "stream", "activations", "revision", "trust_remote_code", "dequantize", "device",
-    "dtype",
+    "text_column", "chat", "skip_bad", "eval_text", "memory", "stream", "activations", "revision", "trust_remote_code",
+    "dequantize", "device", "dtype",
 }  # fmt: skip
 
 
@@ -203,11 +203,11 @@ def _texts(grid: Grid, loaded: LoadedModel) -> list[tuple[Text, Samples]]:
     """Read the texts that are named to measure on; the one of the calibration's kind first."""
     window, windows = min(1024, window_limit(loaded.model) or 1024), grid.eval_windows or None
     sources = [grid.settings.get("eval_text"), *grid.other_text]
+    how: dict[str, Any] = {name: grid.settings[name] for name in OF_ROWS if name in grid.settings}
     texts = []
     for i, source in enumerate(sources):
         if source is not None:
-            bos = str(grid.settings.get("bos", "auto"))
-            samples = evaluation_windows(str(source), need_tokenizer(loaded), window=window, windows=windows, bos=bos)
+            samples = evaluation_windows(str(source), need_tokenizer(loaded), window=window, windows=windows, **how)
             check_ids(samples.ids, loaded)
             texts.append(_described(Path(str(source)).name, "out" if i else "in", samples))
     return texts

@@ -13,7 +13,7 @@ from twofold.evaluation.on_text import Evaluation, evaluate_text
 from twofold.model.load import load_model
 
 ON_TASKS = ("task_folder", "limit", "fewshot", "batch_size", "seed")  # settings of either kind of measuring
-ON_TEXT = ("dataset_config", "dataset_split", "text_column", "windows", "window")
+ON_TEXT = ("dataset_config", "dataset_split", "text_column", "chat", "skip_bad", "windows", "window")
 
 
 def evaluate(
@@ -31,6 +31,8 @@ def evaluate(
     dataset_config: str | None = None,
     dataset_split: str = "test",
     text_column: str = "text",
+    chat: bool = False,
+    skip_bad: bool = False,
     windows: int = 16,
     window: int = 1024,
     bos: Literal["auto", "none"] = "auto",
@@ -49,6 +51,8 @@ def evaluate(
         adapter: the folder of a PEFT adapter that is put on the model, and not on the original.
         limit: rows of each task, the first ones; None measures all.
         fewshot: examples before each question; None takes what the task says.
+        chat: put rows of a prompt and a completion through the chat template.
+        skip_bad: leave out rows of the text that can't be read.
         windows: of the text, the first ones; 0 measures all.
         window: tokens in one.
         dequantize: turn weights that are quantized already into ordinary ones.

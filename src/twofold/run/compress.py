@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from twofold.run.ways import InMemory, OnDisk
 from twofold.settings.base import from_call
 from twofold.task import Samples
 from twofold.task.output.quality import measure_quality
+from twofold.task.text.sources import data_files
 from twofold.task.text.windows import fit_window
 
 
@@ -93,7 +93,7 @@ def _files_read(recipe: Recipe, moments: Path | None) -> list[Path]:
     """List the files that a run reads beside the model's folder."""
     texts = [text for text in recipe.calibration if text != "self"]
     names = [recipe.model, *texts, recipe.eval_text or "", str(moments or "")]
-    return [Path(path) for name in names if name for path in glob.glob(name) or [name] if Path(path).exists()]  # noqa: PTH207
+    return [path for name in names if name for path in data_files(name)]
 
 
 def _finish(

@@ -18,7 +18,7 @@ from twofold.settings.base import Settings
 from twofold.task import Batch, Data, Samples, Task, task
 from twofold.task.output.categorical import CATEGORICAL
 from twofold.task.text.held_out import evaluation_windows
-from twofold.task.text.settings import Measuring, Texts
+from twofold.task.text.settings import OF_ROWS, Measuring, Texts
 from twofold.task.text.texts import TokenWindows
 from twofold.task.text.windows import calibration_windows
 
@@ -44,12 +44,9 @@ class CausalLM(Task):
         if texts.eval_text is None or texts.eval_windows == 0:
             return None
         window = min(1024, window_limit(loaded.model) or 1024)
+        how = settings.part(Texts).model_dump(include=OF_ROWS)
         samples = evaluation_windows(
-            texts.eval_text,
-            need_tokenizer(loaded),
-            window=window,
-            windows=texts.eval_windows,
-            bos=settings.part(Texts).bos,
+            texts.eval_text, need_tokenizer(loaded), window=window, windows=texts.eval_windows, **how
         )
         check_ids(samples.ids, loaded)
         return samples

@@ -12,6 +12,7 @@ import torch
 from twofold.errors import TwofoldError
 from twofold.model.load import check_ids, load_skeleton, load_tokenizer, window_limit
 from twofold.settings.sizes import parse_bytes
+from twofold.task.text.settings import Reading
 from twofold.task.text.special import check_known, end_id
 from twofold.tuning.estimate import TuneEstimate, choose, estimate
 from twofold.tuning.methods import check_method
@@ -45,12 +46,7 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
         TwofoldError: for whatever the user can put right.
     """
     check_optimizer(settings)
-    rows = read_rows(
-        settings.data,
-        skip_bad=settings.skip_bad,
-        dataset_config=settings.dataset_config,
-        dataset_split=settings.dataset_split,
-    )
+    rows = read_rows(settings.data, **settings.model_dump(include={*Reading.model_fields}))
     how = settings.model_dump(include={"trust_remote_code", "dequantize"})
     skeleton = load_skeleton(settings.model, **how)
     model, tokenizer = skeleton.model, load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
@@ -66,10 +62,10 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
         length=length,
         long=settings.long,
         loss=settings.loss,
-        chat=settings.chat,
         skip_bad=settings.skip_bad,
         held_out=settings.held_out,
         seed=settings.seed,
+        tally=rows.tally,
     )
     ids = [token for row in (*examples.train, *examples.held_out) for token in row.input_ids]
     check_ids(torch.tensor(ids), skeleton)
@@ -79,7 +75,7 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
     settings.intervals(steps)
     sizes = [len(ids) for ids in windows["input_ids"]]
     shape: dict[str, Any] = {"longest": max(sizes), "mean": sum(sizes) / len(sizes), "steps": steps}
-    prepared = Prepared(settings, rows, examples, windows, steps, notes=notes)
+    prepared = Prepared(settings, rows, examples, windows, steps, notes=[*notes, *rows.tally.sentences])
     if settings.memory is None:
         with nullcontext() if must_estimate else suppress(TwofoldError):
             prepared.estimate = estimate(settings, **shape)
@@ -112,12 +108,8 @@ def name_the_end(tokenizer: Any, model: Any) -> list[str]:
 def summary(rows: Rows, examples: Examples) -> str:
     """Describe the rows in one line."""
     parts = [f"{len(examples.train):,} rows to train on, {len(examples.held_out):,} held out"]
-    if rows.skipped:
-        parts.append(f"{rows.skipped:,} bad ones skipped (first: {rows.first_skipped})")
-    if examples.refused:
-        parts.append(f"{examples.refused:,} refused by the chat template skipped (first: {examples.first_refused})")
     if examples.cut:
         parts.append(f"{examples.cut:,} cut to `length`")
     if examples.left_out:
         parts.append(f"{examples.left_out:,} left out that are longer")
-    return "; ".join(parts)
+    return "; ".join([*parts, *rows.tally.sentences])

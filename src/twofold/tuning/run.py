@@ -26,6 +26,7 @@ from twofold.model.load import LoadedModel, load_model
 from twofold.model.written import Companions, save_like
 from twofold.report.record import Sample
 from twofold.settings.base import from_call
+from twofold.task.text.sources import data_files
 from twofold.task.text.special import pad_id
 from twofold.tuning.bar import LossBar
 from twofold.tuning.estimate import TuneEstimate
@@ -33,7 +34,6 @@ from twofold.tuning.methods import WHOLE_MODEL, Method, apply_method
 from twofold.tuning.optimizers import optimizer_arguments
 from twofold.tuning.prepare import Prepared, prepare, summary
 from twofold.tuning.record import Point, TuneRun, draw_curve, write_card
-from twofold.tuning.rows import data_files
 from twofold.tuning.samples import answers, held_out_prompts
 from twofold.tuning.settings import TuneSettings, make_settings
 from twofold.tuning.trainer import (
@@ -284,7 +284,7 @@ class _Tuning:
             data_sha256=examples.sha256,
             rows=len(examples.train),
             rows_held_out=len(examples.held_out),
-            rows_skipped=self.prepared.rows.skipped + examples.refused,
+            rows_skipped=self.prepared.rows.skipped,
             rows_cut=examples.cut,
             rows_too_long=examples.left_out,
             windows=len(self.prepared.windows),

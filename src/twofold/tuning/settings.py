@@ -9,6 +9,7 @@ from pydantic import Field
 
 from twofold.errors import TwofoldError
 from twofold.settings.base import Settings, validated
+from twofold.task.text.settings import Reading
 
 Method = Literal[
     "lora", "rslora", "dora", "pissa", "olora", "corda", "eva", "vera", "adalora",
@@ -19,14 +20,17 @@ RATES: dict[str, float] = {"full": 2e-5, "factors": 2e-5, "factors-top": 1e-4, "
 RATE = 2e-4  # of the methods that train adapters
 
 
-class Rows(Settings):
+class Rows(Reading):
     """What is learnt."""
 
     TITLE = "Rows"
 
     data: Annotated[
         list[str],
-        Field(min_length=1, description="files of rows (.jsonl, .json), or data sets of the hub, to train on"),
+        Field(
+            min_length=1,
+            description="files of rows (.jsonl, .json, .parquet, .csv), or data sets of the hub, to train on",
+        ),
     ]
     length: Annotated[int, Field(ge=8, description="tokens of the longest row, and of a packed window")] = 1024
     long: Annotated[
@@ -36,15 +40,9 @@ class Rows(Settings):
     loss: Annotated[Literal["answers", "all"], Field(description="learn the answers alone, or all of a row")] = (
         "answers"
     )
-    chat: Annotated[
-        bool, Field(description="put prompt and completion rows through the chat template, as one turn each")
-    ] = False
-    skip_bad: Annotated[bool, Field(description="leave out rows that can't be read, and count them")] = False
     held_out: Annotated[
         float, Field(ge=0, description="rows to measure on and not to train on: a share below 1, or how many")
     ] = 0.1
-    dataset_config: Annotated[str | None, Field(description="the configuration of a data set")] = None
-    dataset_split: Annotated[str, Field(description="the split of a data set")] = "train"
 
 
 class Trained(Settings):

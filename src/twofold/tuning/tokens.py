@@ -11,16 +11,12 @@ from typing import Any, Literal
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.host.quiet import first_line
+from twofold.task.text.chat import RefusedRowError, has_template, no_template, render, show
+from twofold.task.text.row import MEND, Row, Tally, Turn
 from twofold.task.text.special import begun, text_prefix
 from twofold.task.text.special import encode as encode_text
-from twofold.tuning.rows import MEND, Row
 
 IGNORED = -100  # the label of a token that is not learnt
-
-
-class RefusedRowError(TwofoldError):
-    """A row that the chat template refuses, or that has nothing to learn."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +25,7 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+    unshown: tuple[str, ...] = ()  # fields of its turns that the chat template does not show
 
     @property
     def learnt(self) -> int:
@@ -38,14 +35,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples to train on and held-out ones, and what became of long rows and of refused ones."""
+    """Examples to train on and held-out ones, and what became of long rows."""
 
     train: list[Example]
     held_out: list[Example]
     cut: int = 0
     left_out: int = 0
-    refused: int = 0  # by the chat template
-    first_refused: str = ""  # place and reason
 
     @property
     def sha256(self) -> str:
@@ -65,12 +60,15 @@ def encode_rows(
     length: int,
     long: Literal["refuse", "cut", "skip"] = "refuse",
     loss: Literal["answers", "all"] = "answers",
-    chat: bool = False,
     skip_bad: bool = False,
     held_out: float = 0.1,
     seed: int = 0,
+    tally: Tally | None = None,
 ) -> Examples:
     """Return the tokens and labels of all rows, some of which are set aside to measure on.
+
+    Args:
+        tally: counts what is left out.
 
     Raises:
         TwofoldError: if rows are longer than ``length`` and are to be refused; if a row can't be put through the chat template,
@@ -80,15 +78,16 @@ def encode_rows(
     prefix = text_prefix(tokenizer)
     cut = left_out = 0
     too_long: list[tuple[str, int]] = []
-    refused: list[RefusedRowError] = []
+    tally = Tally() if tally is None else tally
     for row in rows:
         try:
-            example = encode(row, tokenizer, chat=chat, loss=loss, prefix=prefix)
+            example = encode(row, tokenizer, loss=loss, prefix=prefix)
         except RefusedRowError as error:
             if not skip_bad:
                 raise TwofoldError(f"{error}; {MEND}") from error
-            refused.append(error)
+            tally.skip(str(error))
             continue
+        tally.unshown.update(example.unshown)
         size = len(example.input_ids)
         if size > length:
             too_long.append((row.where, size))
@@ -106,10 +105,12 @@ def encode_rows(
             f"{where} has {size} tokens, more than the {length} of `length`, and so have {len(too_long) - 1} more rows (the "
             f"longest {longest}); raise `length`, cut such rows with `long=cut`, or leave them out with `long=skip`"
         )
-    if refused and not examples:
-        raise TwofoldError(f"no row is left to learn from: {len(refused)} bad ones were skipped, first {refused[0]}")
+    if tally.skipped and not examples:
+        raise TwofoldError(
+            f"no row is left to learn from: {tally.skipped} bad ones were skipped, first {tally.first_skipped}"
+        )
     train, aside = _split(examples, held_out, seed)
-    return Examples(train, aside, cut, left_out, len(refused), str(refused[0]) if refused else "")
+    return Examples(train, aside, cut, left_out)
 
 
 def _split(examples: list[Example], held_out: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -124,12 +125,7 @@ def _split(examples: list[Example], held_out: float, seed: int) -> tuple[list[Ex
 
 
 def encode(
-    row: Row,
-    tokenizer: Any,
-    *,
-    chat: bool = False,
-    loss: Literal["answers", "all"] = "answers",
-    prefix: list[int] | None = None,
+    row: Row, tokenizer: Any, *, loss: Literal["answers", "all"] = "answers", prefix: list[int] | None = None
 ) -> Example:
     """Return one row as tokens and labels.
 
@@ -140,15 +136,13 @@ def encode(
         TwofoldError: if the tokenizer has no chat template, one that does not begin a conversation as it goes on, or one that
             refuses the row.
     """
-    turns = row.turns
-    if chat and not turns and row.prompt:
-        turns = (("user", row.prompt.strip()), ("assistant", row.completion))
-    if turns:
-        ids, learnt = _conversation(turns, tokenizer, row.where, whole=loss == "all")
+    unshown: tuple[str, ...] = ()
+    if row.turns:
+        ids, learnt, unshown = _conversation(row, tokenizer, whole=loss == "all")
     else:
         prefix = text_prefix(tokenizer) if prefix is None else prefix
         ids, learnt = _completion(row, tokenizer, prefix, whole=loss == "all")
-    example = Example(ids, [token if label else IGNORED for token, label in zip(ids, learnt, strict=True)])
+    example = Example(ids, [token if label else IGNORED for token, label in zip(ids, learnt, strict=True)], unshown)
     if not example.learnt:
         raise RefusedRowError(f"{row.where}: nothing of it is learnt, its answer has no tokens")
     return example
@@ -172,41 +166,38 @@ def _completion(row: Row, tokenizer: Any, prefix: list[int], *, whole: bool) -> 
     return ids, [i >= start for i in range(len(ids))]
 
 
-def _conversation(
-    turns: tuple[tuple[str, str], ...], tokenizer: Any, where: str, *, whole: bool
-) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a conversation by the chat template; learnt are the assistant's turns, with what ends them.
+def _conversation(row: Row, tokenizer: Any, *, whole: bool) -> tuple[list[int], list[bool], tuple[str, ...]]:
+    """Return the tokens of a conversation by the chat template, which are learnt, and the fields that it does not show.
 
-    They are found by rendering the conversation up to each answer: as the model sees it before it answers.
+    Learnt are the assistant's turns, with what ends them. They are found by rendering the conversation up to each answer: as the
+    model sees it before it answers.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise TwofoldError(
-            f"{where} is a conversation, and the tokenizer has no chat template; put one into its chat_template, or give rows "
-            'with "prompt" and "completion"'
-        )
-    messages = [{"role": role, "content": content} for role, content in turns]
+    if not has_template(tokenizer):
+        raise no_template(row)
 
-    def render(count: int, ask: bool) -> list[int]:
-        try:
-            text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask)
-        except Exception as error:  # a template is data, and may refuse anything
-            raise RefusedRowError(f"{where}: the chat template refuses it ({first_line(error)})") from error
+    def tokens(text: str) -> list[int]:
         return encode_text(tokenizer, text)
 
-    ids = render(len(messages), False)
+    shown = show(row, tokenizer)
+    ids = tokens(shown.text)
     learnt = [whole] * len(ids)
-    for number, (role, _) in enumerate(turns):
-        if role != "assistant" or whole:
+    for number, turn in enumerate(row.turns):
+        if _is_learnt(turn, whole=whole) == whole:
             continue
-        before, after = render(number, True), render(number + 1, False)
+        before = tokens(render(row, tokenizer, number, ask=turn.role == "assistant"))
+        after = tokens(render(row, tokenizer, number + 1))
         start, stop = _common(before, ids), _common(after, ids)
         if start < len(before) - 1 or stop < len(after) - 1 or stop <= start:
             raise TwofoldError(
-                f"{where}: the chat template renders the beginning of a conversation otherwise than the whole, so the answers in "
-                "it can't be told; learn all of it with `loss=all`, or give one answer a row"
+                f"{row.where}: the chat template renders the beginning of a conversation otherwise than the whole, so the "
+                "answers in it can't be told; learn all of it with `loss=all`, or give one answer a row"
             )
-        learnt[start:stop] = [True] * (stop - start)
-    return ids, learnt
+        learnt[start:stop] = [not whole] * (stop - start)
+    return ids, learnt, shown.unshown
+
+
+def _is_learnt(turn: Turn, *, whole: bool) -> bool:
+    return turn.learnt and (whole or turn.role == "assistant")
 
 
 def _common(first: list[int], second: list[int]) -> int:

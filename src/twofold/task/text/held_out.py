@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from twofold.errors import TwofoldError
+from twofold.task.text.row import Tally
 from twofold.task.text.special import check_known, cut_windows, encode, in_words, text_prefix
-from twofold.task.text.texts import CHARACTERS_PER_TOKEN, Rows, TokenWindows, read_texts
+from twofold.task.text.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts
 
 
 def evaluation_windows(
@@ -17,10 +18,9 @@ def evaluation_windows(
     *,
     window: int = 1024,
     windows: int | None = 16,
-    dataset_config: str | None = None,
     dataset_split: str = "test",
-    text_column: str = "text",
     bos: str = "auto",
+    **reading: Any,
 ) -> TokenWindows:
     """Return windows of a text that do not overlap, each of which begins as the tokenizer begins a text.
 
@@ -29,14 +29,16 @@ def evaluation_windows(
         window: tokens in one, with those that it begins with.
         windows: how many; None for all. A text that is shorter gives what it has, at least one.
         bos: "none" for windows of text alone.
+        reading: the other settings of ``read_texts``.
 
     Raises:
         TwofoldError: if the text is empty or shorter than one window.
     """
     names = [str(source)] if isinstance(source, str | Path) else [str(name) for name in source]
     limit = None if windows is None else windows * window * CHARACTERS_PER_TOKEN
-    rows = Rows(dataset_config, dataset_split, text_column, tokenizer)
-    text = "\n\n".join(read_texts(names, rows, characters=limit))
+    tally = Tally()
+    reading = {**reading, "dataset_split": dataset_split, "tokenizer": tokenizer, "tally": tally}
+    text = "\n\n".join(read_texts(names, characters=limit, **reading))
     if not text.strip():
         raise TwofoldError(f"the evaluation text is empty ({', '.join(names)})")
     # So many characters hold the windows in any natural text; one that they do not is tokenized as far as it was read.
@@ -49,4 +51,5 @@ def evaluation_windows(
             f"the evaluation text has {len(ids)} tokens, fewer than one window of {window} ({', '.join(names)}); "
             "give more text, or measure in smaller windows"
         )
+    tally.tell()
     return TokenWindows(table, ", ".join(Path(name).name for name in names), in_words(tokenizer, prefix))

@@ -10,9 +10,24 @@ from pydantic import Field
 from twofold.settings.base import Settings, as_list
 
 HELD_OUT = 8  # windows set aside to measure on, or to stop a refinement on
+OF_ROWS = {"text_column", "chat", "skip_bad", "bos"}  # settings of reading that hold for a text to measure on, too
 
 
-class Texts(Settings):
+class Reading(Settings):
+    """How rows of files and data sets are read, whatever they are for."""
+
+    TITLE = "Rows"
+
+    dataset_config: Annotated[str | None, Field(description="the configuration of the data set")] = None
+    dataset_split: Annotated[str, Field(description="the split of the data set")] = "train"
+    text_column: Annotated[str, Field(description="the field of a row that holds its text")] = "text"
+    chat: Annotated[
+        bool, Field(description="put prompt and completion rows through the chat template, as one turn each")
+    ] = False
+    skip_bad: Annotated[bool, Field(description="leave out rows that can't be read, and count them")] = False
+
+
+class Texts(Reading):
     """What a model is calibrated on."""
 
     TITLE = "Calibration"
@@ -28,9 +43,6 @@ class Texts(Settings):
             description="how texts sampled from the model begin: plain, chat (with a user's turn of the chat template), or both"
         ),
     ] = "both"
-    dataset_config: Annotated[str | None, Field(description="the configuration of the data set")] = None
-    dataset_split: Annotated[str, Field(description="the split of the data set")] = "train"
-    text_column: Annotated[str, Field(description="the field of a data set or .jsonl row that holds the text")] = "text"
     tokens: Annotated[int, Field(ge=1, description="tokens to calibrate on")] = 65536
     continuations: Annotated[
         int,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +12,14 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.host.faults import errors_in_words
-from twofold.host.quiet import first_line
 from twofold.task import Batch, Data, Samples
+from twofold.task.text.chat import CALLS, RefusedRowError, has_template, no_template, show
+from twofold.task.text.row import MEND, Row, Tally
+from twofold.task.text.rows import no_rows, rows_of
+from twofold.task.text.sources import Sources
 from twofold.task.text.special import check_known, cut_windows, encode, in_words, text_prefix
 
 CHARACTERS_PER_TOKEN = 16  # a generous bound: texts are read up to this many characters for each token asked for
-WIKITEXT = re.compile(r"wiki\..*\.raw$")
 
 
 @dataclass(frozen=True)
@@ -62,135 +60,63 @@ class TokenWindows(Samples):
         return hashlib.sha256(self.ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
 
 
-def wikitext_rows(text: str) -> str:
-    """Return WikiText's raw file as the published tables read it: a lone space is an empty row, two newlines join rows."""
-    rows = text.split("\n")
-    if rows and rows[-1] == "":
-        rows.pop()
-    return "\n\n".join("" if row == " " else row + "\n" for row in rows)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How the rows of data sets and of .jsonl files are read; one without a text is refused with where it stands."""
-
-    config: str | None  # of a data set
-    split: str  # of a data set
-    column: str  # the field with the text
-    tokenizer: Any  # renders "messages" through its chat template
-
-    def of_line(self, line: str, where: str) -> str:
-        """Return the text of a line of JSON."""
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # beside no JSON: a number of too many digits, too much nesting
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-            raise TwofoldError(
-                f"{where} is not JSON: {reason}; a .jsonl file has one JSON object on each line"
-            ) from error
-        text = self.of_row(row, where)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # "\ud800" in JSON: half of a character
-            raise TwofoldError(f"{where} holds half of a character (a lone surrogate); convert it first") from error
-        return text
-
-    def of_row(self, row: Any, where: str) -> str:
-        """Return the text of a row."""
-        if isinstance(row, dict):
-            if isinstance(row.get(self.column), str):
-                return str(row[self.column])
-            if isinstance(row.get("messages"), list):
-                if not getattr(self.tokenizer, "chat_template", None):
-                    return "\n\n".join(str(m.get("content", "")) for m in row["messages"] if isinstance(m, dict))
-                try:
-                    return str(self.tokenizer.apply_chat_template(row["messages"], tokenize=False))
-                except Exception as error:  # a template may refuse a role or an order
-                    raise TwofoldError(f"the chat template refuses {where}: {first_line(error)}") from error
-            for answer in ("completion", "response"):
-                if isinstance(row.get("prompt"), str) and isinstance(row.get(answer), str):
-                    return str(row["prompt"]) + str(row[answer])
-        raise TwofoldError(
-            f"{where} has no text: it needs a field {self.column!r}, 'messages', or 'prompt' and 'completion'"
-        )
-
-    def of_dataset(self, name: str) -> Iterator[str]:
-        """Yield the texts of a data set that are not empty."""
-        try:
-            import datasets
-        except ImportError as error:
-            raise TwofoldError(
-                f"{name} is not a file; to read a data set of that name, install the library: pip install datasets"
-            ) from error
-        with errors_in_words(
-            lambda error: f"{name} is neither a file nor a data set that can be read: {first_line(error)}"
-        ):
-            for row in datasets.load_dataset(name, self.config, split=self.split, streaming=True):
-                text = self.of_row(row, f"the data set {name}")
-                if text.strip():
-                    yield text
-
-
 def read_texts(
-    sources: str | Path | Iterable[str | Path], rows: Rows, *, characters: int | None = None
+    sources: str | Path | Iterable[str | Path],
+    *,
+    tokenizer: Any = None,
+    characters: int | None = None,
+    tally: Tally | None = None,
+    skip_bad: bool = False,
+    chat: bool = False,
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
+    text_column: str = "text",
 ) -> Iterator[str]:
-    """Read texts from files or from a data set of the hub.
+    """Read texts from files or from data sets of the hub, the rows of each as they are learnt from (docs/tune.md).
 
     Args:
-        sources: paths of text files (.txt, .raw, .md, …: one text each) or of .jsonl files (one text a row, from "text",
-            "messages", or "prompt" and "completion"), or else names for ``datasets.load_dataset``.
-            WikiText's raw files (wiki.*.raw) are joined the way the published tables read them.
+        tokenizer: renders conversations through its chat template.
         characters: stop after about this many.
+        tally: counts what is left out.
+        skip_bad: leave bad rows out.
 
     Raises:
-        TwofoldError: if a source can't be read, or is neither a file nor a data set.
+        TwofoldError: if a source can't be read, or is neither a file nor a data set; or for a bad row, unless it is skipped.
     """
-    left = characters if characters is not None else float("inf")
-    for source in _expand([sources] if isinstance(sources, str | Path) else sources):
-        for text in _read_one(source, left, rows):
-            yield text
-            left -= len(text)
-            if left <= 0:
-                return
-
-
-def _expand(sources: Iterable[str | Path]) -> Iterator[str]:
-    """Yield each source, and the files that a pattern such as texts/*.txt stands for, in order."""
-    for source in map(str, sources):
-        source = source if source[:1] != "~" else str(Path(source).expanduser())
-        if not any(sign in source for sign in "*?[") or Path(source).exists():
-            yield source
+    tally = Tally() if tally is None else tally
+    names = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    read = Sources(dataset_config, dataset_split, tally, characters)
+    none = True
+    for row in rows_of(names, read, column=text_column, chat=chat, skip_bad=skip_bad):
+        try:
+            text = _text_of(row, tokenizer, tally)
+        except RefusedRowError as error:
+            if not skip_bad:
+                raise TwofoldError(f"{error}; {MEND}") from error
+            tally.skip(str(error))
             continue
-        paths = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (patterns may be absolute)
-        if not paths:
-            raise TwofoldError(f"no file matches {source}; check the path")
-        yield from paths
+        none = False
+        yield text
+        if read.characters is not None:
+            read.characters -= len(text)
+            if read.characters <= 0:
+                return
+    if none and tally.skipped:
+        raise no_rows(names, tally)
 
 
-def _read_one(source: str, limit: float, rows: Rows) -> Iterator[str]:
-    path = Path(source)
-    if path.is_dir() and not (path / "dataset_info.json").exists() and not any(path.glob("*.parquet")):
-        raise TwofoldError(f"{source} is a folder: name the text files in it, as in {source.rstrip('/')}/*.txt")
-    if not path.is_file():
-        if not path.exists() and (
-            path.suffix in (".txt", ".raw", ".md", ".jsonl", ".json") or source.startswith((".", "/", "~"))
-        ):
-            raise TwofoldError(f"there is no file {source}; check the path")
-        yield from rows.of_dataset(source)
-        return
-    try:
-        with path.open(encoding="utf-8") as file:
-            if path.suffix in (".jsonl", ".json"):
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield rows.of_line(line, f"{source}, line {number}")
-            else:
-                text = file.read(int(limit) if limit != float("inf") else -1)
-                yield wikitext_rows(text) if WIKITEXT.search(path.name) else text
-    except UnicodeDecodeError as error:
-        raise TwofoldError(f"{source} is not a text file in UTF-8; convert it first") from error
-    except OSError as error:
-        raise TwofoldError(f"{source} can't be read: {error.strerror}") from error
+def _text_of(row: Row, tokenizer: Any, tally: Tally) -> str:
+    """Return a row as one text; a conversation by the chat template, or as its contents if there is none."""
+    if not row.turns:
+        return row.prompt + row.completion
+    if has_template(tokenizer):
+        shown = show(row, tokenizer)
+        tally.unshown.update(shown.unshown)
+        return shown.text
+    if row.tools or any(CALLS in turn.more for turn in row.turns):
+        raise no_template(row)
+    tally.bare += 1
+    return "\n\n".join(turn.content for turn in row.turns)
 
 
 def token_windows(

@@ -19,10 +19,11 @@ from twofold.host.files import write_whole
 from twofold.host.progress import say
 from twofold.model.load import LoadedModel, check_ids, need_tokenizer, vocabulary_size, window_limit
 from twofold.task import Data
+from twofold.task.text.row import Tally
 from twofold.task.text.sampled import beginnings, sample_texts
-from twofold.task.text.settings import HELD_OUT, Texts
+from twofold.task.text.settings import HELD_OUT, Reading, Texts
 from twofold.task.text.special import in_words, text_prefix
-from twofold.task.text.texts import CHARACTERS_PER_TOKEN, Rows, TokenWindows, read_texts, token_windows, tokens_needed
+from twofold.task.text.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts, token_windows, tokens_needed
 
 T = TypeVar("T", bound=Texts)
 PROMPT = 4  # a continuation goes on from so many-th part of a window of text
@@ -74,14 +75,15 @@ def calibration_windows(
             f"`self_texts={recipe.self_texts}` says how the model's own texts begin, and there are calibration texts; leave "
             "one of the two out"
         )
-    source = "given texts"
+    source, tally = "given texts", Tally()
     if texts is None:
         source = ", ".join(Path(name).name for name in recipe.calibration)
-        rows = Rows(recipe.dataset_config, recipe.dataset_split, recipe.text_column, tokenizer)
         needed = tokens_needed(recipe.tokens, held_out * window) * CHARACTERS_PER_TOKEN
-        texts = read_texts(recipe.calibration, rows, characters=needed)
-    how = {"tokens": recipe.tokens, "window": window, "held_out": held_out}
-    data = token_windows(texts, tokenizer, **how, source=source, bos=recipe.bos)
+        how = recipe.model_dump(include={*Reading.model_fields})
+        texts = read_texts(recipe.calibration, tokenizer=tokenizer, characters=needed, tally=tally, **how)
+    sizes = {"tokens": recipe.tokens, "window": window, "held_out": held_out}
+    data = token_windows(texts, tokenizer, **sizes, source=source, bos=recipe.bos)
+    tally.tell()
     windows, aside = data.samples, data.held_out
     assert isinstance(windows, TokenWindows) and isinstance(aside, TokenWindows)
     check_ids(torch.cat([windows.ids, aside.ids]), loaded)

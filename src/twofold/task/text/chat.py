@@ -1,0 +1,158 @@
+"""Conversations through a tokenizer's chat template, and whether it shows all that a row holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from twofold.errors import TwofoldError
+from twofold.host.quiet import first_line
+from twofold.task.text.row import Row, Turn
+
+CALLS = "tool_calls"
+LINKS = ("id", "tool_call_id")  # of turns: they say which result belongs to which call, and few templates show them
+
+
+class RefusedRowError(TwofoldError):
+    """A row that the chat template refuses, or does not show, or that has nothing to learn."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A conversation as a chat template writes it."""
+
+    text: str
+    unshown: tuple[str, ...]  # fields of its turns that are not in it
+
+
+def no_template(row: Row) -> TwofoldError:
+    """Return the error of a conversation that there is no chat template for."""
+    return TwofoldError(
+        f"{row.where} is a conversation, and the tokenizer has no chat template; put one into its chat_template, or give rows "
+        'with "prompt" and "completion"'
+    )
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Say whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def render(row: Row, tokenizer: Any, turns: int | None = None, *, ask: bool = False) -> str:
+    """Return the first turns of a row, or all, by the chat template.
+
+    Args:
+        ask: with what comes before an answer.
+
+    Raises:
+        RefusedRowError: if the template refuses it.
+    """
+    messages = [turn.message for turn in row.turns[:turns]]
+    tools = [*row.tools] or None
+    try:
+        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask))
+    except Exception as error:  # a template is data, and may refuse anything
+        raise RefusedRowError(f"{row.where}: the chat template refuses it ({first_line(error)})") from error
+
+
+def show(row: Row, tokenizer: Any) -> Shown:
+    """Return a conversation by the chat template, which must show its turns, its calls of tools and its tools.
+
+    A template leaves out in silence what it does not know. So the row is rendered once more with a word of our own in the place
+    of each thing that it holds, and each of these words must appear; and each content must appear as it is.
+
+    Raises:
+        RefusedRowError: if the template refuses the row or does not show all of it.
+    """
+    text = render(row, tokenizer)
+    marks = _Marks()
+    marked = replace(row, turns=marks.turns(row.turns), tools=marks.tools(row.tools))
+    try:
+        seen = render(marked, tokenizer)
+    except RefusedRowError:  # it looks into what it is given: then that must do in the place of words of our own
+        seen, marks = text, _Words()
+        marks.turns(row.turns)
+        marks.tools(row.tools)
+    seen, packed = _packed(seen), _packed(text)
+    missing = [*dict.fromkeys(what for mark, what in marks.needed.items() if _packed(mark) not in seen)]
+    for number, turn in enumerate(row.turns, 1):
+        # Some templates write the results of tools as JSON.
+        forms = (turn.content, json.dumps(turn.content, ensure_ascii=False)[1:-1])
+        if _named(number, turn) not in missing and not any(_packed(form) in packed for form in forms):
+            missing.append(f"a part of {_named(number, turn)}")
+    if missing:
+        raise RefusedRowError(
+            f"{row.where}: the chat template leaves out {', '.join(missing[:3])}{' and more' if missing[3:] else ''}, so another "
+            "conversation than this one would be read; give the tokenizer a template that shows it, or take it out of the row"
+        )
+    return Shown(text, tuple(dict.fromkeys(what for mark, what in marks.wanted.items() if _packed(mark) not in seen)))
+
+
+def _named(number: int, turn: Turn) -> str:
+    return f"turn {number} ({turn.role})"
+
+
+def _packed(text: str) -> str:
+    """Return a text without white space, which templates trim and add."""
+    return "".join(text.split())
+
+
+@dataclass
+class _Marks:
+    """Rows with a word of our own in the place of each thing that they hold."""
+
+    needed: dict[str, str] = field(default_factory=dict)  # words, and what they stand for
+    wanted: dict[str, str] = field(default_factory=dict)
+
+    def turns(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        """Return turns with marks in them."""
+        return tuple(self._turn(turn, _named(number, turn)) for number, turn in enumerate(turns, 1))
+
+    def tools(self, tools: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        """Return tools with marks for names."""
+        functions = [tool["function"] for tool in tools]
+        marked = [
+            {**f, "name": self.mark(f["name"], f"the tool {f['name']!r}")} if "name" in f else f for f in functions
+        ]
+        return tuple({**tool, "function": function} for tool, function in zip(tools, marked, strict=True))
+
+    def _turn(self, turn: Turn, what: str) -> Turn:
+        more = {key: self._more(key, held, what) for key, held in turn.more.items()}
+        return replace(turn, content=self.content(turn.content, what), more=more)
+
+    def _more(self, key: str, held: Any, what: str) -> Any:
+        if key == CALLS:
+            return [
+                {**call, "function": self._call(call["function"], f"the call of a tool in {what}")} for call in held
+            ]
+        return held if key in LINKS else self.mark(held, key, needed=False)
+
+    def _call(self, function: Mapping[str, Any], what: str) -> dict[str, Any]:
+        name = self.mark(function["name"], what)
+        return {"name": name, "arguments": {key: self.mark(held, what) for key, held in function["arguments"].items()}}
+
+    def content(self, content: str, what: str) -> str:
+        """Return a content with its mark, if there is anything in it."""
+        return self.mark(content, what) if content.strip() else content
+
+    def mark(self, held: Any, what: str, *, needed: bool = True) -> str:
+        """Return the word that stands for something."""
+        word = self.word(held)
+        (self.needed if needed else self.wanted)[word] = what
+        return word
+
+    def word(self, held: Any) -> str:
+        """Return a word that no row holds."""
+        return f"zq{len(self.needed) + len(self.wanted)}qz"
+
+
+class _Words(_Marks):
+    """The things that rows hold, as they are; their contents are looked for in any case."""
+
+    def content(self, content: str, what: str) -> str:
+        return content
+
+    def word(self, held: Any) -> str:
+        return held if isinstance(held, str) else json.dumps(held, ensure_ascii=False, default=str)

@@ -1,0 +1,48 @@
+"""The rows of files and data sets, each checked, with the place that it came from: one reader for all commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from twofold.errors import TwofoldError
+from twofold.task.text.formats import read_row
+from twofold.task.text.row import MEND, BadRowError, Row, Tally
+from twofold.task.text.sources import Sources
+
+
+def rows_of(names: Iterable[str], sources: Sources, *, column: str, chat: bool, skip_bad: bool) -> Iterator[Row]:
+    """Yield the rows of all sources; what is left out is counted in their tally.
+
+    Args:
+        column: the field with the text, where it is none that the formats know.
+        chat: put a prompt and its completion as one turn each.
+
+    Raises:
+        TwofoldError: naming the place of the first bad row and what it lacks, unless bad rows are to be skipped; or if a source
+            can't be read.
+    """
+    tally = sources.tally
+    for name in names:
+        for where, value in sources.values(name):
+            try:
+                if isinstance(value, BadRowError):
+                    raise value
+                row = value if isinstance(value, Row) else read_row(value, where, column)
+            except BadRowError as error:
+                if not skip_bad:
+                    raise TwofoldError(f"{where}: {error}; {MEND}") from error
+                tally.skip(f"{where}: {error}")
+                continue
+            if not row.turns and not (row.prompt + row.completion).strip():
+                tally.blank += 1
+                continue
+            tally.unread.update(row.unread)
+            yield row.chat if chat else row
+
+
+def no_rows(names: Iterable[str], tally: Tally) -> TwofoldError:
+    """Return the error of sources that hold no row."""
+    bad = f" but {tally.skipped} bad ones, first {tally.first_skipped}" if tally.skipped else ""
+    return TwofoldError(
+        f"there are no rows in {', '.join(map(str, names))}{bad}; name a file with one JSON object on each line"
+    )

@@ -1,0 +1,210 @@
+"""Where rows stand: files of JSON, tables, texts, packed ones too, and data sets; each value comes with its place."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from twofold.errors import TwofoldError
+from twofold.host.faults import errors_in_words
+from twofold.host.quiet import first_line
+from twofold.task.text.formats import is_row
+from twofold.task.text.row import BadRowError, Row, Tally
+
+WIKITEXT = re.compile(r"wiki\..*\.raw$")
+JSON, TABLES = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}
+FILES = (
+    *JSON,
+    *TABLES,
+    ".parquet",
+    ".gz",
+    ".txt",
+    ".raw",
+    ".md",
+)  # a name that ends so is one of a file, never of a data set
+LISTS = ("data", "train", "rows", "examples", "instances")  # fields of an object that is a file, with the rows in it
+LONGEST_CELL = 2**31 - 1
+FIRST_LINE = 1_000_000  # characters that tell whether a file of another name holds rows
+
+
+def data_files(source: str) -> list[Path]:
+    """Return the files and folders of this machine that a source names; none if it is a data set of the hub."""
+    path = Path(source).expanduser()
+    if any(sign in str(path) for sign in "*?[") and not path.exists():
+        return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (patterns may be absolute)
+    return [path] if path.exists() else []
+
+
+def wikitext_rows(text: str) -> str:
+    """Return WikiText's raw file as the published tables read it: a lone space is an empty row, two newlines join rows."""
+    rows = text.split("\n")
+    if rows and rows[-1] == "":
+        rows.pop()
+    return "\n\n".join("" if row == " " else row + "\n" for row in rows)
+
+
+@dataclass
+class Sources:
+    """How sources are read."""
+
+    config: str | None  # of a data set
+    split: str  # of a data set
+    tally: Tally  # of what a file holds beside its rows
+    characters: int | None = None  # that are still asked for; None reads all
+
+    def values(self, source: str) -> Iterator[tuple[str, Any]]:
+        """Yield each value of a source with its place: JSON, a row that is made already, or the error that it is.
+
+        Raises:
+            TwofoldError: if the source can't be read.
+        """
+        paths = data_files(source)
+        if not paths and any(sign in source for sign in "*?["):
+            raise TwofoldError(f"no file matches {source}; check the path")
+        if not paths and (Path(source).suffix in FILES or source.startswith((".", "/", "~"))):
+            raise TwofoldError(f"there is no file {source}; check the path")
+        if not paths:
+            yield from self._dataset(source)
+        for path in paths:
+            name = source if len(paths) == 1 and Path(source).expanduser() == path else str(path)
+            yield from self._folder(path, name) if path.is_dir() else self._file(path, name)
+
+    def _file(self, path: Path, name: str) -> Iterator[tuple[str, Any]]:
+        suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+        try:
+            if suffix == ".parquet":
+                yield from _parquet(path, name)
+            elif suffix in TABLES:
+                yield from _table(path, name, TABLES[suffix])
+            elif suffix in JSON or _begins_with_row(path):
+                yield from self._json(path, name)
+            else:
+                with _opened(path) as file:
+                    text = file.read(-1 if self.characters is None else self.characters)
+                yield name, Row(name, completion=wikitext_rows(text) if WIKITEXT.search(path.name) else text)
+        except UnicodeDecodeError as error:
+            raise TwofoldError(f"{name} is not a text file in UTF-8; convert it first") from error
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise TwofoldError(f"{name} can't be unpacked ({error}); pack it again") from error
+        except OSError as error:
+            raise TwofoldError(f"{name} can't be read: {error.strerror or error}") from error
+
+    def _json(self, path: Path, name: str) -> Iterator[tuple[str, Any]]:
+        """Yield rows of a file of JSON: one a line, or a list of them, or an object that holds such a list."""
+        with _opened(path) as file:
+            first = _parsed(next((line for line in file if line.strip()), "null"))
+        whole: Any = None
+        if isinstance(first, BadRowError | list) or self._list_in(first) is not None:
+            with _opened(path) as file:
+                whole = _parsed(file.read())
+        key = self._list_in(whole)
+        if isinstance(whole, list):
+            yield from ((f"{name}, row {number}", row) for number, row in enumerate(whole, 1))
+        elif key is not None:
+            self.tally.unread.update(f"{other} of the file" for other, held in whole.items() if other != key and held)
+            yield from ((f"{name}, row {number} of {key!r}", row) for number, row in enumerate(whole[key], 1))
+        elif isinstance(first, BadRowError) and isinstance(whole, dict):  # one row on many lines
+            yield f"{name}, row 1", whole
+        else:
+            with _opened(path) as file:
+                yield from ((f"{name}, line {n}", _parsed(line)) for n, line in enumerate(file, 1) if line.strip())
+
+    def _list_in(self, whole: Any) -> str | None:
+        """Return the field with the list of rows in an object that is a file; None for another value."""
+        keys = (self.split, *LISTS) if isinstance(whole, dict) and not is_row(whole) else ()
+        return next((key for key in keys if isinstance(whole.get(key), list)), None)
+
+    def _folder(self, path: Path, name: str) -> Iterator[tuple[str, Any]]:
+        """Yield the rows of a data set in a folder."""
+        kept = (path / "state.json").exists() or (path / "dataset_dict.json").exists()  # by save_to_disk
+        if not kept and not (path / "dataset_info.json").exists() and not any(path.glob("*.parquet")):
+            raise TwofoldError(
+                f"{name} is a folder: name the files in it, as in {name.rstrip('/')}/*.jsonl or {name.rstrip('/')}/*.txt"
+            )
+        yield from self._dataset(name, kept=kept)
+
+    def _dataset(self, name: str, *, kept: bool = False) -> Iterator[tuple[str, Any]]:
+        try:
+            import datasets
+        except ImportError as error:
+            raise TwofoldError(
+                f"{name} is not a file; to read a data set of that name, install the library: pip install datasets"
+            ) from error
+        with errors_in_words(lambda e: f"{name} is neither a file nor a data set that can be read: {first_line(e)}"):
+            if kept:
+                rows = datasets.load_from_disk(str(Path(name).expanduser()))
+                rows = rows[self.split] if isinstance(rows, dict) else rows
+            else:
+                streaming = self.characters is not None
+                rows = datasets.load_dataset(name, self.config, split=self.split, streaming=streaming)
+            for number, row in enumerate(rows, 1):
+                yield f"{name} ({self.split}), row {number}", _without_nulls(dict(row))
+
+
+def _opened(path: Path) -> TextIO:
+    """Open a text in UTF-8, with or without a mark of byte order, packed or not."""
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def _begins_with_row(path: Path) -> bool:
+    """Say whether the first line of a file is a JSON object, whatever the name of the file."""
+    with _opened(path) as file:
+        line = file.readline(FIRST_LINE)
+    return line.lstrip()[:1] == "{" and isinstance(_parsed(line), dict)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # beside no JSON: a number of too many digits, too much nesting
+        return BadRowError(f"it is not JSON ({error.msg if isinstance(error, json.JSONDecodeError) else error})")
+
+
+def _table(path: Path, name: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a table whose first line names the fields; an empty cell is a field that is not there."""
+    before = csv.field_size_limit(LONGEST_CELL)
+    try:
+        with _opened(path) as file:
+            for number, row in enumerate(csv.DictReader(file, delimiter=delimiter), 1):
+                yield f"{name}, row {number}", {key or "": _cell(cell) for key, cell in row.items()}
+    except csv.Error as error:
+        raise TwofoldError(f"{name} is not a table: {error}") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _cell(cell: Any) -> Any:
+    """Return a cell: turns if it holds them as JSON, or else its text; None if it is empty."""
+    if not isinstance(cell, str) or cell.lstrip()[:1] not in ("[", "{"):
+        return cell or None
+    value = _parsed(cell)
+    turns = value if isinstance(value, list) else [value]
+    return value if turns and all(isinstance(turn, dict) and {"role", "from"} & {*turn} for turn in turns) else cell
+
+
+def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise TwofoldError(f"{name} is a table in Parquet; to read it, install pyarrow: pip install pyarrow") from error
+    with errors_in_words(lambda error: f"{name} is not a table in Parquet that can be read: {first_line(error)}"):
+        rows = (row for batch in ParquetFile(path).iter_batches(1024) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"{name}, row {number}", _without_nulls(row)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value of a table without fields that are null: tables give every object of a column the fields of all."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list) else value
