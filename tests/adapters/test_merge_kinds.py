@@ -162,7 +162,7 @@ def test_several_adapters_add_up_with_what_each_has_saved(tmp_path: Path) -> Non
         ("rslora", "head saved"),
         ("norm saved", "head saved"),
         ("table", "head"),
-        ("patterns", "tokens"),
+        ("patterns", "bias all"),
     ):
         paths = [str(tmp_path / name) for name in names]
         sums = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), paths[0], adapter_name="0")
@@ -175,6 +175,8 @@ def test_several_adapters_add_up_with_what_each_has_saved(tmp_path: Path) -> Non
     adapter(tmp_path / "other head", tmp_path / "base", AutoModelForCausalLM, configs("llama")["head saved"], seed=9)
     with pytest.raises(TwofoldError, match=r"can't be merged into .*Only one adapter can be set"):
         merge(base, [str(tmp_path / "head saved"), str(tmp_path / "other head")], tmp_path / "x")
+    with pytest.raises(TwofoldError, match=r"trains tokens.*merge one, and the other into what is written"):
+        merge(base, [str(tmp_path / "patterns"), str(tmp_path / "tokens")], tmp_path / "x")
     for kind, words in {
         "head saved": "modules_to_save",
         "tokens": "trainable_token_indices",

@@ -141,6 +141,12 @@ def _check_kinds(adapted: PeftModel, record: Merge, together: bool) -> None:
                 f"{path} has {sets[0]}, weights that take the place of the model's: they can't count more or less than once; "
                 "leave `weight` out"
             )
+        tokens = config.peft_type == PeftType.TRAINABLE_TOKENS or "trainable_token_indices" in sets
+        if tokens and len(record.adapters) > 1:
+            raise TwofoldError(
+                f"{path} trains tokens, which does not go together with other adapters; merge one, and the other "
+                "into what is written"
+            )
         more = dora or sets or getattr(config, "lora_bias", False) or getattr(config, "target_parameters", None)
         if together and (config.peft_type != PeftType.LORA or more):
             raise TwofoldError(
