@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +14,7 @@ from twofold.errors import TwofoldError
 from twofold.host.quiet import first_line
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 REPORT = "a failure of ours, please report it"
 WRAPPERS = (contextlib.__file__, "_contextlib.py")  # decorators of the standard library and of PyTorch: nobody's code
 
@@ -62,6 +64,8 @@ def models_errors(words: Callable[[Exception], str]) -> AbstractContextManager[N
 def decorating(what: str, notes: list[str]) -> Iterator[None]:
     """Let what only decorates a result fail without it: the reason becomes a note, which tells a fault of ours as one.
 
+    A disk that takes no more goes on as an error: it would leave half a file, and not take the record either.
+
     Args:
         what: is missing then, as "sample answers".
         notes: of the result.
@@ -69,5 +73,7 @@ def decorating(what: str, notes: list[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise
         ours = is_ours(error) and not isinstance(error, TwofoldError | OSError) and not is_out_of_memory(error)
         notes.append(f"no {what}: {first_line(error)}" + (f" ({type(error).__name__}; {REPORT})" if ours else ""))
