@@ -36,7 +36,7 @@ from twofold.model.source import choose_device, compute_dtype, config_and_class,
 from twofold.model.stored import Stored, check_depth_of_files, check_fit, find_stored
 from twofold.model.streamed import Resident, Streamed
 from twofold.model.target import Targets, UnusedTensor
-from twofold.model.ties import settle_ties_by_files
+from twofold.model.ties import part_by_files
 from twofold.model.weights import find_targets
 
 
@@ -130,7 +130,7 @@ def load_model(
     if not stored.keys:  # of the hub, with code of its own, or quantized
         stored = find_stored(model, None if how else shards, report["unexpected_keys"])
         check_depth_of_files(stored, model.state_dict(), name)
-    settle_ties_by_files(model, stored, shards)
+    part_by_files(model, stored, shards)
     model = model.to(torch_device).eval()
     check_finite_weights(model, name)
     tokenizer, reason = _tokenizer(source, where)
@@ -213,7 +213,7 @@ def load_streamed(settings: Loading, chain: Chain) -> LoadedModel:
         if model.can_generate():
             with quiet_bars():
                 model.generation_config = stored_generation(source, where, config)[0]
-    settle_ties_by_files(model, stored, shards)
+    part_by_files(model, stored, shards)
     residence = Streamed(model, shards, stored, chain, dtype, device)
     tokenizer, reason = _tokenizer(source, where)
     return LoadedModel(model, tokenizer, name, folder, kept or dtype, reason, residence, shards, stored)
@@ -249,7 +249,7 @@ def load_skeleton(
         if shards is not None and not how and is_plain(config, trust_remote_code):
             stored = _match(model, shards, name)
         kept = dequantized_dtype(config, shards) if how else stored_dtype(config, stored) or torch.float32
-    settle_ties_by_files(model, stored, shards)
+    part_by_files(model, stored, shards)
     return LoadedModel(model.eval(), None, name, folder, kept, shards=shards, stored=stored, dequantized=how)
 
 

@@ -8,19 +8,19 @@ import torch
 from torch import nn
 
 from twofold.checkpoint.shards import Shards
-from twofold.checkpoint.ties import settle_ties, tied_names
+from twofold.checkpoint.ties import tied_names
 from twofold.model.stored import Stored
 
 
-def settle_ties_by_files(model: Any, stored: Stored, shards: Shards | None) -> None:
-    """Make a model's ties those that its files have, as transformers does when it loads them.
+def part_by_files(model: Any, stored: Stored, shards: Shards | None) -> None:
+    """Make a model's tied weights those that are one in its files, as transformers does when it loads them.
 
     Two weights that config.json ties are two if the files hold both with different numbers; with the same numbers they are one,
-    and the second copy is not used.
+    and the second copy is not used. What the configuration says stays as it is (``checkpoint.ties.settle_ties``).
 
     Args:
         model: with its weights as transformers loaded them, or without weights.
-        stored: what the files hold; what was found is written down in it.
+        stored: what the files hold; a second copy is written down in it.
     """
     for name, source in tied_names(model).items():
         first, second = stored.keys.get(name), stored.keys.get(source)
@@ -33,8 +33,6 @@ def settle_ties_by_files(model: Any, stored: Stored, shards: Shards | None) -> N
             owner, _, leaf = name.rpartition(".")
             weight = model.get_parameter(name)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight.detach().clone(), weight.requires_grad))
-    if (note := settle_ties(model)) is not None:
-        stored.notes.append(note)
 
 
 def _equal(shards: Shards, first: str, second: str) -> bool:

@@ -40,7 +40,7 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
             f"worked through {'block by block' if fit.blocks == 1 else f'{fit.blocks} blocks at a time'}, with about "
             f"{fit.streamed / 1e9:.1f} GB: whole in memory it takes {fit.resident / 1e9:.1f} GB, and {why}"
         )
-    return Opened(load_streamed(recipe, fit.chain), fit.blocks, recipe.task)
+    return _opened(load_streamed(recipe, fit.chain), fit.blocks, recipe)
 
 
 def open_loaded(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
@@ -66,11 +66,16 @@ def open_loaded(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
     return _in_memory(LoadedModel(model, tokenizer, recipe.model, None, stored, own_dtypes=own), recipe)
 
 
-def _in_memory(loaded: LoadedModel, recipe: Recipe) -> Opened:
-    """Take up a model in memory, and refuse settings that need what it does not give."""
+def _opened(loaded: LoadedModel, blocks: int | None, recipe: Recipe) -> Opened:
+    """Let the configuration of a model say which of its weights are one, before anything is written of it."""
     if (note := settle_ties(loaded.model)) is not None:
         loaded.stored.notes.append(note)
-    opened = Opened(loaded, named=recipe.task)
+    return Opened(loaded, blocks, recipe.task)
+
+
+def _in_memory(loaded: LoadedModel, recipe: Recipe) -> Opened:
+    """Take up a model in memory, and refuse settings that need what it does not give."""
+    opened = _opened(loaded, None, recipe)
     refuse(recipe, _missing_of(opened, recipe))
     return opened
 
