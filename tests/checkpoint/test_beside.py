@@ -272,7 +272,7 @@ def test_what_only_decorates_fails_alone(part, checkpoint, text_file, tmp_path, 
     def broken(*_: object) -> None:
         raise KeyError("unheard of")
 
-    monkeypatch.setattr(f"twofold.{part}", broken)
+    monkeypatch.setattr(part, broken)
     run = twofold.compress(str(checkpoint), tmp_path / "out", calibration=[str(text_file)], **SHORT)
     written = json.loads((tmp_path / "out" / "run.json").read_text())["notes"]
     assert sum("unheard of" in note for note in written) == 1 and run is not None and run.notes == written
