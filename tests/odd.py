@@ -90,18 +90,20 @@ class Odd:
     Args:
         make: makes it in a folder.
         refused: words that the one sentence holds by which it is refused; None if it is worked on.
-        streams: whether it can be worked through block by block.
         flags: that it takes.
         unused: how many tensors of its files are not in a result.
+        loads: the class that loads it.
+        half: whether its numbers have 16 bits.
+        adapts: the kind of layer that an adapter is put on.
     """
 
     make: Callable[[Path], None]
     refused: str | None = None
-    streams: bool = True
     flags: tuple[str, ...] = ()
     unused: int = 0
     loads: Any = field(default=AutoModelForCausalLM)
     half: bool = False
+    adapts: str = "q_proj"
 
 
 ODD: dict[str, Odd] = {}
@@ -318,7 +320,7 @@ add(
 # Adapters, and what is quantized.
 def adapter(folder: Path, base: Path, layer: str = "q_proj") -> Path:
     """Write a LoRA that changes something."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load(base)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[layer], task_type="CAUSAL_LM"))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -386,18 +388,21 @@ def _gpt2(folder: Path) -> None:
 
 add(
     bert_whose_bias_is_tied=(_bert, {"loads": BertForMaskedLM}),
-    gpt2_with_old_names=(_gpt2, {}),
+    gpt2_with_old_names=(_gpt2, {"adapts": "c_attn"}),
 )  # fmt: skip
 
 
 IDS = torch.arange(3, 40)[None]
 
 
+def load(folder: Path, loads: Any = AutoModelForCausalLM) -> Any:
+    """Load a checkpoint by plain transformers, in float32."""
+    trusted = (folder / "modeling_mine.py").exists()
+    return loads.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trusted)
+
+
 @torch.no_grad()
 def logits_of(folder: Path | Any, loads: Any = AutoModelForCausalLM) -> Tensor:
-    """Return the logits of a checkpoint as plain transformers loads it, in float32."""
-    model = folder
-    if isinstance(folder, Path):
-        trusted = (folder / "modeling_mine.py").exists()
-        model = loads.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trusted)
+    """Return the logits of a model, or of a checkpoint as plain transformers loads it."""
+    model = load(folder, loads) if isinstance(folder, Path) else folder
     return model.eval()(input_ids=IDS).logits.float()  # type: ignore[no-any-return]

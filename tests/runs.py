@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -116,3 +117,25 @@ def same(first: Path, second: Path) -> None:
     assert set(one) == set(other)
     assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
     assert Plan.load(first / "plan.json").entries == Plan.load(second / "plan.json").entries
+
+
+def as_one(memory: Path, streamed: Path) -> None:
+    """Check that both ways wrote the same files, the same tensors and the same plan."""
+
+    def files(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*")} - {
+            p.name for p in folder.glob("model*.safetensors*")
+        }
+
+    assert files(memory) == files(streamed)
+    same(memory, streamed)
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        paths = [folder / name for folder in (memory, streamed)]
+        if paths[0].exists():
+            assert paths[0].read_bytes() == paths[1].read_bytes(), name
+    plans = [Plan.load(folder / "plan.json") for folder in (memory, streamed)]
+    assert plans[0].model_dump(exclude={"notes"}) == plans[1].model_dump(exclude={"notes"})
+    ours = [[note for note in plan.notes if "sample answers" not in note] for plan in plans]
+    assert ours[0] == ours[1]
+    qualities = [json.loads((folder / "run.json").read_text())["quality"] for folder in (memory, streamed)]
+    assert qualities[0] == qualities[1]

@@ -146,7 +146,7 @@ def test_budgets_that_can_not_be_read(text):
 
 
 SIZE = ModelSize(
-    target_numbers=1_000_000, dense_numbers=500_000, element_bytes=4, dense_bytes=2_000_000, smallest=10_000
+    target_numbers=1_000_000, dense_numbers=500_000, target_bytes=4_000_000, dense_bytes=2_000_000, smallest=10_000
 )
 IN_BYTES = replace(SIZE, smallest=40_000)
 

@@ -357,7 +357,7 @@ def test_pickles_are_never_loaded(run, checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     torch.save(weights, checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()
-    refused(run("eval", checkpoint, "--text", checkpoint / "config.json"), "pickles can run code")
+    refused(run("eval", checkpoint, "--text", checkpoint / "config.json"), "pickles, which can run code")
 
 
 def test_not_a_transformer(run, checkpoint):
@@ -546,7 +546,7 @@ def test_no_space_leaves_nothing(run, quick, tmp_path, monkeypatch):
 
 
 def test_a_failure_of_ours_is_said_to_be_ours(run, quick, tmp_path, monkeypatch):
-    monkeypatch.setattr("twofold.run.prepare.find_targets", lambda *a: 1 / 0)
+    monkeypatch.setattr("twofold.run.prepare.targets_of", lambda *a: 1 / 0)
     code, _, err = run("compress", *quick, "--keep", 0.5, "--out", tmp_path / "s")
     assert code == 1 and "this is a failure of ours (ZeroDivisionError" in err
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import twofold.cli
 from conftest import TEXT
-from odd import ODD, adapter, logits_of
-from runs import same
+from odd import ODD, adapter, load, logits_of
+from runs import as_one
 from twofold.checkpoint.headers import read_headers, weight_files
 from twofold.planning.plan import Plan
 
@@ -124,34 +124,14 @@ def test_an_odd_folder_gives_the_right_result_or_one_sentence(name, run, texts, 
         assert run(*commands[what]) is None, what
     close(logits_of(tmp_path / "dense", odd.loads), meant, half=odd.half)
     if odd.loads is not AutoModelForCausalLM:
-        assert "next token" in str(run(*commands["tune"]))
+        assert "does not write text" in str(run(*commands["tune"]))
         return
     assert run(*commands["tune"]) is None
-    assert run("merge", source, adapter(tmp_path / "adapter", source), "--out", tmp_path / "merged", *odd.flags) is None
-    with_adapter = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=bool(odd.flags)),
-        tmp_path / "adapter",
+    assert (
+        run(
+            "merge", source, adapter(tmp_path / "adapter", source, odd.adapts), "--out", tmp_path / "merged", *odd.flags
+        )
+        is None
     )
+    with_adapter = PeftModel.from_pretrained(load(source), tmp_path / "adapter")
     close(logits_of(tmp_path / "merged"), logits_of(with_adapter), half=odd.half)
-
-
-def as_one(memory: Path, streamed: Path) -> None:
-    """Check that both ways wrote the same files, the same tensors and the same plan."""
-
-    def files(folder: Path) -> set[str]:
-        return {str(path.relative_to(folder)) for path in folder.rglob("*")} - {
-            p.name for p in folder.glob("model*.safetensors*")
-        }
-
-    assert files(memory) == files(streamed)
-    same(memory, streamed)
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
-        paths = [folder / name for folder in (memory, streamed)]
-        if paths[0].exists():
-            assert paths[0].read_bytes() == paths[1].read_bytes(), name
-    plans = [Plan.load(folder / "plan.json") for folder in (memory, streamed)]
-    assert plans[0].model_dump(exclude={"notes"}) == plans[1].model_dump(exclude={"notes"})
-    ours = [[note for note in plan.notes if "sample answers" not in note] for plan in plans]
-    assert ours[0] == ours[1]
-    qualities = [json.loads((folder / "run.json").read_text())["quality"] for folder in (memory, streamed)]
-    assert qualities[0] == qualities[1]

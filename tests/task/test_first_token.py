@@ -129,7 +129,8 @@ def test_all_windows_of_a_run_begin_alike(template: str | None, settings: Any, b
 
 def test_a_conversation_that_its_template_begins_has_one_beginning(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    turns = {"messages": [{"role": "user", "content": "How old is the castle of Arles?"}]}
+    said = [("user", "How old is the castle of Arles?"), ("assistant", "It is very old.")]
+    turns = {"messages": [{"role": role, "content": content} for role, content in said]}
     rows.write_text((json.dumps(turns) + "\n") * 20)
     loaded = LoadedModel(make_model(), beginning(template="<bos>" + TEMPLATE), "tiny", None, torch.float32)
     recipe = Recipe(model="tiny", keep=0.6, calibration=[str(rows)], tokens=96, window=24)

@@ -94,7 +94,7 @@ def load_model(
     torch_device = choose_device(device)
     source, where, folder = locate(name, revision, trust_remote_code)
     shards = open_shards(folder, name)
-    with errors_in_words(lambda error: f"the model {name} can't be loaded: {first_line(error)}"):
+    with _readable(name, "loaded"):
         config, model_class = config_and_class(source, where)
         how = quantized_by(config, shards)
         refuse_quantized(name, how, dequantize)
@@ -152,8 +152,13 @@ def _match(model: Any, shards: Shards, name: str) -> Stored:
     return stored
 
 
-def _readable(name: str) -> AbstractContextManager[None]:
-    return errors_in_words(lambda error: f"the model {name} can't be read: {first_line(error)}")
+def _readable(name: str, what: str = "read") -> AbstractContextManager[None]:
+    def words(error: Exception) -> str:
+        if "trust_remote_code=True" in str(error):
+            return f"the model {name} has code of its own; look at its *.py files, and run them by `trust_remote_code`"
+        return f"the model {name} can't be {what}: {first_line(error)}"
+
+    return errors_in_words(words)
 
 
 def _tokenizer(source: str | Path, where: dict[str, Any]) -> tuple[Any, str]:

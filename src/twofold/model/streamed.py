@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from twofold.checkpoint.loaded import check_missing, check_shape
 from twofold.checkpoint.shards import Shards, check_finite_tensor
+from twofold.checkpoint.ties import tied_names
 from twofold.errors import TwofoldError
 from twofold.host.clock import return_memory
 from twofold.model.blocks import Chain, Stretch, replaced_forward
@@ -147,6 +148,14 @@ class Streamed(Resident):
         """Return the tensors of the checkpoint that belong to a unit, each under the first unit that uses it."""
         own = [self.keys[name] for name in self.units.get(unit, []) if name in self.keys]
         return sorted({*own, *(key for key, owner in self.converted.items() if owner == unit)})
+
+    def written_as(self, key: str) -> str:
+        """Return the name that transformers writes a tensor of the checkpoint under, with the prefix of the base model."""
+        names = [name for name, own in self.keys.items() if own == key]
+        ties, prefix = tied_names(self.model), f"{self.model.base_model_prefix}."
+        if not any(key in (name, name.removeprefix(prefix), prefix + name) for name in names):
+            return key  # renamed or converted by transformers, and back when it writes
+        return next((name for name in names if name not in ties), names[0])
 
     @contextmanager
     def hold(self, units: Iterable[str]) -> Iterator[None]:

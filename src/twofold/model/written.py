@@ -25,6 +25,7 @@ from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line, quiet_bars
 from twofold.model.generation import generating_plainly
 from twofold.model.load import LoadedModel
+from twofold.nn.compact import Compact
 from twofold.nn.places import cast_weights
 
 
@@ -45,7 +46,9 @@ def save_model(model: Any, folder: Path, **settings: Any) -> None:
 
 def save_like(loaded: LoadedModel, model: Any, folder: Path) -> None:
     """Write a model that was made of a loaded one, each number in the dtype that it came in; it is cast in place."""
-    cast_weights(model, loaded.stored_dtype, loaded.own_dtypes)
+    guards = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Compact)}
+    own = {name: dtype for name, dtype in loaded.own_dtypes.items() if name not in guards}
+    cast_weights(model, loaded.stored_dtype, own)
     save_model(model, folder)
     if model.config.dtype != loaded.stored_dtype:  # transformers takes that of the first weight
         model.config.dtype = loaded.stored_dtype

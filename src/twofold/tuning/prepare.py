@@ -12,6 +12,7 @@ import torch
 from twofold.errors import TwofoldError
 from twofold.model.load import check_ids, load_skeleton, load_tokenizer, window_limit
 from twofold.settings.sizes import parse_bytes
+from twofold.task.causal_lm import need_writer
 from twofold.task.text.settings import Reading
 from twofold.task.text.special import check_known, end_id
 from twofold.tuning.estimate import TuneEstimate, choose, estimate
@@ -50,6 +51,7 @@ def prepare(settings: TuneSettings, *, must_estimate: bool = False) -> Prepared:
     how = settings.model_dump(include={"trust_remote_code", "dequantize"})
     skeleton = load_skeleton(settings.model, **how)
     model, tokenizer = skeleton.model, load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
+    need_writer(model, settings.model, "so it can't learn rows")
     skeleton.tokenizer = tokenizer
     notes = name_the_end(tokenizer, model)
     check_method(model, settings)
