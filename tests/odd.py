@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
 )
@@ -386,9 +387,30 @@ def _gpt2(folder: Path) -> None:
     edit(folder, lambda t: {n.removeprefix("transformer."): x for n, x in t.items()})
 
 
+def _gpt2_masks(folder: Path) -> None:
+    _gpt2(folder)
+    edit(folder, lambda t: t | {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64) for i in range(2)})
+
+
+def _deepseek(folder: Path) -> None:
+    """A layer for further tokens, which the class leaves out by a rule of its own."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        **SHAPE, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    save(folder, of_few_ranks(AutoModelForCausalLM.from_config(config)))
+    further = {"input_layernorm.weight": torch.ones(32), "eh_proj.weight": torch.ones(32, 64)}
+    edit(folder, lambda t: t | {f"model.layers.61.{name}": tensor for name, tensor in further.items()})
+
+
 add(
     bert_whose_bias_is_tied=(_bert, {"loads": BertForMaskedLM}),
     gpt2_with_old_names=(_gpt2, {"adapts": "c_attn"}),
+    gpt2_with_masks=(_gpt2_masks, {"adapts": "c_attn", "unused": 2}),
+    layers_that_a_class_leaves_out=(_deepseek, {"adapts": "o_proj", "unused": 2}),
 )  # fmt: skip
 
 

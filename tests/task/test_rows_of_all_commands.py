@@ -413,7 +413,7 @@ def test_without_a_template_conversations_are_calibrated_on_as_their_contents_an
     ("name", "content", "said"),
     [
         ("a.jsonl.gz", b"no gzip", "can't be unpacked"),
-        ("b.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:20], "can't be unpacked"),
+        ("b.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:20], "can't be unpacked"),
         ("c.parquet", b"PAR1 and no table", "is not a table in Parquet that can be read"),
         ("d.csv", b'text\n"\xff"\n', "is not a text file in UTF-8"),
         ("e.jsonl", b'{"text": "\xff"}', "is not a text file in UTF-8"),

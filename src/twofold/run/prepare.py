@@ -111,7 +111,7 @@ def prepare(
     if sizing is not None:
         with watch.stage("search"):
             processes.same(partial(sizing.find, prepared))
-    prepared.plan.notes.extend(loaded.notes)
+    prepared.plan.notes.extend([*loaded.notes, *(data.notes if data is not None else ())])
     return prepared
 
 

@@ -85,6 +85,7 @@ class Data:
     samples: Samples
     held_out: Samples  # may be empty
     asked: int  # units that were asked for
+    notes: tuple[str, ...] = ()  # on what of the data was not read
 
     @property
     def units(self) -> int:

@@ -84,13 +84,14 @@ def calibration_windows(
     sizes = {"tokens": recipe.tokens, "window": window, "held_out": held_out}
     data = token_windows(texts, tokenizer, **sizes, source=source, bos=recipe.bos)
     tally.tell()
+    data = replace(data, notes=tuple(tally.sentences))
     windows, aside = data.samples, data.held_out
     assert isinstance(windows, TokenWindows) and isinstance(aside, TokenWindows)
     check_ids(torch.cat([windows.ids, aside.ids]), loaded)
     if not recipe.continuations:
         return data
     longer = continue_windows(loaded, windows, recipe, hashed, quiet=quiet)
-    return Data(longer, aside, recipe.tokens + longer.ids.numel() - windows.ids.numel())
+    return replace(data, samples=longer, asked=recipe.tokens + longer.ids.numel() - windows.ids.numel())
 
 
 def _own_windows(loaded: LoadedModel, recipe: Texts, hashed: str, held_out: int, *, quiet: bool) -> Data:
