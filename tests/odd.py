@@ -167,6 +167,9 @@ add(
     norms_in_float32=(altered(mixed("norm"), {"dtype": "bfloat16"}), {"half": True}),
     embeddings_in_float32=(altered(mixed("embed"), {"dtype": "bfloat16"}), {"half": True}),
     a_projection_in_float32=(altered(mixed("layers.0.mlp.up_proj"), {"dtype": "bfloat16"}), {"half": True}),
+    a_table_of_another_dtype_that_is_saved_twice=(
+        altered(lambda t: cast(t | {HEAD: t[EMBED].clone()}, torch.bfloat16, "embed", "lm_head")), {"half": True, "unused": 1},
+    ),
     a_head_of_another_dtype=(
         altered(lambda t: cast(t, torch.bfloat16, "lm_head"), {"dtype": "bfloat16"}, tie_word_embeddings=False), {"half": True},
     ),

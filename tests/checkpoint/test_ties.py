@@ -186,3 +186,17 @@ def test_the_setting_stays_where_the_class_computes_by_it(tmp_path: Path) -> Non
     torch.testing.assert_close(outputs(model), meant)
     model.save_pretrained(tmp_path / "t5")
     torch.testing.assert_close(outputs(T5ForConditionalGeneration.from_pretrained(tmp_path / "t5").eval()), meant)
+
+
+def test_names_that_are_parted_from_one_source_are_each_in_the_file(tmp_path: Path) -> None:
+    """T5 has three names beside its table; where the table alone is changed, a file must hold all four."""
+    config = T5Config(vocab_size=264, d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    model.shared.weight = nn.Parameter(model.shared.weight.detach() + 1)
+    settle_ties(model)
+    with torch.no_grad():
+        meant = model(input_ids=IDS, decoder_input_ids=IDS).logits
+        model.save_pretrained(tmp_path)
+        again = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(again(input_ids=IDS, decoder_input_ids=IDS).logits, meant)
+    assert torch.equal(again.shared.weight, model.shared.weight)

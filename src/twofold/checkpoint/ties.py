@@ -36,8 +36,12 @@ def settle_ties(model: Any) -> str | None:
         if apart and len(apart) == len(ties) and not _computes_by_flag(part):
             setattr(part.config, FLAG, False)
             changed = changed or f"{prefix}{apart[0]} is not {prefix}{ties[apart[0]]}"
+        once: set[int] = set()
         for name in apart:
             model.all_tied_weights_keys.pop(f"{prefix}{name}", None)
+            if id(_weight(part, name)) in once:  # one with another that is parted: a file would hold it once
+                part_weight(part, name)
+            once.add(id(_weight(part, name)))
     if not changed:
         return None
     return (
@@ -62,6 +66,13 @@ def tie(model: Any, names: Iterable[str]) -> None:
                 owner, _, leaf = name.rpartition(".")
                 setattr(part.get_submodule(owner), leaf, _weight(part, source))
                 model.all_tied_weights_keys[prefix + name] = prefix + source
+
+
+def part_weight(model: nn.Module, name: str) -> None:
+    """Give a weight that is one with others numbers of its own."""
+    owner, _, leaf = name.rpartition(".")
+    weight = _weight(model, name)
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(weight.detach().clone(), weight.requires_grad))
 
 
 def tied_names(model: Any) -> dict[str, str]:
@@ -115,9 +126,7 @@ def _say_that_tied(part: Any) -> None:
         return
     setattr(part.config, FLAG, False)
     for name in one:  # so that the file holds each of them
-        owner, _, leaf = name.rpartition(".")
-        weight = _weight(part, name)
-        setattr(part.get_submodule(owner), leaf, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+        part_weight(part, name)
 
 
 def _dense(model: nn.Module, *names: str) -> bool:
@@ -156,7 +165,14 @@ def _close(first: Tensor, second: Tensor) -> bool:
 
 
 def _computes_by_flag(part: Any) -> bool:
-    """Say whether a model computes otherwise where the setting says false, as some encoder-decoders scale their last states."""
+    """Say whether a model computes otherwise where the setting says false, as some encoder-decoders scale their last states.
+
+    Some classes of configurations turn it into another setting, and say that weights are tied whatever it was.
+    """
+    settings = part.config.to_dict()
+    denied = type(part.config).from_dict({**settings, FLAG: False}).to_dict()
+    if denied.pop(FLAG, None) is not False or denied != {name: held for name, held in settings.items() if name != FLAG}:
+        return True
     try:
         return FLAG in inspect.getsource(type(part).forward)
     except (OSError, TypeError):

@@ -29,7 +29,9 @@ def verify(folder: Path, plan: Plan, model: nn.Module) -> None:
 
     persistent = model.state_dict()
     foreign = {id(b): b for n, b in model.named_buffers() if n in persistent and not planned_for(n)}.values()
+    made_anew = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    unsaved = [entry.weight_bytes(plan.element_bytes) for entry in plan.dense if entry.name in made_anew]
     stored = sum(header.bytes for header in headers)
-    planned = plan.bytes_after + sum(buffer.numel() * buffer.element_size() for buffer in foreign)
+    planned = plan.bytes_after + sum(buffer.numel() * buffer.element_size() for buffer in foreign) - sum(unsaved)
     if stored != planned:
         raise RuntimeError(f"the checkpoint holds {stored} bytes, the plan says {planned}; please report this")

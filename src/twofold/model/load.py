@@ -130,7 +130,8 @@ def load_model(
     if not stored.keys:  # of the hub, with code of its own, or quantized
         stored = find_stored(model, None if how else shards, report["unexpected_keys"])
         check_depth_of_files(stored, model.state_dict(), name)
-    part_by_files(model, stored, shards)
+        part_by_files(model, stored, shards)
+        kept = kept if how else stored_dtype(config, stored) or kept
     model = model.to(torch_device).eval()
     check_finite_weights(model, name)
     tokenizer, reason = _tokenizer(source, where)
@@ -149,6 +150,7 @@ def _match(model: Any, shards: Shards, name: str) -> Stored:
     """
     stored = find_stored(model, shards)
     check_fit(stored, model, name)
+    part_by_files(model, stored, shards)
     return stored
 
 
@@ -254,7 +256,6 @@ def load_skeleton(
         if shards is not None and not how and is_plain(config, trust_remote_code):
             stored = _match(model, shards, name)
         kept = dequantized_dtype(config, shards) if how else stored_dtype(config, stored) or torch.float32
-    part_by_files(model, stored, shards)
     return LoadedModel(model.eval(), None, name, folder, kept, shards=shards, stored=stored, dequantized=how)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from twofold.checkpoint.shards import Shards
-from twofold.checkpoint.ties import tied_names
+from twofold.checkpoint.ties import part_weight, tied_names
 from twofold.model.stored import Stored
 
 
@@ -30,9 +29,7 @@ def part_by_files(model: Any, stored: Stored, shards: Shards | None) -> None:
             stored.unused[first] = f"the same numbers as {second}, which is used in its place"
             stored.keys[name] = second
         else:
-            owner, _, leaf = name.rpartition(".")
-            weight = model.get_parameter(name)
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+            part_weight(model, name)
 
 
 def _equal(shards: Shards, first: str, second: str) -> bool:
