@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -47,6 +48,7 @@ PREFIXES = {
     "base_model.model.": "PEFT",
     "_fsdp_wrapped_module.": "FSDP",
     "_forward_module.": "Lightning Fabric",
+    "language_model.": "a multimodal model",
 }
 
 
@@ -91,6 +93,33 @@ def test_names_that_a_wrapper_changed_are_told_as_such(prefix, base, tmp_path):
     for load in (load_model, load_skeleton, partial(twofold.plan, keep=0.5, stream="always", quiet=True)):
         with pytest.raises(twofold.TwofoldError, match=rf"{PREFIXES[prefix]}.*take '{prefix}' out of the names"):
             load(str(folder))
+
+
+def test_names_inside_of_a_multimodal_model_are_told(base, tmp_path):
+    folder = renamed(base, tmp_path / "inside", lambda name: name.replace("model.", "model.language_model."))
+    for load in (load_model, load_skeleton):
+        with pytest.raises(twofold.TwofoldError, match=r"the name comes from a multimodal model .* config.json beside"):
+            load(str(folder))
+
+
+def test_names_that_a_wrapper_changed_in_an_adapter_are_told(base, adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    wrapped = {name.replace("base_model.model.", "base_model.model._orig_mod."): t for name, t in tensors.items()}
+    save_file(wrapped, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(twofold.TwofoldError, match=r"torch.compile.*take '_orig_mod\.' out of the names"):
+        twofold.merge(str(base), str(folder), tmp_path / "out")
+
+
+def test_a_copy_under_a_wrapper_s_name_does_no_harm(base, tmp_path):
+    """As averaged weights beside the model's own: they are left over, and said to be."""
+    folder = shutil.copytree(base, tmp_path / "both")
+    tensors = load_file(folder / "model.safetensors")
+    copies = {f"module.{name}": torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    save_file(tensors | copies, folder / "model.safetensors", {"format": "pt"})
+    loaded = load_model(str(folder))
+    assert torch.equal(logits(loaded.model), logits(load_model(str(base)).model))
+    assert any(f"{len(copies)} tensors" in note for note in loaded.notes)
 
 
 def test_layers_that_an_adapter_stands_on_are_told(base, tmp_path):

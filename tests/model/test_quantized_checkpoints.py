@@ -57,6 +57,11 @@ def one(weight: torch.Tensor) -> Packed:
     return {"weight": packed, "weight_scale": torch.tensor(0.01)}, packed.float() * 0.01
 
 
+def cached(weight: torch.Tensor) -> Packed:
+    parts, dense = one(weight)
+    return {**parts, "k_scale": torch.ones(1), "input_scale": torch.ones(1)}, dense
+
+
 def cast(weight: torch.Tensor) -> Packed:
     packed = weight.to(torch.float8_e5m2)
     return {"weight": packed}, packed.float()
@@ -133,6 +138,8 @@ FORMS: dict[str, tuple[Callable[[torch.Tensor], Packed], dict[str, Any] | None]]
     "fp8, exponents": (exponents, FP8),
     "fp8 of compressed-tensors": (rows, {"quant_method": "compressed-tensors", "format": "float-quantized"}),
     "fp8 of fbgemm": (rows, {"quant_method": "fbgemm_fp8"}),
+    "fp8 of modelopt": (one, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "fp8 beside scales of a cache": (cached, FP8),
     "fp8 without settings": (one, None),
     "fp8 without scales": (cast, None),
     "int8 of bitsandbytes": (int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
@@ -199,15 +206,14 @@ def test_without_the_setting_they_are_told_as_what_they_are(form, tmp_path):
     [
         BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
         BitsAndBytesConfig(load_in_8bit=True),
-        "torchao",
+        "Int8WeightOnlyConfig",
+        "Float8WeightOnlyConfig",
     ],
-    ids=["bitsandbytes, 4 bits", "bitsandbytes, 8 bits", "torchao"],
+    ids=["bitsandbytes, 4 bits", "bitsandbytes, 8 bits", "torchao, 8 bits", "torchao, floats of 8 bits"],
 )
 def test_what_other_libraries_packed_is_unpacked(settings, tmp_path):
-    if settings == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        settings = TorchAoConfig(Int8WeightOnlyConfig())
+    if isinstance(settings, str):
+        settings = TorchAoConfig(getattr(pytest.importorskip("torchao.quantization"), settings)())
     make_model("llama").save_pretrained(tmp_path / "base")
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
     packed.save_pretrained(tmp_path / "packed")
@@ -221,6 +227,82 @@ def test_what_other_libraries_packed_is_unpacked(settings, tmp_path):
         theirs = theirs.dequantize()
     torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-6)
     is_ordinary(loaded.model, tmp_path / "packed", tmp_path)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layers_that_hold_their_weights_turned_get_them_so(bits, tmp_path):
+    """GPT-2's: the libraries pack them as (outputs, inputs), whatever their shape; some here are square."""
+    settings = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    make_model("gpt2").save_pretrained(tmp_path / "base")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
+    packed.save_pretrained(tmp_path / "packed")
+    meant = packed.dequantize(torch.float32)
+    loaded = load_model(str(tmp_path / "packed"), dequantize=True)
+    torch.testing.assert_close(logits(loaded.model), logits(meant), rtol=1e-4, atol=1e-4)
+    is_ordinary(loaded.model, tmp_path / "packed", tmp_path)
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_integers_of_turned_layers_are_turned(prefixed, tmp_path):
+    model = make_model("gpt2")
+    model.save_pretrained(tmp_path / "packed")
+    tensors, dense = load_file(tmp_path / "packed" / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))]:
+        parts, weight = gptq()(tensors.pop(name).T.contiguous())
+        dense[name] = weight.T
+        tensors |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
+    tensors = tensors if prefixed else {name.removeprefix("transformer."): t for name, t in tensors.items()}
+    save_file(tensors, tmp_path / "packed" / "model.safetensors", {"format": "pt"})
+    configure(tmp_path / "packed", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert dense and not model.load_state_dict(dense, strict=False).unexpected_keys
+    loaded = load_model(str(tmp_path / "packed"), dequantize=True)
+    torch.testing.assert_close(logits(loaded.model), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp8 without scales", "int8 of bitsandbytes", "gptq"])
+@pytest.mark.parametrize("name", ["qscale_weight", "weight_scaling_factor", "scale_inv", "weight_scale_2"])
+def test_numbers_beside_something_unknown_are_refused(form, name, tmp_path):
+    """With scales that are known or without any: what else there is could change them."""
+    written(tmp_path / "packed", form)
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    tensors[f"model.layers.1.mlp.up_proj.{name}"] = torch.ones(1)
+    save_file(tensors, tmp_path / "packed" / "model.safetensors", {"format": "pt"})
+    for load in (load_model, load_skeleton):
+        with pytest.raises(
+            twofold.TwofoldError, match=rf"is packed, and model\.layers\.1\.mlp\.up_proj\.{name} may be"
+        ):
+            load(str(tmp_path / "packed"), dequantize=True)
+
+
+def test_floats_of_8_bits_without_scales_are_weights_only_if_nothing_says_otherwise(tmp_path):
+    written(tmp_path / "packed", "fp8 without scales")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # of old files, computed anew
+    save_file(tensors, tmp_path / "packed" / "model.safetensors", {"format": "pt"})
+    for load in (load_model, load_skeleton):
+        assert any("8 bits without scales" in note for note in load(str(tmp_path / "packed"), dequantize=True).notes)
+    configure(tmp_path / "packed", quantization_config=FP8)
+    with pytest.raises(twofold.TwofoldError, match=r"of 8 bits and has no scale, and config.json says"):
+        load_model(str(tmp_path / "packed"), dequantize=True)
+
+
+@pytest.mark.parametrize("text", ["{", '{"cache_implementation": "nope", "num_beams": "x"}'])
+def test_no_settings_of_generation_stop_it(text, tmp_path):
+    written(tmp_path / "packed", "fp8")
+    (tmp_path / "packed" / "generation_config.json").write_text(text)
+    assert load_model(str(tmp_path / "packed"), dequantize=True).dequantized
+
+
+def test_a_layout_that_nobody_knows_is_told(tmp_path):
+    written(tmp_path / "packed", "fp8 of modelopt")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        tensors[name] = tensors[name].view(torch.uint8)
+    save_file(tensors, tmp_path / "packed" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        twofold.TwofoldError, match=r"quantized with modelopt, in a layout that is not known here; name"
+    ):
+        load_model(str(tmp_path / "packed"), dequantize=True)
 
 
 def test_experts_of_four_bits_are_unpacked(tmp_path):
@@ -274,8 +356,10 @@ def test_what_can_not_be_dequantized_here_says_what_it_lacks(settings, says, tmp
 
 
 @pytest.mark.parametrize(
-    "settings", [5, "fp8", ["fp8"], {}, {"bits": 4}, {"quant_method": "nope"}, {"quant_method": 5}]
-)
+    "settings",
+    [5, "fp8", ["fp8"], {}, {"bits": 4}, {"quant_method": "nope"}, {"quant_method": 5},
+     {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}],
+)  # fmt: skip
 def test_settings_that_say_nothing_are_told(settings, tmp_path):
     make_model("llama").save_pretrained(tmp_path / "base")
     configure(tmp_path / "base", quantization_config=settings)
@@ -326,6 +410,7 @@ def test_every_command_tells_it_and_takes_the_setting(tmp_path):
     assert results["inspect"].target_numbers == twofold.inspect(str(tmp_path / "meant")).target_numbers
     assert any("turned into ordinary" in note for note in results["plan"].notes)
     assert any("turned into ordinary" in note for note in results["compress"].notes)
+    assert any("turned into ordinary" in note for note in results["export"].notes)
     for folder in ("dense", "merged"):  # a new adapter changes nothing
         torch.testing.assert_close(
             logits(load_model(str(tmp_path / folder)).model), logits(meant), rtol=1e-4, atol=1e-4

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, ModernBertConfig, ModernBertForMaskedLM
 
 from conftest import ARCHITECTURES, CONFIGS, make_model, make_tokenizer
 from runs import Program, as_one, command, environment, kill_program, run_program, same, tensors
@@ -158,6 +158,17 @@ def test_blocks_that_do_not_follow_one_another_are_no_chain():
     with watch_chain(model) as watch:
         model(torch.randn(2, 4))
     assert watch.chain() is None
+
+
+def test_a_model_that_looks_at_its_numbers_is_told_so(tmp_path):
+    config = ModernBertConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=258,
+        bos_token_id=256, eos_token_id=257, cls_token_id=256, sep_token_id=257,
+    )  # fmt: skip
+    ModernBertForMaskedLM(config).save_pretrained(tmp_path / "model")
+    skeleton = load_skeleton(str(tmp_path / "model"))
+    with pytest.raises(TwofoldError, match="^what ModernBertForMaskedLM computes depends on numbers"):
+        survey(skeleton, [], TASKS.get("masked-lm").example(skeleton.model))
 
 
 def test_only_what_is_held_is_in_memory(tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twofold.checkpoint.peft.register import register
+from twofold.checkpoint.recognize import check_names
 from twofold.errors import TwofoldError
 from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line
@@ -85,6 +86,8 @@ def load_adapter(model: Any, folder: Path, name: str, loaded: LoadedModel) -> Pe
         found = model.load_adapter(
             str(folder), adapter_name=name
         )  # for the first one again: it tells what was not taken
+    missing = {key.replace(f".{name}", "") for key in found.missing_keys}  # as in the file, without the adapter's name
+    check_names(set(found.unexpected_keys), missing, "")
     extra = [] if model.peft_config[name].is_prompt_learning else found.unexpected_keys
     for names, what in ((found.missing_keys, "lacks"), (extra, f"holds, and {loaded.name} has no place for,")):
         if names:

@@ -6,7 +6,7 @@ so the package that packed them is not needed. What else there is stays with tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +27,11 @@ SCALES = (
     "scale",
     "SCB",
 )  # beside x.weight, whose multiples they are
-BESIDE = ("input_scale", "activation_scale", "weight_format", "weight_zero_point")  # of what is not a weight, or of one
+# Beside x.weight, and of no matter to it: scales of activations and caches, and how bytes are laid out on a device.
+BESIDE = (
+    "input_scale", "input_scale_ub", "input_zero_point", "scale_input", "activation_scale", "output_scale", "q_scale",
+    "k_scale", "v_scale", "weight_format",
+)  # fmt: skip
 PACKED = (
     ".qweight",
     ".W_q",
@@ -63,35 +67,78 @@ def is_packed(headers: Mapping[str, TensorHeader]) -> bool:
     ) or any(name.endswith(ENDS_BESIDE) for name in headers)
 
 
-def unpacked_tensors(shards: Shards, settings: Mapping[str, Any]) -> dict[str, Unpacked] | None:
+def unpacked_tensors(
+    shards: Shards, settings: Mapping[str, Any], strange: Set[str], turned: Set[str]
+) -> dict[str, Unpacked] | None:
     """Return every weight of a checkpoint by its ordinary name; None if one is packed in a way that is not known here.
+
+    Floats of 8 bits that have no scales are returned as such.
 
     Args:
         settings: quantization_config, as far as there is one.
+        strange: the tensors that no weight of the model is made of by their names alone.
+        turned: the weights that the model holds as (inputs, outputs).
 
     Raises:
-        TwofoldError: naming the first weight whose scales do not belong to it.
+        TwofoldError: naming the first weight whose scales do not belong to it, or are not known here.
     """
     headers, weights = shards.headers, dict[str, Unpacked]()
     used: set[str] = set()
+    packed: dict[str, str] = {}  # module → a weight of it that is unpacked here
     for name in headers:
         stem, _, leaf = name.rpartition(".")
         found = None
         if leaf == "qweight":
-            found = _integers(shards, stem, settings)
+            found = _integers(shards, stem, settings, turned)
         elif headers[name].dtype in (*FLOAT8, "I8"):
-            found = _scaled(shards, name, settings)
+            found = _scaled(shards, name, settings, turned)
         if found is not None:
             target, taken, make = found
             weights[target] = Unpacked(make, "F32")
             used |= taken
-    for name in headers.keys() - used:
-        if name.rpartition(".")[2] in BESIDE:
-            continue
-        if headers[name].dtype in NARROW and len(headers[name].shape) > 1:
+            packed[stem] = name
+    rest = {name for name in headers.keys() - used if not _is_beside(name)}
+    for name in rest:
+        header = headers[name]
+        if header.dtype in NARROW and len(header.shape) > 1 and (header.dtype not in FLOAT8 or name in strange):
             return None
-        weights[name] = Unpacked(partial(_read, shards, name), headers[name].dtype)
+        weights[name] = Unpacked(partial(_read, shards, name), header.dtype)
+    bare = sorted(name for name in rest - strange if headers[name].dtype in FLOAT8)
+    _check_scales(headers, bare, packed, sorted(rest & strange), bool(settings))
     return weights
+
+
+def _is_beside(name: str) -> bool:
+    leaf = name.rpartition(".")[2]
+    return any(leaf == kind or leaf.endswith(f"_{kind}") for kind in BESIDE)
+
+
+def _check_scales(
+    headers: Mapping[str, TensorHeader], bare: list[str], packed: Mapping[str, str], unknown: list[str], named: bool
+) -> None:
+    """Refuse numbers of 8 bits that something unknown could be a scale of: they would be other weights, without a word.
+
+    Args:
+        bare: the weights without scales.
+        packed: the modules of all others, with the name of one in each.
+        unknown: the tensors that nothing is made of.
+        named: whether config.json names a quantization.
+
+    Raises:
+        TwofoldError: naming the first such weight, and what stands beside it.
+    """
+    for key in unknown:
+        name = packed.get(key.rpartition(".")[0], bare[0] if bare else None)
+        if name is not None:
+            raise TwofoldError(
+                f"the weight {name} in {headers[name].file} is packed, and {key} may be a scale of it that is not known here; "
+                "name the model that it was made from, or take that tensor out of the file if it is none"
+            )
+    if bare and named:
+        raise TwofoldError(
+            f"the weight {bare[0]} in {headers[bare[0]].file} is of 8 bits and has no scale, and config.json says that it is "
+            "quantized; fetch the checkpoint again, or take quantization_config out if these are the weights themselves"
+        )
 
 
 def _read(shards: Shards, name: str) -> Tensor:
@@ -101,14 +148,14 @@ def _read(shards: Shards, name: str) -> Tensor:
 Found = tuple[str, set[str], Callable[[], Tensor]]  # the ordinary name, what it is made of, and how
 
 
-def _scaled(shards: Shards, name: str, settings: Mapping[str, Any]) -> Found | None:
-    """Find the scales of a weight of 8 bits; floats without any are the weight themselves, integers are not."""
+def _scaled(shards: Shards, name: str, settings: Mapping[str, Any], turned: Set[str]) -> Found | None:
+    """Find the scales of a weight of 8 bits; None if none is known."""
     headers, (stem, _, leaf) = shards.headers, name.rpartition(".")
     candidates = [f"{name}_scale_inv", f"{name}_scale", *(f"{stem}.{kind}" for kind in SCALES if leaf == "weight")]
     scale = next((key for key in candidates if key in headers), None)
     zero = f"{name}_zero_point"
     if scale is None:
-        return None if headers[name].dtype == "I8" else (name, {name}, lambda: _read(shards, name).float())
+        return None
     spread = partial(_spread, shape=headers[name].shape, block=_block(headers, name, scale, settings))
 
     def make() -> Tensor:
@@ -119,7 +166,9 @@ def _scaled(shards: Shards, name: str, settings: Mapping[str, Any]) -> Found | N
             factors = factors / INT8_LARGEST
         if zero in headers:
             numbers = numbers - spread(_read(shards, zero).float())
-        return numbers * spread(factors)
+        weight = numbers * spread(factors)
+        # bitsandbytes packs each weight as (outputs, inputs).
+        return weight.T.contiguous() if scale.endswith(".SCB") and name in turned else weight
 
     return name, {name, scale, zero}, make
 
@@ -161,9 +210,9 @@ def _spread(grid: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> Ten
     return grid
 
 
-def _integers(shards: Shards, stem: str, settings: Mapping[str, Any]) -> Found | None:
+def _integers(shards: Shards, stem: str, settings: Mapping[str, Any], turned: Set[str]) -> Found | None:
     """Find the parts of a weight of GPTQ or AWQ; None if they are of a layout that is not known here."""
-    headers = shards.headers
+    headers, target = shards.headers, f"{stem}.weight"
     parts = {part: f"{stem}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{part}" in headers}
     if not {"qweight", "qzeros", "scales"} <= parts.keys():
         return None
@@ -187,9 +236,10 @@ def _integers(shards: Shards, stem: str, settings: Mapping[str, Any]) -> Found |
         tensors = {part: _read(shards, key) for part, key in parts.items()}
         group = tensors.pop("g_idx", torch.arange(inputs) // (inputs // groups)).long()
         numbers, middle = unpack(tensors["qweight"], tensors["qzeros"], int(bits))
-        return ((numbers - middle[group]) * tensors["scales"].float()[group]).T.contiguous()
+        weight = (numbers - middle[group]) * tensors["scales"].float()[group]
+        return weight if target in turned else weight.T.contiguous()
 
-    return f"{stem}.weight", set(parts.values()), make
+    return target, set(parts.values()), make
 
 
 def _gptq(weight: Tensor, zeros: Tensor, bits: int, one: bool) -> tuple[Tensor, Tensor]:

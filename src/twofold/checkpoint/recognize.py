@@ -62,7 +62,7 @@ class Wrapper:
     """What programs put into the names of weights."""
 
     mark: str
-    start: bool  # whether all names begin with it
+    start: bool  # whether names begin with it
     words: str  # who does it, and what to save in its place
 
 
@@ -74,6 +74,9 @@ WRAPPERS = (
     Wrapper(".original_module.", False, "PEFT; call merge_and_unload() and save what it returns"),
     Wrapper("base_model.model.", True, "PEFT; call merge_and_unload() and save what it returns"),
     Wrapper("module.", True, "DataParallel or DeepSpeed; save the model's module"),
+    Wrapper(
+        "language_model.", False, "a multimodal model around this one; put that model's config.json beside the weights"
+    ),
     Wrapper("model.", True, "Lightning or another class around the model; save the model inside"),
 )
 
@@ -127,25 +130,22 @@ def check_checkpoint(folder: Path, name: str) -> None:
         )
 
 
-def check_names(stored: Set[str], known: Set[str], prefix: str) -> None:
+def check_names(strange: Set[str], missing: Set[str], prefix: str) -> None:
     """Refuse weights whose names something that was around the model has changed.
 
     Args:
-        stored: the names in the files.
-        known: the names in the model.
+        strange: the tensors of the files that no weight of the model is made of.
+        missing: the weights of the model that no tensor of the files is for.
         prefix: of the part without a head, which transformers puts before names and takes away.
 
     Raises:
         TwofoldError: naming what changed them, and how to go without.
     """
-    strange = [n for n in sorted(stored) if known.isdisjoint((n, n.removeprefix(prefix), prefix + n))]
     for wrapper in WRAPPERS:
-        if wrapper.start and len(strange) < len(stored):
-            continue
-        for name in strange:
+        for name in sorted(strange):
             between = "." if wrapper.mark.startswith(".") else ""
             without = name.removeprefix(wrapper.mark) if wrapper.start else name.replace(wrapper.mark, between)
-            if without != name and not known.isdisjoint((without, prefix + without)):
+            if without != name and not missing.isdisjoint((without, prefix + without, without.removeprefix(prefix))):
                 raise TwofoldError(
                     f"the weight {name} is {without} in the model: the name comes from {wrapper.words}, or take "
                     f"{wrapper.mark!r} out of the names in the file"

@@ -116,8 +116,8 @@ def export(
                 format=to, model=model, out=str(folder), dtype=str(stored).removeprefix("torch."),
                 weight_bytes=weight_bytes,
                 file_bytes=sum(p.stat().st_size for p in staged.iterdir() if p.name.endswith(kind.weights)),
-                compared_in=written.dtype, comparison=comparison, notes=[*written.notes, *companions.notes], work=work,
-                **companions.record,
+                compared_in=written.dtype, comparison=comparison,
+                notes=[*loaded.notes, *written.notes, *companions.notes], work=work, **companions.record,
             )  # fmt: skip
             (staged / EXPORTED).write_text(json.dumps(result.model_dump(), indent=1) + "\n", encoding="utf-8")
     return result

@@ -26,8 +26,10 @@ from twofold.model.generation import stored_generation
 from twofold.model.quantized import (
     dequantized_dtype,
     load_dequantized,
+    quantization_of,
     quantized_by,
     refuse_quantized,
+    unpack,
     without_quantization,
 )
 from twofold.model.settings import Loading
@@ -115,11 +117,12 @@ def load_model(
         }
         with quiet_bars():
             generation, unreadable = stored_generation(source, where, config)
-            if unreadable:
+            if unreadable or how:
                 settings["generation_config"] = generation
+            notes: list[str] = []
             if how:
                 assert shards is not None
-                model, report = load_dequantized(model_class, config, shards, source, name, how, **settings)
+                model, report, notes = load_dequantized(model_class, config, shards, source, name, how, **settings)
             else:
                 model, report = model_class.from_pretrained(source, **settings)
     for key, shape, expected in sorted(report["mismatched_keys"]):
@@ -132,6 +135,7 @@ def load_model(
         check_depth_of_files(stored, model.state_dict(), name)
         part_by_files(model, stored, shards)
         kept = kept if how else stored_dtype(config, stored) or kept
+    stored.notes += notes
     model = model.to(torch_device).eval()
     check_finite_weights(model, name)
     tokenizer, reason = _tokenizer(source, where)
@@ -251,9 +255,12 @@ def load_skeleton(
         config, model_class = config_and_class(source, where)
         how = quantized_by(config, shards)
         refuse_quantized(name, how, dequantize)
+        quantization = quantization_of(config) or {}
         model = model_on_meta(model_class, without_quantization(config) if how else config, trust_remote_code)
         stored = Stored()
-        if shards is not None and not how and is_plain(config, trust_remote_code):
+        if shards is not None and how:
+            stored.notes += unpack(model, shards, quantization)[1]
+        elif shards is not None and is_plain(config, trust_remote_code):
             stored = _match(model, shards, name)
         kept = dequantized_dtype(config, shards) if how else stored_dtype(config, stored) or torch.float32
     return LoadedModel(model.eval(), None, name, folder, kept, shards=shards, stored=stored, dequantized=how)

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from twofold.checkpoint.headers import DTYPES
-from twofold.checkpoint.packed import is_packed, unpacked_tensors
+from twofold.checkpoint.packed import FLOAT8, Unpacked, is_packed, unpacked_tensors
 from twofold.checkpoint.plugin import METHOD
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
 from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line, silence
+from twofold.model.skeleton import model_on_meta
+from twofold.model.stored import BY_RULE, COMPUTED, check_wrapped, find_stored
 
 FIELD = "quantization_config"
 
@@ -32,21 +34,18 @@ def quantization_of(config: Any) -> dict[str, Any] | None:
     return None
 
 
-def method_of(settings: Mapping[str, Any]) -> str:
-    """Return the name by which transformers knows a quantization.
+def _unknown(settings: Mapping[str, Any]) -> str:
+    """Say what is wrong with the name of a method; "" if transformers knows it.
 
-    Raises:
-        TwofoldError: if it knows none; it would go on with a warning, and random weights.
+    Transformers goes on with a warning, and random weights, where it does not.
     """
     method = settings.get("quant_method")
-    if _key(settings) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        named = (
-            f"the quantization {method!r}, which transformers does not know" if method else "no method of quantization"
-        )
-        raise TwofoldError(
-            f"the model's config.json names {named} (quant_method in {FIELD}); name the checkpoint that it was made from"
-        )
-    return str(method or "bitsandbytes")
+    if _key(settings) in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return ""
+    if method == "bitsandbytes":
+        return f"bitsandbytes with neither load_in_4bit nor load_in_8bit; take {FIELD} out if its weights are ordinary"
+    named = f"the quantization {method!r}, which transformers does not know" if method else "no method of quantization"
+    return f"{named} (quant_method in {FIELD}); name the checkpoint that it was made from"
 
 
 def _key(settings: Mapping[str, Any]) -> Any:
@@ -59,14 +58,18 @@ def quantized_by(config: Any, shards: Shards | None) -> str:
     """Say how the weights of a checkpoint are quantized, by config.json or else by the files; "" if they are not.
 
     Raises:
-        TwofoldError: if config.json names no method that transformers knows.
+        TwofoldError: if config.json names no method that transformers knows, and the files hold nothing that is packed.
     """
     settings = quantization_of(config)
-    if settings is not None:
-        method = method_of(settings)
-        return "" if method == METHOD else f"quantized with {method}"
     packed = shards is not None and is_packed(shards.headers)
-    return f"quantized, though its config.json has no {FIELD}" if packed else ""
+    if settings is None:
+        return f"quantized, though its config.json has no {FIELD}" if packed else ""
+    method, unknown = settings.get("quant_method"), _unknown(settings)
+    if method == METHOD:
+        return ""
+    if unknown and not packed:
+        raise TwofoldError(f"the model's config.json names {unknown}")
+    return f"quantized with {method or ('a method that its config.json does not name' if unknown else 'bitsandbytes')}"
 
 
 def refuse_quantized(name: str, how: str, dequantize: bool) -> None:
@@ -98,9 +101,36 @@ def dequantized_dtype(config: Any, shards: Shards | None) -> torch.dtype:
     return wide[0] if wide else torch.bfloat16
 
 
+def unpack(
+    model: Any, shards: Shards, quantization: Mapping[str, Any]
+) -> tuple[Mapping[str, Unpacked] | None, list[str]]:
+    """Unpack the weights of a checkpoint when they are read; None if their layout is not known here. With it, what to note.
+
+    Args:
+        model: without its weights, as config.json describes it but for the quantizer.
+
+    Raises:
+        TwofoldError: if the names are those of something around the model, or a weight can't be told from the files.
+    """
+    stored = find_stored(model, shards)
+    check_wrapped(stored, model)
+    strange = {key for key, reason in stored.unused.items() if reason not in (BY_RULE, COMPUTED)}
+    prefix = f"{model.base_model_prefix}."
+    turned = {name for key in _turned(model) for name in (key, key.removeprefix(prefix))}  # as files may call them
+    tensors = unpacked_tensors(shards, quantization, strange, turned)
+    bare = sorted(key for key, tensor in (tensors or {}).items() if tensor.dtype in FLOAT8 and key not in strange)
+    note = f"the files hold {len(bare)} weights of 8 bits without scales, first {bare[0] if bare else ''}: read as they stand"
+    return tensors, [note] if bare else []
+
+
+def _turned(model: Any) -> set[str]:
+    """Return the weights that a model holds as (inputs, outputs); libraries of quantization make linear layers of them."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
 def load_dequantized(
     model_class: Any, config: Any, shards: Shards, source: str | Path, name: str, how: str, **settings: Any
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any], list[str]]:
     """Load a quantized checkpoint as an ordinary model: its weights unpacked here, or else by transformers.
 
     Args:
@@ -108,14 +138,21 @@ def load_dequantized(
         settings: of ``from_pretrained``.
 
     Returns:
-        The model and what ``from_pretrained`` tells of its loading.
+        The model, what ``from_pretrained`` tells of its loading, and what to note of the files.
 
     Raises:
         TwofoldError: if it can't be done, naming what it lacks.
     """
     quantization = quantization_of(config) or {}
-    tensors: Mapping[str, Any] | None = unpacked_tensors(shards, quantization)
+    config = without_quantization(config)
+    skeleton = model_on_meta(model_class, config, settings["trust_remote_code"])
+    tensors: Mapping[str, Any] | None
+    tensors, notes = unpack(skeleton, shards, quantization)
     if tensors is None:
+        if _unknown(quantization):
+            raise TwofoldError(
+                f"the model {name} is {how}, in a layout that is not known here; name the model that it was made from"
+            )
 
         def words(error: Exception) -> str:
             lacks = re.search(r"pip install (?:-U |--upgrade )?[`'\"]?([\w-]+)", str(error))
@@ -126,36 +163,38 @@ def load_dequantized(
             )
 
         with errors_in_words(words), silence():
-            tensors = _by_transformers(model_class, quantization, source, settings)
-    config = without_quantization(config)
-    if getattr(model_class, "config_class", None) is None:  # an Auto class takes no tensors
-        model_class = model_class._model_mapping[type(config)]
+            tensors = _by_transformers(model_class, quantization, source, settings, _turned(skeleton))
     with errors_in_words(lambda error: f"the model {name}, dequantized, can't be loaded: {first_line(error)}"):
-        model, report = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)
+        model, report = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, **settings)
     model.config._name_or_path = str(source)
-    if model.can_generate() and (Path(source) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
-    return model, report
+    return model, report, notes
 
 
 def _by_transformers(
-    model_class: Any, quantization: dict[str, Any], source: str | Path, settings: dict[str, Any]
+    model_class: Any, quantization: dict[str, Any], source: str | Path, settings: dict[str, Any], turned: set[str]
 ) -> dict[str, Tensor]:
     """Load and dequantize by the means of transformers, as far as a method has any; return the weights.
 
+    Args:
+        turned: the weights that are to be (inputs, outputs).
+
     Raises:
-        ValueError: if a weight stays packed.
+        ValueError: if a weight stays packed, or was not found.
     """
     kind, asked = AUTO_QUANTIZATION_CONFIG_MAPPING[_key(quantization)], {}
     if "dequantize" in vars(kind.from_dict(dict(quantization))):  # while the weights are loaded
         asked = {FIELD: kind.from_dict({**quantization, "dequantize": True})}
-    model, _ = model_class.from_pretrained(source, **asked, **settings)
+    model, report = model_class.from_pretrained(source, **asked, **settings)
+    if report["missing_keys"]:
+        raise ValueError(f"it finds no {min(report['missing_keys'])}")
     tensors: dict[str, Any] = model.state_dict()
     # Numbers that know themselves what they stand for, as torchao's.
     knowing = {key for key, tensor in tensors.items() if type(tensor) is not Tensor and hasattr(tensor, "dequantize")}
     if getattr(model, "hf_quantizer", None) is not None and not knowing:
         tensors = model.dequantize(settings["dtype"]).state_dict()
     tensors |= {key: tensors[key].dequantize() for key in knowing}
+    made_linear = turned - _turned(model)
+    tensors |= {key: tensors[key].T.contiguous() for key in made_linear}
     packed = next((key for key, tensor in tensors.items() if tensor.dim() > 1 and not tensor.is_floating_point()), None)
     if packed is not None:
         raise ValueError(f"it leaves {packed} packed")

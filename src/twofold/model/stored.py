@@ -19,6 +19,7 @@ LAYER = re.compile(r"\.\d+\.")
 # Some architectures make a part of their weights anew, so a model may have more numbers than its checkpoint, but not many more.
 SLACK, LARGER = 100_000_000, 4
 BY_RULE = "the model's class leaves it out by a rule of its own"
+COMPUTED = "computed anew when the model is made"
 
 
 @dataclass
@@ -103,8 +104,18 @@ def _why_unused(model: Any, name: str) -> str:
         return BY_RULE
     buffers = {leaf.rpartition(".")[2] for leaf, _ in model.named_buffers()}
     if name.rpartition(".")[2] in buffers:
-        return "computed anew when the model is made"
+        return COMPUTED
     return f"{type(model).__name__} has no place for it"
+
+
+def check_wrapped(stored: Stored, model: Any) -> None:
+    """Refuse tensors whose names something that was around the model has changed.
+
+    Raises:
+        TwofoldError: naming what changed them.
+    """
+    missing = model.state_dict().keys() - stored.keys.keys() - set(stored.converted.values())
+    check_names(stored.unused.keys(), missing, f"{getattr(model, 'base_model_prefix', '')}.")
 
 
 def check_fit(stored: Stored, model: Any, name: str) -> None:
@@ -121,7 +132,7 @@ def check_fit(stored: Stored, model: Any, name: str) -> None:
             changed the names of all of them; or both sizes, if the model is far larger.
     """
     state = model.state_dict()
-    check_names(set(stored.headers), state.keys(), f"{getattr(model, 'base_model_prefix', '')}.")
+    check_wrapped(stored, model)
     for key, own in stored.keys.items():
         tensor, header = state[key], stored.headers[own]
         if header.numbers != tensor.numel():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line, quiet_bars
@@ -37,6 +37,8 @@ def survey(loaded: LoadedModel, targets: list[Target], example: Mapping[str, Ten
     """
 
     def words(error: Exception) -> str:
+        if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+            return f"what {type(loaded.model).__name__} computes depends on numbers that a run without weights does not have"
         return f"{type(loaded.model).__name__} can't be run block by block ({first_line(error)})"
 
     # An architecture that needs other inputs, or looks at its numbers, fails in its own way.
