@@ -10,7 +10,7 @@ import torch
 from twofold.adapters.folder import check_base, task_type, write_adapter
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import Changes, by_energy
-from twofold.checkpoint.beside import LICENCE
+from twofold.checkpoint.beside import LICENCE, Licence
 from twofold.checkpoint.peft.lora import whole_layers
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_apart, check_output, staged_folder
@@ -39,7 +39,7 @@ class Extraction(pydantic.BaseModel, extra="forbid"):
     metric: str  # in words
     notes: list[str] = []
     carried: list[str] = []  # files of the tuned model that stand beside the adapter: its licence
-    licence: dict[str, str] = {}  # of the original: what its card says, or the file that holds it
+    licence: Licence = {}  # of the original: what its card says, or the file that holds it
 
 
 def extract(
@@ -71,8 +71,7 @@ def extract(
     out = Path(out).expanduser().resolve()
     check_output(out, overwrite)
     first, second = (load_model(name, trust_remote_code=trust_remote_code) for name in (base, tuned))
-    for loaded in (first, second):
-        check_apart(out, loaded.source, [])
+    check_apart(out, [first.source, second.source], [moments] if moments is not None else [])
     metrics, names = Metrics(moments), matching_layers(first, second)
     if second.source is not None:
         check_base(second.source, first)

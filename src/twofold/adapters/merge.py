@@ -16,7 +16,7 @@ from twofold.adapters.exact import Example, merged_exactly
 from twofold.adapters.folder import load_adapter, task_type, write_adapter
 from twofold.adapters.metric import Metrics
 from twofold.adapters.ranks import Changes
-from twofold.checkpoint.beside import LICENCE, WHOLE
+from twofold.checkpoint.beside import LICENCE, WHOLE, Licence
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_apart, check_output, staged_folder
@@ -47,7 +47,7 @@ class Merge(pydantic.BaseModel, extra="forbid"):
     metric: str = ""
     notes: list[str] = []
     carried: list[str] = []  # files of the model that stand beside the weights as they were
-    licence: dict[str, str] = {}  # of the original: what its card says, or the file that holds it
+    licence: Licence = {}  # of the original: what its card says, or the file that holds it
 
 
 def merge(
@@ -87,7 +87,7 @@ def merge(
     check_output(out, overwrite)
     loaded = load_model(model, trust_remote_code=trust_remote_code, dequantize=dequantize)
     folders = [Path(adapter).expanduser() for adapter in adapters]
-    check_apart(out, loaded.source, folders)
+    check_apart(out, [loaded.source, *folders], [moments] if moments is not None else [])
     companions = Companions.of(loaded, WHOLE if adapter_rank is None else [LICENCE])
     record = Merge(
         model=model, adapters=adapters, weights=weight, ranks={},

@@ -14,11 +14,16 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeAlias
 
-from huggingface_hub.repocard import metadata_load
+import yaml
 
 from twofold.checkpoint.headers import leads_out
+from twofold.host.folders import is_by_twofold
+from twofold.host.quiet import first_line
+
+# The fields of a card that name a licence; one under several has a list.
+Licence: TypeAlias = dict[str, str | list[str]]
 
 LICENCE, TOKENIZER, MODEL, CODE = "licence", "tokenizer", "model", "code"
 WHOLE = (LICENCE, TOKENIZER, MODEL, CODE)  # what goes with a whole model
@@ -28,22 +33,26 @@ GENERATION = "generation_config.json"
 
 # What a command writes itself, or reads as the weights; nothing is lost that would have to be told.
 OWN = re.compile(r"config\.json|model([.-].*)?\.safetensors(\.index\.json)?|manifest\.json")
+# Files and folders that hold terms, wherever the word stands in the name; rows may have it in theirs, and are none.
 LICENCES = re.compile(
-    r"(licen[cs]e|notice|copying|copyright|use[-_ ]?policy|acceptable[-_ ]?use|terms|patents|third[-_ ]?party).*", re.I
-)
-LEFT = (  # a name, and why it is not carried along; the first that matches
-    (r"README.*", "it describes the original"),
-    (r"(plan|run|twofold-export)\.json|recipe\.yaml|spectra\.safetensors|report\.html|loss\.svg",
-     "the record of how the original was made"),
-    (r"trainer_state\.json|.*_results\.json|zero_to_fp32\.py|latest|events\.out.*|.*\.(distcp|log)", "left by a training"),
+    r"(?!.*\.(csv|tsv|jsonl|parquet|arrow)$).*(licen[cs]|(?<![a-z])(copying|copyright|notice|eula|terms|patents|use[-_ ]?policy|"
+    r"acceptable[-_ ]?use|third[-_ ]?party)).*", re.I,
+)  # fmt: skip
+RECORDS = re.compile(r"(plan|run|twofold-export)\.json|recipe\.yaml|spectra\.safetensors|report\.html|loss\.svg")
+NEVER = (  # a name, and why it is not carried along, whatever else the name says; the first that matches
     (r".*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|npy|npz)", "it may hold a pickle, which can run code"),
-    (r"adapter_.*", "an adapter, which is no part of the model"),
     (r".*\.(safetensors|gguf|onnx|onnx[._]data|h5|msgpack|tflite|ot|xml)|.*\.index\.json|params\.json|consolidated.*",
      "weights in another form"),
+    (r".*\.(py|pyc|so|dll)", "code that no auto_map names"),
+)  # fmt: skip
+LEFT = (  # the same of what is no licence
+    (r"README.*", "it describes the original"),
+    (RECORDS.pattern, "the record of how the original was made"),
+    (r"trainer_state\.json|.*_results\.json|zero_to_fp32\.py|latest|events\.out.*|.*\.(distcp|log)", "left by a training"),
+    (r"adapter_.*", "an adapter, which is no part of the model"),
     (r"(quant|quantize|quantization|hf_quant)_config\.json", "it describes how the original's weights were stored"),
     (r".*\.(png|jpe?g|gif|svg|webp|pdf|mp4)", "it belongs to the original's description"),
     (r"\..*", "it belongs to the repository that the original came from"),
-    (r".*\.py", "code that no auto_map names"),
 )  # fmt: skip
 TOKENIZERS = re.compile(
     r".*token.*\.json|tokenizer\..*|tekken\.json|normalizer\.json|vocab.*\.(json|txt|bpe)|merges\.txt|dict\.txt|chat_template\..*"
@@ -54,8 +63,9 @@ LICENCE_FIELD = re.compile(r"[\w.+:/#?=&%() -]{1,200}")
 # What is fetched of a model on the hub, beside its weights.
 PATTERNS = [
     "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.bpe", "*.spm", "*.vocab", "*.codes", "README.md",
-    "[0-9]_*/*.safetensors", *(f"*{word}*" for name in ("licen", "notice", "copying", "copyright", "policy", "terms", "patents")
-                               for word in (name, name.capitalize(), name.upper())),
+    "[0-9]_*/*.safetensors",
+    *(f"*{word}*" for name in ("licen", "copying", "copyright", "notice", "eula", "terms", "patents", "policy", "accept", "third")
+      for word in (name, name.capitalize(), name.upper())),
 ]  # fmt: skip
 
 
@@ -72,7 +82,14 @@ class Beside:
         if set(kinds) >= set(WHOLE):
             return self
         kept = {name: kind for name, kind in self.carried.items() if kind in kinds}
-        return Beside(self.folder, kept, {n: reason for n, reason in self.left.items() if LICENCES.fullmatch(n)})
+        if MODEL not in kinds:
+            return Beside(self.folder, kept, {n: reason for n, reason in self.left.items() if LICENCES.fullmatch(n)})
+        dropped = {
+            name: f"{kind} of the original, which this form does not take"
+            for name, kind in self.carried.items()
+            if name not in kept
+        }
+        return Beside(self.folder, kept, self.left | dropped)
 
     @property
     def notes(self) -> list[str]:
@@ -113,14 +130,18 @@ def files_beside(folder: Path, kinds: Collection[str] = WHOLE) -> Beside:
     vocabularies = {
         value for key, value in read_settings(folder / "tokenizer_config.json").items() if key.endswith("_file")
     }
+    ours = is_by_twofold(folder)
     for path in sorted(folder.iterdir()):
         inside = next((kind for place, kind in named.items() if PurePosixPath(place).parts[0] == path.name), None)
+        if path.is_dir() and inside is None and LICENCES.fullmatch(path.name):
+            inside = LICENCE
         if path.is_dir() and inside is None:
             found.left[f"{path.name}/"] = "a folder that no file of the model names"
         elif path.is_dir() and inside is not None:
             for file in sorted(file for file in path.rglob("*") if not file.is_dir()):
-                _put(found, file, inside, "" if file.suffix in (".py", ".safetensors") else _why_left(file.name))
-        elif not OWN.fullmatch(path.name):
+                code = inside != LICENCE and file.suffix in (".py", ".safetensors")
+                _put(found, file, inside, "" if code else _why_left(file.name, is_licence=inside == LICENCE or None))
+        elif not OWN.fullmatch(path.name) and not (ours and RECORDS.fullmatch(path.name)):
             kind = TOKENIZER if path.name in vocabularies else _kind(path.name)
             _put(found, path, kind or MODEL, "" if kind else _why_left(path.name) or "not known to belong to a model")
     found = found.only(kinds)
@@ -146,16 +167,18 @@ def _put(found: Beside, path: Path, kind: str, reason: str) -> None:
 
 def _kind(name: str) -> str | None:
     """Return what a file belongs to by its name; None if it is not carried along."""
-    if LICENCES.fullmatch(name):
-        return LICENCE
     if _why_left(name):
         return None
+    if LICENCES.fullmatch(name):
+        return LICENCE
     return TOKENIZER if TOKENIZERS.fullmatch(name) else MODEL if MODELS.fullmatch(name) else None
 
 
-def _why_left(name: str) -> str:
-    """Return why a file of this name is never carried along; empty if it may be."""
-    return next((why for pattern, why in LEFT if re.fullmatch(pattern, name)), "")
+def _why_left(name: str, *, is_licence: bool | None = None) -> str:
+    """Return why a file is never carried along; empty if it may be. Whether it is a licence is told by its name if not given."""
+    is_licence = LICENCES.fullmatch(name) is not None if is_licence is None else is_licence
+    rules = NEVER if is_licence else (*LEFT, *NEVER)
+    return next((why for pattern, why in rules if re.fullmatch(pattern, name)), "")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -217,14 +240,48 @@ def _imports(folder: Path, name: str) -> Iterator[str]:
                 yield from (f"{stem}.{alias.name}".lstrip(".") for alias in node.names)
 
 
-def base_licence(folder: Path) -> dict[str, str]:
-    """Return the licence that a model's card names, in the fields of a card; else the file that holds it, if there is one."""
-    about: Any = {}
-    with suppress(Exception):  # a card is data, and its front matter may be anything
-        about = metadata_load(folder / "README.md") or {}
-    fields = {key: about.get(key) for key in ("license", "license_name", "license_link")}
-    named = {key: value for key, value in fields.items() if isinstance(value, str) and LICENCE_FIELD.fullmatch(value)}
+def base_licence(folder: Path) -> tuple[Licence, list[str]]:
+    """Return the licence that a model's card names, in the fields of a card; else the file that holds it, if there is one.
+
+    Returns:
+        The fields, and what is to be said of a card that can't be read.
+    """
+    about, notes = _front_matter(folder / "README.md")
+    fields = {key: about[key] for key in ("license", "license_name", "license_link") if about.get(key) is not None}
+    named = {key: value for key, value in fields.items() if _is_licence(value)}
+    if fields.keys() - named.keys():
+        notes.append(
+            f"README.md names a licence that can't be read, in {', '.join(sorted(fields.keys() - named.keys()))}"
+        )
     if "license" in named:
-        return named
-    files = sorted(path.name for path in folder.iterdir() if re.match(r"licen[cs]e|copying", path.name, re.I))
-    return {"license": "other", "license_link": files[0]} if files else {}
+        return named, notes
+    names = (path.name for path in folder.iterdir() if LICENCES.fullmatch(path.name) and not _why_left(path.name))
+    files = sorted(
+        (name for name in names if re.search(r"licen[cs]|copying|eula", name, re.I)),
+        key=lambda name: (re.match(r"licen[cs]|copying", name, re.I) is None, name),
+    )
+    return {"license": "other", "license_link": files[0]} if files else {}, notes
+
+
+def _is_licence(value: Any) -> bool:
+    """Tell whether a field of a card names a licence, or several."""
+    several = value if isinstance(value, list) and value else [value]
+    return all(isinstance(one, str) and LICENCE_FIELD.fullmatch(one) for one in several)
+
+
+def _front_matter(card: Path) -> tuple[dict[str, Any], list[str]]:
+    """Read the fields at the head of a card, which is data and may hold anything; with a note where it can't be read."""
+    try:
+        text = card.read_text(encoding="utf-8-sig")
+        if not text.lstrip().startswith("---"):
+            return {}, []
+        about = yaml.safe_load(text.lstrip().removeprefix("---").partition("\n---")[0])
+        if not isinstance(about, dict):
+            raise ValueError("they are no table")
+        return about, []
+    except FileNotFoundError:
+        return {}, []
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        return {}, [
+            f"the fields of README.md can't be read, so the licence that it may name is not: {first_line(error)}"
+        ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import typer
@@ -76,7 +78,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
                 named = flags.get(parameter) or []
                 for model in [named] if isinstance(named, str) else named:
                     find_model(model, flags.get("revision"))
-            with until_cut_off():
+            with until_cut_off(str(flags["out"]) if flags.get("out") else None):
                 command(**flags)
         except KeyboardInterrupt:
             print("twofold: stopped; the same command goes on from what was done", file=sys.stderr)
@@ -114,14 +116,23 @@ def main() -> None:
     PHRASE.set(with_flags)
     give_streams()
     try:
-        app(repeat_flags(sys.argv[1:]))
+        with until_cut_off():
+            app(repeat_flags(sys.argv[1:]))
     except Exception as error:
         code, words = 2, _advice(error)
         if words is None:
             traceback.print_exc()
             code, words = 1, f"this is a failure of ours ({type(error).__name__}: {error}); please report it"
-        print(f"twofold: {words}", file=sys.stderr)
+        with suppress(OSError):  # of a standard error that takes nothing
+            print(f"twofold: {words}", file=sys.stderr)
         sys.exit(code)
+
+
+def _that_names(place: object) -> str | None:
+    """Return the variable of the environment by which a library looks for a place, in a folder that is not there."""
+    places = [] if not isinstance(place, str) else [str(path) for path in (PurePath(place), *PurePath(place).parents)]
+    named = ((name, value.rstrip("/")) for name, value in os.environ.items() if value.startswith("/"))
+    return next((name for name, value in named if value in places and not Path(value).is_dir()), None)
 
 
 def _advice(error: Exception) -> str | None:
@@ -132,6 +143,10 @@ def _advice(error: Exception) -> str | None:
         return "not enough memory; give less to the run with --memory, or use a smaller --batch-size or --window"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"no file can have the name {str(error.filename)[:80]!r}…: it is too long"
+    if isinstance(error, FileNotFoundError) and (variable := _that_names(error.filename)) is not None:
+        return (
+            f"{error.filename} is not there, and {variable} names it; let that variable name a folder that can be made"
+        )
     if isinstance(error, OSError) and (
         error.errno in PLACES or (error.filename is None and error.errno == errno.ENOENT)
     ):

@@ -14,7 +14,7 @@ from twofold.exports.decoding import Decoder, ModelDecoder, greedy
 from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel, window_limit
-from twofold.task.text.special import encode
+from twofold.task.text.special import prompt_ids
 
 TEXTS = (
     "The castle stands above the river, and its people tell of the year when the water rose to",
@@ -55,7 +55,7 @@ def prompts(loaded: LoadedModel) -> list[Tensor]:
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
     asked: list[Tensor] = []
     for number, text in enumerate(TEXTS):
-        tokens = [] if loaded.tokenizer is None else encode(loaded.tokenizer, text, special=True)[:longest]
+        tokens = [] if loaded.tokenizer is None else prompt_ids(loaded.tokenizer, text)[:longest]
         ids = torch.tensor([tokens], dtype=torch.long)
         if not tokens or max(tokens) >= vocabulary:
             ids = torch.randint(vocabulary, (1, longest), generator=torch.Generator().manual_seed(number))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pydantic
 import torch
 
-from twofold.checkpoint.beside import LICENCE
+from twofold.checkpoint.beside import LICENCE, Licence
 from twofold.errors import TwofoldError
 from twofold.evaluation.size import memory_bytes
 from twofold.exports.compare import Comparison, check, compare, refer, words
@@ -39,7 +39,7 @@ class Exported(pydantic.BaseModel, extra="forbid"):
     comparison: Comparison
     notes: list[str]
     carried: list[str] = []  # files of the model that stand beside the weights as they were
-    licence: dict[str, str] = {}  # of the original: what its card says, or the file that holds it
+    licence: Licence = {}  # of the original: what its card says, or the file that holds it
     work: TokenWork | None = None  # of a graph: what it moves and multiplies for a token
     twofold_version: str = __version__
 
@@ -144,10 +144,8 @@ def _check_kind(kind: Format, loaded: LoadedModel) -> None:
 
 def _check_place(kind: Format, loaded: LoadedModel, base: str | None, folder: Path) -> None:
     """Refuse a folder that would take the place of what is read."""
-    check_apart(folder, loaded.source, [])
     original = base or (recorded_original(loaded) if kind.original else None)
-    if original is not None and Path(original).expanduser().exists():
-        check_apart(folder, Path(original).expanduser(), [])
+    check_apart(folder, [loaded.source, Path(original).expanduser() if original is not None else None])
 
 
 def _dtype(name: str, loaded: LoadedModel, kind: Format) -> torch.dtype:

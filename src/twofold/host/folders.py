@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def check_output(out: Path, overwrite: bool) -> None:
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise TwofoldError(f"the output folder {out} exists; name another one, or replace it with `overwrite`")
-        if not _is_by_twofold(out):
+        if not is_by_twofold(out):
             raise TwofoldError(
                 f"the output folder {out} was not written by Twofold, so it is not replaced; name another"
             )
@@ -63,7 +63,7 @@ def check_place(out: Path) -> None:
             trial.rmdir()
 
 
-def _is_by_twofold(out: Path) -> bool:
+def is_by_twofold(out: Path) -> bool:
     """Tell whether a folder holds what we write: a factored checkpoint, an export, or what was tuned, merged or extracted."""
     compressed = all((out / name).exists() for name in COMPRESSED)
     return compressed or (out / EXPORTED).exists() or tuned_record(out) is not None
@@ -78,18 +78,23 @@ def tuned_record(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def check_apart(out: Path, source: Path | None, texts: list[Path]) -> None:
-    """Refuse an output folder that would take the place of what the run reads.
+def check_apart(out: Path, models: Iterable[Path | None], others: Iterable[Path] = ()) -> None:
+    """Refuse an output folder that would take the place of what the run reads, or lie in it.
+
+    Args:
+        models: the folders of all models and adapters that are read; None for those of the hub.
+        others: texts, moments and whatever else is read; the folder of a text may be that of results, too.
 
     Raises:
-        TwofoldError: if the model or a text lies in it, or it lies in the model's folder.
+        TwofoldError: if one of them lies in it, or it lies in the folder of a model or an adapter.
     """
-    place = out.resolve()
-    for path in filter(None, (source, *texts)):
+    place, folders = out.resolve(), list(filter(None, models))
+    for path in (*folders, *others):
         if path.resolve().is_relative_to(place):
             raise TwofoldError(f"the output folder {out} holds {path}, which this run reads; name another one")
-    if source is not None and place.is_relative_to(source.resolve()):
-        raise TwofoldError(f"the output folder {out} lies in the model's own folder; name another one")
+    for folder in folders:
+        if place.is_relative_to(folder.resolve()):
+            raise TwofoldError(f"the output folder {out} lies in {folder}, which this run reads; name another one")
 
 
 def check_space(out: Path, needed: int) -> None:

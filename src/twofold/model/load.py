@@ -41,6 +41,8 @@ from twofold.model.target import Targets, UnusedTensor
 from twofold.model.ties import part_by_files
 from twofold.model.weights import find_targets
 
+OWN_CODE = "has code of its own; look at its *.py files, and run them by `trust_remote_code`"
+
 
 @dataclass
 class LoadedModel:
@@ -160,11 +162,16 @@ def _match(model: Any, shards: Shards, name: str) -> Stored:
 
 def _readable(name: str, what: str = "read") -> AbstractContextManager[None]:
     def words(error: Exception) -> str:
-        if "trust_remote_code=True" in str(error):
-            return f"the model {name} has code of its own; look at its *.py files, and run them by `trust_remote_code`"
+        if _needs_trust(error):
+            return f"the model {name} {OWN_CODE}"
         return f"the model {name} can't be {what}: {first_line(error)}"
 
     return errors_in_words(words)
+
+
+def _needs_trust(error: Exception) -> bool:
+    """Tell whether transformers failed because it may not run the code of a checkpoint."""
+    return "trust_remote_code=True" in str(error)
 
 
 def _tokenizer(source: str | Path, where: dict[str, Any]) -> tuple[Any, str]:
@@ -178,6 +185,8 @@ def _tokenizer(source: str | Path, where: dict[str, Any]) -> tuple[Any, str]:
 
 def _why_none(folder: Path, error: Exception) -> str:
     """Say why a folder gives no tokenizer; what transformers tries last says little of what it lacks."""
+    if _needs_trust(error):
+        return f"it {OWN_CODE}"
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"tokenizer.json"}
     pieces = sorted(name for name in names if name.endswith(".model"))
     if "tokenizer.json" not in names and pieces and importlib.util.find_spec("sentencepiece") is None:
@@ -300,6 +309,8 @@ def need_tokenizer(loaded: LoadedModel) -> Any:
     Raises:
         TwofoldError: if it has none.
     """
+    if loaded.no_tokenizer.endswith(OWN_CODE):
+        raise TwofoldError(f"the tokenizer of {loaded.name} {OWN_CODE}")
     if loaded.tokenizer is None:
         raise TwofoldError(
             f"the model {loaded.name} has no tokenizer{f' ({loaded.no_tokenizer})' if loaded.no_tokenizer else ''}; "

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.repocard import metadata_load, metadata_save
+
 from twofold.checkpoint.beside import (
     GENERATION,
     MODEL,
     TOKENIZER,
     WHOLE,
     Beside,
+    Licence,
     base_licence,
     files_beside,
     read_settings,
@@ -74,7 +77,7 @@ class Companions:
     loaded: LoadedModel
     kinds: Collection[str] = WHOLE
     beside: Beside | None = None
-    licence: dict[str, str] = field(default_factory=dict)
+    licence: Licence = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -96,8 +99,9 @@ class Companions:
             folder = None
             found.notes.append(f"no files were carried along, not even a licence: {error}")
         if folder is not None:
-            found.beside, found.licence = files_beside(folder, kinds), base_licence(folder)
-            found.notes += found.beside.notes
+            found.beside = files_beside(folder, kinds)
+            found.licence, notes = base_licence(folder)
+            found.notes += [*found.beside.notes, *notes]
         if TOKENIZER in kinds and loaded.tokenizer is None and TOKENIZER not in _kinds(found.beside):
             found.notes.append(f"no tokenizer was written: {loaded.no_tokenizer or 'the model has none'}")
         return found
@@ -111,10 +115,18 @@ class Companions:
         """Put them in the folder of the result, whose configuration stands there; a tokenizer without files is written anew."""
         if self.beside is not None:
             self.beside.copy(folder)
+        if self.licence:
+            self._name_licence(folder / "README.md")
         if self.loaded.tokenizer is None or TOKENIZER not in self.kinds:
             return
         if TOKENIZER not in _kinds(self.beside) or not self._is_known_in(folder):
             self.loaded.tokenizer.save_pretrained(folder)
+
+    def _name_licence(self, card: Path) -> None:
+        """Name the licence in the card that the result has; else in one that says nothing more."""
+        if not card.exists():
+            card.write_text("Made with Twofold; the licence is that of the original model.\n", encoding="utf-8")
+        metadata_save(card, {**(metadata_load(card) or {}), **self.licence})
 
     def _is_known_in(self, folder: Path) -> bool:
         """Say whether the tokenizer's own files give the same tokenizer beside this configuration, or beside none."""

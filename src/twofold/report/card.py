@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from twofold.checkpoint.beside import Licence
 from twofold.model.builtin import ALIAS
 from twofold.planning.plan import Plan
 from twofold.report.formats import count
@@ -97,16 +98,19 @@ def _limits(run: Run) -> list[str]:
     return ["\n".join(f"- {sentence}" for sentence in words)]
 
 
-def files_and_licence(carried: list[str], licence: dict[str, str]) -> list[str]:
+def files_and_licence(carried: list[str], licence: Licence) -> list[str]:
     """Tell, in a card, the licence of the original and which files of it stand beside the weights."""
     said = []
     if licence:
-        name = licence.get("license_name") or licence["license"]
-        place = f" ({_words(licence['license_link'])})" if "license_link" in licence else ""
-        said.append(f"The licence of the original is {_words(name)}{place}.")
+        name, place = _several(licence.get("license_name") or licence["license"]), licence.get("license_link")
+        said.append(f"The licence of the original is {name}{f' ({_several(place)})' if place else ''}.")
     if carried:
         said.append(f"Carried along from the original as they are: {', '.join(map(_words, carried))}.")
     return ["## Files and licence", " ".join(said)] if said else []
+
+
+def _several(value: str | list[str]) -> str:
+    return _words(value if isinstance(value, str) else ", ".join(value))
 
 
 def _auto_class(folder: Path, run: Run) -> str:

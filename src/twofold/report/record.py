@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pydantic
 
+from twofold.checkpoint.beside import Licence
 from twofold.host.clock import Machine
 from twofold.recipe import Recipe
 from twofold.refine import Refined
@@ -67,7 +68,7 @@ class Run(pydantic.BaseModel, extra="forbid"):
     peak_memory: int = 0  # bytes, resident
     notes: list[str] = []
     carried: list[str] = []  # files of the original that stand beside the weights as they were
-    licence: dict[str, str] = {}  # of the original: what its card says, or the file that holds it
+    licence: Licence = {}  # of the original: what its card says, or the file that holds it
 
 
 class Probe(pydantic.BaseModel, extra="forbid"):

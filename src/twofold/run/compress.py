@@ -68,7 +68,7 @@ def compress(
         opened = open_for(recipe, quiet=quiet)
     loaded = opened.loaded
     recipe = fit_window(recipe, loaded, quiet=quiet)
-    check_apart(out, loaded.source, _files_read(recipe, moments))
+    check_apart(out, [loaded.source], _files_read(recipe, moments))
     companions = Companions.of(loaded)
     sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None
     evaluation = sizing.evaluation if sizing is not None else None

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from twofold.checkpoint.plugin import attach
@@ -26,7 +27,8 @@ from twofold.report.record import Sample
 from twofold.task import Samples, Task
 from twofold.task.causal_lm import writes_text
 from twofold.task.output.quality import Predict
-from twofold.task.text.answers import answer, prompt_ids
+from twofold.task.text.answers import answer
+from twofold.task.text.special import prompt_ids
 
 SAMPLE_TOKENS = 32
 QUESTION = "What is the capital of France, and why is it famous?"
@@ -76,23 +78,24 @@ class InMemory(_Way):
         model, tokenizer = self.prepared.loaded.model, self.prepared.loaded.tokenizer
         if tokenizer is None or not writes_text(model):
             return []
-        prompts = [(text, text) for text in BEGINNINGS]
+        prompts = [(text, text, False) for text in BEGINNINGS]
         if getattr(tokenizer, "chat_template", None):
             turn = [{"role": "user", "content": QUESTION}]
             with suppress(Exception):  # a template is data, and may refuse anything
-                prompts[0] = (QUESTION, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+                text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+                prompts[0] = (QUESTION, text, True)
         samples = []
-        for prompt, text in prompts:
+        for prompt, text, rendered in prompts:
             try:
-                check_ids(prompt_ids(tokenizer, text), self.prepared.loaded)
+                ids = prompt_ids(tokenizer, text, rendered=rendered)
+                check_ids(torch.tensor(ids), self.prepared.loaded)
             except TwofoldError as error:
                 self.prepared.plan.notes.append(f"no sample answer to {prompt!r}: {error}")
                 continue
             with dense_again(model, self.replaced):
-                before = answer(model, tokenizer, text, SAMPLE_TOKENS)
-            samples.append(
-                Sample(prompt=prompt, original=before, factored=answer(model, tokenizer, text, SAMPLE_TOKENS))
-            )
+                before = answer(model, tokenizer, ids, SAMPLE_TOKENS)
+            after = answer(model, tokenizer, ids, SAMPLE_TOKENS)
+            samples.append(Sample(prompt=prompt, original=before, factored=after))
         return samples
 
     def write(self, folder: Path) -> None:

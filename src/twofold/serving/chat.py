@@ -13,7 +13,7 @@ from twofold.host.quiet import first_line
 from twofold.model.generation import answering_generation, generating_plainly
 from twofold.model.load import LoadedModel, check_ids, load_model, need_tokenizer, window_limit
 from twofold.task.causal_lm import need_writer
-from twofold.task.text.special import encode
+from twofold.task.text.special import prompt_ids
 
 HELP = "Write a line. /clear forgets what was said, /exit or Ctrl-D ends."
 
@@ -85,7 +85,7 @@ class Conversation:
                 ) from error
         else:
             text = "".join(turn["content"] for turn in turns)
-            encoded = {"input_ids": torch.tensor([encode(self.tokenizer, text, special=True)], dtype=torch.int64)}
+            encoded = {"input_ids": torch.tensor([prompt_ids(self.tokenizer, text)], dtype=torch.int64)}
         ids: torch.Tensor = encoded["input_ids"].to(self.loaded.model.device)
         if not ids.numel():
             raise TwofoldError(

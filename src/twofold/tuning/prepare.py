@@ -97,14 +97,15 @@ def name_the_end(tokenizer: Any, model: Any) -> list[str]:
     if tokenizer.eos_token_id is not None:
         return []
     end = end_id(tokenizer, model)
-    word = None if end is None else tokenizer.convert_ids_to_tokens(end)
-    if word is None:
+    if end is None:
         return [
-            "neither the tokenizer nor config.json names an end token, so rows that no chat template renders end without one, "
-            "and the model does not learn where an answer ends"
+            "neither the tokenizer nor config.json names an end token that both know, so rows that no chat template renders end "
+            "without one, and the model does not learn where an answer ends"
         ]
-    tokenizer.eos_token = word
-    return [f"the tokenizer names no end token, so rows end with the one of the model's configuration, {word}"]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return [
+        f"the tokenizer names no end token, so rows end with the one of the model's configuration, {tokenizer.eos_token}"
+    ]
 
 
 def summary(rows: Rows, examples: Examples) -> str:

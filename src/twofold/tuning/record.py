@@ -11,6 +11,7 @@ import pydantic
 from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 
+from twofold.checkpoint.beside import Licence
 from twofold.host.clock import Machine
 from twofold.report.card import files_and_licence
 from twofold.report.printed import COLOURS, on_paper
@@ -58,7 +59,7 @@ class TuneRun(pydantic.BaseModel, extra="forbid"):
     estimated_memory: int = 0
     notes: list[str] = []
     carried: list[str] = []  # files of the base model that stand beside the weights as they were
-    licence: dict[str, str] = {}  # of the base model: what its card says, or the file that holds it
+    licence: Licence = {}  # of the base model: what its card says, or the file that holds it
 
 
 def draw_curve(run: TuneRun, path: Path) -> None:

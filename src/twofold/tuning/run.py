@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback
 from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from twofold.checkpoint.beside import ADAPTER, WHOLE
 from twofold.errors import TwofoldError
@@ -104,7 +104,7 @@ def tune(
     with watch.stage("load"), quiet_libraries():
         how = settings.model_dump(include={"dtype", "device", "trust_remote_code", "dequantize"})
         loaded = load_model(settings.model, **how)
-        check_apart(out, loaded.source, [file for source in settings.data for file in data_files(source)])
+        check_apart(out, [loaded.source], [file for source in settings.data for file in data_files(source)])
         base = loaded.shards.hash("") if loaded.shards is not None else ""
     about = f"{__version__} {settings.model_dump_json()} {prepared.examples.sha256} {base}"
     with working(out, settings.model) as work:
@@ -137,13 +137,16 @@ class _Tuning:
 
     def run(self, out: Path, overwrite: bool) -> TuneRun:
         model, notes = self.loaded.model, self.prepared.notes
-        before = self._answers(model, notes)
+        prompts = held_out_prompts(self.examples)
+        before = self._answers(model, prompts, notes)
         # Checkpoints hold how the model generates, and transformers writes no settings that it would not take.
         with generating_plainly(model):
             method, trainer, resume, first = self._train()
         record = self._record(method, trainer, resume, first)
-        after = self._answers(method.model, record.notes) if before else {}
-        record.samples = [Sample(prompt=p, original=b, factored=after[p]) for p, b in before.items() if p in after]
+        after = self._answers(method.model, prompts, record.notes) if before else []
+        texts = (self.loaded.tokenizer.decode(prompt) for prompt in prompts)
+        said = zip(texts, before, after, strict=False)  # none where the answers failed
+        record.samples = [Sample(prompt=text, original=first, factored=then) for text, first, then in said]
         with staged_folder(out, overwrite) as folder:
             with self.watch.stage("write"), quiet_libraries():
                 save(method, self.loaded, folder)
@@ -176,13 +179,11 @@ class _Tuning:
             self.bar.end()
         return method, trainer, resume, first
 
-    def _answers(self, model: Any, notes: list[str]) -> dict[str, str]:
-        """Return what a model answers to some held-out prompts; none where it can't, with a note."""
-        said: dict[str, str] = {}
+    def _answers(self, model: Any, prompts: list[list[int]], notes: list[str]) -> list[str]:
+        """Return what a model answers to prompts; none where it can't, with a note."""
         with decorating("sample answers", notes):
-            prompts = held_out_prompts(self.examples, self.loaded.tokenizer)
-            said |= zip(prompts, answers(model, self.loaded.tokenizer, prompts), strict=True)
-        return said
+            return answers(model, self.loaded.tokenizer, prompts)
+        return []
 
     def _trainer(self, method: Method) -> RowTrainer:
         settings, examples = self.settings, self.examples
@@ -220,9 +221,7 @@ class _Tuning:
             disable_tqdm=True,
             report_to=[],
         )
-        # Its own copy, which pads with an id that the model has: that id is written into config.json, too.
-        tokenizer = deepcopy(self.loaded.tokenizer)
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id(tokenizer, self.loaded.model))
+        tokenizer = self.loaded.tokenizer
         callbacks: list[Any] = [*method.callbacks]
         if settings.patience:
             callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
@@ -232,6 +231,10 @@ class _Tuning:
             train_dataset=self.prepared.windows,
             eval_dataset=as_dataset(examples.held_out) if measured else None,
             processing_class=tokenizer,
+            # A collator of ours: TRL's own needs a word to pad with, and writes it into the model's configuration.
+            data_collator=DataCollatorForLanguageModeling(
+                pad_token_id=pad_id(tokenizer, self.loaded.model), padding_free=settings.packing
+            ),
             callbacks=callbacks,
             held_out=examples.held_out,
             watch=Watch(self.bar, method.model),

@@ -12,14 +12,14 @@ from twofold.tuning.tokens import IGNORED, Examples
 COUNT, TOKENS, LONGEST = 2, 48, 256
 
 
-def held_out_prompts(examples: Examples, tokenizer: Any) -> list[str]:
-    """Return the texts before the first answer of a few short held-out rows; none of rows that are all answer."""
+def held_out_prompts(examples: Examples) -> list[list[int]]:
+    """Return the tokens before the first answer of a few short held-out rows; none of rows that are all answer."""
     rows = ((row, next((i for i, label in enumerate(row.labels) if label != IGNORED), 0)) for row in examples.held_out)
-    prompts = (tokenizer.decode(row.input_ids[:start]) for row, start in rows if 0 < start <= LONGEST)
+    prompts = (row.input_ids[:start] for row, start in rows if 0 < start <= LONGEST)
     return list(islice(prompts, COUNT))
 
 
-def answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
+def answers(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
     """Return greedy answers."""
     texts = [answer(model, tokenizer, prompt, TOKENS) for prompt in prompts]
     return_memory()

@@ -44,6 +44,7 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, held_out: list[Example], watch: Watch, hooks: list[Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.processing_class = None  # it would write its special tokens into the model's configuration
         fuse_compact_head(self.model)
         ids = torch.tensor([self.train_dataset[0]["input_ids"]], device=self.args.device)
         alone = self.accelerator.num_processes == 1 and not self.aux_loss_enabled

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from twofold.errors import TwofoldError
 from twofold.host.progress import Tick, progress
 from twofold.task.output.curvature import draw
-from twofold.task.text.special import begun, encode, text_prefix
+from twofold.task.text.special import prompt_ids, text_prefix
 
 MOST_ROWS = 64  # sequences that are sampled together
 CACHE_BYTES = 1_500_000_000  # their keys and values take at most this much
@@ -51,7 +51,7 @@ def beginnings(tokenizer: Any, kind: str = "both", size: int | None = None) -> l
         return [plain]
     chat = user_turn_prefix(tokenizer)
     if chat:
-        turn = begun(encode(tokenizer, chat), prefix)
+        turn = prompt_ids(tokenizer, chat)
         return [turn] if kind == "chat" else [plain, turn]
     if kind == "chat":
         raise TwofoldError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -68,6 +69,21 @@ def begun(ids: Iterable[int], prefix: list[int]) -> list[int]:
     return [*prefix, *ids]
 
 
+def prompt_ids(tokenizer: Any, text: str, *, rendered: bool = False) -> list[int]:
+    """Return the token ids of a text that a model is to go on with.
+
+    It begins as the tokenizer begins texts, once, and ends as it stands: what the tokenizer puts behind a text would end it.
+
+    Args:
+        rendered: by a chat template, which writes what it begins with itself.
+
+    Raises:
+        TwofoldError: if the tokenizer fails on it.
+    """
+    ids = encode(tokenizer, text)
+    return ids if rendered else begun(ids, text_prefix(tokenizer))
+
+
 def in_words(tokenizer: Any, ids: list[int]) -> str:
     """Return special tokens as they are written."""
     return "".join(map(str, tokenizer.convert_ids_to_tokens(ids))) if ids else ""
@@ -99,16 +115,26 @@ def cut_windows(ids: list[int], window: int, prefix: list[int]) -> Tensor:  # (w
 
 
 def end_id(tokenizer: Any, model: Any) -> int | None:
-    """Return the id that ends a text: the tokenizer's, or else the first that the model stops at; None if neither names one."""
-    own = getattr(tokenizer, "eos_token_id", None)
+    """Return the id that ends a text: the tokenizer's, or else the first that the model stops at; None if none can be used."""
     stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = [own, *(stops if isinstance(stops, list) else [stops])]
-    size = vocabulary_size(model)
-    return next((token for token in named if token is not None and (size is None or 0 <= token < size)), own)
+    named = [getattr(tokenizer, "eos_token_id", None), *(stops if isinstance(stops, list) else [stops])]
+    return _first_known(named, tokenizer, model)
 
 
 def pad_id(tokenizer: Any, model: Any) -> int:
-    """Return an id of the model's table to pad with: the tokenizer's, or else its end token's, or 0. What is padded is masked."""
+    """Return the id to pad with: the tokenizer's, or else that of the end, or the first of all. What is padded is masked."""
+    named = chain(
+        (getattr(tokenizer, "pad_token_id", None), end_id(tokenizer, model)), range(vocabulary_size(model) or 0)
+    )
+    return _first_known(named, tokenizer, model) or 0
+
+
+def _first_known(ids: Iterable[int | None], tokenizer: Any, model: Any) -> int | None:
+    """Return the first id that the model has a row for, and the tokenizer, if there is one, a word."""
     size = vocabulary_size(model)
-    named = (getattr(tokenizer, "pad_token_id", None), end_id(tokenizer, model))
-    return next((token for token in named if token is not None and (size is None or 0 <= token < size)), 0)
+
+    def known(token: int) -> bool:
+        inside = token >= 0 and (size is None or token < size)
+        return inside and (tokenizer is None or tokenizer.convert_ids_to_tokens(token) is not None)
+
+    return next((token for token in ids if token is not None and known(token)), None)
