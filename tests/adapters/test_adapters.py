@@ -301,6 +301,17 @@ def test_extracting_does_not_replace_what_it_reads(tmp_path: Path) -> None:
     assert (base / "model.safetensors").is_file() and (tuned / "model.safetensors").is_file()
 
 
+def test_merging_does_not_write_into_what_it_reads(tmp_path: Path) -> None:
+    base, adapter = save(make_model(), tmp_path / "base"), tmp_path / "adapter"
+    get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(adapter)
+    (adapter / "run.json").write_text(json.dumps({"kind": "tune"}))
+    before = sorted(path.name for path in adapter.iterdir())
+    for out in (base / "x", adapter, adapter / "x", adapter / "x" / "y", tmp_path):
+        with pytest.raises(TwofoldError, match="output folder"):
+            merge(str(base), str(adapter), out, overwrite=True)
+    assert sorted(path.name for path in adapter.iterdir()) == before
+
+
 def test_dora_is_merged_alone_and_one_adapter_is_of_plain_lora(tmp_path: Path) -> None:
     base = str(save(make_model(), tmp_path / "base"))
     kinds: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import twofold
 from conftest import make_model
-from twofold.checkpoint.beside import base_licence, files_beside
+from twofold.checkpoint.beside import (
+    ADAPTER,
+    LICENCE,
+    MODEL,
+    PATTERNS,
+    TOKENIZER,
+    WHOLE,
+    base_licence,
+    files_beside,
+)
 from twofold.errors import TwofoldError
 from twofold.exports.export import export
 from twofold.factor import verify as verify_module
@@ -23,6 +33,7 @@ from twofold.model.load import load_model
 from twofold.model.written import Companions, save_model, write_generation
 from twofold.report.record import Run
 from twofold.task.text.answers import answer
+from twofold.task.text.special import prompt_ids
 
 CARRIED = {
     "LICENSE": "all rights", "NOTICE.txt": "notice", "USE_POLICY.md": "policy", "COPYING": "copying", "licence.pdf": "%PDF",
@@ -140,6 +151,7 @@ def test_all_commands_carry_a_licence_and_the_tokenizer_as_it_is(checkpoint, tex
     tokenizer = (checkpoint / "tokenizer.json").read_bytes()
     for name in ("small", "dense", "portable", "adapter", "full", "merged", "extracted"):
         assert (tmp_path / name / "LICENSE").read_text() == "all rights", name
+        assert "license: other" in (tmp_path / name / "README.md").read_text().split("---")[1], name
         has_tokenizer, whole = name != "extracted", name not in ("extracted", "adapter")
         assert (tmp_path / name / "tokenizer.json").exists() == has_tokenizer, name
         assert not has_tokenizer or (tmp_path / name / "tokenizer.json").read_bytes() == tokenizer, name
@@ -177,7 +189,8 @@ def test_no_settings_of_generation_can_stop_an_answer_or_a_write(held, checkpoin
     path.write_text(settings if isinstance(settings, str) else json.dumps(settings))
     loaded, out = load_model(str(checkpoint)), tmp_path / "out"
     own = loaded.model.generation_config
-    assert answer(loaded.model, tokenizer, "the castle", 12) == answer(make_model(), tokenizer, "the castle", 12)
+    ids = prompt_ids(tokenizer, "the castle")
+    assert answer(loaded.model, tokenizer, ids, 12) == answer(make_model(), tokenizer, ids, 12)
     assert loaded.model.generation_config is own
     companions = Companions.of(loaded)
     save_model(loaded.model, out)
@@ -318,11 +331,71 @@ def test_links_pickles_and_paths_that_lead_away_are_left_out(tmp_path: Path) -> 
         "more.py",
     }
     assert found.left.keys() == {"LICENSE", "2_Dense/pytorch_model.bin"} and "outside" in found.left["LICENSE"]
-    assert base_licence(folder) == {"license": "other", "license_link": "LICENSE"}
-    put(folder, {"README.md": "---\nlicense: other\nlicense_name: qwen-research\nlicense_link: [1]\n---\n"})
-    assert base_licence(folder) == {"license": "other", "license_name": "qwen-research"}
-    put(folder, {"README.md": "---\nlicense: !!python/object/apply:os.system ['true']\n---\n"})
-    assert base_licence(folder)["license_link"] == "LICENSE"
+
+
+A_FILE = {"license": "other", "license_link": "LICENSE"}
+
+
+@pytest.mark.parametrize(
+    ("card", "licence", "said"),
+    [
+        ("# The original", A_FILE, ""),
+        ("---\ntags: [a]\n---\n", A_FILE, ""),
+        ("\ufeff---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}, ""),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", {"license": ["mit", "apache-2.0"]}, ""),
+        (
+            "---\nlicense: other\nlicense_name: qwen-research\nlicense_link: [1]\n---\n",
+            {"license": "other", "license_name": "qwen-research"},
+            "can't be read, in license_link",
+        ),
+        ("---\nlicense: !!python/object/apply:os.system ['true']\n---\n", A_FILE, "can't be read"),
+        ("---\nlicense: mit\nbad: [\n---\n", A_FILE, "can't be read"),
+        ("---\nlicense: {a: 1}\n---\n", A_FILE, "can't be read, in license"),
+    ],
+)
+def test_what_a_card_says_of_the_licence_is_kept_or_named(card, licence, said, tmp_path):
+    put(tmp_path, {"LICENSE": "all rights", "README.md": card})
+    found, notes = base_licence(tmp_path)
+    assert found == licence and [said in note for note in notes] == [True] * bool(said)
+
+
+LICENCES = (
+    "LICENSE", "MODEL_LICENSE", "Model_License.txt", "Llama-3-LICENSE.txt", "llama-license.md", "UNLICENSE", "ModelLicence.pdf",
+    "EULA.txt", "gemma_terms.md", "Community License for Baichuan2 Model.pdf", "LICENSES/MIT.txt", "license/any.html",
+    "README_LICENSE.md", "third-party notices.txt", "Acceptable_Use_Policy.md",
+)  # fmt: skip
+NO_LICENCES = (
+    "license.py",
+    "license.safetensors",
+    "MODEL_LICENSE.bin",
+    "license_plates.jsonl",
+    "LICENSES/check.py",
+    "museum.txt",
+)
+
+
+def test_a_licence_is_carried_whatever_its_name_but_no_code_or_weights(tmp_path):
+    put(tmp_path, dict.fromkeys((*LICENCES, *NO_LICENCES), "x"))
+    for kinds in (WHOLE, ADAPTER):
+        found = files_beside(tmp_path, kinds)
+        assert set(found.carried) == set(LICENCES)
+        assert kinds == ADAPTER or found.left.keys() == set(NO_LICENCES)
+    patterns = [path for path in LICENCES if any(fnmatch(path, pattern) for pattern in PATTERNS)]
+    assert patterns == list(LICENCES), "all are fetched from the hub"
+
+
+def test_records_of_ours_are_no_loss_and_those_of_others_are_named(tmp_path):
+    records = {"plan.json": "{}", "run.json": "{}", "report.html": "", "README.md": ""}
+    put(tmp_path, records)
+    assert files_beside(tmp_path).left.keys() == records.keys()
+    put(tmp_path, {"config.json": "{}"})  # now it is a factored checkpoint
+    assert files_beside(tmp_path).left.keys() == {"README.md"}
+
+
+def test_a_form_without_the_code_names_what_it_drops(tmp_path):
+    put(tmp_path, {"custom_generate/generate.py": "", "preprocessor_config.json": "{}"})
+    found = files_beside(tmp_path, (LICENCE, TOKENIZER, MODEL))
+    assert found.carried.keys() == {"preprocessor_config.json"} and found.left.keys() == {"custom_generate/generate.py"}
 
 
 def test_a_configuration_that_can_not_be_written_is_refused_before_the_work(checkpoint, text_file, tmp_path):

@@ -458,7 +458,7 @@ def test_the_output_never_takes_the_place_of_what_is_read(run, checkpoint, text_
         run("compress", checkpoint, "--calibration", text_file, *common, "--out", checkpoint), "which this run reads"
     )
     inside = run("compress", checkpoint, "--calibration", text_file, *common, "--out", checkpoint / "small")
-    refused(inside, "lies in the model's own folder")
+    refused(inside, f"lies in {checkpoint}, which this run reads")
     text = checkpoint.parent / "data"
     text.mkdir()
     for name in ("config.json", "plan.json", "run.json"):

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 import twofold
 import twofold.cli
-from conftest import TEXT
+from conftest import TEXT, make_model
 from twofold.cli.streams import CUT_OFF, give_streams
 from twofold.host.cache import cache_folder
 from twofold.host.files import lock_of, make_folder, write_text
@@ -184,11 +185,13 @@ def test_an_encoding_without_our_letters_replaces_them(monkeypatch):
     assert written.getvalue() == b"80 ? 32 ?\n"
 
 
-@pytest.mark.parametrize("how", [["--json"], []])
+@pytest.mark.parametrize(
+    "how", [["inspect", "{model}", "--json"], ["inspect", "{model}"], ["compress", "--help"], ["--help"]]
+)
 def test_output_that_nobody_reads_ends_the_command_quietly(how, checkpoint, tmp_path, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setattr(sys, "argv", ["twofold", "inspect", str(checkpoint), *how])
+    monkeypatch.setattr(sys, "argv", ["twofold", *(word.format(model=checkpoint) for word in how)])
     with open(writer, "w") as out, (tmp_path / "said").open("w") as said:  # noqa: PTH123
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", said)
@@ -196,6 +199,34 @@ def test_output_that_nobody_reads_ends_the_command_quietly(how, checkpoint, tmp_
             twofold.cli.main()
         monkeypatch.undo()
     assert stopped.value.code == CUT_OFF and (tmp_path / "said").read_text() == ""
+
+
+@pytest.mark.parametrize("through", [True, False])
+@pytest.mark.parametrize("command", [("inspect", "{model}"), ("compress", "--help"), COMMANDS["merge"]])
+def test_a_standard_output_that_takes_nothing_is_told_with_the_place_of_the_result(
+    command, through, run, checkpoint, tmp_path, monkeypatch
+):
+    model, adapter = make_model(), tmp_path / "adapter"
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(adapter)
+    command = [adapter if number == 2 and command[0] == "merge" else word for number, word in enumerate(command)]
+    with open("/dev/full", "wb", buffering=0) as full:  # noqa: PTH123
+        out = io.TextIOWrapper(full if through else io.BufferedWriter(full), write_through=through)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", out)
+            result = run(*command)
+    refused(result, "the standard output can't be written (No space left on device)")
+    assert command[0] != "merge" or f"look into {tmp_path / 'out'} for the result" in result[2]
+    assert command[0] != "merge" or (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_place_that_the_environment_names_is_told_by_its_variable(run, tmp_path, monkeypatch):
+    def missing(*args: object, **kwargs: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(tmp_path / "none" / "kernels"))
+
+    monkeypatch.setattr("twofold.inspect", missing)
+    assert run("inspect", "{model}")[0] == 1, "a file that is missing may be our fault"
+    monkeypatch.setenv("SOME_LIBRARYS_CACHE", str(tmp_path / "none"))
+    refused(run("inspect", "{model}"), "SOME_LIBRARYS_CACHE names it")
 
 
 def test_an_empty_text_is_told_before_the_window(run, tmp_path):

@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import twofold
 import twofold.cli
 from conftest import TEXT, VOCABULARY, make_model, make_tokenizer
-from twofold.model.load import load_model, load_skeleton, load_tokenizer
-from twofold.task.text.special import end_id, pad_id
+from twofold.exports.compare import prompts as export_prompts
+from twofold.model.load import LoadedModel, load_model, load_skeleton, load_tokenizer
+from twofold.serving.chat import Conversation
+from twofold.task.text.special import end_id, pad_id, prompt_ids
 from twofold.tuning.prepare import name_the_end
 from twofold.tuning.rows import Row
-from twofold.tuning.tokens import encode
+from twofold.tuning.samples import held_out_prompts
+from twofold.tuning.tokens import Examples, encode
 
 CHATML = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<eos>' }}{% endfor %}"
@@ -85,11 +89,22 @@ def edited(**settings: object) -> Callable[[Path], None]:
     return write
 
 
-def several_ends(folder: Path) -> None:
-    lacking("eos_token")(folder)
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [257, 300]}))
+def ends(*ids: int, lack: tuple[str, ...] = ("eos_token",)) -> Callable[[Path], None]:
+    """Let only the model's configuration name what ends a text."""
+
+    def write(folder: Path) -> None:
+        lacking(*lack)(folder)
+        for name in ("generation_config.json", "config.json"):
+            path = folder / name
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": list(ids)}))
+
+    return write
+
+
+def has_code_of_its_own(folder: Path) -> None:
+    settings = {"tokenizer_class": "MineTokenizer", "auto_map": {"AutoTokenizer": ["mine.MineTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "mine.py").write_text("raise SystemError('nobody has asked to run this')")
 
 
 def needs_sentencepiece(folder: Path) -> None:
@@ -108,7 +123,8 @@ TOKENIZERS: dict[str, Callable[[Path], None]] = {
     "no begin": lacking("bos_token"),
     "no special tokens": lacking("bos_token", "eos_token", "pad_token"),
     "pad is the end": changed(lambda tokenizer: setattr(tokenizer, "pad_token", "<eos>")),
-    "several ends": several_ends,
+    "several ends": ends(257, 300),
+    "an end without a word": ends(263, lack=("eos_token", "pad_token")),
     "pad beyond": changed(beyond("pad_token")),
     "end beyond": changed(beyond("eos_token")),
     "begin beyond": changed(beyond("bos_token")),
@@ -126,12 +142,14 @@ TOKENIZERS: dict[str, Callable[[Path], None]] = {
     "no unknown token": lambda folder: knows_nothing(folder, None),
     "sentencepiece": needs_sentencepiece,
     "unknown class": edited(tokenizer_class="NoSuchTokenizer"),
+    "own code": has_code_of_its_own,
     "broken": broken,
     "none": lambda folder: None,
 }
 NO_TOKENIZER = {
     "none": "has no tokenizer (its folder has no tokenizer.json",
     "sentencepiece": "pip install sentencepiece",
+    "own code": "has code of its own; look at its *.py files, and run them by --trust-remote-code",
     "broken": "has no tokenizer",
 }
 CANNOT = NO_TOKENIZER | {"no unknown token": "the tokenizer can't encode a text"}
@@ -156,7 +174,8 @@ TRIED = {  # where a run takes a second or more, those that its own steps differ
     "plan": ["begin beyond", "texts begin and end", "tiny model_max_length", "all unknown", "no unknown token", "none"],
     "compress": ["template with a token beyond", "no special tokens", "none"],
     "compare": ["texts begin and end", "no unknown token"],
-    "tune": ["no special tokens", "several ends", "pad beyond", "end beyond", "texts begin and end", "all unknown",
+    "tune": ["no special tokens", "several ends", "an end without a word", "own code", "pad beyond", "end beyond",
+             "texts begin and end", "all unknown",
              "no unknown token", "tiny model_max_length", "sentencepiece"],
     "tune rows with a token beyond": ["pad beyond"],
 }  # fmt: skip
@@ -245,17 +264,37 @@ def test_what_is_not_done_for_a_lack_is_said(folders: dict[str, Path], tmp_path:
         ("no special tokens", 257, 257),
         ("pad is the end", 257, 257),
         ("several ends", 258, 257),
+        ("an end without a word", 0, None),
         ("pad beyond", 257, 257),
         ("end beyond", 258, 257),
         ("none", 257, 257),
     ],
 )
-def test_one_place_says_which_id_pads_and_which_ends(name: str, pads: int, ends: int, folders: dict[str, Path]) -> None:
+def test_one_place_says_which_id_pads_and_which_ends(
+    name: str, pads: int, ends: int | None, folders: dict[str, Path]
+) -> None:
     model = load_skeleton(str(folders[name])).model
     tokenizer = None if name == "none" else load_tokenizer(str(folders[name]))
     assert (pad_id(tokenizer, model), end_id(tokenizer, model)) == (pads, ends)
     model.generation_config.eos_token_id = None
     assert pad_id(tokenizer, model) < VOCABULARY, "some id of the table, whatever is missing"
+
+
+@pytest.mark.parametrize("post", ["$A", "<bos> $A", "<bos> $A <eos>", "$A <eos>"])
+def test_what_is_gone_on_with_begins_as_texts_do_and_does_not_end(post: str) -> None:
+    tokenizer = make_tokenizer()
+    special = [("<bos>", 256), ("<eos>", 257)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single=post, special_tokens=special)
+    begin, letters = [256] * post.startswith("<bos>"), tokenizer("ab", add_special_tokens=False)["input_ids"]
+    loaded = LoadedModel(make_model(), tokenizer, "tiny", None, torch.float32)
+    assert prompt_ids(tokenizer, "ab") == prompt_ids(tokenizer, "<bos>" * len(begin) + "ab") == [*begin, *letters]
+    assert prompt_ids(tokenizer, "ab", rendered=True) == letters
+    talk = Conversation(loaded, None, 4, 0.0)
+    assert talk._ids([{"role": "user", "content": "ab"}]).tolist() == [[*begin, *letters]]
+    assert all(257 not in ids and ids[0, : len(begin)].tolist() == begin for ids in export_prompts(loaded))
+    row = encode(Row("1", prompt="ab", completion="c"), tokenizer)
+    (sampled,) = held_out_prompts(Examples([row], [row]))
+    assert sampled == [*begin, *letters], "sample answers begin as what was learnt"
 
 
 def test_rows_end_with_the_end_that_the_configuration_names(folders: dict[str, Path]) -> None:

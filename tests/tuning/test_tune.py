@@ -113,6 +113,24 @@ def test_what_is_written_is_what_was_trained(model: str, method: str, place: Pat
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_configuration_of_the_base_is_kept(packing: bool, tmp_path: Path) -> None:
+    """The tokenizer ends, begins and pads otherwise; what the rows are padded with is no matter of the model."""
+    model, tokenizer = make_model(), make_tokenizer()
+    model.config.pad_token_id, model.generation_config.pad_token_id = None, 7
+    tokenizer.bos_token = tokenizer.pad_token = "!"
+    tokenizer.eos_token = "?"
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run(tmp_path, tmp_path / "out", method="full", steps=1, save_every=1, evaluate_every=1, packing=packing)
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("dense", "out"))
+    assert {**after, "use_cache": before["use_cache"]} == before
+    before, after = ((tmp_path / name / "generation_config.json").read_bytes() for name in ("dense", "out"))
+    assert after == before
+
+
+@pytest.mark.long
 def test_packed_rows_do_not_see_each_other(place: Path, tmp_path: Path) -> None:
     examples = [Example([5, 6, 7, 8], [5, 6, 7, 8]), Example([9, 10, 11], [-100, 10, 11]), Example([1, 2], [1, 2])]
     windows = packed(examples, 7)

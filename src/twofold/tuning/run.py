@@ -213,7 +213,6 @@ class _Tuning:
             seed=settings.seed,
             data_seed=settings.seed,
             max_length=None,
-            padding_free=settings.packing,
             bf16=False,
             gradient_checkpointing=settings.gradient_checkpointing,
             use_cpu=self.loaded.model.device.type == "cpu",
