@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,6 @@ from typing import Any
 import huggingface_hub
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from twofold.checkpoint.beside import PATTERNS
 from twofold.checkpoint.loaded import check_missing, check_shape
@@ -39,9 +37,8 @@ from twofold.model.stored import Stored, check_depth_of_files, check_fit, find_s
 from twofold.model.streamed import Resident, Streamed
 from twofold.model.target import Targets, UnusedTensor
 from twofold.model.ties import part_by_files
+from twofold.model.tokenizer import OWN_CODE, needs_trust, read_tokenizer
 from twofold.model.weights import find_targets
-
-OWN_CODE = "has code of its own; look at its *.py files, and run them by `trust_remote_code`"
 
 
 @dataclass
@@ -140,7 +137,7 @@ def load_model(
     stored.notes += notes
     model = model.to(torch_device).eval()
     check_finite_weights(model, name)
-    tokenizer, reason = _tokenizer(source, where)
+    tokenizer, reason = read_tokenizer(source, where)
     fetch = partial(_download, name, revision, PATTERNS) if folder is None and "gguf_file" not in where else None
     return LoadedModel(
         model, tokenizer, name, folder, kept or compute, reason,
@@ -162,40 +159,11 @@ def _match(model: Any, shards: Shards, name: str) -> Stored:
 
 def _readable(name: str, what: str = "read") -> AbstractContextManager[None]:
     def words(error: Exception) -> str:
-        if _needs_trust(error):
+        if needs_trust(error):
             return f"the model {name} {OWN_CODE}"
         return f"the model {name} can't be {what}: {first_line(error)}"
 
     return errors_in_words(words)
-
-
-def _needs_trust(error: Exception) -> bool:
-    """Tell whether transformers failed because it may not run the code of a checkpoint."""
-    return "trust_remote_code=True" in str(error)
-
-
-def _tokenizer(source: str | Path, where: dict[str, Any]) -> tuple[Any, str]:
-    """Load the tokenizer of a model; None and the reason if there is none."""
-    try:
-        with quiet_bars():
-            return AutoTokenizer.from_pretrained(source, **where), ""
-    except Exception as error:  # a model of another modality has none; who needs it says so
-        return None, _why_none(Path(source), error)
-
-
-def _why_none(folder: Path, error: Exception) -> str:
-    """Say why a folder gives no tokenizer; what transformers tries last says little of what it lacks."""
-    if _needs_trust(error):
-        return f"it {OWN_CODE}"
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"tokenizer.json"}
-    pieces = sorted(name for name in names if name.endswith(".model"))
-    if "tokenizer.json" not in names and pieces and importlib.util.find_spec("sentencepiece") is None:
-        return f"{pieces[0]} needs a library that is not installed: pip install sentencepiece"
-    if not any(
-        name.endswith((".model", ".tiktoken")) or name.startswith(("tokenizer.json", "vocab")) for name in names
-    ):
-        return "its folder has no tokenizer.json, and no vocabulary to make one of"
-    return first_line(error)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -205,7 +173,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         TwofoldError: if there is no such model, or it has none.
     """
     source, where, folder = locate(name, None, trust_remote_code)
-    tokenizer, reason = _tokenizer(source, where)
+    tokenizer, reason = read_tokenizer(source, where)
     return need_tokenizer(LoadedModel(None, tokenizer, name, folder, torch.float32, reason))
 
 
@@ -235,7 +203,7 @@ def load_streamed(settings: Loading, chain: Chain) -> LoadedModel:
                 model.generation_config = stored_generation(source, where, config)[0]
     part_by_files(model, stored, shards)
     residence = Streamed(model, shards, stored, chain, dtype, device)
-    tokenizer, reason = _tokenizer(source, where)
+    tokenizer, reason = read_tokenizer(source, where)
     return LoadedModel(model, tokenizer, name, folder, kept or dtype, reason, residence, shards, stored)
 
 
