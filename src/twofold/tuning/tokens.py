@@ -6,14 +6,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from itertools import takewhile
+from os.path import commonprefix
 from typing import Any, Literal
 
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.task.text.chat import RefusedRowError, has_template, no_template, render, show
+from twofold.task.text.chat import RefusedRowError, Shown, has_template, no_template, render, show
 from twofold.task.text.row import MEND, Row, Tally, Turn
-from twofold.task.text.special import begun, text_prefix
+from twofold.task.text.special import begun, ended, text_prefix
 from twofold.task.text.special import encode as encode_text
 
 IGNORED = -100  # the label of a token that is not learnt
@@ -26,6 +27,9 @@ class Example:
     input_ids: list[int]
     labels: list[int]
     unshown: tuple[str, ...] = ()  # fields of its turns that the chat template does not show
+    otherwise: int = (
+        0  # answers that are not learnt, since the chat template renders them otherwise before further turns
+    )
 
     @property
     def learnt(self) -> int:
@@ -88,6 +92,7 @@ def encode_rows(
             tally.skip(str(error))
             continue
         tally.unshown.update(example.unshown)
+        tally.otherwise += example.otherwise
         size = len(example.input_ids)
         if size > length:
             too_long.append((row.where, size))
@@ -136,64 +141,73 @@ def encode(
         TwofoldError: if the tokenizer has no chat template, one that does not begin a conversation as it goes on, or one that
             refuses the row.
     """
-    unshown: tuple[str, ...] = ()
     if row.turns:
-        ids, learnt, unshown = _conversation(row, tokenizer, whole=loss == "all")
+        example = _conversation(row, tokenizer, whole=loss == "all")
     else:
         prefix = text_prefix(tokenizer) if prefix is None else prefix
-        ids, learnt = _completion(row, tokenizer, prefix, whole=loss == "all")
-    example = Example(ids, [token if label else IGNORED for token, label in zip(ids, learnt, strict=True)], unshown)
+        example = _completion(row, tokenizer, prefix, whole=loss == "all")
     if not example.learnt:
         raise RefusedRowError(f"{row.where}: nothing of it is learnt, its answer has no tokens")
     return example
 
 
-def _completion(row: Row, tokenizer: Any, prefix: list[int], *, whole: bool) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a prompt and its completion as they stand, with the one that ends a text, and which are learnt.
+def _completion(row: Row, tokenizer: Any, prefix: list[int], *, whole: bool) -> Example:
+    """Return the tokens of a prompt and its completion as they stand, with the one that ends a text.
 
-    What the tokenizer begins a text with stands there once, also where the row was rendered by a template that writes it.
+    What the tokenizer begins and ends a text with stands there once, also where the row was rendered by a template that writes it.
     """
-    end = getattr(tokenizer, "eos_token_id", None)
-    ids = begun(encode_text(tokenizer, row.prompt + row.completion, special=True), prefix)
-    if end is not None and ids[-1:] != [end]:
-        ids.append(end)
+    text = encode_text(tokenizer, row.prompt + row.completion, special=True)
+    ids = ended(begun(text, prefix), getattr(tokenizer, "eos_token_id", None))
     if whole or not row.prompt:
-        return ids, [True] * len(ids)
-    prompt = begun(encode_text(tokenizer, row.prompt, special=True), prefix)
-    if prompt and prompt[-1] == end and getattr(tokenizer, "add_eos_token", False):
-        prompt.pop()
+        return Example(ids, ids)
+    prompt = begun(encode_text(tokenizer, row.prompt), prefix)
     start = _common(prompt, ids)  # a token may reach over the border
-    return ids, [i >= start for i in range(len(ids))]
+    return Example(ids, [IGNORED] * start + ids[start:])
 
 
-def _conversation(row: Row, tokenizer: Any, *, whole: bool) -> tuple[list[int], list[bool], tuple[str, ...]]:
-    """Return the tokens of a conversation by the chat template, which are learnt, and the fields that it does not show.
+def _conversation(row: Row, tokenizer: Any, *, whole: bool) -> Example:
+    """Return the tokens of a conversation by the chat template.
 
     Learnt are the assistant's turns, with what ends them. They are found by rendering the conversation up to each answer: as the
-    model sees it before it answers.
+    model sees it before it answers. An answer that is rendered otherwise before further turns is not learnt.
     """
     if not has_template(tokenizer):
         raise no_template(row)
-
-    def tokens(text: str) -> list[int]:
-        return encode_text(tokenizer, text)
-
     shown = show(row, tokenizer)
-    ids = tokens(shown.text)
-    learnt = [whole] * len(ids)
-    for number, turn in enumerate(row.turns):
-        if _is_learnt(turn, whole=whole) == whole:
-            continue
-        before = tokens(render(row, tokenizer, number, ask=turn.role == "assistant"))
-        after = tokens(render(row, tokenizer, number + 1))
-        start, stop = _common(before, ids), _common(after, ids)
-        if start < len(before) - 1 or stop < len(after) - 1 or stop <= start:
-            raise TwofoldError(
-                f"{row.where}: the chat template renders the beginning of a conversation otherwise than the whole, so the "
-                "answers in it can't be told; learn all of it with `loss=all`, or give one answer a row"
-            )
-        learnt[start:stop] = [not whole] * (stop - start)
-    return ids, learnt, shown.unshown
+    ids = encode_text(tokenizer, shown.text)
+    labels = [*ids] if whole else [IGNORED] * len(ids)
+    marked = [number for number, turn in enumerate(row.turns) if _is_learnt(turn, whole=whole) != whole]
+    told = [number for number in marked if whole or number not in shown.partly]
+    spans = [span for number in told if (span := _span(shown, ids, tokenizer, number))]
+    if marked and not spans or (whole and len(spans) < len(marked)):  # what has the weight 0 must be told
+        raise RefusedRowError(
+            f"{row.where}: the chat template renders the beginning of a conversation otherwise than the whole, so the "
+            "answers in it can't be told; learn all of it with `loss=all`, or give one answer a row"
+        )
+    for start, stop in spans:
+        labels[start:stop] = [IGNORED] * (stop - start) if whole else ids[start:stop]
+    return Example(ids, labels, shown.unshown, len(marked) - len(spans))
+
+
+def _span(shown: Shown, ids: list[int], tokenizer: Any, number: int) -> tuple[int, int] | None:
+    """Return where the tokens of a turn begin and end in those of its conversation; None if they can't be told."""
+    row, turn = shown.row, shown.row.turns[number]
+    asked = render(row, tokenizer, number, ask=turn.role == "assistant")
+    after = shown.text if number + 1 == len(row.turns) else render(row, tokenizer, number + 1)
+    start, stop = (_shared(encode_text(tokenizer, text), ids) for text in (asked, after))
+    if stop is not None and start is None:  # it asks for reasoning (<think>) that this answer does not begin with
+        before = render(row, tokenizer, number)
+        content = shown.text.rfind(turn.content.strip() or shown.text, len(before), len(after))
+        common = len(commonprefix([asked, shown.text]))
+        before += shown.text[len(before) : min(common, content)]
+        start = _shared(encode_text(tokenizer, before), ids)
+    return None if start is None or stop is None or stop <= start else (start, stop)
+
+
+def _shared(beginning: list[int], ids: list[int]) -> int | None:
+    """Return the length of a beginning as it is shared, but for a token that may reach over its end; None if it is another."""
+    shared = _common(beginning, ids)
+    return None if shared < len(beginning) - 1 else shared
 
 
 def _is_learnt(turn: Turn, *, whole: bool) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 from typing import Any
 
 from twofold.errors import TwofoldError
@@ -23,8 +24,10 @@ class RefusedRowError(TwofoldError):
 class Shown:
     """A conversation as a chat template writes it."""
 
+    row: Row  # with the arguments of calls as the template takes them
     text: str
     unshown: tuple[str, ...]  # fields of its turns that are not in it
+    partly: tuple[int, ...] = ()  # places of earlier answers whose reasoning is not in it
 
 
 def no_template(row: Row) -> TwofoldError:
@@ -66,7 +69,7 @@ def show(row: Row, tokenizer: Any) -> Shown:
     Raises:
         RefusedRowError: if the template refuses the row or does not show all of it.
     """
-    text = render(row, tokenizer)
+    row, text = _with_arguments(row, tokenizer)
     marks = _Marks()
     marked = replace(row, turns=marks.turns(row.turns), tools=marks.tools(row.tools))
     try:
@@ -75,19 +78,108 @@ def show(row: Row, tokenizer: Any) -> Shown:
         seen, marks = text, _Words()
         marks.turns(row.turns)
         marks.tools(row.tools)
-    seen, packed = _packed(seen), _packed(text)
+    text = _ending(row, tokenizer, text) or text
+    seen, packed, partly = _packed(seen), _packed(text), []
     missing = [*dict.fromkeys(what for mark, what in marks.needed.items() if _packed(mark) not in seen)]
+    unshown = {what: None for mark, what in marks.wanted.items() if _packed(mark) not in seen}
     for number, turn in enumerate(row.turns, 1):
-        # Some templates write the results of tools as JSON.
-        forms = (turn.content, json.dumps(turn.content, ensure_ascii=False)[1:-1])
-        if _named(number, turn) not in missing and not any(_packed(form) in packed for form in forms):
+        if _named(number, turn) in missing or _holds(packed, turn):
+            continue
+        beginning = replace(row, turns=row.turns[:number])
+        if number < len(row.turns) and _ending(beginning, tokenizer, render(beginning, tokenizer)):
+            partly.append(number - 1)  # it shows the reasoning of the last answer alone
+            unshown["content of earlier answers, in part"] = None
+        else:
             missing.append(f"a part of {_named(number, turn)}")
     if missing:
         raise RefusedRowError(
             f"{row.where}: the chat template leaves out {', '.join(missing[:3])}{' and more' if missing[3:] else ''}, so another "
             "conversation than this one would be read; give the tokenizer a template that shows it, or take it out of the row"
         )
-    return Shown(text, tuple(dict.fromkeys(what for mark, what in marks.wanted.items() if _packed(mark) not in seen)))
+    return Shown(row, text, tuple(unshown), tuple(partly))
+
+
+def _ending(row: Row, tokenizer: Any, text: str) -> str | None:
+    """Return the text of a conversation with all of the answer that it ends with; None if there is none, or not all is shown.
+
+    Some templates ask for reasoning (<think>) and leave that of an answer out, as what comes before does not count for the next
+    one. Then the answer is put as it stands into its place.
+    """
+    last = row.turns[-1]
+    if last.role != "assistant" or _holds(_packed(text), last):
+        return text if last.role == "assistant" else None
+    asked = render(row, tokenizer, len(row.turns) - 1, ask=True)
+    opening = asked[len(commonprefix([asked, text])) :].strip()
+    if not opening or not last.content.lstrip().startswith(opening):
+        return None
+    word = _Marks().word(last)
+    marked = render(replace(row, turns=(*row.turns[:-1], replace(last, content=word))), tokenizer)
+    return marked.replace(word, last.content.strip()) if marked.count(word) == 1 else None
+
+
+def _with_arguments(row: Row, tokenizer: Any) -> tuple[Row, str]:
+    """Return a row with the arguments of calls as a chat template writes them as JSON, and its text.
+
+    Some templates take an object and write it as JSON, others take the text and would write an object in Python's notation. A
+    third kind writes the arguments of an object one by one, in a notation of its own.
+
+    Raises:
+        RefusedRowError: if the template refuses the row, or writes the arguments in neither way.
+    """
+    arguments = [call["function"]["arguments"] for turn in row.turns for call in turn.more.get(CALLS, ())]
+    if not arguments:
+        return row, render(row, tokenizer)
+    refused: RefusedRowError | None = None
+    objects: str | None = None
+    for form in (row, replace(row, turns=tuple(map(_with_texts, row.turns)))):
+        try:
+            text = render(form, tokenizer)
+        except RefusedRowError as error:
+            refused = refused or error
+            continue
+        if _write_json(text, arguments, row):
+            return form, text
+        objects = text if form is row else objects
+    if objects is not None and not any(held and str(held) in objects for held in arguments):
+        nested = [held for each in arguments for held in each.values() if held and isinstance(held, list | dict)]
+        if _write_json(objects, nested, row):
+            return row, objects
+    if refused is not None and objects is None:
+        raise refused
+    raise RefusedRowError(
+        f"{row.where}: the chat template does not write the arguments of a call of a tool as JSON; give the tokenizer a template "
+        "that does, or take the call out of the row"
+    )
+
+
+def _with_texts(turn: Turn) -> Turn:
+    """Return a turn with the arguments of its calls as texts of JSON."""
+    if CALLS not in turn.more:
+        return turn
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _json(call["function"]["arguments"])}}
+        for call in turn.more[CALLS]
+    ]
+    return replace(turn, more={**turn.more, CALLS: calls})
+
+
+def _write_json(text: str, values: list[Any], row: Row) -> bool:
+    """Say whether a text holds values as JSON, each as often as there are of it beside the contents of the turns."""
+    packed, contents = _packed(text), [_packed(turn.content) for turn in row.turns]
+    written = [{_packed(_json(held)), _packed(json.dumps(held))} for held in values if held]
+    return all(
+        any(packed.count(form) >= written.count(forms) + sum(held.count(form) for held in contents) for form in forms)
+        for forms in written
+    )
+
+
+def _json(held: Any) -> str:
+    return json.dumps(held, ensure_ascii=False, default=str)
+
+
+def _holds(packed: str, turn: Turn) -> bool:
+    """Say whether a text without white space holds the content of a turn; some templates write the results of tools as JSON."""
+    return any(_packed(form) in packed for form in (turn.content, json.dumps(turn.content, ensure_ascii=False)[1:-1]))
 
 
 def _named(number: int, turn: Turn) -> str:
@@ -131,7 +223,10 @@ class _Marks:
 
     def _call(self, function: Mapping[str, Any], what: str) -> dict[str, Any]:
         name = self.mark(function["name"], what)
-        return {"name": name, "arguments": {key: self.mark(held, what) for key, held in function["arguments"].items()}}
+        arguments = function["arguments"]
+        values = json.loads(arguments) if isinstance(arguments, str) else arguments
+        marked = {key: self.mark(held, what) for key, held in values.items()}
+        return {"name": name, "arguments": _json(marked) if isinstance(arguments, str) else marked}
 
     def content(self, content: str, what: str) -> str:
         """Return a content with its mark, if there is anything in it."""
@@ -155,4 +250,4 @@ class _Words(_Marks):
         return content
 
     def word(self, held: Any) -> str:
-        return held if isinstance(held, str) else json.dumps(held, ensure_ascii=False, default=str)
+        return held if isinstance(held, str) else _json(held)

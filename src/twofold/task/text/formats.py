@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from twofold.task.text.row import BadRowError, Fields, Row, Turn, kind, parsed, whole
+from twofold.task.text.row import BadRowError, Fields, Row, Turn, kind, parsed, truth, whole
 from twofold.task.text.turns import check_turns, read_content, read_tools, read_turns, read_weight
 
 ANSWERS = ("completion", "response", "answer", "output", "chosen")
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 QUESTIONS = ("instruction", "question", "query", "input")
-UNWANTED = ("label", "kto_tag")  # false: an answer as it shall not be
+UNWANTED = ("label", "kto_tag")  # false or 0: an answer as it shall not be
+INDEX = re.compile(r"|Unnamed: \d+|__index_level_\d+__")  # columns that pandas adds
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,23 @@ def read_row(value: Any, where: str, column: str = "text") -> Row:
     if not isinstance(value, dict):
         raise BadRowError(f"a row must be a JSON object, this is {kind(value)}")
     fields = Fields(value)
-    for key in UNWANTED:
-        if isinstance(fields.values.get(key), bool) and not fields.take(key):
-            raise BadRowError(f"its {key!r} is false, so its answer is one that is not to be learnt")
     if column != "text" and fields.has(column):
         row = Row("", completion=fields.text(column, empty=True))
     else:
-        row = _format(fields, column).read(fields)
-    return replace(row, where=where, unread=fields.unread)
+        known = _format(fields, column)
+        if known.read is not _text:  # of a text it is a class
+            _check_wanted(fields)
+        row = known.read(fields)
+    return replace(row, where=where, unread=tuple(key for key in fields.unread if not INDEX.fullmatch(key)))
+
+
+def _check_wanted(fields: Fields) -> None:
+    for key in UNWANTED:
+        wanted = truth(fields.values.get(key))
+        if wanted is not None:
+            fields.take(key)
+        if wanted is False:
+            raise BadRowError(f"its {key!r} is false, so its answer is one that is not to be learnt")
 
 
 def is_row(value: Any) -> bool:

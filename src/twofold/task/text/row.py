@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any
 
 from twofold.host.progress import say
@@ -55,10 +56,14 @@ class Row:
 
 
 class Fields:
-    """The fields of a row, that remember which of them were read. A field that is null is not there."""
+    """The fields of a row, that remember which of them were read. A field that is null, or pandas' NaN, is not there."""
 
     def __init__(self, value: Mapping[str, Any]) -> None:
-        self.values = {key: held for key, held in value.items() if held is not None}
+        self.values = {
+            key: held
+            for key, held in value.items()
+            if held is not None and not (isinstance(held, float) and isnan(held))
+        }
         self._read: set[str] = set()
 
     def has(self, *keys: str) -> str | None:
@@ -114,6 +119,26 @@ def whole(text: str, key: str) -> str:
     return text
 
 
+def truth(value: Any) -> bool | None:
+    """Return the truth value that a value stands for, as a number or in words too; None if it is none."""
+    return {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}.get(
+        str(value).strip().lower()
+    )
+
+
+def from_json(text: str) -> Any:
+    """Return what a text of JSON stands for.
+
+    Raises:
+        BadRowError: if it is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # beside no JSON: a number of too many digits, too much nesting
+        said = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise BadRowError(f"it is not JSON ({said})") from error
+
+
 def parsed(value: Any, key: str) -> Any:
     """Return a value, or what it stands for if it is a text that holds JSON, as tables and OpenAI's files write it.
 
@@ -123,9 +148,20 @@ def parsed(value: Any, key: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
+        return from_json(value) if value.strip() else None
+    except BadRowError as error:
         raise BadRowError(f"{key!r} is a text that is not JSON") from error
+
+
+def parsed_if(text: str, fits: Callable[[Any], bool]) -> Any:
+    """Return what a text stands for as JSON if that is a list or an object of some shape, or else the text as it is."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return text
+    try:
+        value = from_json(text)
+    except BadRowError:
+        return text
+    return value if fits(value) else text
 
 
 @dataclass
@@ -139,6 +175,8 @@ class Tally:
     unshown: Counter[str] = field(
         default_factory=Counter
     )  # the same for fields of turns that the chat template does not show
+    otherwise: int = 0  # answers that can't be told in their conversation
+    column: str | None = None  # the field that was named for the text, as long as no row has had it
     bare: int = 0  # conversations that were read as their contents alone
 
     def skip(self, said: str) -> None:
@@ -161,6 +199,12 @@ class Tally:
             said.append(f"fields of rows that are not read: {_counted(self.unread)}")
         if self.unshown:
             said.append(f"fields of turns that the chat template does not show: {_counted(self.unshown)}")
+        if self.otherwise:
+            said.append(
+                f"{self.otherwise:,} answers not learnt: the chat template renders them otherwise before further turns"
+            )
+        if self.column:
+            said.append(f"no row has the text column {self.column!r}, so each was read by its format")
         if self.bare:
             said.append(
                 f"{self.bare:,} conversations read as their contents, a blank line between: the tokenizer has no chat template"

@@ -22,8 +22,12 @@ def rows_of(names: Iterable[str], sources: Sources, *, column: str, chat: bool, 
             can't be read.
     """
     tally = sources.tally
+    missing = column if column != "text" else None
     for name in names:
         for where, value in sources.values(name):
+            if isinstance(value, dict) and missing:
+                missing = None if column in value else missing
+                tally.column = missing
             try:
                 if isinstance(value, BadRowError):
                     raise value
@@ -42,7 +46,9 @@ def rows_of(names: Iterable[str], sources: Sources, *, column: str, chat: bool, 
 
 def no_rows(names: Iterable[str], tally: Tally) -> TwofoldError:
     """Return the error of sources that hold no row."""
-    bad = f" but {tally.skipped} bad ones, first {tally.first_skipped}" if tally.skipped else ""
+    blank = f"{tally.blank} without any text" if tally.blank else ""
+    bad = f"{tally.skipped} bad ones, first {tally.first_skipped}" if tally.skipped else ""
+    but = f" but {' and '.join(filter(None, (blank, bad)))}" if blank or bad else ""
     return TwofoldError(
-        f"there are no rows in {', '.join(map(str, names))}{bad}; name a file with one JSON object on each line"
+        f"there are no rows in {', '.join(map(str, names))}{but}; name a file with one JSON object on each line"
     )

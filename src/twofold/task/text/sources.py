@@ -5,19 +5,24 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
-import json
+import io
 import re
+import shutil
+import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from twofold.errors import TwofoldError
 from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line
 from twofold.task.text.formats import is_row
-from twofold.task.text.row import BadRowError, Row, Tally
+from twofold.task.text.row import BadRowError, Row, Tally, from_json, parsed_if
+from twofold.task.text.turns import are_turns
 
 WIKITEXT = re.compile(r"wiki\..*\.raw$")
 JSON, TABLES = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}
@@ -80,16 +85,18 @@ class Sources:
     def _file(self, path: Path, name: str) -> Iterator[tuple[str, Any]]:
         suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
         try:
-            if suffix == ".parquet":
-                yield from _parquet(path, name)
-            elif suffix in TABLES:
-                yield from _table(path, name, TABLES[suffix])
-            elif suffix in JSON or _begins_with_row(path):
-                yield from self._json(path, name)
-            else:
-                with _opened(path) as file:
+            with _opened(path) as packed:
+                if suffix == ".parquet":
+                    yield from _parquet(packed, name)
+                    return
+                file = _text(packed, path)
+                if suffix in TABLES:
+                    yield from _table(file, name, TABLES[suffix])
+                elif suffix in JSON or _begins_with_row(file):
+                    yield from self._json(file, name)
+                else:
                     text = file.read(-1 if self.characters is None else self.characters)
-                yield name, Row(name, completion=wikitext_rows(text) if WIKITEXT.search(path.name) else text)
+                    yield name, Row(name, completion=wikitext_rows(text) if WIKITEXT.search(path.name) else text)
         except UnicodeDecodeError as error:
             raise TwofoldError(f"{name} is not a text file in UTF-8; convert it first") from error
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -97,14 +104,14 @@ class Sources:
         except OSError as error:
             raise TwofoldError(f"{name} can't be read: {error.strerror or error}") from error
 
-    def _json(self, path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    def _json(self, file: TextIO, name: str) -> Iterator[tuple[str, Any]]:
         """Yield rows of a file of JSON: one a line, or a list of them, or an object that holds such a list."""
-        with _opened(path) as file:
-            first = _parsed(next((line for line in file if line.strip()), "null"))
+        first = _parsed(next((line for line in file if line.strip()), "null"))
+        file.seek(0)
         whole: Any = None
         if isinstance(first, BadRowError | list) or self._list_in(first) is not None:
-            with _opened(path) as file:
-                whole = _parsed(file.read())
+            whole = _parsed(file.read())
+            file.seek(0)
         key = self._list_in(whole)
         if isinstance(whole, list):
             yield from ((f"{name}, row {number}", row) for number, row in enumerate(whole, 1))
@@ -114,8 +121,7 @@ class Sources:
         elif isinstance(first, BadRowError) and isinstance(whole, dict):  # one row on many lines
             yield f"{name}, row 1", whole
         else:
-            with _opened(path) as file:
-                yield from ((f"{name}, line {n}", _parsed(line)) for n, line in enumerate(file, 1) if line.strip())
+            yield from ((f"{name}, line {n}", _parsed(line)) for n, line in enumerate(file, 1) if line.strip())
 
     def _list_in(self, whole: Any) -> str | None:
         """Return the field with the list of rows in an object that is a file; None for another value."""
@@ -140,65 +146,100 @@ class Sources:
             ) from error
         with errors_in_words(lambda e: f"{name} is neither a file nor a data set that can be read: {first_line(e)}"):
             if kept:
-                rows = datasets.load_from_disk(str(Path(name).expanduser()))
-                rows = rows[self.split] if isinstance(rows, dict) else rows
+                rows = self._kept(datasets.load_from_disk(str(Path(name).expanduser())), name)
             else:
-                streaming = self.characters is not None
+                streaming = self.characters is not None and "[" not in self.split  # a part is of a whole that is there
                 rows = datasets.load_dataset(name, self.config, split=self.split, streaming=streaming)
             for number, row in enumerate(rows, 1):
                 yield f"{name} ({self.split}), row {number}", _without_nulls(dict(row))
 
+    def _kept(self, kept: Any, name: str) -> Iterator[Any]:
+        """Yield the rows that the split names of what save_to_disk wrote; one data set alone is every split.
 
-def _opened(path: Path) -> TextIO:
-    """Open a text in UTF-8, with or without a mark of byte order, packed or not."""
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+        Raises:
+            TwofoldError: if there is no such split.
+        """
+        from datasets import ReadInstruction
+
+        splits = kept if isinstance(kept, dict) else {re.split(r"\W", self.split)[0]: kept}
+        try:
+            parts = ReadInstruction.from_spec(self.split).to_absolute(
+                {split: len(rows) for split, rows in splits.items()}
+            )
+        except ValueError as error:
+            raise TwofoldError(
+                f"{name} has no `dataset_split={self.split}`; its splits are {', '.join(splits)}"
+            ) from error
+        for part in parts:
+            yield from splits[part.splitname].select(range(part.from_, part.to))
 
 
-def _begins_with_row(path: Path) -> bool:
-    """Say whether the first line of a file is a JSON object, whatever the name of the file."""
-    with _opened(path) as file:
-        line = file.readline(FIRST_LINE)
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file once, so that it can be gone back in: of a pipe, what comes out of it is kept aside first."""
+    with path.open("rb") as file:
+        if file.seekable():
+            yield file
+            return
+        with tempfile.TemporaryFile() as kept:
+            shutil.copyfileobj(file, kept)
+            kept.seek(0)
+            yield kept
+
+
+def _text(file: IO[bytes], path: Path) -> TextIO:
+    """Return a file as a text in UTF-8, with or without a mark of byte order, packed or not."""
+    unpacked: Any = gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file
+    return io.TextIOWrapper(unpacked, encoding="utf-8-sig")
+
+
+def _begins_with_row(file: TextIO) -> bool:
+    """Say whether the first line of a file is a JSON object, whatever the name of the file, and go back to its beginning."""
+    line = file.readline(FIRST_LINE)
+    file.seek(0)
     return line.lstrip()[:1] == "{" and isinstance(_parsed(line), dict)
 
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # beside no JSON: a number of too many digits, too much nesting
-        return BadRowError(f"it is not JSON ({error.msg if isinstance(error, json.JSONDecodeError) else error})")
+        return from_json(text)
+    except BadRowError as error:
+        return error
 
 
-def _table(path: Path, name: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a table whose first line names the fields; an empty cell is a field that is not there."""
+def _table(file: TextIO, name: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a table whose first line names the fields; an empty cell is a field that is not there.
+
+    Raises:
+        TwofoldError: if it is no table, or two of its columns have one name.
+    """
     before = csv.field_size_limit(LONGEST_CELL)
     try:
-        with _opened(path) as file:
-            for number, row in enumerate(csv.DictReader(file, delimiter=delimiter), 1):
-                yield f"{name}, row {number}", {key or "": _cell(cell) for key, cell in row.items()}
+        reader = csv.DictReader(file, delimiter=delimiter)
+        twice = [column for column, count in Counter(reader.fieldnames or ()).items() if column and count > 1]
+        if twice:
+            raise TwofoldError(f"{name} has more than one column {twice[0]!r}; give each a name of its own")
+        for number, row in enumerate(reader, 1):
+            more = BadRowError("it has more cells than the first line has names") if None in row else None
+            yield f"{name}, row {number}", more or {key: _cell(cell) for key, cell in row.items()}
     except csv.Error as error:
         raise TwofoldError(f"{name} is not a table: {error}") from error
     finally:
         csv.field_size_limit(before)
 
 
-def _cell(cell: Any) -> Any:
+def _cell(cell: str | None) -> Any:
     """Return a cell: turns if it holds them as JSON, or else its text; None if it is empty."""
-    if not isinstance(cell, str) or cell.lstrip()[:1] not in ("[", "{"):
-        return cell or None
-    value = _parsed(cell)
-    turns = value if isinstance(value, list) else [value]
-    return value if turns and all(isinstance(turn, dict) and {"role", "from"} & {*turn} for turn in turns) else cell
+    return parsed_if(cell, are_turns) if cell else None
 
 
-def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+def _parquet(file: IO[bytes], name: str) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise TwofoldError(f"{name} is a table in Parquet; to read it, install pyarrow: pip install pyarrow") from error
     with errors_in_words(lambda error: f"{name} is not a table in Parquet that can be read: {first_line(error)}"):
-        rows = (row for batch in ParquetFile(path).iter_batches(1024) for row in batch.to_pylist())
+        rows = (row for batch in ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
             yield f"{name}, row {number}", _without_nulls(row)
 

@@ -84,6 +84,16 @@ def prompt_ids(tokenizer: Any, text: str, *, rendered: bool = False) -> list[int
     return ids if rendered else begun(ids, text_prefix(tokenizer))
 
 
+def ended(ids: list[int], end: int | None) -> list[int]:
+    """Return the ids of a text that ends with an end token once, if there is one."""
+    if end is None:
+        return ids
+    kept = len(ids)
+    while kept and ids[kept - 1] == end:  # the text holds it, and the tokenizer may put another behind
+        kept -= 1
+    return [*ids[:kept], end]
+
+
 def in_words(tokenizer: Any, ids: list[int]) -> str:
     """Return special tokens as they are written."""
     return "".join(map(str, tokenizer.convert_ids_to_tokens(ids))) if ids else ""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from twofold.task.text.row import BadRowError, Fields, Turn, kind, parsed, whole
+from twofold.task.text.row import BadRowError, Fields, Turn, kind, parsed, parsed_if, truth, whole
 
 ROLES = {  # by their names in lower case
     **dict.fromkeys(("system", "developer"), "system"),
@@ -15,6 +15,7 @@ ROLES = {  # by their names in lower case
     **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response", "tool_response"), "tool"),
 }
 CALLS = ("function_call", "tool_call")  # roles whose content is a call
+HOLD = ("content", "value", "tool_calls", "function_call")  # a turn has one of them
 WEIGHTS = ("weight", "train", "training", "loss", "output_with_loss")  # 0 or false: the turn is not learnt
 TEXTS = ("text", "input_text", "output_text")  # types of parts that are text
 
@@ -83,8 +84,10 @@ def _part(part: Any, what: str) -> str:
     if not isinstance(part, dict):
         raise BadRowError(f"the content of {what} has a part that must be a text, it is {kind(part)}")
     of = part.get("type", "text")
-    if of not in TEXTS or not isinstance(part.get("text"), str):
+    if of not in TEXTS or "text" not in part:
         raise BadRowError(f"the content of {what} has a part of type {str(of)[:40]!r}; only text is read")
+    if not isinstance(part["text"], str):
+        raise BadRowError(f"the content of {what} has a part whose 'text' must be a text, it is {kind(part['text'])}")
     return whole(part["text"], what)
 
 
@@ -97,9 +100,9 @@ def read_weight(fields: Fields, what: str) -> bool:
     learnt = True
     for key in WEIGHTS:
         weight = fields.take(key)
-        if weight is not None and weight not in (0, 1):
+        if weight is not None and truth(weight) is None:
             raise BadRowError(f"the {key!r} of {what} must be 0 or 1, it is {str(weight)[:40]}")
-        learnt = learnt and weight != 0
+        learnt = learnt and (weight is None or truth(weight) is True)
     return learnt
 
 
@@ -127,13 +130,26 @@ def _call(call: Any, what: str) -> dict[str, Any]:
 
 def _call_of_text(content: str, what: str) -> tuple[str, list[dict[str, Any]]]:
     """Return the content and the calls of a turn that is a call: what is no JSON of one is learnt as it stands."""
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
+    value = parsed_if(content, lambda held: _are(held, lambda call: "name" in call or "function" in call))
+    if isinstance(value, str):
         return content, []
-    calls = value if isinstance(value, list) else [value]
-    named = all(isinstance(call, dict) and ("name" in call or "function" in call) for call in calls)
-    return ("", [_call(call, what) for call in calls]) if calls and named else (content, [])
+    return "", [_call(call, what) for call in (value if isinstance(value, list) else [value])]
+
+
+def are_turns(value: Any) -> bool:
+    """Say whether a value is a turn or a list of them: objects with a role that is known, and a content or a call."""
+
+    def is_turn(item: dict[str, Any]) -> bool:
+        role = item.get("role", item.get("from"))
+        return isinstance(role, str) and role.lower() in ROLES and bool({*HOLD} & {*item})
+
+    return _are(value, is_turn)
+
+
+def _are(value: Any, fits: Callable[[dict[str, Any]], bool]) -> bool:
+    """Say whether a value is an object of some shape, or a list of such."""
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(isinstance(item, dict) and fits(item) for item in items)
 
 
 def read_tools(value: Any, key: str) -> tuple[dict[str, Any], ...]:
