@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from itertools import takewhile
-from os.path import commonprefix
 from typing import Any, Literal
 
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.task.text.chat import RefusedRowError, Shown, has_template, no_template, render, show
+from twofold.task.text.chat import RefusedRowError, Shown, common, has_template, no_template, render, show
 from twofold.task.text.row import MEND, Row, Tally, Turn
 from twofold.task.text.special import begun, ended, text_prefix
 from twofold.task.text.special import encode as encode_text
@@ -154,14 +152,14 @@ def encode(
 def _completion(row: Row, tokenizer: Any, prefix: list[int], *, whole: bool) -> Example:
     """Return the tokens of a prompt and its completion as they stand, with the one that ends a text.
 
-    What the tokenizer begins and ends a text with stands there once, also where the row was rendered by a template that writes it.
+    What the tokenizer begins and ends a text with stands there once, also where the row holds it already.
     """
     text = encode_text(tokenizer, row.prompt + row.completion, special=True)
     ids = ended(begun(text, prefix), getattr(tokenizer, "eos_token_id", None))
     if whole or not row.prompt:
         return Example(ids, ids)
     prompt = begun(encode_text(tokenizer, row.prompt), prefix)
-    start = _common(prompt, ids)  # a token may reach over the border
+    start = common(prompt, ids)  # a token may reach over the border
     return Example(ids, [IGNORED] * start + ids[start:])
 
 
@@ -179,7 +177,7 @@ def _conversation(row: Row, tokenizer: Any, *, whole: bool) -> Example:
     marked = [number for number, turn in enumerate(row.turns) if _is_learnt(turn, whole=whole) != whole]
     told = [number for number in marked if whole or number not in shown.partly]
     spans = [span for number in told if (span := _span(shown, ids, tokenizer, number))]
-    if marked and not spans or (whole and len(spans) < len(marked)):  # what has the weight 0 must be told
+    if (marked and not spans) or (whole and len(spans) < len(marked)):  # what has the weight 0 must be told
         raise RefusedRowError(
             f"{row.where}: the chat template renders the beginning of a conversation otherwise than the whole, so the "
             "answers in it can't be told; learn all of it with `loss=all`, or give one answer a row"
@@ -198,22 +196,16 @@ def _span(shown: Shown, ids: list[int], tokenizer: Any, number: int) -> tuple[in
     if stop is not None and start is None:  # it asks for reasoning (<think>) that this answer does not begin with
         before = render(row, tokenizer, number)
         content = shown.text.rfind(turn.content.strip() or shown.text, len(before), len(after))
-        common = len(commonprefix([asked, shown.text]))
-        before += shown.text[len(before) : min(common, content)]
+        before += shown.text[len(before) : min(common(asked, shown.text), max(content, len(before)))]
         start = _shared(encode_text(tokenizer, before), ids)
     return None if start is None or stop is None or stop <= start else (start, stop)
 
 
 def _shared(beginning: list[int], ids: list[int]) -> int | None:
     """Return the length of a beginning as it is shared, but for a token that may reach over its end; None if it is another."""
-    shared = _common(beginning, ids)
+    shared = common(beginning, ids)
     return None if shared < len(beginning) - 1 else shared
 
 
 def _is_learnt(turn: Turn, *, whole: bool) -> bool:
     return turn.learnt and (whole or turn.role == "assistant")
-
-
-def _common(first: list[int], second: list[int]) -> int:
-    """Return the length of the beginning that two lists share."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

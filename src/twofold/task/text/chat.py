@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 from twofold.errors import TwofoldError
@@ -82,8 +82,12 @@ def show(row: Row, tokenizer: Any) -> Shown:
     seen, packed, partly = _packed(seen), _packed(text), []
     missing = [*dict.fromkeys(what for mark, what in marks.needed.items() if _packed(mark) not in seen)]
     unshown = {what: None for mark, what in marks.wanted.items() if _packed(mark) not in seen}
-    for number, turn in enumerate(row.turns, 1):
-        if _named(number, turn) in missing or _holds(packed, turn):
+    end = len(packed)
+    for number, turn in reversed([*enumerate(row.turns, 1)]):
+        place = _place(packed, turn, end if turn.role == "assistant" else None)
+        if turn.role == "assistant" and place >= 0:
+            end = place  # an answer stands before the next one, which may say the same
+        if place >= 0 or _named(number, turn) in missing:
             continue
         beginning = replace(row, turns=row.turns[:number])
         if number < len(row.turns) and _ending(beginning, tokenizer, render(beginning, tokenizer)):
@@ -106,10 +110,10 @@ def _ending(row: Row, tokenizer: Any, text: str) -> str | None:
     one. Then the answer is put as it stands into its place.
     """
     last = row.turns[-1]
-    if last.role != "assistant" or _holds(_packed(text), last):
+    if last.role != "assistant" or _place(_packed(text), last) >= 0:
         return text if last.role == "assistant" else None
     asked = render(row, tokenizer, len(row.turns) - 1, ask=True)
-    opening = asked[len(commonprefix([asked, text])) :].strip()
+    opening = asked[common(asked, text) :].strip()
     if not opening or not last.content.lstrip().startswith(opening):
         return None
     word = _Marks().word(last)
@@ -177,9 +181,18 @@ def _json(held: Any) -> str:
     return json.dumps(held, ensure_ascii=False, default=str)
 
 
-def _holds(packed: str, turn: Turn) -> bool:
-    """Say whether a text without white space holds the content of a turn; some templates write the results of tools as JSON."""
-    return any(_packed(form) in packed for form in (turn.content, json.dumps(turn.content, ensure_ascii=False)[1:-1]))
+def _place(packed: str, turn: Turn, end: int | None = None) -> int:
+    """Return where the content of a turn stands last in a text without white space, before some place; -1 if it does not.
+
+    Some templates write the results of tools as JSON.
+    """
+    forms = (turn.content, json.dumps(turn.content, ensure_ascii=False)[1:-1])
+    return max(packed.rfind(_packed(form), 0, end) for form in forms)
+
+
+def common(first: Sequence[object], second: Sequence[object]) -> int:
+    """Return the length of the beginning that two lists or texts share."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _named(number: int, turn: Turn) -> str:
