@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -163,6 +165,102 @@ def test_a_text_is_one_row(tmp_path):
     assert tuned(tmp_path / "*", tokenizer) == ["One line.\n{not a row}\n"] * 4
 
 
+@pytest.mark.parametrize("name", [*WAYS, "text", "table.csv"])
+def test_a_pipe_gives_what_a_file_gives_to_the_last_byte(name, tmp_path):
+    for kept in ("file", "pipe"):
+        (tmp_path / kept).mkdir()
+    rows = [{"prompt": f"{i} + 2 = ", "completion": str(i + 2)} for i in range(3)]
+    write = {**WAYS, **TABLES, "text": lambda path, _: path.write_text("A text.\nOf lines.\n")}[name]
+    write(tmp_path / "file" / name, rows)
+    reading, writing = os.pipe()
+    os.write(writing, (tmp_path / "file" / name).read_bytes())
+    os.close(writing)
+    (tmp_path / "pipe" / name).symlink_to(f"/dev/fd/{reading}")  # to open it again would give nothing
+    try:
+        texts = list(read_texts(tmp_path / "pipe" / name))
+    finally:
+        os.close(reading)
+    assert texts == list(read_texts(tmp_path / "file" / name)) != []
+
+
+def test_splits_of_a_data_set_that_was_kept(tmp_path):
+    train, other = (datasets.Dataset.from_list([{"text": f"{of} {i}"} for i in range(4)]) for of in "ab")
+    datasets.DatasetDict({"train": train, "validation": other}).save_to_disk(tmp_path / "both")
+    train.save_to_disk(tmp_path / "one")
+    for split, seen in {"train[:2]": ["a 0", "a 1"], "train[3:]+validation[:25%]": ["a 3", "b 0"]}.items():
+        assert list(read_texts(tmp_path / "both", dataset_split=split)) == seen
+    assert list(read_texts(tmp_path / "one", dataset_split="train[:2]", characters=99)) == ["a 0", "a 1"]
+    for split in ("test", "train[:", "test[:2]"):
+        with pytest.raises(TwofoldError, match=r"both has no `dataset_split=.*`; its splits are train, validation"):
+            list(read_texts(tmp_path / "both", dataset_split=split))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        '{"from": "LON", "to": "PAR"}',
+        '{"role": "admin", "content": "x"}',
+        '[{"role": "user", "id": 3}]',
+        "[1]",
+        "[",
+        '"a"',
+    ],
+)
+def test_a_cell_that_holds_json_but_no_turns_is_text(cell, tmp_path):
+    table(tmp_path / "rows.csv", [{"prompt": "q ", "completion": cell}])
+    assert list(read_texts(tmp_path / "rows.csv")) == [f"q {cell}"]
+
+
+def test_tables_as_pandas_writes_them(tmp_path):
+    frame = pandas.DataFrame({"instruction": ["Hi", "Hi"], "input": [None, "you"], "output": ["Ho", "Ho"]})
+    frame.to_csv(tmp_path / "a.csv")
+    pandas.read_csv(tmp_path / "a.csv").to_csv(tmp_path / "b.csv")
+    frame.iloc[[0, 1]].to_parquet(tmp_path / "c.parquet")
+    (tmp_path / "d.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in pandas.read_csv(tmp_path / "a.csv").to_dict("records"))
+    )
+    for name in ("a.csv", "b.csv", "c.parquet", "d.jsonl"):
+        tally = Tally()
+        assert list(read_texts(tmp_path / name, tally=tally)) == ["Hi\n\nHo", "Hi\n\nyou\n\nHo"], name
+        assert not tally.sentences
+    for content, said in (
+        ("text,text\na,b\n", "more than one column 'text'"),
+        ("text\na,b\n", "row 1: it has more cells"),
+    ):
+        (tmp_path / "e.csv").write_text(content)
+        with pytest.raises(TwofoldError, match=said):
+            list(read_texts(tmp_path / "e.csv"))
+
+
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+def test_an_unwanted_answer_is_a_bad_row_however_its_mark_is_written(key, tmp_path):
+    for mark in (False, 0, 0.0, "False", "false", "0", True, 1, "True", 2, "spam"):
+        row = {"prompt": "q", "completion": "a", key: mark}
+        for name, write in {"rows.jsonl": WAYS["lines.jsonl"], "rows.csv": table}.items():
+            write(tmp_path / name, [row])
+            if str(mark).lower() in ("false", "0", "0.0"):
+                with pytest.raises(TwofoldError, match=f"its '{key}' is false"):
+                    read_rows([str(tmp_path / name)])
+            else:
+                read = read_rows([str(tmp_path / name)]).rows[0]
+                assert read.unread == ((key,) if mark in (2, "spam") else ())
+        (tmp_path / "rows.jsonl").write_text(lines([{"text": "Of a class.", key: mark}]))
+        assert read_rows([str(tmp_path / "rows.jsonl")]).rows[0].unread == (key,)
+
+
+def test_a_text_column_that_no_row_has_and_rows_without_text_are_said(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(lines([{"text": "a"}, {"text": "b"}]))
+    assert read_rows([str(path)], text_column="body").tally.sentences == [
+        "no row has the text column 'body', so each was read by its format"
+    ]
+    path.write_text(lines([{"text": "a"}, {"body": "b"}]))
+    assert not read_rows([str(path)], text_column="body").tally.sentences
+    path.write_text(lines([{"text": " "}] * 2))
+    with pytest.raises(TwofoldError, match=r"no rows in .* but 2 without any text;"):
+        read_rows([str(path)])
+
+
 def test_a_field_of_another_name_and_turns_of_a_prompt(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(lines([{"body": "A text.", "text": "no"}, {"prompt": "Hi ", "completion": "Ho"}]))
@@ -312,6 +410,8 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [ASKED, {**SAID, "content": {"a": 1}}]}, "must be a text, it is an object"),
     ({"messages": [{**ASKED, "content": None}, SAID]}, 'turn 1 of \'messages\' (user) has no "content"'),
     ({"messages": [{**ASKED, "content": [{"type": "image", "image": "x"}]}, SAID]}, "a part of type 'image'; only text"),
+    ({"messages": [ASKED, {**SAID, "content": [{"type": "text", "text": None}]}]}, "whose 'text' must be a text, it is empty"),
+    ({"messages": [ASKED, {**SAID, "weight": "0"}]}, "each turn of the assistant has the weight 0"),
     ({"messages": [ASKED, {**SAID, "weight": 0}]}, "each turn of the assistant has the weight 0"),
     ({"messages": [ASKED, {**SAID, "weight": 0.5}]}, "must be 0 or 1, it is 0.5"),
     ({"messages": [{**ASKED, "role": "critic"}, SAID]}, "the role 'critic', which is none of system"),
