@@ -95,7 +95,8 @@ def test_of_a_reasoning_template_whole_answers_are_learnt_and_the_others_are_sai
 
 def test_a_template_that_begins_the_last_answer_otherwise_teaches_that_one_alone():
     template = (
-        "{% for m in messages %}<{{ m.role }}>{{ '<think></think>' if loop.last and m.role != 'user' }}{{ m.content }}</>{% endfor %}"
+        "{% for m in messages %}<{{ m.role }}>{{ '<think></think>' if loop.last and m.role != 'user' }}"
+        "{{ m.content }}</>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     _, words, example = learnt([ASKED, SAID, ASKED, SAID], template)
