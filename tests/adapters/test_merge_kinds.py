@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft import (
     PrefixTuningConfig,
     PromptTuningConfig,
     TrainableTokensConfig,
+    VBLoRAConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -96,12 +98,25 @@ def configs(model: str) -> dict[str, Any]:
         "ia3": IA3Config(target_modules=[other], feedforward_modules=[], **writes),
         "loha": LoHaConfig(r=2, target_modules=[layer], init_weights=False, **writes),
         "adalora": AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=[layer], **writes),
+        "vblora": VBLoRAConfig(
+            r=2,
+            num_vectors=8,
+            vector_length=8,
+            topk=2,
+            target_modules=[layer, other],
+            save_only_topk_weights=False,
+            **writes,
+        ),
+        "repeated": of(layer_replication=[[0, 2], [1, 2]]),
+        "drawn": of(init_lora_weights="pissa_niter_2"),
+        "olora": of(init_lora_weights="olora"),
         "prefix": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
         "prompt": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     }
 
 
 REFUSED = {
+    "repeated": "repeats layers of the model", "drawn": r"began with init_lora_weights='pissa_niter_2'.*as plain LoRA",
     "prefix": "changes no weights", "prompt": "changes no weights", "bias in lora": "has no bias|layer has none",
     # PEFT's own layer leaves out the bias of a head; merged, the model would have it.
     ("bert", "tokens"): "computes something else", ("bert", "tokens alone"): "computes something else",
@@ -173,7 +188,7 @@ def test_several_adapters_add_up_with_what_each_has_saved(tmp_path: Path) -> Non
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "-".join(names))
         torch.testing.assert_close(logits(merged), logits(sums), rtol=1e-4, atol=1e-4)
     adapter(tmp_path / "other head", tmp_path / "base", AutoModelForCausalLM, configs("llama")["head saved"], seed=9)
-    with pytest.raises(TwofoldError, match=r"can't be merged into .*Only one adapter can be set"):
+    with pytest.raises(TwofoldError, match=r"head saved and \S*other head each have .* place of lm_head, which"):
         merge(base, [str(tmp_path / "head saved"), str(tmp_path / "other head")], tmp_path / "x")
     with pytest.raises(TwofoldError, match=r"trains tokens.*merge one, and the other into what is written"):
         merge(base, [str(tmp_path / "patterns"), str(tmp_path / "tokens")], tmp_path / "x")
@@ -204,6 +219,43 @@ def test_an_adapter_of_which_something_is_missing_or_not_taken_is_refused(tmp_pa
         save_file(change, file, {"format": "pt"})
         with pytest.raises(TwofoldError, match=words):
             merge(str(tmp_path / "base"), str(tmp_path / "one"), tmp_path / "x")
+
+
+def test_a_broken_adapter_is_told_as_one(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    adapter(tmp_path / "one", tmp_path / "base", AutoModelForCausalLM, configs("llama")["patterns"])
+    config, file = tmp_path / "one" / "adapter_config.json", tmp_path / "one" / "adapter_model.safetensors"
+    good, whole = config.read_text(), file.read_bytes()
+    settings = json.loads(good)
+    for text, words in {
+        "{": r"adapter_config\.json can't be read \(.*fetch or save the adapter again",
+        "[]": "names no kind of adapter",
+        "{}": "names no kind of adapter",
+        json.dumps(settings | {"init_lora_weights": "corda"}): "began with init_lora_weights='corda'",
+        json.dumps(settings | {"init_lora_weights": "lora_ga"}): "began with init_lora_weights='lora_ga'",
+    }.items():
+        config.write_text(text)
+        with pytest.raises(TwofoldError, match=words):
+            merge(str(tmp_path / "base"), str(tmp_path / "one"), tmp_path / "x")
+    config.write_text(good)
+    file.write_bytes(whole[:-8])
+    with pytest.raises(TwofoldError, match=r"one can't be read: .*fetch or save it again"):
+        merge(str(tmp_path / "base"), str(tmp_path / "one"), tmp_path / "x")
+    file.write_bytes(whole)
+    save_file({name: tensor / 0 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(TwofoldError, match=r"lora_A\.weight of the adapter \S+one holds NaN or infinity"):
+        merge(str(tmp_path / "base"), str(tmp_path / "one"), tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["patterns", "table saved", "head saved", "table", "head"])
+def test_an_adapter_that_was_trained_with_more_tokens_says_so(kind: str, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    larger = make_model()
+    larger.resize_token_embeddings(272)
+    get_peft_model(larger, configs("llama")[kind]).save_pretrained(tmp_path / "one", save_embedding_layers=True)
+    words = r"trained with 272 tokens, and the model has 264; .*resize_token_embeddings\(272\)"
+    with pytest.raises(TwofoldError, match=words):
+        merge(str(tmp_path / "base"), str(tmp_path / "one"), tmp_path / "x")
 
 
 def test_one_adapter_of_a_model_that_writes_no_text_loads_again(tmp_path: Path) -> None:

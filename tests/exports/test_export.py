@@ -9,12 +9,22 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.utils import logging
 
 import twofold
 import twofold.cli
-from conftest import ARCHITECTURES, CONFIGS, TEXT, make_model, make_tokenizer
+from conftest import ARCHITECTURES, CONFIGS, TEXT, VOCABULARY, make_model, make_tokenizer
 from twofold import TwofoldError
 from twofold.checkpoint.plugin import attach
 from twofold.exports import portable_layers
@@ -416,6 +426,21 @@ def test_what_a_format_can_not_express_is_refused():
     model.model.norm = Strange()
     with pytest.raises(TwofoldError, match=r"can't be exported to onnx: .*twofold_test.*; use `to=dense`"):
         trace("onnx", OnnxExporter(), OnnxConfig(dynamic=True), model, "m")
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_an_encoder_decoder_is_refused_before_it_is_written(kind, tmp_path):
+    """One of them runs on token ids alone: its decoder reads them too, turned by a place."""
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "pad_token_id": 258, "decoder_start_token_id": 257}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 1, "decoder_layers": 1}
+    if kind == "bart":
+        model = BartForConditionalGeneration(BartConfig(**sizes, **heads, encoder_ffn_dim=48, decoder_ffn_dim=48))
+    else:
+        model = T5ForConditionalGeneration(T5Config(**sizes, d_ff=48, num_layers=1, num_heads=4, d_kv=8))
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(TwofoldError, match=r"can't be compared.*ForConditionalGeneration has an encoder and a decoder"):
+        export(str(tmp_path / "model"), "dense", tmp_path / "out", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_does_not_say_the_same_is_not_kept(small, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,13 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import twofold
-from conftest import TEXT, make_model, make_tokenizer
+from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
+from twofold.calibrate.fingerprint import model_hash
 from twofold.errors import TwofoldError
+from twofold.model.bare import check_bare
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.arange(3, 30)[None]
@@ -66,6 +71,18 @@ def one_parameter(model: Any) -> None:
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
 
 
+class Around(nn.Module):
+    """As wrappers that put a value head on a model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config, self.pretrained_model = model.config, model
+
+
+def with_bias(model: Any) -> None:
+    model.lm_head.bias = nn.Parameter(torch.ones(len(model.lm_head.weight)))
+
+
 class Doubled(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return 2 * weight
@@ -104,6 +121,27 @@ UPON: dict[str, tuple[Callable[[Any], Any], str]] = {
     "fp8": (lambda m: also(m, in_fp8), "float8_e4m3fn"),
     "two places": (lambda m: also(m, two_places), "are one weight"),
     "one parameter": (lambda m: also(m, one_parameter), "are one weight"),
+    "wrapper": (Around, r"got Around; pass the model inside it, model\.pretrained_model"),
+    "no model": (lambda m: nn.Linear(2, 2), "takes a transformers model or its name, got Linear"),
+    "quantized by torch": (
+        lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}),
+        r"no model\.layers\.0\.self_attn\.q_proj\.weight \(a torch\.ao\.nn\.quantized.* stands there\)",
+    ),
+    "bias": (lambda m: also(m, with_bias), r"the model has lm_head\.bias, which a LlamaForCausalLM of its configuration has not"),
+    "one more layer": (
+        lambda m: also(m, lambda m: m.model.layers.append(copy.deepcopy(m.model.layers[1]))),
+        r"the model has model\.layers\.2\.\S+weight, which",
+    ),
+    "no norm": (lambda m: also(m, lambda m: setattr(m.model, "norm", nn.Identity())), r"no model\.norm\.weight .*Identity"),
+    "no projection": (
+        lambda m: also(m, lambda m: setattr(m.model.layers[1].self_attn, "q_proj", nn.Identity())),
+        r"the model has no model\.layers\.1\.self_attn\.q_proj\.weight .*set model\.config to what the model is",
+    ),
+    "fewer layers": (lambda m: also(m, lambda m: m.model.layers.pop(1)), r"the model has no model\.layers\.1\.self_attn"),
+    "larger table": (
+        lambda m: also(m, lambda m: (m.resize_token_embeddings(270), setattr(m.config, "vocab_size", 264))),
+        r"model\.embed_tokens\.weight of the model is 270 × 32, and a LlamaForCausalLM of its configuration has 264 × 32",
+    ),
 }  # fmt: skip
 
 
@@ -175,3 +213,68 @@ def test_each_weight_keeps_its_dtype() -> None:
     assert torch.equal(result.model.embed_tokens.weight, table)
     assert {dtype for name, dtype in dtypes.items() if "norm" in name or "embed" in name} == {torch.float32}
     assert {dtype for name, dtype in dtypes.items() if "proj" in name} == {torch.bfloat16}
+
+
+def tripled(model: Any) -> None:
+    own = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        result = own(*args, **kwargs)
+        result.logits = 3 * result.logits
+        return result
+
+    model.forward = forward
+
+
+OTHERWISE: dict[str, tuple[Callable[[Any], object], str]] = {
+    "forward": (tripled, "the model has a forward that is not that of its class"),
+    "forward of a block": (
+        lambda m: setattr(m.model.layers[1].mlp, "forward", lambda x: 0 * x),
+        r"the layer model\.layers\.1\.mlp of the model has a forward",
+    ),
+    "activation": (
+        lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.ReLU()),
+        r"mlp\.act_fn of the model is ReLU, where its class and configuration have SiLU",
+    ),
+    "one more part": (
+        lambda m: setattr(m, "value", nn.LayerNorm(32)),
+        "the layer value of the model is LayerNorm, where its class and configuration have nothing",
+    ),
+    "number": (
+        lambda m: setattr(m.config, "rms_norm_eps", 0.5),
+        r"has variance_epsilon = 1e-06, where its class and configuration have 0\.5; so it is in 4 further places",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_is_not_of_the_class_is_noted_and_calibrated_anew(name: str) -> None:
+    change, words = OTHERWISE[name]
+    models = [make_model(), make_model(), make_model()]
+    for model in models[1:]:
+        change(model)
+    hashes = [model_hash(model) for model in models]
+    assert hashes[0] == model_hash(models[0])
+    assert hashes[1] != hashes[0]
+    assert (hashes[1] != hashes[2]) == ("forward" in name)  # what another forward computes can't be told
+    assert [note for note in factorized(models[1]).twofold_plan.notes if re.search(words, note)]
+    started = twofold.factorize(models[2], init="spectral", keep=0.6)
+    assert [note for note in started.twofold_plan.notes if re.search(words, note)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_there_is_nothing_to_say_of_a_plain_model(architecture: str, tmp_path: Path) -> None:
+    model = make_model(architecture)
+    assert check_bare(model) == []
+    assert check_bare(also(model, lambda m: m.resize_token_embeddings(270))) == []
+    model.save_pretrained(tmp_path)
+    assert check_bare(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)) == []
+    assert check_bare(factorized(make_model(architecture))) == []
+
+
+def test_a_class_that_takes_more_than_a_configuration_is_not_refused() -> None:
+    class Larger(LlamaForCausalLM):
+        def __init__(self, config: Any, more: int) -> None:
+            super().__init__(config)
+
+    assert re.search("no Larger can be made of its configuration alone", check_bare(Larger(make_model().config, 2))[0])

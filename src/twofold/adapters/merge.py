@@ -10,6 +10,7 @@ import pydantic
 import torch
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from twofold.adapters.exact import Example, merged_exactly
@@ -120,14 +121,27 @@ def _check_kinds(adapted: PeftModel, record: Merge, together: bool) -> None:
 
     Raises:
         TwofoldError: if an adapter is none of weights; if one that sets weights, and adds nothing to them, is scaled, or is DoRA
-            and added to another one; or if one adapter is asked for, of others than plain LoRA.
+            and added to another one; if one repeats layers, or two set the same ones; or if one adapter is asked for, of others
+            than plain LoRA.
     """
+    for name, module in adapted.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and len(module.modules_to_save) > 1:
+            both = " and ".join(record.adapters[int(key.removeprefix("adapter"))] for key in module.modules_to_save)
+            raise TwofoldError(
+                f"{both} each have weights that take the place of {name.removeprefix('base_model.model.')}, which can be one "
+                "adapter's alone; merge without the others"
+            )
     for number, (path, weight) in enumerate(zip(record.adapters, record.weights, strict=True)):
         config = adapted.peft_config[f"adapter{number}"]
         if not hasattr(adapted.base_model, "merge_and_unload"):
             raise TwofoldError(
                 f"{path} is of the kind {config.peft_type.value}, which changes no weights, so there is nothing to merge; keep "
                 "it beside the model"
+            )
+        if getattr(config, "layer_replication", None):
+            raise TwofoldError(
+                f"{path} repeats layers of the model (layer_replication), which stay one weight each, and a checkpoint can't say "
+                "that; keep it beside the model"
             )
         dora = getattr(config, "use_dora", False)
         if dora and (weight != 1 or len(record.adapters) > 1):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from twofold.calibrate.request import Request
 from twofold.calibrate.settings import Calibrating
 from twofold.checkpoint.shards import Shards
+from twofold.host import processes
 from twofold.host.cache import cache_folder
 from twofold.host.parts import FORMAT
 from twofold.task import Samples
@@ -19,7 +22,11 @@ from twofold.version import __version__
 
 
 def model_hash(model: nn.Module, shards: Shards | None = None) -> str:
-    """Return the hash of a model's configuration and weights: those in its files, or else those in memory."""
+    """Return the hash of a model's configuration and weights: those in its files, or else those in memory.
+
+    What a module in memory computes is known by its class; one whose forward is not that of its class has a hash of its own
+    each time, so nothing that was measured before is taken for its own.
+    """
     config = getattr(model, "config", None)
     described = ""
     if config is not None:
@@ -30,6 +37,11 @@ def model_hash(model: nn.Module, shards: Shards | None = None) -> str:
     if shards is not None:
         return shards.hash(described)
     digest = hashlib.sha256(described.encode())
+    for name, module in model.named_modules():
+        kind = type(module)
+        digest.update(f"{name} {kind.__module__}.{kind.__qualname__} {module.extra_repr()}".encode())
+    if any("forward" in vars(module) for module in model.modules()):
+        digest.update(processes.same(partial(secrets.token_bytes, 16)))
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -14,6 +14,7 @@ from twofold.exports.decoding import Decoder, ModelDecoder, greedy
 from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel, window_limit
+from twofold.task.causal_lm import has_two_stacks
 from twofold.task.text.special import prompt_ids
 
 TEXTS = (
@@ -69,9 +70,11 @@ def refer(loaded: LoadedModel, count: int) -> Reference:
     Raises:
         TwofoldError: if it does not run on token ids alone, or gives no logits.
     """
+    why = f"{loaded.name} can't be exported: its logits can't be compared, since it does not run on token ids alone"
+    if has_two_stacks(loaded.model):  # some run so all the same, and decode from what they read, turned by a place
+        raise TwofoldError(f"{why} ({type(loaded.model).__name__} has an encoder and a decoder)")
     decoder = ModelDecoder(loaded.model)
     asked = prompts(loaded)
-    why = f"{loaded.name} can't be exported: its logits can't be compared, since it does not run on token ids alone"
     with models_errors(lambda error: f"{why} ({first_line(error)})"):
         logits = []
         for ids in asked:

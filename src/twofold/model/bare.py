@@ -6,6 +6,7 @@ is written, without a word.
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -14,10 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 
 from twofold.checkpoint.plugin import METHOD
 from twofold.errors import TwofoldError
+from twofold.host.quiet import first_line
 from twofold.model.kinds import kind_of
+from twofold.model.skeleton import model_on_meta
 from twofold.model.weights import parameter_names
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -25,15 +29,22 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
-def check_bare(model: Any) -> None:
-    """Refuse a model that something stands around or on.
+def check_bare(model: Any) -> list[str]:
+    """Refuse a model that something stands around or on, or whose weights are not those of its class and configuration.
+
+    Returns:
+        What else of it is not that of its class, which what is written will not have.
 
     Raises:
-        TwofoldError: if it is no model; or naming what is around it or on it, and how it is taken off.
+        TwofoldError: if it is no model; or naming what is around it or on it, and how it is taken off; or the first weight.
     """
     check_unwrapped(model)
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise TwofoldError(f"factorize takes a transformers model or its name, got {type(model).__name__}")
+    if not isinstance(model, PreTrainedModel):
+        parts = model.named_children() if isinstance(model, nn.Module) else ()
+        inside = next(
+            (f"; pass the model inside it, model.{n}" for n, m in parts if isinstance(m, PreTrainedModel)), ""
+        )
+        raise TwofoldError(f"factorize takes a transformers model or its name, got {type(model).__name__}{inside}")
     _refuse_first(model, _upon)
     method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     method = getattr(method, "quant_method", METHOD)
@@ -44,6 +55,7 @@ def check_bare(model: Any) -> None:
         )
     _check_tensors(model)
     _check_places(model)
+    return _check_described(model)
 
 
 def check_unwrapped(model: Any) -> None:
@@ -135,9 +147,6 @@ def _check_tensors(model: nn.Module) -> None:
 
 def _check_places(model: Any) -> None:
     """Refuse a weight in several places that the model's class does not declare to be one: it could not be saved."""
-    declared = getattr(model, "_tied_weights_keys", False)
-    if declared is False:  # no model of transformers
-        return
     patterns = [key for module in model.modules() for key in getattr(module, "_tied_weights_keys", None) or ()]
     for names in parameter_names(model).values():
         undeclared = [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
@@ -146,3 +155,72 @@ def _check_places(model: Any) -> None:
                 f"{undeclared[0]} and {undeclared[1]} of the model are one weight, and {type(model).__name__} does not "
                 "declare that, so it can't be saved; give each place a layer of its own (copy.deepcopy)"
             )
+
+
+def _check_described(model: Any) -> list[str]:
+    """Refuse weights that a model's class does not make from its configuration; return what else of it differs."""
+    kind = type(model).__name__
+    try:
+        described = model_on_meta(type(model), copy.deepcopy(model.config), False)
+    except Exception as error:  # a class may take more than a configuration, and its code may do anything
+        why = f"no {kind} can be made of its configuration alone ({first_line(error)})"
+        return [f"the model was not compared with its configuration: {why}"]
+    here, there = ({name: _shape(value) for name, value in m.state_dict().items()} for m in (model, described))
+    further = [name for name, _ in model.named_parameters() if name not in there and _runs(described, name)]
+    name = next((name for name in [*there, *further] if here.get(name) != there.get(name)), None)
+    if name is None:
+        return _otherwise(model, described)
+    if name not in here:
+        owner = dict(model.named_modules()).get(name.rpartition(".")[0])
+        stands = "" if owner is None else f" (a {torch.typename(owner)} stands there)"
+        differs = f"the model has no {name}{stands}, which a {kind} of its configuration has"
+    elif name not in there:
+        differs = f"the model has {name}, which a {kind} of its configuration has not"
+    else:
+        differs = f"{name} of the model is {here[name]}, and a {kind} of its configuration has {there[name]}"
+    raise TwofoldError(
+        f"{differs}, so what is written could not be read as it is; set model.config to what the model is, or load it again"
+    )
+
+
+def _runs(described: nn.Module, name: str) -> bool:
+    """Say whether a further weight takes part: one of a module of the class, or in a list of them, all of which are run."""
+    owner, _, _ = name.rpartition(".")
+    modules = dict(described.named_modules())
+    if owner in modules:
+        return True
+    while owner not in modules:
+        owner = owner.rpartition(".")[0]
+    return isinstance(modules[owner], nn.ModuleList | nn.Sequential)
+
+
+def _shape(value: Any) -> str:
+    """Return the shape of a tensor in words, or what stands in its place."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return " × ".join(map(str, value.shape)) or "one number"
+
+
+def _otherwise(model: nn.Module, described: nn.Module) -> list[str]:
+    """Say in a note what modules compute by that is not of their class and configuration: other code, other numbers."""
+    differs: list[str] = []
+    of_class = dict(described.named_modules())
+    for name, module in model.named_modules():
+        place, made = f"the layer {name} of the model" if name else "the model", of_class.get(name)
+        if type(module) is not type(made):
+            usual = "nothing" if made is None else type(made).__name__
+            differs.append(f"{place} is {type(module).__name__}, where its class and configuration have {usual}")
+        elif "forward" in vars(module):
+            differs.append(f"{place} has a forward that is not that of its class")
+        elif not isinstance(module, nn.modules.dropout._DropoutNd):  # off while a model is measured
+            differs += [
+                f"{place} has {key} = {value}, where its class and configuration have {vars(made)[key]}"
+                for key, value in vars(module).items()
+                if key != "vocab_size"  # which transformers leaves as it was when it resizes a table
+                and type(value) in (int, float)
+                and vars(made).get(key, value) != value
+            ]
+    if not differs:
+        return []
+    more = f"; so it is in {len(differs) - 1} further places" if len(differs) > 1 else ""
+    return [f"{differs[0]}{more}: what is written is read with what the class and the configuration have"]

@@ -49,7 +49,7 @@ def open_loaded(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
     Raises:
         TwofoldError: if it is no model, or not a plain one; its weights are not finite, or a setting does not go with it.
     """
-    check_bare(model)
+    notes = check_bare(model)
     for setting in ("dtype", "device", "revision"):
         if setting in recipe.model_fields_set:
             raise TwofoldError(f"`{setting}` is for models that are named; move a loaded model itself")
@@ -63,7 +63,9 @@ def open_loaded(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
         cast_weights(model, torch.float32)
     check_methods(recipe)
     own = {name: dtype for name, dtype in dtypes.items() if dtype != stored}
-    return _in_memory(LoadedModel(model, tokenizer, recipe.model, None, stored, own_dtypes=own), recipe)
+    loaded = LoadedModel(model, tokenizer, recipe.model, None, stored, own_dtypes=own)
+    loaded.stored.notes += notes
+    return _in_memory(loaded, recipe)
 
 
 def _opened(loaded: LoadedModel, blocks: int | None, recipe: Recipe) -> Opened:

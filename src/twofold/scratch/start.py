@@ -72,11 +72,12 @@ def factorize_start(start: Any, init: str = "spectral", **settings: Any) -> Any:
         )
     given = {name: value for name, value in settings.items() if value is not None}
     recipe = make_recipe({**DEFAULTS, **given, "model": type(start).__name__})
-    model = _build(start, recipe.seed)
+    model, notes = _build(start, recipe.seed)
     check_finite_weights(model, recipe.model)
     stored = next(model.parameters()).dtype
     targets = find_targets(model, recipe.include, recipe.exclude)
     plan = make_plan(recipe.model, targets, None, recipe, stored.itemsize)
+    plan.notes.extend(notes)
     if not any(entry.replaced for entry in plan.entries):
         raise TwofoldError(
             f"at keep={recipe.keep:g} every weight stays dense, and a dense model is trained as it is; take a smaller keep"
@@ -86,12 +87,12 @@ def factorize_start(start: Any, init: str = "spectral", **settings: Any) -> Any:
     return model
 
 
-def _build(start: Any, seed: int) -> Any:
-    """Return the model itself, or the one of a configuration, with the weights of a seed."""
+def _build(start: Any, seed: int) -> tuple[Any, list[str]]:
+    """Return the model itself, or the one of a configuration, with the weights of a seed; and notes on it."""
     if isinstance(start, nn.Module):
-        check_bare(start)
+        notes = check_bare(start)
         _check_dense(start)
-        return start
+        return start, notes
     if not isinstance(start, PretrainedConfig):
         raise TwofoldError(
             "factorize with init takes a transformers configuration or a loaded model, got "
@@ -105,7 +106,7 @@ def _build(start: Any, seed: int) -> Any:
     with torch.random.fork_rng(), quiet_bars():
         torch.manual_seed(seed)
         try:
-            return model_from_config(model_class_of(start, False), copy.deepcopy(start))
+            return model_from_config(model_class_of(start, False), copy.deepcopy(start)), []
         except (ValueError, TypeError, RuntimeError) as error:
             raise TwofoldError(f"no model can be built from this configuration: {first_line(error)}") from error
 

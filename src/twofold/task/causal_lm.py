@@ -32,7 +32,7 @@ class CausalLM(Task):
     settings = Texts
 
     def fits(self, model: Any) -> bool:
-        return not _two_stacks(model)
+        return not has_two_stacks(model)
 
     def data(
         self, loaded: Any, settings: Settings, hashed: str, given: Iterable[str] | None = None, **how: Any
@@ -89,14 +89,14 @@ class CausalLM(Task):
         return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], 1).flatten()
 
 
-def _two_stacks(model: Any) -> bool:
+def has_two_stacks(model: Any) -> bool:
     """Say whether a model has an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def writes_text(model: Any) -> bool:
     """Say whether a model writes text, one token after another."""
-    return bool(getattr(model, "can_generate", lambda: False)()) and not _two_stacks(model)
+    return bool(getattr(model, "can_generate", lambda: False)()) and not has_two_stacks(model)
 
 
 def need_writer(model: Any, name: str, why: str) -> None:
