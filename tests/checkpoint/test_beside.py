@@ -89,13 +89,6 @@ def beside_of(folder: Path) -> dict[str, bytes]:
     return {n: p.read_bytes() for n, p in files.items() if n not in OF_A_RUN and ".safetensors" not in n}
 
 
-@pytest.fixture
-def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code of a checkpoint is copied to a cache before it is run; no test leaves any in the user's."""
-    for module in ("transformers.dynamic_module_utils", "transformers.utils.hub"):
-        monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
-
-
 def cut_and_padded(folder: Path) -> None:
     """Let the tokenizer's file cut and pad."""
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))

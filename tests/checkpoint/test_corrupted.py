@@ -371,7 +371,7 @@ def _(root: Path) -> None:
     (root / "model" / WEIGHTS).symlink_to(WEIGHTS)
 
 
-@case("pickles only", "pickles can run code")
+@case("pickles only", "pickles, which can run code")
 def _(root: Path) -> None:
     (root / "model" / WEIGHTS).rename(root / "model" / "pytorch_model.bin")
 

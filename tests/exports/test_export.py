@@ -66,18 +66,6 @@ def small(tmp_path):
 
 
 @pytest.fixture
-def modules_cache(tmp_path, monkeypatch):
-    """Where transformers puts the code of checkpoints, so that none of it stays in the user's cache."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path])
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        monkeypatch.delitem(sys.modules, name)
-    yield
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
-
-
-@pytest.fixture
 def run(capsys, monkeypatch):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["twofold", *map(str, arguments)])

@@ -141,7 +141,7 @@ def test_no_secret_is_told(command, capsys, monkeypatch, tmp_path):
         code, out, err = run([*command, *more], capsys, monkeypatch)
         assert code == expected, err
         told += out + err
-    monkeypatch.setattr("twofold.run.prepare.find_targets", lambda *a: 1 / 0)
+    monkeypatch.setattr("twofold.run.prepare.targets_of", lambda *a: 1 / 0)
     code, out, err = run([*command, "--overwrite"], capsys, monkeypatch)
     assert code == 1
     told += out + err
@@ -169,7 +169,7 @@ def test_a_write_that_breaks_off_leaves_nothing(size, command, capsys, monkeypat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2 and out == "", err
-    assert err.startswith(("twofold: the output folder ", "twofold: " + str(tmp_path))) and err.count("\n") == 1
+    assert err.startswith(f"twofold: no space left while writing {tmp_path}") and err.count("\n") == 1
     assert left_behind(tmp_path) == []
     assert run(svd, capsys, monkeypatch)[0] == 0  # with room it goes on as if nothing had happened
 

@@ -74,7 +74,7 @@ def accounted(source: Path, plan: Plan, unused: int, buffers: int) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", sorted(ODD))
-def test_an_odd_folder_gives_the_right_result_or_one_sentence(name, run, texts, tmp_path, monkeypatch):
+def test_an_odd_folder_gives_the_right_result_or_one_sentence(name, run, texts, tmp_path, monkeypatch, modules_cache):
     odd, source = ODD[name], tmp_path / "model"
     odd.make(source)
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}

@@ -175,8 +175,8 @@ def test_starts_that_do_not_go() -> None:
         (done.config, "no start for a training"),
         (quantized, "no start for a training"),
         ("smollm2", "takes a transformers configuration or a loaded model"),
-        (nn.Linear(8, 8), "takes a transformers configuration or a loaded model"),
-        (empty, "no weights yet"),
+        (nn.Linear(8, 8), "takes a transformers model or its name"),
+        (empty, "no numbers in memory"),
         (integers, "integers are not factorized"),
         (AutoConfig.for_model("vit"), "no model can be built"),
     ):
