@@ -120,7 +120,7 @@ def test_settings_of_every_method_need_no_torch():
 METHODS = (("objectives", OBJECTIVES), ("allocate", ALLOCATIONS), ("refine", REFINEMENTS))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_plug_in_is_registered_as_soon_as_a_model_can_be_loaded(checkpoint, text_file, tmp_path):
     twofold.factorize(
         str(checkpoint), keep=0.6, calibration=text_file, tokens=128, window=32, quiet=True

@@ -113,7 +113,7 @@ def test_tensors_that_are_missing_or_wrong_are_refused(change, says, sound, tmp_
         load_model(str(folder))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_without_twofold_it_fails_loudly(sound):
     code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(sound)!r}); print('LOADED')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -130,7 +130,7 @@ def test_generate_and_pipeline(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("form", ["gauge", "plain"])
+@pytest.mark.parametrize("form", ["gauge", pytest.param("plain", marks=pytest.mark.slow)])
 def test_loading_without_twofold_fails_loudly(form, tmp_path):
     factorized(form=form).save_pretrained(tmp_path)
     code = f"""

@@ -183,7 +183,7 @@ def test_an_interrupted_grid_goes_on(settings, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "arena").iterdir()) == sorted([*FILES, "arena.json", "cells"])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_grid_goes_on(settings, tmp_path):
     """Killed at any point: what was finished stays, and the rows are those of a run that was not killed, to the bit."""
     out, cache = tmp_path / "arena", tmp_path / "cache"

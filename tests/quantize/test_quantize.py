@@ -301,7 +301,7 @@ def test_other_heads_dtypes_and_a_second_save(tmp_path):
             assert torch.equal(tensor, load_file(tmp_path / "model.safetensors")[name])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_loading_without_twofold_fails_loudly(tmp_path):
     factorized(keep=1.0, dense_bits=4).save_pretrained(tmp_path)
     code = f"from transformers import AutoModelForCausalLM as A\nA.from_pretrained({str(tmp_path)!r})\nprint('LOADED')"

@@ -238,7 +238,7 @@ def test_other_layouts_and_biases(architecture, text_file, tmp_path):
     assert refined.loss_after < refined.loss_before
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_what_it_begins_from_is_part_of_its_state(checkpoint, text_file, tmp_path):
     """Kill a run after a round, and run it again with another training before: the round is not taken up."""
 

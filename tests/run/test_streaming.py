@@ -241,7 +241,7 @@ def test_the_limits_of_the_process_count(tmp_path, text_file, monkeypatch):
     assert memory_limit(small(source, text_file)) < 30_000_000
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_large_model_is_planned_from_its_configuration(tmp_path):
     """70 billion parameters: told within seconds how it would be worked on here, and what that takes."""
     from transformers import LlamaConfig
@@ -440,7 +440,7 @@ def test_blocks_that_get_the_embeddings_too_are_no_chain():
     assert watch.crossed and watch.chain() is None
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(text_file, tmp_path):
     """Under torchrun: the same plan, moments within 1e-6, the same weights within rounding."""
     source = save(tmp_path / "model")

@@ -110,7 +110,7 @@ def test_peak_memory_is_that_of_a_process_of_its_own(models: tuple[str, str], mo
         peak_of(dense, "eager", QUIET, 4, 2, 8)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_on_the_command_line(models: tuple[str, str], tmp_path: Path) -> None:
     dense, small = models
     flags = [
@@ -178,7 +178,7 @@ def test_a_runtime_that_is_not_installed_names_the_extra(monkeypatch: pytest.Mon
         bench(["anything"], runtime=["missing"])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_folders_of_other_runtimes(models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one runtime can't run is left to another, with a note, or else refused."""
     exported = tmp_path / "exported"

@@ -30,6 +30,9 @@ from twofold.speed.runtimes import Settings, get_runtime
 FAST: dict[str, Any] = {"prompt": 4, "new": 3, "prefill": 12, "batch": (1, 3), "repeats": 1, "quiet": True}
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A dense and a factored Llama of one layer, for a layer takes seconds to trace, and one export for each runtime."""
@@ -85,7 +88,6 @@ def written(runtime: str, model: str, ids: torch.Tensor, count: int) -> torch.Te
     return torch.cat(tokens, 1)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("runtime", "model"), [("onnx", "small"), ("openvino", "dense")])
 def test_a_graph_writes_the_tokens_of_its_model(runtime: str, model: str, exported: dict[str, str]) -> None:
     ids = torch.randint(0, 256, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -99,7 +101,6 @@ def test_a_graph_writes_the_tokens_of_its_model(runtime: str, model: str, export
     assert torch.equal(written(runtime, exported[runtime], ids, 6), torch.cat(tokens, 1))
 
 
-@pytest.mark.long
 def test_made_for_the_bench_and_removed(
     exported: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
 ) -> None:
@@ -140,7 +141,6 @@ def test_made_for_the_bench_and_removed(
     assert any(f"{exported['dense']} in onnx is an export that was made for this bench" in n for n in said["notes"])
 
 
-@pytest.mark.long
 def test_openvino_end_to_end(exported: dict[str, str]) -> None:
     result = bench([exported["openvino"]], runtime=["openvino"], **FAST, memory=False)
     (row,) = result.rows
@@ -185,7 +185,6 @@ def test_refused_before_any_export(
     assert code == 2 and words in err
 
 
-@pytest.mark.long
 def test_models_without_an_export_are_left_to_other_runtimes(
     models: tuple[str, str], tmp_path: Path, exported: dict[str, str]
 ) -> None:
@@ -203,7 +202,6 @@ def test_models_without_an_export_are_left_to_other_runtimes(
     assert any("is not timed in onnx: its factors are quantized" in note for note in result.notes)
 
 
-@pytest.mark.long
 def test_an_export_that_fails_is_one_sentence(models: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     (Path(models[0]) / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(TwofoldError, match=r"can't be exported to be timed in onnx .*; or leave onnx out of `runtime`"):
@@ -213,7 +211,6 @@ def test_an_export_that_fails_is_one_sentence(models: tuple[str, str], monkeypat
         exports.export_all({models[1]: Path(models[1]).parent / "out"}, "onnx", False, True)
 
 
-@pytest.mark.long
 def test_graphs_that_can_not_be_timed(exported: dict[str, str], tmp_path: Path) -> None:
     import onnx
 

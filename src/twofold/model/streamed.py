@@ -139,7 +139,7 @@ class Streamed(Resident):
                 self.keys |= {name: self.keys.get(name, key) for name in names}
         converted = set(self.converted.values())
         missing = [name for name in self.state if name not in self.keys and self.unit_of(name) not in converted]
-        check_missing(missing, place=self.shards.folder)
+        check_missing(sorted(missing), place=self.shards.folder)
         for name, key in self.keys.items():
             shape, expected = self.shards.headers[key].shape, tuple(self.state[name].shape)
             check_shape(f"the weight {key}", self.shards.folder, shape, expected)
