@@ -30,7 +30,7 @@ from twofold.adapters.extract import extract
 from twofold.adapters.merge import merge
 from twofold.errors import TwofoldError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 IDS = torch.arange(3, 40)[None]
 WRITES = {"task_type": "CAUSAL_LM"}
 

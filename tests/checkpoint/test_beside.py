@@ -35,6 +35,7 @@ from twofold.report.record import Run
 from twofold.task.text.answers import answer
 from twofold.task.text.special import prompt_ids
 
+pytestmark = pytest.mark.long
 CARRIED = {
     "LICENSE": "all rights", "NOTICE.txt": "notice", "USE_POLICY.md": "policy", "COPYING": "copying", "licence.pdf": "%PDF",
     "modules.json": json.dumps([{"path": "", "type": "T"}, {"path": "1_Pooling", "type": "P"}]),
@@ -97,7 +98,6 @@ def cut_and_padded(folder: Path) -> None:
     own.save(str(folder / "tokenizer.json"))
 
 
-@pytest.mark.long
 def test_both_ways_carry_the_same_files_and_name_the_others(checkpoint, text_file, tmp_path, modules_cache):
     cut_and_padded(checkpoint)
     put(with_own_code(checkpoint), CARRIED | LEFT)
@@ -126,7 +126,6 @@ def test_both_ways_carry_the_same_files_and_name_the_others(checkpoint, text_fil
     assert len(AutoTokenizer.from_pretrained(tmp_path / "never")("a")["input_ids"]) == 1
 
 
-@pytest.mark.long
 def test_all_commands_carry_a_licence_and_the_tokenizer_as_it_is(checkpoint, text_file, tmp_path):
     cut_and_padded(checkpoint)
     put(checkpoint, {"LICENSE": "all rights", "modules.json": "[]", "notes.txt": "private"})
@@ -193,7 +192,6 @@ def test_no_settings_of_generation_can_stop_an_answer_or_a_write(held, checkpoin
     assert isinstance(settings, dict) != any("generation_config.json holds no settings" in n for n in companions.notes)
 
 
-@pytest.mark.long
 def test_no_settings_of_generation_can_stop_a_run(checkpoint, text_file, tmp_path):
     path = checkpoint / "generation_config.json"
     path.write_text(json.dumps(GENERATION["stop strings"]))
@@ -203,7 +201,6 @@ def test_no_settings_of_generation_can_stop_a_run(checkpoint, text_file, tmp_pat
         assert bool(run.samples) == (way == "never")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("held", "method"), [("draws without drawing", "full"), ("stop strings", "lora"), ("no object", "full")]
 )
@@ -234,7 +231,6 @@ def test_what_a_conversation_takes_of_the_model():
     assert (greedy.top_p, drawn.top_p, drawn.temperature) == (None, 0.5, 0.5) and drawn.num_beams in (None, 1)
 
 
-@pytest.mark.long
 def test_an_export_reads_its_result_with_the_flag_that_it_was_given(checkpoint, text_file, tmp_path, modules_cache):
     compress(with_own_code(checkpoint), tmp_path / "small", text_file, trust_remote_code=True)
     for to, more in (("dense", {}), ("lora", {"base": str(checkpoint)})):
@@ -245,7 +241,6 @@ def test_an_export_reads_its_result_with_the_flag_that_it_was_given(checkpoint, 
         export(str(tmp_path / "small"), "dense", tmp_path / "again", quiet=True)
 
 
-@pytest.mark.long
 def test_a_model_of_the_hub_takes_its_files_from_there(checkpoint, text_file, tmp_path, monkeypatch):
     """As the hub's cache has them: links to the blobs of the repository."""
     put(checkpoint, {"LICENSE": "all rights", "sentence_bert_config.json": "{}"})
@@ -270,7 +265,6 @@ def test_a_model_of_the_hub_takes_its_files_from_there(checkpoint, text_file, tm
     assert not (tmp_path / "never" / "LICENSE").is_symlink()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "part", ["twofold.run.ways.answer", "twofold.report.page.write_report", "twofold.report.card.write_card"]
 )

@@ -18,7 +18,7 @@ from conftest import TEXT, make_model, make_tokenizer
 from twofold.checkpoint.plugin import attach
 from twofold.checkpoint.ties import settle_ties
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 IDS = torch.arange(3, 40)[None]
 
 

@@ -21,7 +21,7 @@ from twofold.calibrate.fingerprint import model_hash
 from twofold.errors import TwofoldError
 from twofold.model.bare import check_bare
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 IDS = torch.arange(3, 30)[None]
 LORA = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
 

@@ -21,6 +21,7 @@ from conftest import TEXT, VOCABULARY, make_model, make_tokenizer
 from twofold.model.load import load_model, load_skeleton
 
 Packed = tuple[dict[str, torch.Tensor], torch.Tensor]  # by the end of the name; and the weight that they stand for
+pytestmark = pytest.mark.long
 BLOCK = 24  # of 32 or 80 rows and columns: the last blocks are cut
 
 
@@ -379,7 +380,6 @@ def test_scales_that_do_not_belong_are_refused(tmp_path):
         load_model(str(tmp_path / "packed"), dequantize=True)
 
 
-@pytest.mark.long
 def test_every_command_tells_it_and_takes_the_setting(tmp_path):
     """Each refuses a quantized model by the same sentence, and with `dequantize` does what it does to the dense one."""
     meant = written(tmp_path / "packed", "fp8")

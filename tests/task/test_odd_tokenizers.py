@@ -26,6 +26,7 @@ from twofold.tuning.rows import Row
 from twofold.tuning.samples import held_out_prompts
 from twofold.tuning.tokens import Examples, encode
 
+pytestmark = pytest.mark.long
 CHATML = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<eos>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
@@ -227,7 +228,6 @@ def arguments(command: str, model: Path, root: Path, out: Path) -> list[object]:
     }[command]  # fmt: skip
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("command", TRIED)
 def test_a_tokenizer_that_lacks_something_gives_a_result_or_one_sentence(
     command: str, folders: dict[str, Path], tmp_path: Path, capsys: Any, monkeypatch: Any
@@ -247,7 +247,6 @@ def test_a_tokenizer_that_lacks_something_gives_a_result_or_one_sentence(
         assert "indexing errors" not in said and "Traceback" not in said, f"{name}: {said}"
 
 
-@pytest.mark.long
 def test_what_is_not_done_for_a_lack_is_said(folders: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
     text, small = str(folders[""] / "text.txt"), {"tokens": 64, "window": 16, "eval_windows": 1, "quiet": True}
     name = "template with a token beyond"
