@@ -84,7 +84,7 @@ def _write_unit(
     replaced: set[str] = set()
     for layer, entry, note in outcomes:
         key = residence.keys[f"{entry.name}.weight"]
-        stem = residence.written_as(key).removesuffix("weight")
+        stem = residence.written.get(key, key).removesuffix("weight")
         for name, tensor in layer.state_dict().items():
             if name != "bias":
                 tensors[stem + name] = tensor.to(stored) if tensor.is_floating_point() else tensor
@@ -94,7 +94,7 @@ def _write_unit(
         record["layers"][entry.name] = layer.settings()
     for key, tensor in residence.shards.read([key for key in keys if key not in replaced]):
         check_finite_tensor(key, tensor, residence.shards.folder)
-        tensors[residence.written_as(key)] = tensor.contiguous()
+        tensors[residence.written.get(key, key)] = tensor.contiguous()
     path.with_suffix(".json").unlink(missing_ok=True)  # it describes the part that is replaced now
     write_whole(path, lambda place: save_file(tensors, place, {"format": "pt"}))
     write_text(path.with_suffix(".json"), json.dumps(record))

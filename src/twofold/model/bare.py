@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from twofold.checkpoint.plugin import METHOD
 from twofold.errors import TwofoldError
+from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line
 from twofold.model.kinds import kind_of
 from twofold.model.skeleton import model_on_meta
@@ -161,9 +162,10 @@ def _check_described(model: Any) -> list[str]:
     """Refuse weights that a model's class does not make from its configuration; return what else of it differs."""
     kind = type(model).__name__
     try:
-        described = model_on_meta(type(model), copy.deepcopy(model.config), False)
-    except Exception as error:  # a class may take more than a configuration, and its code may do anything
-        why = f"no {kind} can be made of its configuration alone ({first_line(error)})"
+        with models_errors(first_line):  # a class may take more than a configuration, and its code may do anything
+            described = model_on_meta(type(model), copy.deepcopy(model.config), False)
+    except TwofoldError as error:
+        why = f"no {kind} can be made of its configuration alone ({error})"
         return [f"the model was not compared with its configuration: {why}"]
     here, there = ({name: _shape(value) for name, value in m.state_dict().items()} for m in (model, described))
     further = [name for name, _ in model.named_parameters() if name not in there and _runs(described, name)]

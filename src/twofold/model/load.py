@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from twofold.checkpoint.beside import PATTERNS
 from twofold.checkpoint.loaded import check_missing, check_shape
 from twofold.checkpoint.shards import Shards, check_finite_tensor
+from twofold.checkpoint.ties import part_weight
 from twofold.errors import TwofoldError
 from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line, quiet_bars
@@ -201,7 +202,8 @@ def load_streamed(settings: Loading, chain: Chain) -> LoadedModel:
         if model.can_generate():
             with quiet_bars():
                 model.generation_config = stored_generation(source, where, config)[0]
-    part_by_files(model, stored, shards)
+    for weight in stored.parted:
+        part_weight(model, weight)
     residence = Streamed(model, shards, stored, chain, dtype, device)
     tokenizer, reason = read_tokenizer(source, where)
     return LoadedModel(model, tokenizer, name, folder, kept or dtype, reason, residence, shards, stored)

@@ -30,6 +30,9 @@ class Stored:
     keys: dict[str, str] = field(default_factory=dict)  # name in the model → name in the files, stored as it is
     converted: dict[str, str] = field(default_factory=dict)  # name in the files → in the model, in another layout there
     unused: dict[str, str] = field(default_factory=dict)  # name in the files → why no weight of the model is made of it
+    parted: list[str] = field(
+        default_factory=list
+    )  # names in the model of weights that are tied there, and not in the files
     notes: list[str] = field(default_factory=list)  # how the files differ from what config.json says
 
     @property

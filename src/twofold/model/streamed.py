@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -149,13 +149,21 @@ class Streamed(Resident):
         own = [self.keys[name] for name in self.units.get(unit, []) if name in self.keys]
         return sorted({*own, *(key for key, owner in self.converted.items() if owner == unit)})
 
-    def written_as(self, key: str) -> str:
-        """Return the name that transformers writes a tensor of the checkpoint under, with the prefix of the base model."""
-        names = [name for name, own in self.keys.items() if own == key]
+    @cached_property
+    def written(self) -> dict[str, str]:
+        """The names that transformers writes tensors of the checkpoint under, where it puts the base model's prefix before them.
+
+        Others it renames or converts when it reads them, and back when it writes.
+        """
         ties, prefix = tied_names(self.model), f"{self.model.base_model_prefix}."
-        if not any(key in (name, name.removeprefix(prefix), prefix + name) for name in names):
-            return key  # renamed or converted by transformers, and back when it writes
-        return next((name for name in names if name not in ties), names[0])
+        names: dict[str, list[str]] = {}
+        for name, key in self.keys.items():
+            names.setdefault(key, []).append(name)
+        return {
+            key: next((name for name in same if name not in ties), same[0])
+            for key, same in names.items()
+            if any(key in (name, name.removeprefix(prefix), prefix + name) for name in same)
+        }
 
     @contextmanager
     def hold(self, units: Iterable[str]) -> Iterator[None]:

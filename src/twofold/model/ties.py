@@ -30,6 +30,7 @@ def part_by_files(model: Any, stored: Stored, shards: Shards | None) -> None:
             stored.keys[name] = second
         else:
             part_weight(model, name)
+            stored.parted.append(name)
 
 
 def _equal(shards: Shards, first: str, second: str) -> bool:
