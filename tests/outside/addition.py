@@ -137,7 +137,7 @@ class LastToken(tf.Task):
     def example(self, model: Any) -> Any:
         return {"input_ids": torch.arange(6)[None]}
 
-    def read(self, result: Any, model: Any) -> Tensor:
+    def read(self, result: Any, batch: Any, model: Any) -> Tensor:
         return result.logits[:, -1]  # type: ignore[no-any-return]
 
     def labels(self, batch: Any) -> Tensor:

@@ -9,7 +9,7 @@ from twofold.model.blocks import Chain
 from twofold.model.load import LoadedModel
 from twofold.model.streamed import Streamed
 from twofold.objectives import without_data
-from twofold.task import Task, find_task
+from twofold.task import TASKS, S, Task, find_task
 
 
 @dataclass
@@ -19,6 +19,7 @@ class Opened:
     loaded: LoadedModel
     blocks: int | None = None  # in memory at once; None: all
     named: str = "auto"  # the task, as it is asked for
+    own: Task | None = None  # the task of a caller, in the place of a named one
 
     @property
     def chain(self) -> Chain | None:
@@ -28,7 +29,11 @@ class Opened:
     @property
     def task(self) -> Task | None:
         """What the model is for; None if it is for nothing that is known."""
-        return find_task(self.loaded.model, self.named)
+        return self.own or find_task(self.loaded.model, self.named)
+
+    def fitted(self, settings: S, *, quiet: bool = False) -> S:
+        """Return settings that suit the model, as its task has it."""
+        return settings if self.task is None else self.task.fitted(settings, self.loaded, quiet=quiet)
 
     def need_task(self, what: str = "") -> Task:
         """Return what the model is for.
@@ -41,8 +46,8 @@ class Opened:
         """
         task = self.task
         if task is None:
-            remedy = f"{what} yet" if what else f"calibrated yet; {without_data()}"
+            remedy = what or f"calibrated; {without_data()}"
             raise TwofoldError(
-                f"{type(self.loaded.model).__name__} is an encoder-decoder model, which can't be {remedy}"
+                f"{type(self.loaded.model).__name__} is for none of the tasks {', '.join(TASKS.names())}, so it can't be {remedy}"
             )
         return task

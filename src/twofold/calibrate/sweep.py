@@ -184,7 +184,7 @@ class _Sweep:
             out = run(step.sweep == "both")
             if step.sweep == "both":
                 try:
-                    outputs = task.read(out, model)
+                    outputs = task.read(out, batch, model)
                 except TwofoldError as error:
                     raise TwofoldError(f"{error}; {without_gradients()}") from error
                 if not outputs.requires_grad:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,12 +12,17 @@ from twofold.cli.tables import megabytes, millions, number, run_command, table
 
 if TYPE_CHECKING:
     from twofold.evaluation.lm_eval import TaskEvaluation, TaskScores
+    from twofold.evaluation.on_data import DataEvaluation
     from twofold.evaluation.on_text import Evaluation
 
 
 def command(
     model: Model,
     text: Annotated[list[str] | None, typer.Option(help="Text files or a data set name to measure on.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="In their place, a folder, files or a data set of clips, images, pairs or sentences."),
+    ] = None,
     against: Against = None,
     adapter: Annotated[str | None, typer.Option(help="The folder of an adapter, put on MODEL.")] = None,
     tasks: Annotated[
@@ -39,6 +44,12 @@ def command(
     ] = False,
     windows: Annotated[int, typer.Option(min=0, help="Windows to measure on; 0 means all.")] = 16,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    task: Annotated[str, typer.Option(help="What the model is for, with --data; auto finds it.")] = "auto",
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of --data; all without it.")] = None,
+    audio_column: Annotated[str, typer.Option(help="The field that holds the audio, or names its file.")] = "audio",
+    image_column: Annotated[str, typer.Option(help="The field that holds the image, or names its file.")] = "image",
+    target_column: Annotated[str, typer.Option(help="The field that holds the second text of a pair.")] = "target",
+    label_column: Annotated[str, typer.Option(help="The field that holds the label.")] = "label",
     bos: Annotated[
         str, typer.Option(help="How windows begin: auto, as the tokenizer begins texts; none, with text.")
     ] = "auto",
@@ -49,8 +60,9 @@ def command(
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model on a text (perplexity, sizes, with --against the divergence from the original) or on tasks of lm-eval."""
-    run_command(twofold.evaluate, {**locals()}, print_evaluation if tasks is None else print_tasks)
+    """Measure a model on a text (perplexity, sizes, with --against the divergence from the original), on tasks of lm-eval, or on data."""
+    shown: Any = print_tasks if tasks is not None else print_data if data is not None else print_evaluation
+    run_command(twofold.evaluate, {**locals()}, shown)
 
 
 def print_evaluation(result: Evaluation) -> None:
@@ -66,6 +78,22 @@ def print_evaluation(result: Evaluation) -> None:
     begin = f", each beginning with {result.begin}" if result.begin else ""
     title = f"{result.text}: {result.windows} windows of {result.window} tokens{begin}"
     table(title, ["model", "perplexity", *columns, "parameters", "memory", "disk"], rows)
+
+
+def print_data(result: DataEvaluation) -> None:
+    """Print the models side by side, with the measures of their task."""
+    many, scores = len(result.models) > 1, list(result.models[0].scores)
+    rows = []
+    for m in result.models:
+        compared = [number(m.divergence, ".5f"), number(m.agreement, ".2%")] if many else []
+        sizes = [millions(m.parameters), megabytes(m.memory), megabytes(m.disk)]
+        known = [number(m.perplexity, ".3f")] if result.models[0].perplexity is not None else []
+        rows.append([m.name, *(f"{m.scores[name]:.4f}" for name in scores), *known, *compared, *sizes])
+    columns = [*(name.replace("_", " ") for name in scores)]
+    columns += ["perplexity"] if result.models[0].perplexity is not None else []
+    columns += ["divergence", result.agreement] if many else []
+    title = f"{result.data}: {result.samples} {result.unit}, {result.predictions} predictions ({result.task})"
+    table(title, ["model", *columns, "parameters", "memory", "disk"], rows)
 
 
 def print_tasks(result: TaskEvaluation) -> None:

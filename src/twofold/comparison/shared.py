@@ -188,7 +188,7 @@ def set_up(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False
                 say(notes[-1])
     if recipe.eval_text is None:
         assert data is not None
-        held_out = data.held_out[: recipe.eval_windows]
+        held_out = data.to_measure(recipe.eval_windows)
         if not len(held_out):
             raise TwofoldError(
                 "the calibration text is too short to hold some of it out to measure on; name a text with `eval_text`"

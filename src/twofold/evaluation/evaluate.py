@@ -9,11 +9,17 @@ from typing import Literal
 
 from twofold.errors import TwofoldError
 from twofold.evaluation.lm_eval import TaskEvaluation, evaluate_tasks
+from twofold.evaluation.on_data import DataEvaluation, evaluate_data
 from twofold.evaluation.on_text import Evaluation, evaluate_text
 from twofold.model.load import load_model
+from twofold.task.data.settings import Columns
 
 ON_TASKS = ("task_folder", "limit", "fewshot", "batch_size", "seed")  # settings of either kind of measuring
-ON_TEXT = ("dataset_config", "dataset_split", "text_column", "chat", "skip_bad", "windows", "window")
+OF_ROWS = ("dataset_config", "dataset_split", "text_column", "skip_bad")
+ON_TEXT = (*OF_ROWS, "chat", "windows", "window")
+COLUMNS = ("audio_column", "image_column", "target_column", "label_column")
+ON_DATA = (*OF_ROWS, *COLUMNS, "task", "samples")
+KINDS = {"text": ON_TEXT, "tasks": ON_TASKS, "data": ON_DATA}
 
 
 def evaluate(
@@ -21,6 +27,7 @@ def evaluate(
     text: str | Sequence[str] | None = None,
     *,
     tasks: str | Sequence[str] | None = None,
+    data: str | Sequence[str] | None = None,
     against: str | None = None,
     adapter: str | None = None,
     task_folder: str | None = None,
@@ -35,18 +42,28 @@ def evaluate(
     skip_bad: bool = False,
     windows: int = 16,
     window: int = 1024,
+    task: str = "auto",
+    samples: int | None = None,
+    audio_column: str = "audio",
+    image_column: str = "image",
+    target_column: str = "target",
+    label_column: str = "label",
     bos: Literal["auto", "none"] = "auto",
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
     dequantize: bool = False,
     quiet: bool = False,
-) -> Evaluation | TaskEvaluation:
-    """Measure a model, and the original beside it: perplexity and divergence on a text, or accuracy on tasks of lm-eval.
+) -> Evaluation | TaskEvaluation | DataEvaluation:
+    """Measure a model, and the original beside it: on a text, on tasks of lm-eval, or on data of the model's own kind.
+
+    On a text it is perplexity and divergence; on data (clips, images, pairs, sentences) the divergence, and what the model's task
+    is measured by: word error rate, accuracy, BLEU, rank correlation.
 
     Args:
         text: text files, or the name of a data set.
         tasks: in its place, names of tasks, as a list or with commas between.
+        data: in their place, folders, files or the name of a data set; its columns are named by ``text_column`` and the like.
         against: the original.
         adapter: the folder of a PEFT adapter that is put on the model, and not on the original.
         limit: rows of each task, the first ones; None measures all.
@@ -55,6 +72,8 @@ def evaluate(
         skip_bad: leave out rows of the text that can't be read.
         windows: of the text, the first ones; 0 measures all.
         window: tokens in one.
+        task: what the model is for, as it is measured on data; "auto" finds it.
+        samples: of the data, the first ones; None measures all.
         dequantize: turn weights that are quantized already into ordinary ones.
         bos: how windows and the rows of tasks begin: "auto", with the special tokens that the tokenizer begins a text with, if it
             does; "none", without.
@@ -65,18 +84,27 @@ def evaluate(
     settings = {**locals()}
     if bos not in ("auto", "none"):
         raise TwofoldError(f"`bos` must be auto or none, got {bos!r}")
-    if (text is None) == (tasks is None):
-        raise TwofoldError("give either `text=FILE` to measure perplexity, or `tasks=NAMES` to measure accuracy")
-    here, there, foreign = ("text", "tasks", ON_TASKS) if tasks is None else ("tasks", "text", ON_TEXT)
+    given = [kind for kind in KINDS if settings[kind] is not None]
+    if len(given) != 1:
+        raise TwofoldError(
+            "give either `text=FILE` to measure perplexity, `tasks=NAMES` to measure accuracy, or `data=FOLDER` to measure a model "
+            "of speech, images, pairs or sentences"
+        )
+    (here,) = given
     defaults = inspect.signature(evaluate).parameters
-    for name in foreign:
-        if settings[name] != defaults[name].default:
-            raise TwofoldError(f"`{name}` goes with `{there}` and not with `{here}`; leave it out")
+    for there, names in KINDS.items():
+        for name in set(names) - set(KINDS[here]):
+            if settings[name] != defaults[name].default:
+                raise TwofoldError(f"`{name}` goes with `{there}` and not with `{here}`; leave it out")
     models = [*([(against, None)] if against else []), (model, adapter)]
     load = partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, dequantize=dequantize)
     if tasks is not None:
         names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
         return evaluate_tasks(models, load, names, bos=bos, quiet=quiet, **{name: settings[name] for name in ON_TASKS})
+    if data is not None:
+        columns = Columns(**{name: settings[name] for name in (*OF_ROWS, *COLUMNS)})
+        where = [data] if isinstance(data, str) else list(data)
+        return evaluate_data(models, load, where, task=task, samples=samples, columns=columns, quiet=quiet)
     assert text is not None
     source = {name: settings[name] for name in ON_TEXT}
     return evaluate_text(models, load, text, bos=bos, quiet=quiet, **{**source, "windows": windows or None})

@@ -49,4 +49,4 @@ class LastStates:
         model, chain = self.residence.model, self.residence.chain
         with self.residence.hold([HEAD]):
             out = self._run(model, i, Stretch(chain, len(chain), len(chain)))
-        return self.task.read(out, model)
+        return self.task.read(out, on_device(self.samples.batch(i, i + 1), self.residence.device), model)

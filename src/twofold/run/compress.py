@@ -27,7 +27,6 @@ from twofold.settings.base import from_call
 from twofold.task import Samples
 from twofold.task.output.quality import measure_quality
 from twofold.task.text.sources import data_files
-from twofold.task.text.windows import fit_window
 
 
 def compress(
@@ -67,7 +66,7 @@ def compress(
     with watch.stage("load"):
         opened = open_for(recipe, quiet=quiet)
     loaded = opened.loaded
-    recipe = fit_window(recipe, loaded, quiet=quiet)
+    recipe = opened.fitted(recipe, quiet=quiet)
     check_apart(out, [loaded.source], _files_read(recipe, moments))
     companions = Companions.of(loaded)
     sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None

@@ -20,7 +20,6 @@ from twofold.run.prepare import prepare
 from twofold.run.sizing import Sizing
 from twofold.scratch.start import factorize_start
 from twofold.settings.base import from_call
-from twofold.task.text.windows import fit_window
 
 
 def factorize(
@@ -75,7 +74,7 @@ def factorize(
         )
     result = loaded.model
     with evaluating(result):
-        recipe = fit_window(recipe, loaded, quiet=quiet)
+        recipe = opened.fitted(recipe, quiet=quiet)
         sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None
         prepared = prepare(recipe, opened, Stopwatch(), texts=texts, sizing=sizing, quiet=quiet)
         replaced = prepared.factorize(quiet=quiet)

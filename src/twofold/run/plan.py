@@ -20,7 +20,6 @@ from twofold.run.open import open_for
 from twofold.run.prepare import layer_times, plan_of_shapes, prepare, with_structures
 from twofold.run.sizing import Sizing
 from twofold.settings.base import from_call
-from twofold.task.text.windows import fit_window
 
 
 def plan(
@@ -95,8 +94,8 @@ def _by_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
         )
     how = recipe.model_dump(include={"revision", "trust_remote_code", "dequantize"})
     loaded = load_skeleton(recipe.model, **how)
-    recipe = fit_window(recipe, loaded, quiet=True)
     opened = Opened(loaded, named=recipe.task)
+    recipe = opened.fitted(recipe, quiet=True)
     targets = with_structures(opened, targets_of(loaded, recipe.include, recipe.exclude), recipe)
     uniform = plan_of_shapes(loaded, targets, recipe, layer_times(loaded, targets, recipe, quiet=quiet))
     note = (
@@ -116,7 +115,7 @@ def _by_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
 def _by_moments(recipe: Recipe, moments: Path | None, *, quiet: bool) -> Plan:
     """Plan by the moments of a calibration, which are kept."""
     opened = open_for(recipe, quiet=quiet)
-    recipe = fit_window(recipe, opened.loaded, quiet=quiet)
+    recipe = opened.fitted(recipe, quiet=quiet)
     sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None
     watch = Stopwatch()
     return prepare(recipe, opened, watch, moments_folder=moments, bases=False, sizing=sizing, quiet=quiet).plan

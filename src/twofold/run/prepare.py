@@ -126,8 +126,10 @@ def _data(
     with watch.stage("texts"):
         task, aside = opened.need_task(), recipe.held_out_windows
         data = processes.same(lambda: task.data(opened.loaded, recipe, hashed, texts, held_out=aside, quiet=quiet))
-    if needs and data.units < data.asked - recipe.window and not quiet:
-        say(f"the calibration text gives {data.units:,} tokens of the {data.asked:,} asked for")
+    slack = recipe.window if task.streams else 0
+    if needs and data.units < data.asked - slack and not quiet:
+        what = "text" if task.streams else "data"
+        say(f"the calibration {what} gives {data.units:,} {data.samples.unit} of the {data.asked:,} asked for")
     return data
 
 

@@ -34,7 +34,7 @@ STEPS = 9  # halvings of the share when the plan's prediction is inverted; they 
 def samples_to_measure(evaluation: Samples | None, data: Data | None, recipe: Recipe) -> tuple[Samples | None, str]:
     """Return the samples to measure on and where they are from: the evaluation text, or else held-out calibration text."""
     if evaluation is None and data is not None and len(data.held_out):
-        return data.held_out[: recipe.eval_windows], f"held-out {data.samples.source}"
+        return data.to_measure(recipe.eval_windows), f"held-out {data.samples.source}"
     return evaluation, Path(recipe.eval_text or "").name
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, TypeVar
 
@@ -18,7 +18,10 @@ from twofold.task.output import Output
 if TYPE_CHECKING:
     from torch import Tensor
 
-Batch: TypeAlias = "Mapping[str, Tensor]"  # arguments of the model's forward; all samples of a batch have one shape
+# Arguments of the model's forward, and the labels, which it is not given; all samples of a batch have one shape.
+Batch: TypeAlias = "Mapping[str, Tensor]"
+LABELS = "labels"
+S = TypeVar("S", bound=Settings)
 
 
 class Samples(ABC):
@@ -86,11 +89,20 @@ class Data:
     held_out: Samples  # may be empty
     asked: int  # units that were asked for
     notes: tuple[str, ...] = ()  # on what of the data was not read
+    each: int = 1  # samples that are set aside for each window that a text would have set aside
 
     @property
     def units(self) -> int:
         """The units that are calibrated on."""
         return self.samples.units(0, len(self.samples))
+
+    def to_measure(self, windows: int) -> Samples:
+        """Return those that the quality is measured on, where a text would have so many windows."""
+        return self.held_out[: windows * self.each]
+
+    def to_stop(self, windows: int) -> Samples:
+        """Return the others that are set aside."""
+        return self.held_out[windows * self.each :]
 
 
 class Task(ABC):
@@ -99,10 +111,22 @@ class Task(ABC):
     name: ClassVar[str]
     output: ClassVar[Output]
     settings: ClassVar[type[Settings]]
+    perplexity: ClassVar[bool] = False  # whether exp(loss) is a word of it
+    streams: ClassVar[bool] = False  # samples are windows of text, all of one shape, and can go block by block
+    fallback: ClassVar[bool] = False  # takes what no other does
+    mappings: ClassVar[tuple[str, ...]] = ()  # transformers' tables of the classes that it is for, as "MASKED_LM"
 
-    @abstractmethod
     def fits(self, model: Any) -> bool:
-        """Say whether a model is of this kind."""
+        """Say whether a model is of this kind: by transformers' own tables, unless a task knows better."""
+        return any(type(model).__name__ in classes_of(name) for name in self.mappings)
+
+    def fitted(self, settings: S, loaded: Any, *, quiet: bool = False) -> S:
+        """Return settings that suit a model, where those that were left to their defaults do not.
+
+        Raises:
+            TwofoldError: if one that was given does not.
+        """
+        return settings
 
     @abstractmethod
     def data(
@@ -139,24 +163,29 @@ class Task(ABC):
         """Return a small batch to run a model on, always the same."""
 
     def call(self, module: Any, batch: Batch) -> Any:
-        """Run a model, or its body, on a batch."""
-        return module(**batch)
+        """Run a model, or its body, on a batch, without its labels."""
+        return module(**{name: tensor for name, tensor in batch.items() if name != LABELS})
 
     @abstractmethod
-    def read(self, result: Any, model: Any) -> Tensor:  # (predictions, k)
-        """Return the outputs in what the model gives, with their graph.
+    def read(self, result: Any, batch: Batch, model: Any) -> Tensor:  # (predictions, k)
+        """Return the outputs in what the model gives for a batch, with their graph.
 
         Raises:
             TwofoldError: if it gives none of this kind.
         """
 
-    @abstractmethod
     def labels(self, batch: Batch) -> Tensor | None:  # (predictions,)
         """Return what is right for each prediction, −1 where there is nothing; None if nothing is known."""
+        return batch[LABELS].flatten() if LABELS in batch else None
+
+    def score(self, loaded: Any, samples: Samples) -> dict[str, float]:
+        """Return the task's own measures of a model on samples, by name: accuracy, wer, bleu; none if it has none."""
+        return {}
 
     def outputs(self, model: Any, batch: Batch) -> Tensor:  # (predictions, k)
         """Run a model on a batch, on the model's device, and return its outputs with their graph."""
-        return self.read(self.call(model, on_device(batch, model.device)), model)
+        batch = on_device(batch, model.device)
+        return self.read(self.call(model, batch), batch, model)
 
     def predicts(self, model: Any, samples: Samples) -> bool:
         """Say whether a model gives outputs of this kind for some samples."""
@@ -169,6 +198,14 @@ class Task(ABC):
     def knows(self, model: Any, samples: Samples) -> bool:
         """Say whether a model whose weights are on disk could be run on some samples."""
         return True
+
+
+def classes_of(table: str) -> Collection[str]:
+    """Return the names of the classes in one of transformers' tables, MODEL_FOR_…_MAPPING_NAMES; "" for base models."""
+    from transformers.models.auto import modeling_auto
+
+    names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES" if table else "MODEL_MAPPING_NAMES").values()
+    return {each for name in names for each in ((name,) if isinstance(name, str) else name)}
 
 
 def on_device(batch: Batch, device: Any) -> Batch:
@@ -204,4 +241,5 @@ def find_task(model: Any, name: str = "auto") -> Task | None:
     """
     if name != "auto":
         return TASKS.get(name)
-    return next((task for task in TASKS.all() if task.fits(model)), None)
+    tasks = sorted(TASKS.all(), key=lambda task: task.fallback)
+    return next((task for task in tasks if task.fits(model)), None)

@@ -15,12 +15,12 @@ from twofold.host.quiet import first_line
 from twofold.model.frozen import no_cache
 from twofold.model.load import check_ids, need_tokenizer, window_limit
 from twofold.settings.base import Settings
-from twofold.task import Batch, Data, Samples, Task, task
+from twofold.task import Batch, Data, S, Samples, Task, task
 from twofold.task.output.categorical import CATEGORICAL
 from twofold.task.text.held_out import evaluation_windows
 from twofold.task.text.settings import OF_ROWS, Measuring, Texts
 from twofold.task.text.texts import TokenWindows
-from twofold.task.text.windows import calibration_windows
+from twofold.task.text.windows import calibration_windows, fit_window
 
 
 @task
@@ -30,9 +30,13 @@ class CausalLM(Task):
     name = "causal-lm"
     output = CATEGORICAL
     settings = Texts
+    perplexity = streams = fallback = True
 
     def fits(self, model: Any) -> bool:
         return not has_two_stacks(model)
+
+    def fitted(self, settings: S, loaded: Any, *, quiet: bool = False) -> S:
+        return fit_window(settings, loaded, quiet=quiet)
 
     def data(
         self, loaded: Any, settings: Settings, hashed: str, given: Iterable[str] | None = None, **how: Any
@@ -64,7 +68,7 @@ class CausalLM(Task):
         with models_errors(lambda error: f"{type(module).__name__} does not run on text alone ({first_line(error)})"):
             return module(**batch, **no_cache(module))
 
-    def read(self, result: Any, model: Any) -> Tensor:  # (positions, vocabulary)
+    def read(self, result: Any, batch: Batch, model: Any) -> Tensor:  # (positions, vocabulary)
         logits = getattr(result, "logits", None)
         if not isinstance(logits, Tensor) or logits.dim() != 3:
             raise TwofoldError(f"{type(model).__name__} gives no token logits")

@@ -49,7 +49,7 @@ def refine(
     losses = {"predicted_loss", "total_loss", "measured_loss"}
     model_of = plan.model_dump_json(exclude={"notes": True, "entries": {"__all__": losses}})
     # What the quality is measured on is not looked at before.
-    held_out = data.held_out[recipe.eval_windows :] if recipe.eval_text is None else data.held_out
+    held_out = data.to_stop(recipe.eval_windows) if recipe.eval_text is None else data.held_out
     brought = [settings for name in recipe.refine if (settings := REFINEMENTS.get(name).settings) is not None]
     own = sorted(recipe.model_dump_json(include=set(settings.model_fields)) for settings in brought)
     sha256 = hashlib.sha256(model_of.encode()).hexdigest()

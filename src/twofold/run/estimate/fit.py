@@ -71,7 +71,10 @@ def fit_of(opened: Opened, recipe: Recipe, limit: float) -> Fit:
         reason = "its blocks do not simply follow one another"
         try:
             targets = list_weights(loaded.model, recipe.include, recipe.exclude).targets
-            surveyed = survey(loaded, targets, opened.need_task("worked through block by block").example(loaded.model))
+            task = opened.need_task("worked through block by block")
+            if not task.streams:
+                raise TwofoldError(f"{task.name} is worked on as a whole, since its samples have many shapes")
+            surveyed = survey(loaded, targets, task.example(loaded.model))
         except TwofoldError as error:
             reason = str(error)
     chain, groups = (None, {}) if surveyed is None else (surveyed.chain, surveyed.groups)

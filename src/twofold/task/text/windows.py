@@ -18,6 +18,7 @@ from twofold.host.cache import cache_folder
 from twofold.host.files import write_whole
 from twofold.host.progress import say
 from twofold.model.load import LoadedModel, check_ids, need_tokenizer, vocabulary_size, window_limit
+from twofold.settings.base import Settings
 from twofold.task import Data
 from twofold.task.text.row import Tally
 from twofold.task.text.sampled import beginnings, sample_texts
@@ -25,22 +26,22 @@ from twofold.task.text.settings import HELD_OUT, Reading, Texts
 from twofold.task.text.special import in_words, text_prefix
 from twofold.task.text.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts, token_windows, tokens_needed
 
-T = TypeVar("T", bound=Texts)
+S = TypeVar("S", bound=Settings)
 PROMPT = 4  # a continuation goes on from so many-th part of a window of text
 
 
-def fit_window(recipe: T, loaded: LoadedModel, *, quiet: bool = False) -> T:
+def fit_window(recipe: S, loaded: LoadedModel, *, quiet: bool = False) -> S:
     """Return the settings with a window that the model has positions for.
 
     Raises:
         TwofoldError: if the window was given and is too long.
     """
-    longest = window_limit(loaded.model)
-    if longest is None or recipe.window <= longest:
+    longest, window = window_limit(loaded.model), recipe.part(Texts).window
+    if longest is None or window <= longest:
         return recipe
     if "window" in recipe.model_fields_set:
         raise TwofoldError(
-            f"`window={recipe.window}` is longer than this model's {longest} positions; use `window={longest}`"
+            f"`window={window}` is longer than this model's {longest} positions; use `window={longest}`"
         )
     if not quiet:
         say(f"windows of {longest} tokens: this model has no more positions")

@@ -1,0 +1,52 @@
+"""What a speech model hears, greedily: the ids that its decoder is given and writes, and the words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twofold.host.faults import models_errors
+from twofold.host.quiet import first_line, quiet_bars
+from twofold.task import LABELS, Batch
+
+OF_DECODER = (LABELS, "decoder_input_ids")
+
+
+@torch.no_grad()
+def transcript_of(model: Any, batch: Batch) -> tuple[Tensor, int]:  # (1, length), the number that are given
+    """Return all ids of the decoder, from its start to the end, and how many of them it was given to begin with."""
+    given: list[Tensor] = []
+
+    def first(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not given:
+            given.append(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+
+    with model.get_decoder().register_forward_pre_hook(first, with_kwargs=True):
+        ids = _generate(model, batch)
+    prompt = given[0][:1].to(ids)
+    count = prompt.shape[1]
+    if not torch.equal(ids[:, :count], prompt):  # Whisper's leaves out what it was given
+        ids = torch.cat([prompt, ids], 1)
+    end = model.generation_config.eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    if end is not None and int(ids[0, -1]) != end:
+        ids = torch.cat([ids, torch.full_like(ids[:, :1], end)], 1)
+    return ids.cpu(), count
+
+
+@torch.no_grad()
+def words_of(model: Any, tokenizer: Any, batch: Batch) -> str:
+    """Return the words that a model hears in one clip."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return str(tokenizer.decode(_generate(model, batch)[0], skip_special_tokens=True))
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in OF_DECODER}
+    return str(tokenizer.decode(model(**inputs).logits.argmax(-1)[0]))
+
+
+def _generate(model: Any, batch: Batch) -> Tensor:
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in OF_DECODER}
+    words = lambda error: f"{type(model).__name__} does not transcribe speech ({first_line(error)})"  # noqa: E731
+    with quiet_bars(), models_errors(words):
+        return model.generate(**inputs, do_sample=False, num_beams=1)  # type: ignore[no-any-return]

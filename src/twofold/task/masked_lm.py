@@ -1,0 +1,113 @@
+"""Language models that fill in what is masked: windows of tokens of which 15 % are hidden."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twofold.errors import TwofoldError
+from twofold.model.load import need_tokenizer
+from twofold.settings.base import Settings
+from twofold.task import LABELS, TASKS, Batch, Data, S, Samples, Task, task
+from twofold.task.data.example import example_of
+from twofold.task.data.logits import at_labels, logits_of
+from twofold.task.output.categorical import CATEGORICAL
+from twofold.task.text.settings import Texts
+from twofold.task.text.texts import TokenWindows
+from twofold.task.text.windows import fit_window
+
+SHARE = 0.15  # of the tokens that are hidden (Devlin et al. 2019); each by the mask, since it is the model's predictions that count
+
+
+@dataclass(frozen=True)
+class MaskedWindows(TokenWindows):
+    """Windows of token ids, some of them hidden."""
+
+    hidden: Tensor | None = None  # (windows, window), bool
+    mask: int = 0  # the id that hides
+
+    def batch(self, first: int, last: int) -> Batch:
+        assert self.hidden is not None
+        ids, hidden = self.ids[first:last], self.hidden[first:last]
+        return {"input_ids": ids.masked_fill(hidden, self.mask), LABELS: ids.masked_fill(~hidden, -1)}
+
+    def take(self, places: Sequence[int]) -> MaskedWindows:
+        assert self.hidden is not None
+        return replace(self, ids=self.ids[list(places)], hidden=self.hidden[list(places)])
+
+    def __add__(self, others: TokenWindows) -> MaskedWindows:
+        assert isinstance(others, MaskedWindows) and self.hidden is not None and others.hidden is not None
+        return replace(self, ids=torch.cat([self.ids, others.ids]), hidden=torch.cat([self.hidden, others.hidden]))
+
+    @property
+    def predictions(self) -> int:
+        assert self.hidden is not None
+        return int(self.hidden.sum())
+
+    @property
+    def sha256(self) -> str:
+        assert self.hidden is not None
+        return hashlib.sha256(super().sha256.encode() + self.hidden.numpy().tobytes()).hexdigest()
+
+
+@task
+class MaskedLM(Task):
+    """The tokens that are hidden in a window of text."""
+
+    name = "masked-lm"
+    output = CATEGORICAL
+    settings = Texts
+    perplexity = streams = True
+    mappings = ("MASKED_LM",)
+
+    def fitted(self, settings: S, loaded: Any, *, quiet: bool = False) -> S:
+        return fit_window(settings, loaded, quiet=quiet)
+
+    def data(
+        self, loaded: Any, settings: Settings, hashed: str, given: Iterable[str] | None = None, **how: Any
+    ) -> Data:
+        texts = settings.part(Texts)
+        if given is None and texts.calibration == ["self"]:
+            raise TwofoldError("masked-lm needs texts to calibrate on: name some with `calibration=FILE`")
+        data = TASKS.get("causal-lm").data(loaded, settings, hashed, given, **how)
+        return replace(
+            data, samples=hide(data.samples, loaded, texts.seed), held_out=hide(data.held_out, loaded, texts.seed + 1)
+        )
+
+    def measured(self, loaded: Any, settings: Settings) -> Samples | None:
+        windows = TASKS.get("causal-lm").measured(loaded, settings)
+        return None if windows is None else hide(windows, loaded, settings.part(Texts).seed)
+
+    def example(self, model: Any) -> Batch:
+        ids = example_of(model)["input_ids"]
+        return {"input_ids": ids, LABELS: ids}
+
+    def read(self, result: Any, batch: Batch, model: Any) -> Tensor:  # (hidden tokens, vocabulary)
+        return at_labels(logits_of(result, model, 3), batch)
+
+    def labels(self, batch: Batch) -> Tensor:
+        labels = batch[LABELS].flatten()
+        return labels[labels >= 0]
+
+
+def hide(windows: Samples, loaded: Any, seed: int) -> MaskedWindows:
+    """Hide a share of the tokens of each window, at least one, drawn by a seed.
+
+    Raises:
+        TwofoldError: if the tokenizer has no mask.
+    """
+    assert isinstance(windows, TokenWindows)
+    mask = getattr(need_tokenizer(loaded), "mask_token_id", None)
+    if mask is None:
+        raise TwofoldError(f"the tokenizer of {loaded.name} has no mask token, so nothing can be hidden; use another task")
+    count, length = windows.ids.shape
+    drawn = torch.rand(count, length, generator=torch.Generator().manual_seed(seed))
+    skipped = 1 if windows.begin else 0  # the first token, where windows begin with a special one
+    drawn[:, :skipped] = 2.0
+    hidden = drawn <= drawn.kthvalue(max(round(SHARE * length), 1), dim=1, keepdim=True).values if count else drawn.bool()
+    return MaskedWindows(windows.ids, windows.source, windows.begin, hidden, int(mask))
