@@ -10,6 +10,7 @@ from twofold.model.settings import Loading
 from twofold.objectives import Method
 from twofold.settings.base import Settings
 from twofold.task import Tasked
+from twofold.task.data.settings import Records
 from twofold.task.output import Curvature
 from twofold.task.text.settings import Measuring, Texts
 
@@ -25,5 +26,5 @@ class Moment(Settings):
     ] = "sampled"
 
 
-class Calibrating(Loading, Tasked, Texts, Measuring, Method, Moment):
+class Calibrating(Loading, Tasked, Texts, Records, Measuring, Method, Moment):
     """All that the moments of a model depend on."""

@@ -38,8 +38,8 @@ from twofold.version import __version__
 
 UNRELATED = {  # settings that a row does not depend on, or whose tokens and weights are hashed in their place
     "model", "keep", "budget", "objective", "allocate", "refine", "calibration", "dataset_config", "dataset_split",
-    "text_column", "chat", "skip_bad", "eval_text", "memory", "stream", "activations", "revision", "trust_remote_code",
-    "dequantize", "device", "dtype",
+    "text_column", "audio_column", "image_column", "target_column", "label_column", "chat", "skip_bad", "eval_text", "memory",
+    "stream", "activations", "revision", "trust_remote_code", "dequantize", "device", "dtype",
 }  # fmt: skip
 
 

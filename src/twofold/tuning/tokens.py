@@ -11,7 +11,7 @@ import torch
 
 from twofold.errors import TwofoldError
 from twofold.task.text.chat import RefusedRowError, Shown, common, has_template, no_template, render, show
-from twofold.task.text.row import MEND, Row, Tally, Turn
+from twofold.task.text.row import Row, Tally, Turn
 from twofold.task.text.special import begun, ended, text_prefix
 from twofold.task.text.special import encode as encode_text
 
@@ -85,9 +85,7 @@ def encode_rows(
         try:
             example = encode(row, tokenizer, loss=loss, prefix=prefix)
         except RefusedRowError as error:
-            if not skip_bad:
-                raise TwofoldError(f"{error}; {MEND}") from error
-            tally.skip(str(error))
+            tally.refuse(str(error), skip=skip_bad)
             continue
         tally.unshown.update(example.unshown)
         tally.otherwise += example.otherwise

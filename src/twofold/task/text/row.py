@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import isnan
 from typing import Any
 
+from twofold.errors import TwofoldError
 from twofold.host.progress import say
 
 MEND = "mend the row, or leave out such rows with `skip_bad`"
@@ -172,6 +173,7 @@ class Tally:
     first_skipped: str = ""  # place and reason
     blank: int = 0  # rows whose text is empty
     unread: Counter[str] = field(default_factory=Counter)  # fields, and how many rows have them
+    files: Counter[str] = field(default_factory=Counter)  # of folders that are not read, by the ends of their names
     unshown: Counter[str] = field(
         default_factory=Counter
     )  # the same for fields of turns that the chat template does not show
@@ -179,8 +181,17 @@ class Tally:
     column: str | None = None  # the field that was named for the text, as long as no row has had it
     bare: int = 0  # conversations that were read as their contents alone
 
-    def skip(self, said: str) -> None:
-        """Count a bad row."""
+    def refuse(self, said: str, *, skip: bool, mend: str = MEND) -> None:
+        """Refuse a bad row, or count it.
+
+        Args:
+            said: its place, and what is wrong with it.
+
+        Raises:
+            TwofoldError: unless it is to be skipped.
+        """
+        if not skip:
+            raise TwofoldError(f"{said}; {mend}")
         self.skipped += 1
         self.first_skipped = self.first_skipped or said
 
@@ -197,6 +208,8 @@ class Tally:
             said.append(f"{self.blank:,} rows without any text left out")
         if self.unread:
             said.append(f"fields of rows that are not read: {_counted(self.unread)}")
+        if self.files:
+            said.append(f"files of folders that are not read: {_counted(self.files)}")
         if self.unshown:
             said.append(f"fields of turns that the chat template does not show: {_counted(self.unshown)}")
         if self.otherwise:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from twofold.errors import TwofoldError
 from twofold.task.text.formats import read_row
-from twofold.task.text.row import MEND, BadRowError, Row, Tally
+from twofold.task.text.row import BadRowError, Row, Tally
 from twofold.task.text.sources import Sources
 
 
@@ -33,9 +33,7 @@ def rows_of(names: Iterable[str], sources: Sources, *, column: str, chat: bool, 
                     raise value
                 row = value if isinstance(value, Row) else read_row(value, where, column)
             except BadRowError as error:
-                if not skip_bad:
-                    raise TwofoldError(f"{where}: {error}; {MEND}") from error
-                tally.skip(f"{where}: {error}")
+                tally.refuse(f"{where}: {error}", skip=skip_bad)
                 continue
             if not row.turns and not (row.prompt + row.completion).strip():
                 tally.blank += 1
@@ -44,11 +42,11 @@ def rows_of(names: Iterable[str], sources: Sources, *, column: str, chat: bool, 
             yield row.chat if chat else row
 
 
-def no_rows(names: Iterable[str], tally: Tally) -> TwofoldError:
+def no_rows(
+    names: Iterable[object], tally: Tally, what: str = "rows", instead: str = "a file with one JSON object on each line"
+) -> TwofoldError:
     """Return the error of sources that hold no row."""
     blank = f"{tally.blank} without any text" if tally.blank else ""
     bad = f"{tally.skipped} bad ones, first {tally.first_skipped}" if tally.skipped else ""
     but = f" but {' and '.join(filter(None, (blank, bad)))}" if blank or bad else ""
-    return TwofoldError(
-        f"there are no rows in {', '.join(map(str, names))}{but}; name a file with one JSON object on each line"
-    )
+    return TwofoldError(f"there are no {what} in {', '.join(map(str, names))}{but}; name {instead}")

@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -64,6 +64,7 @@ class Sources:
     split: str  # of a data set
     tally: Tally  # of what a file holds beside its rows
     characters: int | None = None  # that are still asked for; None reads all
+    few: bool = False  # only the first rows are asked for, so a data set is not fetched as a whole
 
     def values(self, source: str) -> Iterator[tuple[str, Any]]:
         """Yield each value of a source with its place: JSON, a row that is made already, or the error that it is.
@@ -130,12 +131,11 @@ class Sources:
 
     def _folder(self, path: Path, name: str) -> Iterator[tuple[str, Any]]:
         """Yield the rows of a data set in a folder."""
-        kept = (path / "state.json").exists() or (path / "dataset_dict.json").exists()  # by save_to_disk
-        if not kept and not (path / "dataset_info.json").exists() and not any(path.glob("*.parquet")):
+        if not is_dataset(path):
             raise TwofoldError(
                 f"{name} is a folder: name the files in it, as in {name.rstrip('/')}/*.jsonl or {name.rstrip('/')}/*.txt"
             )
-        yield from self._dataset(name, kept=kept)
+        yield from self._dataset(name, kept=_is_kept(path))
 
     def _dataset(self, name: str, *, kept: bool = False) -> Iterator[tuple[str, Any]]:
         try:
@@ -148,9 +148,10 @@ class Sources:
             if kept:
                 rows = self._kept(datasets.load_from_disk(str(Path(name).expanduser())), name)
             else:
-                streaming = self.characters is not None and "[" not in self.split  # a part is of a whole that is there
+                some = self.few or self.characters is not None
+                streaming = some and "[" not in self.split  # a part is of a whole that is there
                 rows = datasets.load_dataset(name, self.config, split=self.split, streaming=streaming)
-            for number, row in enumerate(rows, 1):
+            for number, row in enumerate(rows if kept else _undecoded(rows), 1):
                 yield f"{name} ({self.split}), row {number}", _without_nulls(dict(row))
 
     def _kept(self, kept: Any, name: str) -> Iterator[Any]:
@@ -171,7 +172,25 @@ class Sources:
                 f"{name} has no `dataset_split={self.split}`; its splits are {', '.join(splits)}"
             ) from error
         for part in parts:
-            yield from splits[part.splitname].select(range(part.from_, part.to))
+            yield from _undecoded(splits[part.splitname].select(range(part.from_, part.to)))
+
+
+def is_dataset(folder: Path) -> bool:
+    """Say whether a folder holds a data set."""
+    return _is_kept(folder) or (folder / "dataset_info.json").exists() or any(folder.glob("*.parquet"))
+
+
+def _is_kept(folder: Path) -> bool:
+    """Say whether a folder was written by save_to_disk."""
+    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def _undecoded(rows: Any) -> Any:
+    """Return a data set whose audio and images are files as they are: what reads them tells of each that is damaged."""
+    for name, feature in (rows.features or {}).items():
+        if getattr(feature, "decode", False) is True:
+            rows = rows.cast_column(name, replace(feature, decode=False))
+    return rows
 
 
 @contextmanager

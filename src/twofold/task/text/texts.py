@@ -14,7 +14,7 @@ from torch import Tensor
 from twofold.errors import TwofoldError
 from twofold.task import Batch, Data, Samples
 from twofold.task.text.chat import CALLS, RefusedRowError, has_template, no_template, show
-from twofold.task.text.row import MEND, Row, Tally
+from twofold.task.text.row import Row, Tally
 from twofold.task.text.rows import no_rows, rows_of
 from twofold.task.text.sources import Sources
 from twofold.task.text.special import check_known, cut_windows, encode, in_words, text_prefix
@@ -91,9 +91,7 @@ def read_texts(
         try:
             text = _text_of(row, tokenizer, tally)
         except RefusedRowError as error:
-            if not skip_bad:
-                raise TwofoldError(f"{error}; {MEND}") from error
-            tally.skip(str(error))
+            tally.refuse(str(error), skip=skip_bad)
             continue
         none = False
         yield text
