@@ -25,11 +25,13 @@ from twofold.refine.steps.anchored import anchored_problem
 from twofold.refine.steps.distill import distill
 from twofold.refine.steps.job import Job
 from twofold.refine.steps.streams import Streams
-from twofold.refine.steps.teacher import Teacher, divergence
+from twofold.refine.steps.teacher import Teacher
 from twofold.refine.steps.training import train, trainable, training
 from twofold.run.compress import compress
 from twofold.run.factorize import factorize
 from twofold.task import TASKS
+from twofold.task.output.categorical import Categorical
+from twofold.task.output.distillation import divergence
 from twofold.task.text.settings import HELD_OUT
 from twofold.task.text.texts import TokenWindows
 
@@ -49,27 +51,27 @@ def test_divergence_of_all_tokens_is_the_divergence():
     first, second = torch.randn(5, 40), torch.randn(5, 40)
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     direct = (p.exp() * (p - q)).sum(-1).mean()
-    teacher = Teacher(None, "x", top=40)
+    teacher = Teacher(None, "x", Categorical(40))
     teacher.ask(lambda batch: first, windows_of(torch.zeros(1, 5, dtype=torch.long)), quiet=True)
-    assert divergence(second, *teacher.answer(0)) == pytest.approx(float(direct), rel=1e-5)
-    few = Teacher(None, "x", top=10)
+    assert divergence(second, **teacher.answer(0)) == pytest.approx(float(direct), rel=1e-5)
+    few = Teacher(None, "x", Categorical(10))
     few.ask(lambda batch: first, windows_of(torch.zeros(1, 5, dtype=torch.long)), quiet=True)
     # The others as one token, by hand.
     values, tokens = p.topk(10, -1)
     own = q.gather(-1, tokens)
     rest, own_rest = 1 - values.exp().sum(-1), 1 - own.exp().sum(-1)
     by_hand = ((values.exp() * (values - own)).sum(-1) + rest * (rest / own_rest).log()).mean()
-    loss = divergence(second, *few.answer(0))
+    loss = divergence(second, **few.answer(0))
     assert loss == pytest.approx(float(by_hand), rel=1e-5)
     assert 0 < loss < direct
-    assert divergence(first, *few.answer(0)) == pytest.approx(0, abs=1e-6)
+    assert divergence(first, **few.answer(0)) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("with_head", [False, True])
 @pytest.mark.parametrize("top", [10, 40])
 def test_loss_and_gradient_are_those_of_the_formula(share, with_head, top, monkeypatch):
-    monkeypatch.setattr("twofold.refine.steps.teacher.ROWS", 3)  # several pieces, the last one short
+    monkeypatch.setattr("twofold.task.output.distillation.ROWS", 3)  # several pieces, the last one short
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 40, bias=True).double().requires_grad_(False)
     values, tokens = torch.randn(8, 40).double().log_softmax(-1).topk(top, -1)
@@ -144,18 +146,20 @@ def test_teacher_on_disk_is_taken_up_again(tmp_path):
         calls.append(ids)
         return table[ids].flatten(0, 1)
 
-    memory, disk = Teacher(None, "m", 8), Teacher(tmp_path, "m", 8)
+    output = Categorical(8)
+    memory, disk = Teacher(None, "m", output), Teacher(tmp_path, "m", output)
     memory.ask(logits, windows, quiet=True)
     disk.ask(logits, windows, quiet=True)
     for i in (0, 15, 16, 19):
-        for a, b in zip(memory.answer(i), disk.answer(i), strict=True):
-            assert torch.equal(a, b)
+        kept = disk.answer(i)
+        assert sorted(kept) == ["classes", "values"]
+        assert all(torch.equal(tensor, kept[key]) for key, tensor in memory.answer(i).items())
     calls.clear()
     (tmp_path / "samples-000016.safetensors").write_bytes(b"cut short")
-    Teacher(tmp_path, "m", 8).ask(logits, windows, quiet=True)
+    Teacher(tmp_path, "m", output).ask(logits, windows, quiet=True)
     assert sum(map(len, calls)) == 4  # the second file alone
     calls.clear()
-    Teacher(tmp_path, "another", 8).ask(logits, windows, quiet=True)
+    Teacher(tmp_path, "another", output).ask(logits, windows, quiet=True)
     assert sum(map(len, calls)) == 20
 
 

@@ -64,7 +64,7 @@ class DenseReference:
         Args:
             original: is asked where nothing was kept, so it must still give what the original does.
         """
-        total, divergence, agreed = 0.0, 0.0, 0
+        total, divergence, agreed = 0.0, 0.0, 0.0
         with progress("Measuring", len(self.samples), unit="windows", quiet=quiet) as tick:
             for i in range(len(self.samples)):
                 loss, values = self._score(model, i)

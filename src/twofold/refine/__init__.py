@@ -22,10 +22,11 @@ class Refined(pydantic.BaseModel, extra="forbid"):
     method: str
     steps: int  # of the optimizer
     planned: int  # steps, which the rates of all steps follow
-    tokens: int  # seen in training, repeats counted
+    tokens: int  # seen in training, repeats counted; or another unit
+    counted: str = "tokens"  # that unit
     parameters: int  # trained
     seconds: float
-    unit: str = "nats"  # of the two losses, which are of held-out calibration text
+    unit: str = "nats"  # of the two losses, which are of held-out calibration data
     loss_before: float
     loss_after: float
     ended: str  # why it ended, in words
@@ -34,10 +35,16 @@ class Refined(pydantic.BaseModel, extra="forbid"):
     def words(self) -> str:
         """What the refinement did, in a sentence without its full stop."""
         return (
-            f"refined by {self.method}: {self.steps:,} of {self.planned:,} steps over {self.tokens:,} tokens "
-            f"in {self.seconds / 60:.1f} minutes changed {self.parameters:,} parameters; on held-out calibration text "
-            f"the loss went from {self.loss_before:.4f} to {self.loss_after:.4f} {self.unit} ({self.ended})"
+            f"refined by {self.method}: {self.steps:,} of {self.planned:,} steps over {self.tokens:,} {self.counted} "
+            f"in {self.seconds / 60:.1f} minutes changed {self.parameters:,} parameters; on held-out "
+            f"calibration {kind_of(self.counted)} the loss went from {self.loss_before:.4f} to {self.loss_after:.4f} {self.unit} "
+            f"({self.ended})"
         )
+
+
+def kind_of(unit: str) -> str:
+    """Return what data is whose size is told in a unit, in a word."""
+    return "text" if unit == "tokens" else unit
 
 
 Refine: TypeAlias = Callable[[Any], Refined]  # takes a twofold.refine.steps.job.Job

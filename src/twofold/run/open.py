@@ -99,6 +99,9 @@ def _missing_of(opened: Opened, recipe: Recipe) -> dict[str, str]:
         missing["token logits"] = f"and {error}"
         return missing
     if any("chain" in REFINEMENTS.get(method).needs for method in recipe.refine):
+        if not task.streams:
+            missing["chain"] = f"which is not done for the task {task.name}"
+            return missing
         try:
             if survey(loaded, [], task.example(loaded.model)).chain is None:
                 missing["chain"] = f"and {name} is not one block after another"

@@ -29,6 +29,7 @@ class Samples(ABC):
 
     source: str  # in words
     unit: ClassVar[str]  # "tokens", "images", "pairs": what progress and records count
+    each: ClassVar[str] = "samples"  # what several of them are called
     begin: str = ""  # the special tokens that each begins with, as they are written
 
     @abstractmethod

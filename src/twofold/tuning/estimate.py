@@ -24,7 +24,7 @@ from twofold.model.load import load_skeleton
 from twofold.model.source import choose_device, compute_dtype
 from twofold.nn.compact import CompactLinear
 from twofold.nn.int_matrix import IntMatrix
-from twofold.refine.steps.teacher import ROWS
+from twofold.task.output.distillation import ROWS
 from twofold.tuning.head import POSITIONS, plain_head
 from twofold.tuning.methods import adapter_config, check_method, free_factors
 from twofold.tuning.optimizers import state_numbers

@@ -20,7 +20,7 @@ from twofold.model.blocks import input_before
 from twofold.model.frozen import evaluating, no_cache
 from twofold.model.head import find_head, output_linear
 from twofold.nn.compact import CompactLinear
-from twofold.refine.steps.teacher import divergence
+from twofold.task.output.distillation import divergence
 
 POSITIONS = 128  # whose logits are made at once
 PROBED = 16  # tokens, by which the layer that makes the logits is known

@@ -79,7 +79,7 @@ def anchored(job: Job, mix: float) -> Refined:
         method="anchored",
         steps=0,
         planned=0,
-        tokens=job.samples.predictions,
+        tokens=job.samples.units(0, len(job.samples)),
         parameters=sum(p.numel() for name in job.replaced for p in job.model.get_submodule(name).parameters()),
         seconds=time.monotonic() - began,
         loss_before=before,

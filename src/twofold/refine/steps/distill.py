@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from twofold.refine import Refined
+from twofold.refine import Refined, kind_of
 from twofold.refine.steps.job import Job
 from twofold.refine.steps.likeness import Likeness
-from twofold.refine.steps.training import round_to, train, trainable, training
+from twofold.refine.steps.training import round_to, seen, train, trainable, training
 
 
 def distill(job: Job) -> Refined:
@@ -33,11 +33,13 @@ def distill(job: Job) -> Refined:
             recipe,
             windows=len(job.samples),
             together=loss.together,
+            weigh=loss.weigh,
             before=before,
             seconds=None if job.seconds is None else max(job.seconds - (time.monotonic() - began) - judging, 1.0),
             path=job.path("distill.safetensors"),
             mark=f"{job.mark} {recipe.refine_labels}",
             title="Distilling",
+            data=kind_of(job.samples.unit),
             quiet=job.quiet,
         )
     round_to(parameters, job.loaded.stored_dtype)
@@ -45,7 +47,8 @@ def distill(job: Job) -> Refined:
         method="distill",
         steps=trained.steps,
         planned=trained.planned,
-        tokens=trained.windows * job.samples.units(0, 1),
+        tokens=sum(job.samples.units(i, i + 1) for i in seen(len(job.samples), recipe.seed, trained.windows)),
+        counted=job.samples.unit,
         parameters=sum(p.numel() for p in parameters.values()),
         seconds=time.monotonic() - began,
         loss_before=before,

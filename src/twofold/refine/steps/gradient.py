@@ -44,12 +44,12 @@ def sum_half(job: Job, loss: Likeness, names: list[str], number: int, half: int,
     hooks = [hook for name, sink in sinks.items() for hook in watch(job.model.get_submodule(name), sink)]
     with (
         frozen(job.model, hooks),
-        progress(f"Gradient, half {half + 1} of 2", windows, unit="windows", quiet=job.quiet) as tick,
+        progress(f"Gradient, half {half + 1} of 2", windows, unit=job.samples.each, quiet=job.quiet) as tick,
     ):
         for step in steps:
             mean = loss(step.tolist())
             (mean * job.samples.take(step.tolist()).predictions).backward()  # type: ignore[no-untyped-call]
-            total += float(mean.detach()) * len(step)
+            total += float(mean.detach()) * loss.weigh(step.tolist())
             tick(len(step))
     for kind, _, name in sorted((key.partition("/") for key in sums), key=lambda key: KINDS.index(key[0])):
         if not torch.isfinite(sums[f"{kind}/{name}"]).all():

@@ -18,7 +18,7 @@ from twofold.linalg.natural_step import Basis, Step, natural_step, stepped
 from twofold.model.frozen import frozen
 from twofold.nn.layers.factored import FactoredLinear
 from twofold.nn.places import replace_module
-from twofold.refine import Refined
+from twofold.refine import Refined, kind_of
 from twofold.refine.steps.gradient import Sums, half_path, sum_half, windows_of_half
 from twofold.refine.steps.job import Job
 from twofold.refine.steps.likeness import Likeness
@@ -48,6 +48,7 @@ def natural_gradient(job: Job, rounds: int) -> Refined:
     steps, before, after, ended = 0, math.nan, math.nan, "closed form"
     spent = time.monotonic() - began
     moved: set[str] = set()
+    unit = job.samples.unit
     for number in range(rounds):
         mark = hashlib.sha256(f"{job.mark} {job.recipe.refine_labels} round {number}".encode()).hexdigest()
         solution = solved(job, f"round-{number}", mark, partial(_round, job, loss, list(layers), number, mark))
@@ -60,7 +61,11 @@ def natural_gradient(job: Job, rounds: int) -> Refined:
         if not figures["step"]:
             none = f"no step of round {number + 1}"
             agreed = figures["agreed"] > 0
-            ended = f"{none} helps on held-out text" if agreed else f"the two halves of the tokens agree on {none}"
+            ended = (
+                f"{none} helps on held-out {kind_of(unit)}"
+                if agreed
+                else f"the two halves of the {unit} agree on {none}"
+            )
             break
         steps += 1
         moved |= {entry.name for entry in solution.entries}
@@ -72,7 +77,8 @@ def natural_gradient(job: Job, rounds: int) -> Refined:
         method="natural-gradient",
         steps=steps,
         planned=rounds,
-        tokens=steps * job.samples.predictions,
+        tokens=steps * job.samples.units(0, len(job.samples)),
+        counted=unit,
         parameters=sum(p.numel() for name in moved for p in job.model.get_submodule(name).parameters()),
         seconds=time.monotonic() - began,
         loss_before=before,
@@ -88,7 +94,7 @@ def _round(job: Job, loss: Likeness, names: list[str], number: int, mark: str) -
         before = loss.held_out()
         halves = [sum_half(job, loss, names, number, half, mark) for half in (0, 1)]
         parts = [torch.cat(windows_of_half(job, loss, half)) for half in (0, 1)]
-        mean = sum(total for _, total in halves) / sum(len(part) for part in parts)
+        mean = sum(total for _, total in halves) / sum(loss.weigh(part.tolist()) for part in parts)
         predictions = [job.samples.take(part.tolist()).predictions for part in parts]
         steps = _steps(job, names, [sums for sums, _ in halves], predictions)
         agreed = sum(step.agreed for step in steps.values())
@@ -117,10 +123,12 @@ def _round(job: Job, loss: Likeness, names: list[str], number: int, mark: str) -
     moved = {name: layer for name in steps if (layer := job.model.get_submodule(name)) is not old[name]}
     notes = []
     if len(windows_of_half(job, loss, 0)) == len(job.samples) == 1:
-        notes.append("one window alone has no halves to compare, so nothing of the gradient is filtered out")
+        one = job.samples.each.removesuffix("s")
+        notes.append(f"one {one} alone has no halves to compare, so nothing of the gradient is filtered out")
     if without := sorted(set(names) - steps.keys()):
         notes.append(
-            f"{len(without)} layers get no gradient from the calibration text, and stay as they are, first {without[0]}"
+            f"{len(without)} layers get no gradient from the calibration {kind_of(job.samples.unit)}, and stay as they are, "
+            f"first {without[0]}"
         )
     if size and (unbounded := sorted(steps.keys() - moved.keys())):
         notes.append(

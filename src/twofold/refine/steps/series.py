@@ -14,7 +14,7 @@ from torch import nn
 
 from twofold.host.progress import say
 from twofold.nn.places import hold_bases, replace_module
-from twofold.refine import REFINEMENTS, Refined, Stages
+from twofold.refine import REFINEMENTS, Refined, Stages, kind_of
 from twofold.refine.steps.job import Job
 
 if TYPE_CHECKING:
@@ -89,15 +89,19 @@ def refine(
 def _warnings(prepared: Prepared, recipe: Stages, held_out: int, quiet: bool) -> list[str]:
     """Return what a reader should know before a training: too few tokens, or none to stop on."""
     assert prepared.data is not None
-    notes, units = [], prepared.data.units
+    samples, units = prepared.data.samples, prepared.data.units
+    notes, unit = [], samples.unit
     numbers = sum(entry.numbers_after for entry in prepared.plan.entries if entry.rank is not None)
     if any(REFINEMENTS.get(name).trains for name in recipe.refine) and numbers > MANY * units:
         notes.append(
-            f"{numbers:,} numbers are trained on {units:,} calibration tokens, {numbers / units:,.0f} each; "
-            "a training may learn so few by heart: give more with `tokens`"
+            f"{numbers:,} numbers are trained on {units:,} calibration {unit}, {numbers / units:,.0f} each; "
+            f"a training may learn so few by heart: give more with `{'tokens' if unit == 'tokens' else 'samples'}`"
         )
     if not held_out:
-        notes.append("the calibration text left nothing to stop the refinement on, so its first window was taken")
+        first = samples.each.removesuffix("s")
+        notes.append(
+            f"the calibration {kind_of(unit)} left nothing to stop the refinement on, so its first {first} was taken"
+        )
     for note in notes if not quiet else []:
         say(note)
     return notes

@@ -109,6 +109,12 @@ class _State:
     def _keep(self) -> None:
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the parameters their best values."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.best[name])
+
     def save(self, step: int, spent: float) -> None:
         """Write it down, every two minutes."""
         if self.path is None or time.monotonic() - self.saved_at <= SAVE_SECONDS:
@@ -148,11 +154,13 @@ def train(
     *,
     windows: int,
     together: int = 1,
+    weigh: Callable[[Sequence[int]], float] = len,
     before: float | None = None,
     seconds: float | None = None,
     path: Path | None = None,
     mark: str = "",
     title: str = "Refining",
+    data: str = "text",
     quiet: bool = False,
 ) -> Trained:
     """Lower a loss over windows, and leave the parameters that were best on held-out text.
@@ -165,11 +173,13 @@ def train(
         held_out: the loss that decides; lower is better.
         recipe: windows in a step, passes over all if the seconds suffice, or steps in the place of both; the rate; the seed.
         together: windows of a step at once; more take more memory.
+        weigh: how much the mean of some windows counts beside that of others in a step.
         before: what ``held_out`` gives at the beginning, if it is known.
         seconds: that all may take. The number of steps is fixed by a probe at the beginning, and then never changes, but for a
             machine that slows down: at the limit the training ends.
         path: where the state is kept every two minutes.
         mark: what the state belongs to.
+        data: what is held out, in a word.
     """
     began = time.monotonic()
     batch, rate, steps = recipe.refine_batch, recipe.refine_rate, recipe.refine_steps
@@ -189,7 +199,7 @@ def train(
         while step < total and ended == DONE:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * _scale(step, total)
-            finite = _step(optimizer, trained, loss_of, list(islice(order, batch)), together)
+            finite = _step(optimizer, trained, loss_of, list(islice(order, batch)), together, weigh)
             step += 1
             tick()
             spent = about["spent"] + time.monotonic() - began
@@ -197,12 +207,10 @@ def train(
             if step % every == 0 or step == total or late or not finite:
                 loss = held_out() if finite else math.nan
                 state.look(loss)
-                ended = _end(about, loss, step, every, rate, late=late) or DONE
+                ended = _end(about, loss, step, every, rate, data, late=late) or DONE
             if ended == DONE:
                 state.save(step, spent)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state.best[name])
+    state.restore()
     if "diverged" in ended:
         say(f"{title}: {ended}")
     spent = about["spent"] + time.monotonic() - began
@@ -225,6 +233,7 @@ def _step(
     loss_of: Callable[[Sequence[int]], Tensor],
     windows: list[int],
     together: int,
+    weigh: Callable[[Sequence[int]], float],
 ) -> bool:
     """Take a step on some windows; one whose loss is not finite is not taken.
 
@@ -234,7 +243,7 @@ def _step(
     total = 0.0
     for first in range(0, len(windows), together):
         part = windows[first : first + together]
-        loss = loss_of(part) * (len(part) / len(windows))
+        loss = loss_of(part) * (weigh(part) / weigh(windows))
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     torch.nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -244,13 +253,13 @@ def _step(
     return math.isfinite(total)
 
 
-def _end(about: dict[str, Any], now: float, step: int, every: int, rate: float, *, late: bool) -> str | None:
+def _end(about: dict[str, Any], now: float, step: int, every: int, rate: float, data: str, *, late: bool) -> str | None:
     """Say why the training ends at a step, None if it goes on."""
     total = int(about["total"])
     if not now <= DIVERGED * about["before"]:
         return f"it diverged at step {step} of {total} (rate {rate:g}); the best state was restored"
     if about["since"] >= PATIENCE and step < total:
-        return f"no gain on held-out text since step {step - PATIENCE * every} of {total}"
+        return f"no gain on held-out {data} since step {step - PATIENCE * every} of {total}"
     if late and step < total:
         return f"the time was over at step {step} of {total}"
     return None
@@ -289,6 +298,11 @@ def _scale(step: int, total: int) -> float:
         return (step + 1) / (warm + 1)
     along = (step - warm) / max(total - warm, 1)
     return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * along)) / 2
+
+
+def seen(windows: int, seed: int, count: int) -> Iterator[int]:
+    """Yield the first so many windows that a training sees."""
+    return islice(_order(windows, seed, 0), count)
 
 
 def _order(windows: int, seed: int, begin: int) -> Iterator[int]:

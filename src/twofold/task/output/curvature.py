@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twofold.task.output import Curvature
+from twofold.task.output import Curvature, need_labels
 
 ROWS = 128  # token positions that are worked on at once
 TOP = 256  # most likely tokens that gauss-newton looks at
@@ -49,8 +49,7 @@ def loss_gradient(
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     probabilities = torch.softmax(logits.detach().to(wide), -1)
     if curvature == "empirical":
-        assert labels is not None
-        known = labels.to(probabilities.device)
+        known = need_labels(labels, "curvature=empirical").to(probabilities.device)
         probabilities.scatter_add_(1, known.clamp_min(0)[:, None], -torch.ones_like(probabilities[:, :1]))
         probabilities[known < 0] = 0  # what is right is not known
         return probabilities.to(logits.dtype)

@@ -27,7 +27,7 @@ class Quality:
     agreement: float | None = None  # share of predictions in which both agree
 
     @classmethod
-    def of(cls, loss: float, predictions: int, apart: float | None = None, agreed: int | None = None) -> Quality:
+    def of(cls, loss: float, predictions: int, apart: float | None = None, agreed: float | None = None) -> Quality:
         """Take the means of what was summed over predictions."""
         mean = loss / predictions
         further = (None if total is None else total / predictions for total in (apart, agreed))
@@ -41,7 +41,7 @@ def measure_quality(models: Sequence[Predict], samples: Samples, task: Task, *, 
     Args:
         models: give the outputs of a sample; the first is the one that the others are compared with.
     """
-    losses, divergences, agreed = [0.0] * len(models), [0.0] * len(models), [0] * len(models)
+    losses, divergences, agreed = ([0.0] * len(models) for _ in range(3))
     predictions = 0
     with progress("Measuring", len(samples) * len(models), unit="windows", quiet=quiet) as tick:
         for number, batch in enumerate(samples):

@@ -30,6 +30,7 @@ class TokenWindows(Samples):
     source: str  # where the text came from, in words
     begin: str = ""
     unit = "tokens"
+    each = "windows"
 
     def __len__(self) -> int:
         return len(self.ids)
