@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from twofold.checkpoint.plugin import attach
@@ -20,14 +21,21 @@ from twofold.run.prepare import prepare
 from twofold.run.sizing import Sizing
 from twofold.scratch.start import factorize_start
 from twofold.settings.base import from_call
+from twofold.task import Batch
+from twofold.task.data.own import OwnTask
 
 
 def factorize(
     model: Any,
-    tokenizer: Any = None,
+    processor: Any = None,
     *,
+    tokenizer: Any = None,
     init: str | None = None,
     texts: Iterable[str] | None = None,
+    samples: Iterable[Any] | None = None,
+    outputs: Callable[[Any, Batch], Tensor] | None = None,
+    labels: Callable[[Batch], Tensor | None] | None = None,
+    output: Literal["categorical", "gaussian"] = "categorical",
     calibration: str | Path | list[str | Path] | None = None,
     quiet: bool = False,
     **settings: Any,
@@ -41,10 +49,16 @@ def factorize(
     Args:
         model: a folder, a hub id, ``smollm2``, or a loaded transformers model, which is changed in place; or a configuration,
             from which a model with random weights is built.
-        tokenizer: of a loaded model.
+        processor: of a loaded model: its tokenizer, image processor or feature extractor, or one that has several of them.
+        tokenizer: another name for the processor of a language model.
         init: for a training from scratch, where nothing is calibrated: "spectral" (for a configuration the default) truncates
             the weights that the model has, "random" draws factors whose product is as large (docs/train.md).
         texts: an iterable of texts to calibrate on.
+        samples: in their place, what the model's task reads: clips, images, sentences or pairs, as files, arrays or rows; or, with
+            ``outputs``, batches of one sample each, as the arguments of the model's forward.
+        outputs: makes the task out of a function from the model and a batch to what it predicts (predictions, k): logits, or features
+            with ``output="gaussian"``.
+        labels: with ``outputs``, what is right for each prediction of a batch, −1 where nothing is known.
         calibration: text files or data set names; "self" (the default) samples texts from the model.
         settings: any field of ``twofold.Recipe``: one of keep, budget, perplexity_at_most and kl_at_most; tokens, objective,
             allocate, seed, …
@@ -58,14 +72,24 @@ def factorize(
         TwofoldError: for whatever the caller can put right.
     """
     if init is not None or isinstance(model, PretrainedConfig):
-        if texts is not None or calibration is not None:
-            raise TwofoldError("a start for a training from scratch is not calibrated; leave texts and calibration out")
+        if texts is not None or calibration is not None or samples is not None:
+            raise TwofoldError(
+                "a start for a training from scratch is not calibrated; leave texts, samples and calibration out"
+            )
         return factorize_start(model, init or "spectral", **settings)
     named = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if calibration is not None:
         settings["calibration"] = calibration
     recipe = from_call(Recipe, make_recipe, str(named) or type(model).__name__, settings)
-    opened = open_for(recipe, quiet=quiet) if isinstance(model, str | Path) else open_loaded(model, tokenizer, recipe)
+    own = None if outputs is None else OwnTask(outputs, labels, output)
+    given = texts if samples is None else samples
+    if own is not None and samples is None:
+        raise TwofoldError("`outputs` makes a task of your own, which is given its `samples`: an iterable of batches")
+    processor = processor if tokenizer is None else tokenizer
+    if isinstance(model, str | Path):
+        opened = open_for(recipe, own, quiet=quiet)
+    else:
+        opened = open_loaded(model, processor, recipe, own)
     loaded = opened.loaded
     if loaded.residence.streamed:
         raise TwofoldError(
@@ -76,7 +100,7 @@ def factorize(
     with evaluating(result):
         recipe = opened.fitted(recipe, quiet=quiet)
         sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None
-        prepared = prepare(recipe, opened, Stopwatch(), texts=texts, sizing=sizing, quiet=quiet)
+        prepared = prepare(recipe, opened, Stopwatch(), given=given, sizing=sizing, quiet=quiet)
         replaced = prepared.factorize(quiet=quiet)
         refine(prepared, replaced, recipe, quiet=quiet)
     cast_weights(result, loaded.stored_dtype, loaded.own_dtypes)

@@ -19,20 +19,24 @@ from twofold.recipe import Recipe
 from twofold.refine import REFINEMENTS
 from twofold.run.check import check_methods, check_streamed, refuse
 from twofold.run.estimate.fit import choose_fit
+from twofold.task import Task
 from twofold.task.causal_lm import writes_text
 
 
-def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
+def open_for(recipe: Recipe, own: Task | None = None, *, quiet: bool = False) -> Opened:
     """Load a model if it fits in memory, or else open it to be worked through block by block.
+
+    Args:
+        own: the task of a caller, in the place of the one that the recipe names.
 
     Raises:
         TwofoldError: if there is no such model, or not even one of its blocks fits.
     """
     check_methods(recipe)
     fit = choose_fit(recipe)
-    if fit is None or fit.chain is None:
+    if fit is None or fit.chain is None or own is not None:
         how = recipe.model_dump(include={"dtype", "device", "revision", "trust_remote_code", "dequantize"})
-        return _in_memory(load_model(recipe.model, **how), recipe)
+        return _in_memory(load_model(recipe.model, **how), recipe, own)
     check_streamed(recipe, fit.resident, fit.limit)
     if not quiet:
         why = f"{fit.limit / 1e9:.1f} GB may be used" if recipe.stream == "auto" else "`stream=always` asks for it"
@@ -43,7 +47,7 @@ def open_for(recipe: Recipe, *, quiet: bool = False) -> Opened:
     return _opened(load_streamed(recipe, fit.chain), fit.blocks, recipe)
 
 
-def open_loaded(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
+def open_loaded(model: Any, processor: Any, recipe: Recipe, own: Task | None = None) -> Opened:
     """Take up a model that the caller loaded; on a processor it computes in float32, and is given back in its own dtype.
 
     Raises:
@@ -63,21 +67,21 @@ def open_loaded(model: Any, tokenizer: Any, recipe: Recipe) -> Opened:
         cast_weights(model, torch.float32)
     check_methods(recipe)
     own = {name: dtype for name, dtype in dtypes.items() if dtype != stored}
-    loaded = LoadedModel(model, tokenizer, recipe.model, None, stored, own_dtypes=own)
+    loaded = LoadedModel(model, processor, recipe.model, None, stored, own_dtypes=own)
     loaded.stored.notes += notes
-    return _in_memory(loaded, recipe)
+    return _in_memory(loaded, recipe, own)
 
 
-def _opened(loaded: LoadedModel, blocks: int | None, recipe: Recipe) -> Opened:
+def _opened(loaded: LoadedModel, blocks: int | None, recipe: Recipe, own: Task | None = None) -> Opened:
     """Let the configuration of a model say which of its weights are one, before anything is written of it."""
     if (note := settle_ties(loaded.model)) is not None:
         loaded.stored.notes.append(note)
-    return Opened(loaded, blocks, recipe.task)
+    return Opened(loaded, blocks, recipe.task, own)
 
 
-def _in_memory(loaded: LoadedModel, recipe: Recipe) -> Opened:
+def _in_memory(loaded: LoadedModel, recipe: Recipe, own: Task | None = None) -> Opened:
     """Take up a model in memory, and refuse settings that need what it does not give."""
-    opened = _opened(loaded, None, recipe)
+    opened = _opened(loaded, None, recipe, own)
     refuse(recipe, _missing_of(opened, recipe))
     return opened
 

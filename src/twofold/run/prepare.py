@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ def prepare(
     opened: Opened,
     watch: Stopwatch,
     *,
-    texts: Iterable[str] | None = None,
+    given: Iterable[Any] | None = None,
     moments_folder: Path | None = None,
     work: Work | None = None,
     bases: bool = True,
@@ -59,7 +60,7 @@ def prepare(
     """Go through all stages up to the plan.
 
     Args:
-        texts: to calibrate on, in the place of the recipe's.
+        given: to calibrate on, in the place of what the recipe names: texts, or what the task reads.
         moments_folder: where the moments are kept; in the cache, by fingerprint, if it is None.
         work: the unfinished state of the run; what it holds already is used. In memory if it is None.
         bases: whether factors will be made, or only the plan.
@@ -76,7 +77,7 @@ def prepare(
         targets = targets.without(dict.fromkeys(fused, "fused with others in the checkpoint"))
     with watch.stage("hash"):
         hashed = model_hash(model, loaded.shards)
-    data, moments, reused = _data(recipe, opened, hashed, texts, watch, quiet=quiet), None, False
+    data, moments, reused = _data(recipe, opened, hashed, given, watch, quiet=quiet), None, False
     if sizing is not None:
         with watch.stage("measure"):
             processes.same(partial(sizing.begin, data, hashed, work))
@@ -116,7 +117,7 @@ def prepare(
 
 
 def _data(
-    recipe: Recipe, opened: Opened, hashed: str, texts: Iterable[str] | None, watch: Stopwatch, *, quiet: bool
+    recipe: Recipe, opened: Opened, hashed: str, given: Iterable[Any] | None, watch: Stopwatch, *, quiet: bool
 ) -> Data | None:
     """Read the samples of a run, if any of its stages looks at them; say if they are fewer than was asked for."""
     needs = OBJECTIVES.get(recipe.objective).needs
@@ -125,7 +126,7 @@ def _data(
         return None
     with watch.stage("texts"):
         task, aside = opened.need_task(), recipe.held_out_windows
-        data = processes.same(lambda: task.data(opened.loaded, recipe, hashed, texts, held_out=aside, quiet=quiet))
+        data = processes.same(lambda: task.data(opened.loaded, recipe, hashed, given, held_out=aside, quiet=quiet))
     slack = recipe.window if task.streams else 0
     if needs and data.units < data.asked - slack and not quiet:
         what = "text" if task.streams else "data"

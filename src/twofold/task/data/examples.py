@@ -90,6 +90,21 @@ class Examples(Samples):
         return digest.hexdigest()
 
 
+def set_aside(examples: Examples, count: int, aside: int, notes: tuple[str, ...], each: int = 1) -> Data:
+    """Part samples into those to calibrate on, those of one shape together, and the last ones, which are set aside.
+
+    Args:
+        count: how many were asked for to calibrate on.
+        aside: how many more; where there are none, a tenth of all.
+    """
+    spare = max(min(aside, len(examples) - count), 0)
+    if aside and not spare and len(examples) > 1:
+        spare = min(aside, max(1, len(examples) // 10))
+    calibrated = len(examples) - spare
+    order = sorted(range(calibrated), key=lambda i: (examples.examples[i].shape, i))
+    return Data(examples.take(order), examples[calibrated:], count, notes, each)
+
+
 class ExampleTask(Task):
     """A task whose samples are made of records."""
 
@@ -136,14 +151,7 @@ class ExampleTask(Task):
         source = "given samples" if given is not None else ", ".join(name.rstrip("/").rpartition("/")[2] for name in names)
         examples = self._encoded(records, loaded, count + aside, tally, source, skip_bad=how.skip_bad, quiet=quiet)
         tally.tell()
-        spare = min(aside, len(examples) - count)
-        if aside and spare <= 0 and len(examples) > 1:  # few samples: keep the last tenth to measure on
-            spare = min(aside, max(1, len(examples) // 10))
-        spare = max(spare, 0)
-        # Of one shape together, so that they make batches.
-        order = sorted(range(len(examples) - spare), key=lambda i: (examples.examples[i].shape, i))
-        kept = examples.take(order)
-        return Data(kept, examples[len(examples) - spare :], count, tuple(tally.sentences), self.each)
+        return set_aside(examples, count, aside, tuple(tally.sentences), self.each)
 
     def measured(self, loaded: Any, settings: Settings) -> Samples | None:
         texts = settings.part(Measuring)
