@@ -25,20 +25,30 @@ from twofold.task.text.texts import token_windows
 
 @dataclass(frozen=True)
 class Row:
-    """One task: a model and a processor of its family, and samples that both can read."""
+    """One task: a model and a processor of its family, and what factorize is called with to have samples that both can read."""
 
     model: Callable[[], Any]
     processor: Callable[[], Any]
-    samples: Callable[[Any], Any]
-    given: dict[str, Any]  # what factorize is called with, to have such samples
+    given: dict[str, Any]
 
-
-def windows(processor: Any) -> Any:
-    return token_windows([TEXT], processor, tokens=128, window=16, held_out=2).samples
+    def samples(self, task: Any) -> Any:
+        """The samples of a model of this row."""
+        given = self.given.get("samples", self.given.get("texts"))
+        settings = {name: value for name, value in self.given.items() if name not in ("samples", "texts")}
+        recipe = make_recipe({"model": "m", "keep": 0.5, **settings})
+        loaded = LoadedModel(self.model(), None, "m", None, torch.float32, processors=parts_of(self.processor()))
+        return task.data(loaded, recipe, "", given, held_out=1, quiet=True).samples
 
 
 ROWS = {
-    "causal-lm": Row(make_model, make_tokenizer, windows, {"texts": [TEXT], "tokens": 256, "window": 32}),
+    "causal-lm": Row(make_model, make_tokenizer, {"texts": [TEXT], "tokens": 256, "window": 32}),
+    "masked-lm": Row(tiny.bert_masked, tiny.tokenizer, {"texts": [TEXT], "tokens": 256, "window": 32}),
+    "seq2seq": Row(tiny.bart, tiny.tokenizer, {"samples": tiny.pairs()}),
+    "speech": Row(tiny.whisper, tiny.listener, {"samples": tiny.clips()}),
+    "image-classification": Row(tiny.vit, tiny.viewer, {"samples": tiny.pictures()}),
+    "embedding": Row(tiny.bert, tiny.tokenizer, {"samples": tiny.sentences()}),
+    "sequence-classification": Row(tiny.bert_classes, tiny.tokenizer, {"samples": tiny.sentences()}),
+    "token-classification": Row(tiny.bert_tokens, tiny.tokenizer, {"samples": tiny.sentences()}),
 }
 
 
@@ -58,13 +68,15 @@ def test_it_is_found_for_its_models(row):
 
 def test_outputs_and_labels_are_one_a_prediction(row):
     task, of = row
-    model, samples = of.model(), of.samples(of.processor())
+    model, samples = of.model(), of.samples(task)
     for batch in samples:
         outputs, labels = task.outputs(model, batch), task.labels(batch)
         assert outputs.dim() == 2 and (labels is None or labels.shape == outputs.shape[:1])
     assert sum(len(task.outputs(model, batch)) for batch in samples) == samples.predictions
     assert task.predicts(model, samples) and task.knows(model, samples)
-    assert torch.equal(task.example(model)["input_ids"], task.example(model)["input_ids"])
+    example = task.example(model)
+    assert all(torch.equal(tensor, task.example(model)[name]) for name, tensor in example.items())
+    assert task.outputs(model, example).dim() == 2
 
 
 @settings(max_examples=20, deadline=None)
@@ -72,7 +84,7 @@ def test_outputs_and_labels_are_one_a_prediction(row):
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_batches_are_the_samples_in_their_order(name, size, first):
     of = ROWS[name]
-    samples = of.samples(of.processor())[first:]
+    samples = samples_of(name)[first:]
     spans = samples.spans(size)
     assert (
         [last for _, last in spans[:-1]] == [begin for begin, _ in spans[1:]]
@@ -102,7 +114,7 @@ def test_the_second_moment_of_the_probe_is_the_curvature_of_the_loss(row):
 def test_gradients_are_those_of_autograd(row):
     """G of every weight is the mean of g gᵀ, g the gradient of v · outputs at the weight's own output."""
     task, of = row
-    model, samples = of.model().double(), of.samples(of.processor())
+    model, samples = of.model().double(), of.samples(task)
     targets = find_targets(model).targets
     request = request_statistics(targets, {}, {"input", "gradient"}, both_sides=True)
     batch = samples.batch(0, 2)
@@ -134,7 +146,7 @@ def test_gradients_are_those_of_autograd(row):
 
 def test_a_model_is_no_way_from_itself(row):
     task, of = row
-    model, samples = of.model(), of.samples(of.processor())
+    model, samples = of.model(), of.samples(task)
     predict = lambda i: task.outputs(model, samples.batch(i, i + 1))  # noqa: E731
     _, quality = measure_quality([predict, predict], samples, task, quiet=True)
     assert quality.divergence == pytest.approx(0, abs=1e-9) and quality.agreement == 1
@@ -142,7 +154,7 @@ def test_a_model_is_no_way_from_itself(row):
 
 def test_full_rank_gives_the_outputs_back_and_every_weight_is_in_the_plan(row):
     task, of = row
-    dense, samples = of.model(), of.samples(of.processor())
+    dense, samples = of.model(), of.samples(task)
     whole = twofold.factorize(
         of.model(), of.processor(), task=task.name, keep=1.0, form="plain", eval_windows=0, quiet=True, **of.given
     )
@@ -161,7 +173,7 @@ def test_a_smaller_model_is_saved_and_loaded_to_the_bit(row, tmp_path):
     )
     small.save_pretrained(tmp_path / "small")
     again = type(small).from_pretrained(tmp_path / "small")
-    for batch in of.samples(of.processor()):
+    for batch in of.samples(task):
         assert torch.equal(task.outputs(again, batch), task.outputs(small, batch))
 
 

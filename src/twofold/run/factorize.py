@@ -32,7 +32,7 @@ def factorize(
     tokenizer: Any = None,
     init: str | None = None,
     texts: Iterable[str] | None = None,
-    samples: Iterable[Any] | None = None,
+    samples: Iterable[Any] | int | None = None,
     outputs: Callable[[Any, Batch], Tensor] | None = None,
     labels: Callable[[Batch], Tensor | None] | None = None,
     output: Literal["categorical", "gaussian"] = "categorical",
@@ -55,7 +55,7 @@ def factorize(
             the weights that the model has, "random" draws factors whose product is as large (docs/train.md).
         texts: an iterable of texts to calibrate on.
         samples: in their place, what the model's task reads: clips, images, sentences or pairs, as files, arrays or rows; or, with
-            ``outputs``, batches of one sample each, as the arguments of the model's forward.
+            ``outputs``, batches of one sample each, as the arguments of the model's forward. A number is how many are read.
         outputs: makes the task out of a function from the model and a batch to what it predicts (predictions, k): logits, or features
             with ``output="gaussian"``.
         labels: with ``outputs``, what is right for each prediction of a batch, −1 where nothing is known.
@@ -80,6 +80,8 @@ def factorize(
     named = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if calibration is not None:
         settings["calibration"] = calibration
+    if isinstance(samples, int):
+        settings["samples"], samples = samples, None
     recipe = from_call(Recipe, make_recipe, str(named) or type(model).__name__, settings)
     own = None if outputs is None else OwnTask(outputs, labels, output)
     given = texts if samples is None else samples

@@ -1,0 +1,113 @@
+"""Tiny models of every task from their configurations, with processors and samples that need no file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+
+from conftest import VOCABULARY, make_tokenizer
+
+_TEXT = {"vocab_size": VOCABULARY + 1, "pad_token_id": 258, "bos_token_id": 256, "eos_token_id": 257}
+_BERT = {
+    **_TEXT, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+_STACKS = {
+    **_TEXT, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 257,
+}  # fmt: skip
+RATE = 16_000
+
+
+def made(model: Callable[[Any], Any], config: Any, seed: int = 0) -> Any:
+    """A model with random weights that are large enough to matter."""
+    torch.manual_seed(seed)
+    found = model(config).eval()
+    with torch.no_grad():
+        for parameter in found.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+            elif parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return found
+
+
+def bert() -> Any:
+    return made(hf.BertModel, hf.BertConfig(**_BERT))
+
+
+def bert_masked() -> Any:
+    return made(hf.BertForMaskedLM, hf.BertConfig(**_BERT))
+
+
+def bert_classes() -> Any:
+    return made(hf.BertForSequenceClassification, hf.BertConfig(**_BERT, num_labels=3))
+
+
+def bert_tokens() -> Any:
+    return made(hf.BertForTokenClassification, hf.BertConfig(**_BERT, num_labels=3))
+
+
+def bart() -> Any:
+    return made(hf.BartForConditionalGeneration, hf.BartConfig(**_STACKS, max_position_embeddings=128))
+
+
+def whisper() -> Any:
+    config = hf.WhisperConfig(
+        **_STACKS, num_mel_bins=16, max_source_positions=50, max_target_positions=24, max_length=16,
+        suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    return made(hf.WhisperForConditionalGeneration, config)
+
+
+def vit() -> Any:
+    config = hf.ViTConfig(
+        image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        num_labels=3,
+    )  # fmt: skip
+    return made(hf.ViTForImageClassification, config)
+
+
+@lru_cache
+def tokenizer() -> Any:
+    """One token a byte, and a mask."""
+    found = make_tokenizer()
+    found.add_special_tokens({"mask_token": "<mask>"})
+    return found
+
+
+def listener() -> Any:
+    """A feature extractor with a tokenizer."""
+    extractor = hf.WhisperFeatureExtractor(feature_size=16, chunk_length=1, n_fft=400, hop_length=160)
+    return hf.WhisperProcessor(extractor, tokenizer())
+
+
+def viewer() -> Any:
+    return hf.ViTImageProcessor(size={"height": 16, "width": 16})
+
+
+def sentences(count: int = 12) -> list[str]:
+    places = ("Arles", "Bruges", "Cádiz", "Derry")
+    return [f"The bridge of {places[i % 4]} is {100 + 7 * i} paces long." for i in range(count)]
+
+
+def pairs(count: int = 12) -> list[tuple[str, str]]:
+    return [(text, text[::-1]) for text in sentences(count)]
+
+
+def clips(count: int = 4) -> list[Any]:
+    draw = np.random.default_rng(0)
+    time = np.arange(RATE // 2) / RATE
+    return [
+        (np.sin(2 * np.pi * (200 + 60 * i) * time) + 0.1 * draw.standard_normal(len(time))).astype(np.float32)
+        for i in range(count)
+    ]
+
+
+def pictures(count: int = 12) -> list[Any]:
+    return [np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8) for i in range(count)]
