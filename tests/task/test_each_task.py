@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -11,16 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.calibrate.accumulate import Accumulator
 from twofold.calibrate.request import request_statistics
+from twofold.model.load import LoadedModel
+from twofold.model.processor import parts_of
 from twofold.model.streamed import Resident
 from twofold.model.weights import find_targets
 from twofold.recipe import make_recipe
 from twofold.task import TASKS, find_task
 from twofold.task.output.quality import measure_quality
-from twofold.task.text.texts import token_windows
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class Row:
         given = self.given.get("samples", self.given.get("texts"))
         settings = {name: value for name, value in self.given.items() if name not in ("samples", "texts")}
         recipe = make_recipe({"model": "m", "keep": 0.5, **settings})
-        loaded = LoadedModel(self.model(), None, "m", None, torch.float32, processors=parts_of(self.processor()))
+        parts = parts_of(self.processor())
+        tokenizer = parts.pop("tokenizer", None)
+        loaded = LoadedModel(self.model(), tokenizer, "m", None, torch.float32, processors=parts)
         return task.data(loaded, recipe, "", given, held_out=1, quiet=True).samples
 
 
@@ -79,12 +84,17 @@ def test_outputs_and_labels_are_one_a_prediction(row):
     assert task.outputs(model, example).dim() == 2
 
 
+@lru_cache
+def samples_of(name: str) -> Any:
+    return ROWS[name].samples(TASKS.get(name))
+
+
 @settings(max_examples=20, deadline=None)
 @given(size=st.integers(1, 9), first=st.integers(0, 7))
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_batches_are_the_samples_in_their_order(name, size, first):
-    of = ROWS[name]
-    samples = samples_of(name)[first:]
+    samples = samples_of(name)
+    samples = samples[min(first, len(samples) - 1) :]
     spans = samples.spans(size)
     assert (
         [last for _, last in spans[:-1]] == [begin for begin, _ in spans[1:]]
@@ -103,8 +113,11 @@ def test_the_second_moment_of_the_probe_is_the_curvature_of_the_loss(row):
     task, _ = row
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(1, 5, generator=generator, dtype=torch.float64)
-    loss = lambda y: -(outputs.softmax(-1).detach() * y.log_softmax(-1)).sum()  # noqa: E731
-    exact = torch.autograd.functional.hessian(loss, outputs).reshape(5, 5)
+    losses = {
+        "categorical": lambda y: -(outputs.softmax(-1).detach() * y.log_softmax(-1)).sum(),
+        "gaussian": lambda y: (y - outputs.detach()).square().sum() / 2,
+    }
+    exact = torch.autograd.functional.hessian(losses[task.output.name], outputs).reshape(5, 5)
     for curvature in ("sampled", "gauss-newton"):
         many = outputs.expand(40_000, 5).clone()
         drawn = task.output.probe(many, torch.zeros(40_000, dtype=torch.int64), generator, curvature)
@@ -140,7 +153,8 @@ def test_gradients_are_those_of_autograd(row):
     for handle in handles:
         handle.remove()
     for target in targets:
-        g = kept[target.name].grad.flatten(0, -2)
+        g = kept[target.name].grad  # none where the outputs do not look at a weight
+        g = torch.zeros_like(kept[target.name]).flatten(0, -2) if g is None else g.flatten(0, -2)
         torch.testing.assert_close(sums[f"gradient/{target.name}"].double(), g.T @ g, rtol=1e-4, atol=1e-8)
 
 
@@ -149,7 +163,7 @@ def test_a_model_is_no_way_from_itself(row):
     model, samples = of.model(), of.samples(task)
     predict = lambda i: task.outputs(model, samples.batch(i, i + 1))  # noqa: E731
     _, quality = measure_quality([predict, predict], samples, task, quiet=True)
-    assert quality.divergence == pytest.approx(0, abs=1e-9) and quality.agreement == 1
+    assert quality.divergence == pytest.approx(0, abs=1e-9) and quality.agreement == pytest.approx(1, abs=1e-6)
 
 
 def test_full_rank_gives_the_outputs_back_and_every_weight_is_in_the_plan(row):

@@ -37,7 +37,7 @@ class Example:
     def of(cls, model: Any) -> Example | None:
         """Return a batch for a model; None if it is for no task that is known."""
         task = find_task(model)
-        return None if task is None else cls(task, on_device(task.example(model), model.device))
+        return None if task is None else cls(task, on_device(task.example(model), model.device, model.dtype))
 
     @torch.no_grad()
     def outputs(self, model: Any) -> Tensor | None:

@@ -142,7 +142,7 @@ def _states_bytes(opened: Opened, recipe: Calibrating, samples: Samples) -> int:
 
 def _groups(model: Any, targets: Targets, samples: Samples, task: Task) -> dict[str, str]:
     """Find which targets share an input, and whether the model runs on the samples at all."""
-    batch = on_device(samples.small, model.device)
+    batch = on_device(samples.small, model.device, model.dtype)
     try:
         return find_groups(model, targets.targets, lambda: task.call(model, batch))
     except TwofoldError as error:

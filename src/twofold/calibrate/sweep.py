@@ -162,7 +162,7 @@ class _Sweep:
     def _batch(self, step: SweepStep, first: int, last: int) -> Tensor | None:
         """Run a stretch on one batch; return what the step leaves for others."""
         model, stretch, task = self.residence.model, step.stretch, self.task
-        batch = on_device(self.samples.batch(first, last), self.residence.device)
+        batch = on_device(self.samples.batch(first, last), self.residence.device, self.residence.dtype)
         here, there = first - self.first, last - self.first
         hidden = None
         if not stretch.is_first:

@@ -172,7 +172,7 @@ def with_structures(opened: Opened, targets: Targets, recipe: Recipe) -> Targets
     run = None
     if not any(parameter.is_meta for parameter in model.parameters()):
         task = opened.need_task()
-        run = partial(task.call, model, on_device(task.example(model), model.device))
+        run = partial(task.call, model, on_device(task.example(model), model.device, model.dtype))
         with torch.no_grad():
             run()
     return find_structures(model, targets, kinds, run, recipe)

@@ -185,7 +185,7 @@ class Task(ABC):
 
     def outputs(self, model: Any, batch: Batch) -> Tensor:  # (predictions, k)
         """Run a model on a batch, on the model's device, and return its outputs with their graph."""
-        batch = on_device(batch, model.device)
+        batch = on_device(batch, model.device, model.dtype)
         return self.read(self.call(model, batch), batch, model)
 
     def predicts(self, model: Any, samples: Samples) -> bool:
@@ -209,9 +209,11 @@ def classes_of(table: str) -> Collection[str]:
     return {each for name in names for each in ((name,) if isinstance(name, str) else name)}
 
 
-def on_device(batch: Batch, device: Any) -> Batch:
-    """Return a batch on a device."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+def on_device(batch: Batch, device: Any, dtype: Any = None) -> Batch:
+    """Return a batch on a device; what is no whole number in it in a dtype, if one is given."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in batch.items()
+    }
 
 
 TASKS: Registry[Task] = Registry("task", __name__)

@@ -30,7 +30,7 @@ class Embedding(ExampleTask):
     name = "embedding"
     output = GAUSSIAN
     unit = "samples"
-    mappings = ("", "IMAGE_MAPPING")
+    mappings = ("",)
 
     def fits(self, model: Any) -> bool:
         two_towers = type(model).__name__.endswith(("ModelWithProjection", "CLIPModel"))

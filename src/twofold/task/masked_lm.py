@@ -14,6 +14,7 @@ from twofold.errors import TwofoldError
 from twofold.model.load import need_tokenizer
 from twofold.settings.base import Settings
 from twofold.task import LABELS, TASKS, Batch, Data, S, Samples, Task, task
+from twofold.task.causal_lm import has_two_stacks
 from twofold.task.data.example import example_of
 from twofold.task.data.logits import at_labels, logits_of
 from twofold.task.output.categorical import CATEGORICAL
@@ -64,6 +65,9 @@ class MaskedLM(Task):
     settings = Texts
     perplexity = streams = True
     mappings = ("MASKED_LM",)
+
+    def fits(self, model: Any) -> bool:
+        return super().fits(model) and not has_two_stacks(model)
 
     def fitted(self, settings: S, loaded: Any, *, quiet: bool = False) -> S:
         return fit_window(settings, loaded, quiet=quiet)

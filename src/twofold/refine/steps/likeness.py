@@ -69,7 +69,7 @@ class Likeness:
         return find_head(self.job.model, lambda: self._call(batch), self.job.outputs(batch))
 
     def _call(self, batch: Batch) -> Any:
-        return self.job.task.call(self.job.model, on_device(batch, self.job.model.device))
+        return self.job.task.call(self.job.model, on_device(batch, self.job.model.device, self.job.model.dtype))
 
     def weigh(self, indices: Sequence[int]) -> float:
         """Return how many predictions some samples have, in those of the first sample."""
