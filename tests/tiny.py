@@ -73,6 +73,15 @@ def vit() -> Any:
     return made(hf.ViTForImageClassification, config)
 
 
+def llava() -> Any:
+    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "intermediate_size": 48}  # fmt: skip
+    text = {**_TEXT, "vocab_size": VOCABULARY + 2, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+    config = hf.LlavaConfig(hf.CLIPVisionConfig(**vision), hf.LlamaConfig(**text), image_token_id=260, image_token_index=260)
+    return made(hf.LlavaForConditionalGeneration, config)
+
+
 @lru_cache
 def tokenizer() -> Any:
     """One token a byte, and a mask."""
@@ -85,6 +94,15 @@ def listener() -> Any:
     """A feature extractor with a tokenizer."""
     extractor = hf.WhisperFeatureExtractor(feature_size=16, chunk_length=1, n_fft=400, hop_length=160)
     return hf.WhisperProcessor(extractor, tokenizer())
+
+
+def reader() -> Any:
+    """An image processor with a tokenizer that has a token for pictures."""
+    words = make_tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<mask>", "<image>"]})
+    pixels = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return hf.LlavaProcessor(pixels, words, patch_size=8, vision_feature_select_strategy="default", image_token="<image>",
+                             num_additional_image_tokens=1)  # fmt: skip
 
 
 def viewer() -> Any:
@@ -111,3 +129,7 @@ def clips(count: int = 4) -> list[Any]:
 
 def pictures(count: int = 12) -> list[Any]:
     return [np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8) for i in range(count)]
+
+
+def described(count: int = 8) -> list[dict[str, Any]]:
+    return [{"image": image, "text": text} for image, text in zip(pictures(count), sentences(count), strict=True)]

@@ -51,6 +51,7 @@ ROWS = {
     "seq2seq": Row(tiny.bart, tiny.tokenizer, {"samples": tiny.pairs()}),
     "speech": Row(tiny.whisper, tiny.listener, {"samples": tiny.clips()}),
     "image-classification": Row(tiny.vit, tiny.viewer, {"samples": tiny.pictures()}),
+    "image-text-to-text": Row(tiny.llava, tiny.reader, {"samples": tiny.described()}),
     "embedding": Row(tiny.bert, tiny.tokenizer, {"samples": tiny.sentences()}),
     "sequence-classification": Row(tiny.bert_classes, tiny.tokenizer, {"samples": tiny.sentences()}),
     "token-classification": Row(tiny.bert_tokens, tiny.tokenizer, {"samples": tiny.sentences()}),

@@ -53,6 +53,12 @@ class _Recipe(Stages):
         """The windows to set aside: a refinement stops on others than those that the quality is measured on."""
         return HELD_OUT + (self.eval_windows if self.refine and self.eval_text is None else 0)
 
+    @property
+    def held_out_samples(self) -> int:
+        """The same where samples are no windows: none that nothing looks at."""
+        measured = self.eval_windows if self.eval_text is None else 0
+        return measured + (HELD_OUT if self.refine else 0)
+
     def to_yaml(self) -> str:
         """Return the recipe as YAML, defaults included, so that a stored recipe says all."""
         settings = self.model_dump(mode="json", exclude_none=True, exclude={"trust_remote_code"})

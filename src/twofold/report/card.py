@@ -62,7 +62,7 @@ def write_card(folder: Path, run: Run, plan: Plan) -> None:
         f"- versions: twofold {m.twofold}, transformers {m.transformers}, torch {m.torch}, Python {m.python}\n"
         f"- machine: {_words(m.system)}, {_words(m.device)}, {m.threads} threads, {m.dtype}\n"
         f"- seed: {run.recipe.seed}\n"
-        f"- calibration: {_words(without_paths(run.calibration))}, {count(run.calibration_tokens)} tokens"
+        f"- calibration: {_words(without_paths(run.calibration))}, {count(run.calibration_tokens)} {run.unit}"
         + (f", SHA-256 of the token ids `{run.calibration_sha256}`" if run.calibration_sha256 else "")
         + (f"; each window begins with `{run.windows_begin}`" if run.windows_begin else ""),
         *(["\n".join(f"- {_words(step.words)}" for step in run.refinement)] if run.refinement else []),

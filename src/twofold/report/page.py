@@ -87,7 +87,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("peak memory", megabytes(run.peak_memory) if run.peak_memory else "not measured"),
         ("seed", str(run.recipe.seed)),
         ("calibration text", without_paths(run.calibration)),
-        ("calibration tokens", count(run.calibration_tokens)),
+        (f"calibration {run.unit}", count(run.calibration_tokens)),
     ]
     if run.calibration_sha256:
         facts.append(("SHA-256 of the token ids", run.calibration_sha256))

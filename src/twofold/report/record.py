@@ -46,7 +46,9 @@ class Run(pydantic.BaseModel, extra="forbid"):
     recipe: Recipe
     machine: Machine
     calibration: str  # in words
-    calibration_tokens: int
+    calibration_tokens: int  # or samples
+    task: str = "causal-lm"
+    unit: str = "tokens"  # of what was calibrated on
     calibration_sha256: str
     windows_begin: str = ""  # the special tokens that each window of text begins with, as <bos>; empty if with text
     fingerprint: str

@@ -158,6 +158,8 @@ def _record(
         machine=machine(residence.device, residence.dtype),
         calibration=data.samples.source if data else "none: this objective uses the weights alone",
         calibration_tokens=data.units if data else 0,
+        task=prepared.opened.task.name if prepared.opened.task else "",
+        unit=data.samples.unit if data else "tokens",
         calibration_sha256=data.samples.sha256 if data else "",
         fingerprint=prepared.moments.fingerprint if prepared.moments else "",
         moments_reused=prepared.reused,

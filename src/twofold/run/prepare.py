@@ -125,7 +125,10 @@ def _data(
     if not (needs or measures or (recipe.goal is not None and recipe.eval_text is None)):
         return None
     with watch.stage("texts"):
-        task, aside = opened.need_task(), recipe.held_out_windows
+        task = opened.need_task()
+        if not (quiet or task.fallback):
+            say(f"{type(opened.loaded.model).__name__} is taken for {task.name}; another is named with `task`")
+        aside = recipe.held_out_windows if task.streams else recipe.held_out_samples
         data = processes.same(lambda: task.data(opened.loaded, recipe, hashed, given, held_out=aside, quiet=quiet))
     slack = recipe.window if task.streams else 0
     if needs and data.units < data.asked - slack and not quiet:

@@ -176,8 +176,12 @@ class Task(ABC):
         """
 
     def labels(self, batch: Batch) -> Tensor | None:  # (predictions,)
-        """Return what is right for each prediction, −1 where there is nothing; None if nothing is known."""
-        return batch[LABELS].flatten() if LABELS in batch else None
+        """Return what is right for each prediction, −1 where there is nothing; None if nothing is known.
+
+        Places of a batch whose label is −1 are no predictions.
+        """
+        labels = batch[LABELS].flatten() if LABELS in batch else None
+        return None if labels is None else labels[labels >= 0]
 
     def score(self, loaded: Any, samples: Samples) -> dict[str, float]:
         """Return the task's own measures of a model on samples, by name: accuracy, wer, bleu; none if it has none."""

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from twofold.model.processor import image_processor_of
 from twofold.task import Batch, Samples, task
-from twofold.task.data.examples import Example, ExampleTask, labelled
+from twofold.task.data.examples import Example, ExampleTask
 from twofold.task.data.images import load_image
-from twofold.task.data.logits import accuracy, class_of, logits_of
+from twofold.task.data.logits import accuracy, class_label, logits_of
 from twofold.task.data.columns import Record
 from twofold.task.output.categorical import CATEGORICAL
 
@@ -28,10 +28,7 @@ class ImageClassification(ExampleTask):
     def encode(self, record: Record, loaded: Any) -> Iterable[Example]:
         image = load_image(record.need("image"))
         batch = dict(image_processor_of(loaded)(images=image, return_tensors="pt"))
-        label = record.fields.get("label")
-        if label is not None:
-            batch |= labelled([class_of(label, loaded.model)])
-        yield Example(batch)
+        yield Example({**batch, **class_label(record, loaded.model)})
 
     def read(self, result: Any, batch: Batch, model: Any) -> Tensor:  # (images, classes)
         return logits_of(result, model, 2)

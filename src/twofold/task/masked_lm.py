@@ -94,10 +94,6 @@ class MaskedLM(Task):
     def read(self, result: Any, batch: Batch, model: Any) -> Tensor:  # (hidden tokens, vocabulary)
         return at_labels(logits_of(result, model, 3), batch)
 
-    def labels(self, batch: Batch) -> Tensor:
-        labels = batch[LABELS].flatten()
-        return labels[labels >= 0]
-
 
 def hide(windows: Samples, loaded: Any, seed: int) -> MaskedWindows:
     """Hide a share of the tokens of each window, at least one, drawn by a seed.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from twofold.model.load import need_tokenizer
 from twofold.task import Batch, Samples, task
-from twofold.task.data.examples import Example, ExampleTask, labelled
-from twofold.task.data.logits import accuracy, class_of, logits_of
+from twofold.task.data.examples import Example, ExampleTask
+from twofold.task.data.logits import accuracy, class_label, logits_of
 from twofold.task.data.columns import Record
 from twofold.task.data.words import ids_of
 from twofold.task.output.categorical import CATEGORICAL
@@ -29,10 +29,7 @@ class SequenceClassification(ExampleTask):
     def encode(self, record: Record, loaded: Any) -> Iterable[Example]:
         texts = [record.need("text"), *([record.fields["target"]] if record.fields.get("target") else [])]
         batch = ids_of(need_tokenizer(loaded), loaded, *texts)
-        label = record.fields.get("label")
-        if label is not None and loaded.model.config.num_labels > 1:
-            batch |= labelled([class_of(label, loaded.model)])
-        yield Example(batch)
+        yield Example({**batch, **class_label(record, loaded.model)})
 
     def read(self, result: Any, batch: Batch, model: Any) -> Tensor:  # (sentences, classes)
         logits = logits_of(result, model, 2)

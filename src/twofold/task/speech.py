@@ -11,7 +11,8 @@ from torch import Tensor
 
 from twofold.model.load import need_tokenizer
 from twofold.model.processor import feature_extractor_of
-from twofold.task import Batch, Samples, task
+from twofold.task import Batch, Samples, classes_of, task
+from twofold.task.causal_lm import has_two_stacks
 from twofold.task.data.audio import load_audio
 from twofold.task.data.examples import Example, ExampleTask, labelled
 from twofold.task.data.logits import at_labels, logits_of
@@ -29,7 +30,10 @@ class Speech(ExampleTask):
     output = CATEGORICAL
     reads, unit = "audio", "clips"
     each = 2
-    mappings = ("SPEECH_SEQ_2_SEQ", "CTC")
+
+    def fits(self, model: Any) -> bool:
+        kind = type(model).__name__
+        return kind in classes_of("CTC") or (kind in classes_of("SPEECH_SEQ_2_SEQ") and has_two_stacks(model))
 
     def encode(self, record: Record, loaded: Any) -> Iterable[Example]:
         extractor, model = feature_extractor_of(loaded), loaded.model
@@ -37,7 +41,7 @@ class Speech(ExampleTask):
         wave = load_audio(record.need("audio"), rate)
         batch = {k: v for k, v in extractor(wave, sampling_rate=rate, return_tensors="pt").items() if "mask" not in k}
         about = {"seconds": len(wave) / rate, "words": record.fields.get("text")}
-        if not getattr(model.config, "is_encoder_decoder", False):
+        if not has_two_stacks(model):
             frames = int(model._get_feat_extract_output_lengths(torch.tensor(next(iter(batch.values())).shape[-1])))
             yield Example(batch, frames, about)
             return
@@ -50,10 +54,6 @@ class Speech(ExampleTask):
 
     def read(self, result: Any, batch: Batch, model: Any) -> Tensor:  # (tokens or frames, classes)
         return at_labels(logits_of(result, model, 3), batch)
-
-    def labels(self, batch: Batch) -> Tensor | None:
-        found = super().labels(batch)
-        return None if found is None else found[found >= 0]
 
     def score(self, loaded: Any, samples: Samples) -> dict[str, float]:
         """Return the word error rate of what the model hears, and its time over that of the speech."""

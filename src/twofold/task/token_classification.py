@@ -46,9 +46,5 @@ class TokenClassification(ExampleTask):
     def read(self, result: Any, batch: Batch, model: Any) -> Tensor:  # (tokens, classes)
         return at_labels(logits_of(result, model, 3), batch)
 
-    def labels(self, batch: Batch) -> Tensor | None:
-        found = super().labels(batch)
-        return None if found is None else found[found >= 0]
-
     def score(self, loaded: Any, samples: Samples) -> dict[str, float]:
         return accuracy(self, loaded.model, samples)

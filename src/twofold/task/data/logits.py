@@ -9,6 +9,7 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.task import LABELS, Batch, Samples, Task
+from twofold.task.data.columns import Record
 
 
 def logits_of(result: Any, model: Any, dimensions: int) -> Tensor:
@@ -44,8 +45,15 @@ def accuracy(task: Task, model: Any, samples: Samples) -> dict[str, float]:
         if labels is None:
             continue
         found = task.outputs(model, batch).argmax(-1).cpu()
-        right, known = right + int((found == labels)[labels >= 0].sum()), known + int((labels >= 0).sum())
+        right, known = right + int((found == labels).sum()), known + len(labels)
     return {"accuracy": right / known} if known else {}
+
+
+def class_label(record: Record, model: Any) -> dict[str, Tensor]:
+    """Return the class that a record names, as a part of its batch; nothing if it names none, or none of the model's."""
+    label = record.fields.get("label")
+    number = -1 if label is None or model.config.num_labels < 2 else class_of(label, model)
+    return {LABELS: torch.tensor([[number]])} if 0 <= number < model.config.num_labels else {}
 
 
 def class_of(label: Any, model: Any) -> int:
