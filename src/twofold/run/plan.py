@@ -109,6 +109,8 @@ def _by_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
         if recipe.memory is not None:
             raise
         notes.append(f"no run on this machine: {error}")  # the plan itself may be for another one
+    if estimated is not None and opened.task is not None and not opened.task.streams:
+        notes.append(f"the time to run the model on its {opened.task.name} samples is not estimated")
     return uniform.model_copy(update={"notes": notes, "estimate": estimated})
 
 

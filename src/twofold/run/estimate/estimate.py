@@ -21,6 +21,8 @@ from twofold.run.estimate.memory import memory_of, price_of, states_of
 from twofold.run.estimate.probe import probe
 from twofold.run.estimate.seconds import read_speed, seconds_of
 
+OF_SAMPLES = ("calibrate", "recalibrate", "sensitivities", "refine", "texts", "measure", "samples")  # stages that run the model
+
 
 def estimate_run(opened: Opened, recipe: Recipe, output_bytes: int) -> Estimate:
     """Estimate what a run of a recipe will take: memory and disk from the shapes, time from a probe of some seconds.
@@ -32,18 +34,23 @@ def estimate_run(opened: Opened, recipe: Recipe, output_bytes: int) -> Estimate:
     Raises:
         TwofoldError: if it can't be done in the memory that may be used.
     """
-    loaded, limit = opened.loaded, memory_limit(recipe)
+    loaded, limit, task = opened.loaded, memory_limit(recipe), opened.task
+    windows = task is None or task.streams
+    if not windows:  # a sample has as many positions as the model has, where it says how many
+        recipe = recipe.model_copy(update={"window": getattr(loaded.model.config, "max_source_positions", recipe.window)})
     blocks = fit_of(opened, recipe, limit).blocks
     targets = list_weights(loaded.model, recipe.include, recipe.exclude).targets
     groups: dict[str, str] = {}
     chain: Chain | None = None
-    with suppress(TwofoldError):  # a model that does not run on token ids alone is estimated as one piece
+    with suppress(TwofoldError):  # a model that does not run without weights is estimated as one piece
         surveyed = survey(loaded, targets, opened.need_task().example(loaded.model))
-        groups, chain = surveyed.groups, surveyed.chain
+        groups, chain = surveyed.groups, surveyed.chain if windows else None
     f = figures_of(loaded, chain, groups, recipe)
     memory = memory_of(f, recipe, blocks)
     speeds = probe(opened, chain, [t for t in f.block_targets if isinstance(t, Target)], groups, recipe, f.table)
     seconds = seconds_of(f, speeds, recipe, blocks, read_speed(loaded))
+    if not windows:  # what a sample takes is not known before the data is
+        seconds = {stage: value for stage, value in seconds.items() if stage not in OF_SAMPLES}
     work = 4 * sum(min(t.out_features, t.in_features) ** 2 for t in f.targets)  # the bases
     if blocks is None:
         work += int(sum(REFINEMENTS.get(name).disk(price_of(f, recipe), recipe) for name in recipe.refine))
