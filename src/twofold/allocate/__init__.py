@@ -30,7 +30,7 @@ class Candidate:
     dense_cost: float | None  # of leaving the weight as it is, at no loss; None where that is not allowed
     full_cost: float  # m · n in the unit of the costs
     values: NDArray[np.float64] | None = None  # σ² (k,), largest first; None if no spectrum was taken
-    kind: str = ""  # the last part of the name, as q_proj
+    kind: str = ""  # the last part of the name, as q_proj, behind the stack if there are several
     tokens: int = 1  # that the losses are the mean over
     measured: NDArray[np.float64] | None = None  # what the allocation measures of this weight
 

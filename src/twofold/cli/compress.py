@@ -33,9 +33,12 @@ def command(
 
 def print_run(run: Run, plan: Plan, out: Path) -> None:
     """Print what a compress run did, cost and gained."""
+    from twofold.report.kinds import kind_labels, stacks_in
+
     kinds: dict[str, list[PlanEntry]] = {}
+    labels = kind_labels(plan) if stacks_in(plan) else {}
     for entry in plan.entries:
-        kinds.setdefault(entry.kind, []).append(entry)
+        kinds.setdefault(labels.get(entry.name, entry.kind), []).append(entry)
     table(
         "Ranks by kind",
         ["kind", "weights", "lowest rank", "mean rank", "highest", "dense", "kept"],

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 
+from twofold.model.stacks import lists_of_blocks, stack_of
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -77,6 +79,7 @@ class ChainWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self.names = block_names(model)
+        self.stacks = lists_of_blocks(model)
         self.calls: list[tuple[str, Any, Any]] = []  # block, hidden state put in, what came out
         self.called: list[str] = []  # all modules in the order of their calls
         self.crossed = False  # a block gets something else that was made of the embeddings
@@ -85,6 +88,8 @@ class ChainWatch:
         """Return the chain, or None if the blocks do not simply follow one another."""
         if self.crossed or len(self.names) < 2 or [name for name, _, _ in self.calls] != self.names:
             return None
+        if len(self.stacks_run()) > 1:
+            return None
         kinds = {type(out) for _, _, out in self.calls}
         if len(kinds) != 1 or any(_hidden(out) is None for _, _, out in self.calls):
             return None
@@ -92,6 +97,11 @@ class ChainWatch:
             if _hidden(out) is not hidden:
                 return None
         return Chain(tuple(self.names), isinstance(self.calls[0][2], tuple))
+
+    def stacks_run(self) -> list[str]:
+        """Return the stacks that were run, the stages of one as one: a model of text and images needs no images."""
+        whole = [stack for stack in self.stacks if not stack_of(stack, self.stacks)]
+        return [stack for stack in whole if any(name.startswith(f"{stack}.") for name in self.called)]
 
     def before(self) -> frozenset[str]:
         """Return the modules that run before the first block."""
@@ -133,8 +143,11 @@ def output_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def plain_chain(model: nn.Module) -> Chain:
-    """Return the blocks of a model by their names alone, to do work in parts; it says nothing of how they run."""
-    return Chain(tuple(block_names(model)), False)
+    """Return the blocks of all stacks of a model by their names alone, to do work in parts; it says nothing of how they run."""
+    lists = lists_of_blocks(model)
+    stacks = [stack for stack in lists if not any(stack_of(other, [stack]) for other in lists)]  # a stage is one
+    names = [f"{stack}.{i}" for stack in stacks for i, _ in model.get_submodule(stack).named_children()]
+    return Chain(tuple(names if len(stacks) > 1 else block_names(model)), False)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line, quiet_bars
 from twofold.model.blocks import Chain, watch_chain
 from twofold.model.load import LoadedModel
+from twofold.model.stacks import stack_labels
 from twofold.model.target import Target
 from twofold.model.weights import find_groups
 
@@ -24,6 +25,7 @@ class Survey:
     chain: Chain | None
     before: frozenset[str]  # modules that run before the first block
     groups: dict[str, str]  # target → the first target with the same input
+    stacks: tuple[str, ...] = ()  # that were run, by their labels
 
 
 def survey(loaded: LoadedModel, targets: list[Target], example: Mapping[str, Tensor]) -> Survey:
@@ -51,4 +53,5 @@ def survey(loaded: LoadedModel, targets: list[Target], example: Mapping[str, Ten
         marked = model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))
         with marked, watch_chain(model) as watch, torch.enable_grad():
             model(**batch)
-    return Survey(watch.chain(), watch.before(), groups)
+    stacks = tuple(stack_labels(watch.stacks_run()).values())
+    return Survey(watch.chain(), watch.before(), groups, stacks)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from twofold.model.stacks import stack_of
 from twofold.model.structure import Structure
 
 Holder = Literal["", "linear", "transposed", "embedding"]  # a layer that can be made of integers; "" for others
@@ -24,6 +25,7 @@ class Target:
     bias: bool
     transposed: bool  # the module keeps its weight as (in, out)
     element_bytes: int | None = None  # of a stored number; None: as of most of the model's
+    stack: str | None = None  # that it stands in, "" outside of all; None: the model has one
 
     @property
     def size(self) -> int:
@@ -45,9 +47,14 @@ class Target:
         return self.name.rpartition(".")[2]
 
     @property
+    def alike(self) -> str:
+        """The kind, of one stack: what an allocation takes together."""
+        return f"{self.stack} {self.kind}" if self.stack else self.kind
+
+    @property
     def layer(self) -> int | None:
-        """The first number in the name: which block the weight stands in."""
-        return block_of(self.name)
+        """The number of the block that the weight stands in."""
+        return block_of(self.name, self.stack)
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,11 @@ class Targets:
     groups: dict[str, str] = field(default_factory=dict)  # target → the first target that shares its input
     structures: tuple[Structure, ...] = ()  # targets whose sizes are chosen together; if any are, all belong to one
     unused: tuple[UnusedTensor, ...] = ()  # in the files
+    stacks: tuple[str, ...] = ()  # of blocks, if the model has several
+
+    def stack_of(self, name: str) -> str | None:
+        """Return the stack that a weight stands in, "" outside of all; None if the model has one."""
+        return stack_of(name, self.stacks) if self.stacks else None
 
     def without(self, reasons: dict[str, str]) -> Targets:
         """Leave some targets dense, each for its reason; those that can't be cut without them stay dense too."""
@@ -121,7 +133,7 @@ class Targets:
         return self.target_numbers + sum(weight.size for weight in self.dense)
 
 
-def block_of(name: str) -> int | None:
-    """Return the first number in a name, None if there is none."""
-    number = BLOCK.search(name)
+def block_of(name: str, stack: str | None = None) -> int | None:
+    """Return the number in a name that tells the block: the first, or the first in a stack; None if there is none."""
+    number = BLOCK.search(name if stack is None else name[len(stack) :]) if stack != "" else None
     return int(number.group(1)) if number else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
 from twofold.model.kinds import Sink, kind_of, watch
+from twofold.model.stacks import stack_of, stacks_of
 from twofold.model.target import DenseWeight, Holder, Target, Targets
 from twofold.nn.compact import Compact, CompactLinear
 from twofold.nn.int_matrix import IntMatrix
@@ -87,9 +89,10 @@ def list_weights(model: nn.Module, include: Iterable[str] = (), exclude: Iterabl
 
     targets: list[Target] = []
     reasons: dict[str, str] = {}
+    stacks = stacks_of(model, kinds)
     for name, kind in kinds.items():
         module: Any = modules[name]
-        target = kind.target(name, module)
+        target = replace(kind.target(name, module), stack=stack_of(name, stacks) if stacks else None)
         m, n = target.out_features, target.in_features
         if isinstance(modules[name.rpartition(".")[0]], Compact):
             reason = "a factor: the layer is factorized already"
@@ -120,7 +123,7 @@ def list_weights(model: nn.Module, include: Iterable[str] = (), exclude: Iterabl
         for name, parameter in model.named_parameters()
         if name not in targeted
     ]
-    return Targets(targets, dense)
+    return Targets(targets, dense, stacks=stacks)
 
 
 def _holder(names: list[str], model: nn.Module) -> tuple[Holder, tuple[str, ...]]:

@@ -93,7 +93,7 @@ def bit_menu(request: PlanRequest) -> Menu:
             np.array([pair.loss for pair in pairs], dtype=np.float64) * request.weight(tails[target.name]),
             None if overrides[target.name] is not None and pairs else whole,
             whole,
-            kind=target.kind,
+            kind=target.alike,
         )
 
     def entries(candidate: Candidate, choice: Choice) -> list[PlanEntry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -20,6 +20,7 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     name: str
     kind: str
     layer: int | None
+    stack: str | None = None  # of blocks, that the layer is one of; "" outside of all; None: the model has one
     out_features: PositiveInt
     in_features: PositiveInt
     group: str  # the first target that shares its input
@@ -53,6 +54,12 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
         if self.rank is not None and self.rank > largest:
             raise ValueError(f"the rank {self.rank} is above the full rank of {self.out_features} × {self.in_features}")
         return self
+
+    @pydantic.model_serializer(mode="wrap")
+    def _told_apart(self, write: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Say the stack only where there are several."""
+        fields: dict[str, Any] = write(self)
+        return fields if self.stack is not None else {key: value for key, value in fields.items() if key != "stack"}
 
     @property
     def keep(self) -> float:

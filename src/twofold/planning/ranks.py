@@ -48,7 +48,7 @@ def _candidate(request: PlanRequest, target: Target, storage: Storage) -> Candid
         float(Storage(request.recipe, request.element, request.recipe.kept_bits).cost(target, None)),
         float(target.bytes(request.element) if request.recipe.in_bytes else target.size),
         values,
-        target.kind,
+        target.alike,
         request.evidence.tokens,
         request.evidence.measured.get(target.name),
     )

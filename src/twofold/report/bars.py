@@ -9,7 +9,7 @@ import numpy as np
 from twofold.planning.plan import Plan
 from twofold.report.drawing import AFTER, BEFORE, canvas, inline, label_of
 from twofold.report.formats import fraction, percent
-from twofold.report.kinds import Group, LossScale, by_kind, by_layer
+from twofold.report.kinds import Group, LossScale, by_kind, by_layer, stacks_in
 
 ROW = 30  # pixels
 
@@ -60,7 +60,7 @@ def loss_by_layer(plan: Plan, loss: LossScale) -> tuple[Any, str]:
     axes.bar(np.arange(len(groups)), _heights(groups, loss), width=0.72, color=AFTER)
     step = max(1, len(groups) // 14)
     places = [i for i, group in enumerate(groups) if i % step == 0 or group.label == "none"]
-    axes.set_xticks(places, [groups[i].label for i in places])
+    axes.set_xticks(places, [groups[i].label for i in places], rotation=90 if stacks_in(plan) else 0)
     axes.tick_params(axis="x", length=0)
     axes.set(xlabel="layer", ylabel=_unit(loss))
     axes.grid(True, axis="y")

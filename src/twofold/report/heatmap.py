@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap, to_rgb
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.drawing import PAPER, canvas, inline, label_of, share_colour
 from twofold.report.formats import fraction
-from twofold.report.kinds import by_layer, kind_labels
+from twofold.report.kinds import by_layer, kind_labels, stacks_in
 
 WIDTH, ROW = 960, 26  # pixels
 NARROW, WIDE = 9, 46  # pixels of a column
@@ -43,7 +43,7 @@ def rank_heatmap(plan: Plan) -> tuple[Any, str]:
     axes.set_yticks(np.arange(len(kinds)) + 0.5, [label_of(kind) for kind in kinds])
     step = max(1, round(26 / width))
     places = [i for i in range(len(layers)) if i % step == 0 or layers[i] == "none"]
-    axes.set_xticks([i + 0.5 for i in places], [layers[i] for i in places])
+    axes.set_xticks([i + 0.5 for i in places], [layers[i] for i in places], rotation=90 if stacks_in(plan) else 0)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="layer", ylabel="kind")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twofold.linalg.gauge import gauge_rank
+from twofold.model.stacks import stack_labels, stack_words
 from twofold.nn.layers.corrected import CorrectedLinear
 from twofold.nn.layers.sliced import SlicedLinear
 from twofold.planning.plan import Plan, PlanEntry
@@ -63,20 +64,40 @@ class Group:
 def kind_labels(plan: Plan) -> dict[str, str]:
     """Return for each weight the label of its kind: the last part of its name, or as many parts as tell its role from others.
 
-    A role is a name without its numbers: in BERT the kind "dense" has three.
+    A role is a name without its numbers: in BERT the kind "dense" has three. Where a model has several stacks, the label begins
+    with that of the stack; the stages of one are told apart by their blocks alone.
     """
-    roles = {entry.name: re.sub(r"(?:(?<=\.)|^)\d+(?:\.|$)", "", entry.name).rstrip(".") for entry in plan.entries}
-    distinct: dict[str, set[str]] = {}
+    stacks = stack_words(stacks_in(plan))
+    roles = {e.name: _without_numbers(e.name.removeprefix(f"{e.stack}.") if e.stack else e.name) for e in plan.entries}
+    distinct: dict[tuple[str, str], set[str]] = {}
     for entry in plan.entries:
-        distinct.setdefault(entry.kind, set()).add(roles[entry.name])
+        distinct.setdefault((stacks.get(entry.stack or "", ""), entry.kind), set()).add(roles[entry.name])
     labels = {}
     for entry in plan.entries:
-        others = distinct[entry.kind] - {roles[entry.name]}
+        stack = stacks.get(entry.stack or "", "")
+        others = distinct[stack, entry.kind] - {roles[entry.name]}
         parts = roles[entry.name].split(".")
         ends = [".".join(parts[-size:]) for size in range(1, len(parts) + 1)]
         alone = (end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others))
-        labels[entry.name] = next(alone, ends[-1]) if others else entry.kind
+        labels[entry.name] = f"{stack} {next(alone, ends[-1]) if others else entry.kind}".strip()
     return labels
+
+
+def stacks_in(plan: Plan) -> list[str]:
+    """Return the stacks of a plan that tells several apart, in the order of the model."""
+    return list(dict.fromkeys(entry.stack for entry in plan.entries if entry.stack))
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?:(?<=\.)|^)\d+(?:\.|$)", "", name).rstrip(".")
+
+
+def depths(entries: Iterable[PlanEntry]) -> dict[str, float]:
+    """Return how deep each of some weights stands in its stack, from 0 to 1, the deepest of them."""
+    entries, deepest = list(entries), dict[str | None, int]()
+    for entry in entries:
+        deepest[entry.stack] = max(deepest.get(entry.stack, 1), entry.layer or 0)
+    return {entry.name: (entry.layer or 0) / deepest[entry.stack] for entry in entries}
 
 
 def _grouped(plan: Plan, label: Callable[[PlanEntry], str]) -> list[Group]:
@@ -109,9 +130,19 @@ def made_of(plan: Plan) -> str:
 
 
 def by_layer(plan: Plan) -> list[Group]:
-    """Return the weights of each layer, from first to last; those outside of the layers come last."""
-    groups = _grouped(plan, lambda entry: "none" if entry.layer is None else str(entry.layer))
-    return sorted(groups, key=lambda g: float("inf") if g.entries[0].layer is None else g.entries[0].layer)
+    """Return the weights of each layer, from first to last, stack after stack; those outside of the layers come last."""
+    stacks = stack_labels(stacks_in(plan))
+
+    def label(entry: PlanEntry) -> str:
+        stack = stacks.get(entry.stack or "", "")
+        between = "" if not stack else "." if stack[-1].isdigit() else " "  # 0.1 is the second block of the first stage
+        return "none" if entry.layer is None else f"{stack}{between}{entry.layer}"
+
+    def place(group: Group) -> float:
+        layer = group.entries[0].layer
+        return float("inf") if layer is None else 0 if stacks else layer  # several stacks: in the order of the model
+
+    return sorted(_grouped(plan, label), key=place)
 
 
 def loss_at_share(entries: list[PlanEntry], spectra: SpectraValues, keep: float, plain: bool) -> float | None:

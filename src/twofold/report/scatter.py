@@ -7,7 +7,7 @@ from typing import Any
 
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.drawing import INK, PAPER, canvas, depth_colour, inline, log_scale
-from twofold.report.kinds import LossScale
+from twofold.report.kinds import LossScale, depths
 
 NOISE = 1e-9  # of the largest loss: below it a loss is rounding
 
@@ -27,11 +27,11 @@ def loss_scatter(plan: Plan, loss: LossScale) -> tuple[Any, str]:
     values = [loss.factor * value for pair in pairs for value in pair[1:]]
     low, high = 10.0 ** math.floor(math.log10(min(values))), 10.0 ** math.ceil(math.log10(max(values) * 1.001))
     axes.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    deepest = max((entry.layer or 0 for entry, _, _ in pairs), default=0)
+    deep = depths(entry for entry, _, _ in pairs)
     axes.scatter(
         [loss.factor * predicted for _, predicted, _ in pairs],
         [loss.factor * measured for _, _, measured in pairs],
-        c=[depth_colour((entry.layer or 0) / max(deepest, 1)) for entry, _, _ in pairs],
+        c=[depth_colour(deep[entry.name]) for entry, _, _ in pairs],
         s=22, edgecolors=PAPER, linewidths=0.5, zorder=2,
     )  # fmt: skip
     log_scale(axes, "x", low, high)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.drawing import PAPER, canvas, depth_colour, inline, label_of, log_scale
-from twofold.report.kinds import LossScale, SpectraValues, by_kind
+from twofold.report.kinds import LossScale, SpectraValues, by_kind, depths
 
 POINTS = 25_000  # of all lines together, so that the page stays small
 DECADES = 9  # below the largest value nothing is shown
@@ -30,11 +30,11 @@ def spectra_panels(plan: Plan, spectra: SpectraValues, loss: LossScale) -> list[
     limits = [_limits(np.concatenate([lines[e.name] for e in entries])) for entries in kinds.values()]
     if loss.additive and limits:
         limits = [(min(low for low, _ in limits), max(high for _, high in limits))] * len(limits)
-    deepest = max((entry.layer or 0 for entry in plan.entries), default=0)
+    deep = depths(plan.entries)
     points = int(np.clip(POINTS // max(len(lines), 1), 24, 160))
     unit = "½ σ², nats per token" if loss.additive else "σ²"
     return [
-        _panel(label, entries, lines, limit, deepest, points, unit)
+        _panel(label, entries, lines, limit, deep, points, unit)
         for (label, entries), limit in zip(kinds.items(), limits, strict=True)
     ]
 
@@ -45,7 +45,7 @@ def _panel(
     entries: list[PlanEntry],
     lines: dict[str, NDArray[np.float64]],
     limits: Limits,
-    deepest: int,
+    deep: dict[str, float],
     points: int,
     unit: str,
 ) -> tuple[Any, str]:
@@ -54,7 +54,7 @@ def _panel(
     for entry in entries:
         values = lines[entry.name]
         at = _sampled(len(values), points)
-        colour = depth_colour((entry.layer or 0) / max(deepest, 1))
+        colour = depth_colour(deep[entry.name])
         axes.plot((at + 1) / len(values), values[at], color=colour, linewidth=0.8, alpha=0.85)
         if entry.rank is not None and 0 < entry.rank <= len(values):
             x, y = entry.rank / len(values), values[entry.rank - 1]

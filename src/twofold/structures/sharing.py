@@ -76,7 +76,7 @@ def share_bases(
     Args:
         blocks: so many in a row share a basis.
     """
-    places = {target.name: _place(target.name, target.layer, blocks) for target in targets.targets}
+    places = {target.name: _place(target.name, target.stack, blocks) for target in targets.targets}
     groups: dict[tuple[object, ...], list[Target]] = {}
     for target in targets.targets:
         alike: tuple[object, ...] = (target.name,)
@@ -85,7 +85,8 @@ def share_bases(
             alike = (place, target.out_features, target.in_features, override)
         groups.setdefault(alike, []).append(target)
     counts = Counter(places.values())
-    dense = {_place(name := entry.name.removesuffix(".weight"), block_of(name), blocks) for entry in targets.dense}
+    names = [entry.name.removesuffix(".weight") for entry in targets.dense]
+    dense = {_place(name, targets.stack_of(name), blocks) for name in names}
 
     def why_alone(target: Target, alike: tuple[object, ...]) -> str:
         place = places[target.name]
@@ -110,11 +111,13 @@ def alone_notes(structures: Sequence[Structure]) -> list[str]:
     ]
 
 
-def _place(name: str, block: int | None, blocks: int) -> Place | None:
+def _place(name: str, stack: str | None, blocks: int) -> Place | None:
     """Say where a weight stands; None for one that is not shared wherever it stands."""
+    block = block_of(name, stack)
     if block is None or _unshared(name, block, blocks):
         return None
-    return BLOCK.sub(".#.", name, count=1), block // blocks
+    before = stack or ""
+    return before + BLOCK.sub(".#.", name[len(before) :], count=1), block // blocks
 
 
 def _unshared(name: str, block: int | None, blocks: int) -> str:

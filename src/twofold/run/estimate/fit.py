@@ -75,6 +75,8 @@ def fit_of(opened: Opened, recipe: Recipe, limit: float) -> Fit:
             if not task.streams:
                 raise TwofoldError(f"{task.name} is worked on as a whole, since its samples have many shapes")
             surveyed = survey(loaded, targets, task.example(loaded.model))
+            if len(surveyed.stacks) > 1:
+                reason = f"it runs more than one stack of blocks ({', '.join(surveyed.stacks)})"
         except TwofoldError as error:
             reason = str(error)
     chain, groups = (None, {}) if surveyed is None else (surveyed.chain, surveyed.groups)
