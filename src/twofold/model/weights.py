@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import TwofoldError
 from twofold.model.kinds import Sink, kind_of, watch
+from twofold.model.kinds.linear import READ_AS_IT_IS
 from twofold.model.stacks import stack_of, stacks_of
 from twofold.model.target import DenseWeight, Holder, Target, Targets
 from twofold.nn.compact import Compact, CompactLinear
@@ -94,9 +96,10 @@ def list_weights(model: nn.Module, include: Iterable[str] = (), exclude: Iterabl
         module: Any = modules[name]
         target = replace(kind.target(name, module), stack=stack_of(name, stacks) if stacks else None)
         m, n = target.out_features, target.in_features
-        if isinstance(modules[name.rpartition(".")[0]], Compact):
+        parent = modules[name.rpartition(".")[0]]
+        if isinstance(parent, Compact):
             reason = "a factor: the layer is factorized already"
-        elif (against := kind.reason(model, module)) is not None:
+        elif (against := kind.reason(model, module, parent)) is not None:
             reason = against
         elif len(names := owners[id(module.weight)]) > 1:
             reason = "shared with " + next(other for other in names if other != f"{name}.weight")
@@ -117,7 +120,7 @@ def list_weights(model: nn.Module, include: Iterable[str] = (), exclude: Iterabl
         DenseWeight(
             name,
             tuple(parameter.shape),
-            reasons.get(name) or _reason(name, parameter, id(parameter) in embeddings),
+            reasons.get(name) or _reason(name, parameter, id(parameter) in embeddings, modules),
             *_holder(owners[id(parameter)], model),
         )
         for name, parameter in model.named_parameters()
@@ -146,12 +149,17 @@ def _holder(names: list[str], model: nn.Module) -> tuple[Holder, tuple[str, ...]
     return "", ()
 
 
-def _reason(name: str, parameter: Tensor, embedding: bool) -> str:
+def _reason(name: str, parameter: Tensor, embedding: bool, modules: Mapping[str, nn.Module]) -> str:
     """Say why a parameter that no kind of weight takes stays dense."""
     if embedding:
         return "embedding: left dense for now"
     if parameter.dim() < 2:
         return "bias" if name.endswith("bias") else "vector (norm or scale)"
+    owner = modules[name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]]
+    if isinstance(owner, _ConvNd):
+        return "convolution: left dense for now"
+    if isinstance(owner, nn.MultiheadAttention):
+        return READ_AS_IT_IS
     return f"unsupported layer type: a parameter of {parameter.dim()} dimensions outside of a linear layer"
 
 

@@ -70,8 +70,8 @@ class Kind(ABC):
         m, n = self.dense(module).shape
         return Target(name, m, n, getattr(module, "bias", None) is not None, False)
 
-    def reason(self, model: nn.Module, module: nn.Module) -> str | None:
-        """Say why a module's weight stays dense; None if nothing is against it."""
+    def reason(self, model: nn.Module, module: nn.Module, parent: nn.Module) -> str | None:
+        """Say why the weight of a module, in its parent, stays dense; None if nothing is against it."""
         return None
 
 

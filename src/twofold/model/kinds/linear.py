@@ -16,6 +16,10 @@ from twofold.model.target import Target
 from twofold.nn.compact import CompactLinear
 from twofold.nn.layers.factored import FactoredLinear
 
+# Modules of PyTorch whose fast paths hand the weights of their layers to one operation, past the layers.
+READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+READ_AS_IT_IS = "PyTorch's fast path reads this weight as it is"
+
 
 @kind
 class LinearKind(Kind):
@@ -34,9 +38,11 @@ class LinearKind(Kind):
     def target(self, name: str, module: nn.Module) -> Target:
         return replace(super().target(name, module), transposed=isinstance(module, Conv1D))
 
-    def reason(self, model: nn.Module, module: nn.Module) -> str | None:
+    def reason(self, model: nn.Module, module: nn.Module, parent: nn.Module) -> str | None:
         if module is output_layer(model):
             return "output embedding: left dense for now"
+        if isinstance(parent, READERS):
+            return READ_AS_IT_IS
         if type(module) is not nn.Linear and not isinstance(module, Conv1D):
             return f"unsupported layer type {type(module).__name__}"
         return None
