@@ -60,6 +60,8 @@ class LoadedModel:
     )  # of weights, by name, that are not stored as most are
     dequantized: str = ""  # how the checkpoint's weights are quantized, if they are ordinary ones in this model alone
     fetch: Callable[[], Path] | None = None  # of a model on the hub: fetches the files beside its weights to a folder
+    trusted: bool = False  # whether code that comes with it may run
+    processors: dict[str, Any] = field(default_factory=dict)  # of images and of clips, once they were asked for
 
     def __post_init__(self) -> None:
         if self.residence is None:
@@ -142,7 +144,7 @@ def load_model(
     fetch = partial(_download, name, revision, PATTERNS) if folder is None and "gguf_file" not in where else None
     return LoadedModel(
         model, tokenizer, name, folder, kept or compute, reason,
-        shards=shards, stored=stored, dequantized=how, fetch=fetch,
+        shards=shards, stored=stored, dequantized=how, fetch=fetch, trusted=trust_remote_code,
     )  # fmt: skip
 
 
@@ -206,7 +208,10 @@ def load_streamed(settings: Loading, chain: Chain) -> LoadedModel:
         part_weight(model, weight)
     residence = Streamed(model, shards, stored, chain, dtype, device)
     tokenizer, reason = read_tokenizer(source, where)
-    return LoadedModel(model, tokenizer, name, folder, kept or dtype, reason, residence, shards, stored)
+    trusted = settings.trust_remote_code
+    return LoadedModel(
+        model, tokenizer, name, folder, kept or dtype, reason, residence, shards, stored, trusted=trusted
+    )
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:

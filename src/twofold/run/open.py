@@ -13,6 +13,7 @@ from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.model.bare import check_bare
 from twofold.model.load import LoadedModel, check_finite_weights, load_model, load_streamed
+from twofold.model.processor import TOKENS, parts_of
 from twofold.model.survey import survey
 from twofold.nn.places import cast_weights, stored_dtypes
 from twofold.recipe import Recipe
@@ -50,6 +51,9 @@ def open_for(recipe: Recipe, own: Task | None = None, *, quiet: bool = False) ->
 def open_loaded(model: Any, processor: Any, recipe: Recipe, own: Task | None = None) -> Opened:
     """Take up a model that the caller loaded; on a processor it computes in float32, and is given back in its own dtype.
 
+    Args:
+        processor: a tokenizer, an image processor, a feature extractor, or a processor of several.
+
     Raises:
         TwofoldError: if it is no model, or not a plain one; its weights are not finite, or a setting does not go with it.
     """
@@ -66,8 +70,10 @@ def open_loaded(model: Any, processor: Any, recipe: Recipe, own: Task | None = N
     if first.device.type == "cpu" and not {torch.bfloat16, torch.float16}.isdisjoint(dtypes.values()):
         cast_weights(model, torch.float32)
     check_methods(recipe)
-    own = {name: dtype for name, dtype in dtypes.items() if dtype != stored}
-    loaded = LoadedModel(model, processor, recipe.model, None, stored, own_dtypes=own)
+    others = {name: dtype for name, dtype in dtypes.items() if dtype != stored}
+    parts = parts_of(processor)
+    tokenizer = parts.pop(TOKENS, None)
+    loaded = LoadedModel(model, tokenizer, recipe.model, None, stored, own_dtypes=others, processors=parts)
     loaded.stored.notes += notes
     return _in_memory(loaded, recipe, own)
 
