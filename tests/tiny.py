@@ -78,7 +78,9 @@ def llava() -> Any:
               "intermediate_size": 48}  # fmt: skip
     text = {**_TEXT, "vocab_size": VOCABULARY + 2, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
-    config = hf.LlavaConfig(hf.CLIPVisionConfig(**vision), hf.LlamaConfig(**text), image_token_id=260, image_token_index=260)
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**vision), text_config=hf.LlamaConfig(**text), image_token_index=260
+    )
     return made(hf.LlavaForConditionalGeneration, config)
 
 

@@ -71,7 +71,7 @@ def test_a_caller_gives_a_processor_or_a_part_of_one(tmp_path):
     loaded = open_loaded(tiny_vit(), images, recipe).loaded
     assert image_processor_of(loaded) is images and loaded.tokenizer is None
     both = Wav2Vec2Processor(clips, tokenizer)
-    assert parts_of(both) == {"feature_extractor": clips, "tokenizer": tokenizer}
+    assert parts_of(both) == {"feature_extractor": clips, "tokenizer": tokenizer, "processor": both}
 
 
 def test_a_model_without_one_says_so(tmp_path):

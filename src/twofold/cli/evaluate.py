@@ -60,7 +60,7 @@ def command(
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model on a text (perplexity, sizes, with --against the divergence from the original), on tasks of lm-eval, or on data."""
+    """Measure a model on a text (perplexity, with --against divergence from the original), on tasks of lm-eval, or on data."""
     shown: Any = print_tasks if tasks is not None else print_data if data is not None else print_evaluation
     run_command(twofold.evaluate, {**locals()}, shown)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from twofold.errors import TwofoldError
 from twofold.evaluation.lm_eval import TaskEvaluation, evaluate_tasks
@@ -57,8 +57,7 @@ def evaluate(
 ) -> Evaluation | TaskEvaluation | DataEvaluation:
     """Measure a model, and the original beside it: on a text, on tasks of lm-eval, or on data of the model's own kind.
 
-    On a text it is perplexity and divergence; on data (clips, images, pairs, sentences) the divergence, and what the model's task
-    is measured by: word error rate, accuracy, BLEU, rank correlation.
+    On a text it is perplexity and divergence; on data the divergence, and the measures of the task: accuracy, WER, BLEU, ranks.
 
     Args:
         text: text files, or the name of a data set.
@@ -75,27 +74,13 @@ def evaluate(
         task: what the model is for, as it is measured on data; "auto" finds it.
         samples: of the data, the first ones; None measures all.
         dequantize: turn weights that are quantized already into ordinary ones.
-        bos: how windows and the rows of tasks begin: "auto", with the special tokens that the tokenizer begins a text with, if it
-            does; "none", without.
+        bos: how windows and rows begin: "auto", with the special tokens that the tokenizer begins a text with; "none", without.
 
     Raises:
         TwofoldError: if a model, the text or a task can't be used, or a setting is of the other kind of measuring.
     """
     settings = {**locals()}
-    if bos not in ("auto", "none"):
-        raise TwofoldError(f"`bos` must be auto or none, got {bos!r}")
-    given = [kind for kind in KINDS if settings[kind] is not None]
-    if len(given) != 1:
-        raise TwofoldError(
-            "give either `text=FILE` to measure perplexity, `tasks=NAMES` to measure accuracy, or `data=FOLDER` to measure a model "
-            "of speech, images, pairs or sentences"
-        )
-    (here,) = given
-    defaults = inspect.signature(evaluate).parameters
-    for there, names in KINDS.items():
-        for name in set(names) - set(KINDS[here]):
-            if settings[name] != defaults[name].default:
-                raise TwofoldError(f"`{name}` goes with `{there}` and not with `{here}`; leave it out")
+    _check_kind(settings)
     models = [*([(against, None)] if against else []), (model, adapter)]
     load = partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, dequantize=dequantize)
     if tasks is not None:
@@ -103,8 +88,25 @@ def evaluate(
         return evaluate_tasks(models, load, names, bos=bos, quiet=quiet, **{name: settings[name] for name in ON_TASKS})
     if data is not None:
         columns = Columns(**{name: settings[name] for name in (*OF_ROWS, *COLUMNS)})
-        where = [data] if isinstance(data, str) else list(data)
-        return evaluate_data(models, load, where, task=task, samples=samples, columns=columns, quiet=quiet)
+        return evaluate_data(models, load, data, task=task, samples=samples, columns=columns, quiet=quiet)
     assert text is not None
     source = {name: settings[name] for name in ON_TEXT}
     return evaluate_text(models, load, text, bos=bos, quiet=quiet, **{**source, "windows": windows or None})
+
+
+def _check_kind(settings: dict[str, Any]) -> None:
+    """Refuse settings of more than one kind of measuring, or of none."""
+    if settings["bos"] not in ("auto", "none"):
+        raise TwofoldError(f"`bos` must be auto or none, got {settings['bos']!r}")
+    given = [kind for kind in KINDS if settings[kind] is not None]
+    if len(given) != 1:
+        raise TwofoldError(
+            "give either `text=FILE` to measure perplexity, `tasks=NAMES` to measure accuracy, or `data=FOLDER` to measure a "
+            "model of speech, images, pairs or sentences"
+        )
+    (here,) = given
+    defaults = inspect.signature(evaluate).parameters
+    for there, names in KINDS.items():
+        for name in sorted(set(names) - set(KINDS[here])):
+            if settings[name] != defaults[name].default:
+                raise TwofoldError(f"`{name}` goes with `{there}` and not with `{here}`; leave it out")

@@ -47,7 +47,7 @@ class DataEvaluation(pydantic.BaseModel, extra="forbid"):
 def evaluate_data(
     models: Sequence[tuple[str, str | None]],
     load: Callable[[str], LoadedModel],
-    data: Sequence[str],
+    data: str | Sequence[str],
     *,
     task: str,
     samples: int | None,
@@ -71,7 +71,7 @@ def evaluate_data(
     what = Opened(loaded[0], named=task).need_task("measured on data")
     if not isinstance(what, ExampleTask):
         raise TwofoldError(f"{what.name} is measured on a text: name it with `text=FILE` in the place of `data`")
-    examples = what.samples_of(data, loaded[0], columns, samples, quiet=quiet)
+    examples = what.samples_of([data] if isinstance(data, str) else data, loaded[0], columns, samples, quiet=quiet)
 
     def predict(model: LoadedModel) -> Predict:
         return lambda i: what.outputs(model.model, examples.batch(i, i + 1))

@@ -13,8 +13,8 @@ from twofold.errors import TwofoldError
 from twofold.exports.decoding import Decoder, ModelDecoder, greedy
 from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line
+from twofold.model.blocks import has_two_stacks
 from twofold.model.load import LoadedModel, window_limit
-from twofold.task.causal_lm import has_two_stacks
 from twofold.task.text.special import prompt_ids
 
 TEXTS = (

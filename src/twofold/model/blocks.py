@@ -129,6 +129,11 @@ def _hidden(output: Any) -> Tensor | None:
     return None
 
 
+def has_two_stacks(model: Any) -> bool:
+    """Say whether a model has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def body_of(model: Any) -> Any:
     """Return the model without its head; the model itself if it has none."""
     return getattr(model, str(getattr(model, "base_model_prefix", "")) or "", model)

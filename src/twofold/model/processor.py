@@ -12,7 +12,7 @@ from twofold.model.tokenizer import OWN_CODE, needs_trust
 if TYPE_CHECKING:
     from twofold.model.load import LoadedModel
 
-IMAGES, CLIPS, TOKENS = "image_processor", "feature_extractor", "tokenizer"
+IMAGES, CLIPS, TOKENS, WHOLE = "image_processor", "feature_extractor", "tokenizer", "processor"
 FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -24,7 +24,7 @@ def parts_of(given: Any) -> dict[str, Any]:
         return {}
     if isinstance(given, ProcessorMixin):
         found = {name: getattr(given, name, None) for name in (TOKENS, IMAGES, CLIPS)}
-        return {name: part for name, part in found.items() if part is not None}
+        return {WHOLE: given, **{name: part for name, part in found.items() if part is not None}}
     if isinstance(given, ImageProcessingMixin):
         return {IMAGES: given}
     return {CLIPS if isinstance(given, FeatureExtractionMixin) else TOKENS: given}
@@ -55,6 +55,15 @@ def feature_extractor_of(loaded: LoadedModel) -> Any:
     return extractor
 
 
+def processor_of(loaded: LoadedModel) -> Any:
+    """Return the processor of a model that puts pictures into texts.
+
+    Raises:
+        TwofoldError: if it has none, or it can't be used.
+    """
+    return _part(loaded, WHOLE)
+
+
 def _part(loaded: LoadedModel, name: str) -> Any:
     """Return a part of the processor of a model, which is read once."""
     if name not in loaded.processors:
@@ -68,12 +77,13 @@ def _read(loaded: LoadedModel, name: str) -> Any:
     lacking = f"the model {loaded.name} has no {words}; put its {FILES[0]} beside the weights, or pass processor= with a model"
     if folder is None:
         raise TwofoldError(lacking)
-    if name == IMAGES and importlib.util.find_spec("PIL") is None:
+    if name in (IMAGES, WHOLE) and importlib.util.find_spec("PIL") is None:
         raise TwofoldError("to read images, install the package pillow: pip install 'twofold[vision]'")
-    from transformers import AutoFeatureExtractor, AutoImageProcessor
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
     # With Pillow wherever it runs, so that a model sees the same on every machine.
-    kind, how = (AutoImageProcessor, {"backend": "pil"}) if name == IMAGES else (AutoFeatureExtractor, {})
+    kinds = {IMAGES: AutoImageProcessor, CLIPS: AutoFeatureExtractor, WHOLE: AutoProcessor}
+    kind, how = kinds[name], {} if name == CLIPS else {"backend": "pil"}
     try:
         with quiet_bars():
             return kind.from_pretrained(folder, trust_remote_code=loaded.trusted, **how)

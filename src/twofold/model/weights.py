@@ -155,7 +155,9 @@ def _reason(name: str, parameter: Tensor, embedding: bool, modules: Mapping[str,
         return "embedding: left dense for now"
     if parameter.dim() < 2:
         return "bias" if name.endswith("bias") else "vector (norm or scale)"
-    owner = modules[name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]]
+    owner = modules[
+        name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+    ]
     if isinstance(owner, _ConvNd):
         return "convolution: left dense for now"
     if isinstance(owner, nn.MultiheadAttention):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from twofold.calibrate.opened import Opened
 from twofold.checkpoint.plugin import attach
 from twofold.errors import TwofoldError
 from twofold.host.clock import Stopwatch
@@ -54,10 +55,10 @@ def factorize(
         init: for a training from scratch, where nothing is calibrated: "spectral" (for a configuration the default) truncates
             the weights that the model has, "random" draws factors whose product is as large (docs/train.md).
         texts: an iterable of texts to calibrate on.
-        samples: in their place, what the model's task reads: clips, images, sentences or pairs, as files, arrays or rows; or, with
+        samples: in their place, what the model's task reads: clips, images, sentences or pairs, as files, arrays or rows; with
             ``outputs``, batches of one sample each, as the arguments of the model's forward. A number is how many are read.
-        outputs: makes the task out of a function from the model and a batch to what it predicts (predictions, k): logits, or features
-            with ``output="gaussian"``.
+        outputs: for a task of your own, from the model and a batch to what it predicts (predictions, k): logits, or features with
+            ``output="gaussian"``.
         labels: with ``outputs``, what is right for each prediction of a batch, −1 where nothing is known.
         calibration: text files or data set names; "self" (the default) samples texts from the model.
         settings: any field of ``twofold.Recipe``: one of keep, budget, perplexity_at_most and kl_at_most; tokens, objective,
@@ -73,9 +74,7 @@ def factorize(
     """
     if init is not None or isinstance(model, PretrainedConfig):
         if texts is not None or calibration is not None or samples is not None:
-            raise TwofoldError(
-                "a start for a training from scratch is not calibrated; leave texts, samples and calibration out"
-            )
+            raise TwofoldError("a start for a training from scratch is not calibrated; leave out what it would read")
         return factorize_start(model, init or "spectral", **settings)
     named = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if calibration is not None:
@@ -83,22 +82,24 @@ def factorize(
     if isinstance(samples, int):
         settings["samples"], samples = samples, None
     recipe = from_call(Recipe, make_recipe, str(named) or type(model).__name__, settings)
-    own = None if outputs is None else OwnTask(outputs, labels, output)
-    given = texts if samples is None else samples
+    own, given = None if outputs is None else OwnTask(outputs, labels, output), texts if samples is None else samples
     if own is not None and samples is None:
         raise TwofoldError("`outputs` makes a task of your own, which is given its `samples`: an iterable of batches")
-    processor = processor if tokenizer is None else tokenizer
     if isinstance(model, str | Path):
         opened = open_for(recipe, own, quiet=quiet)
     else:
-        opened = open_loaded(model, processor, recipe, own)
-    loaded = opened.loaded
-    if loaded.residence.streamed:
+        opened = open_loaded(model, tokenizer or processor, recipe, own)
+    if opened.loaded.residence.streamed:
         raise TwofoldError(
             "this model is worked through block by block, so it can't be factorized in place; compress it to a folder: twofold "
             "compress"
         )
-    result = loaded.model
+    return _factorize(recipe, opened, given, quiet=quiet)
+
+
+def _factorize(recipe: Recipe, opened: Opened, given: Iterable[Any] | None, *, quiet: bool) -> Any:
+    """Factorize a model that is opened in memory, in place."""
+    loaded, result = opened.loaded, opened.loaded.model
     with evaluating(result):
         recipe = opened.fitted(recipe, quiet=quiet)
         sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None

@@ -215,9 +215,7 @@ def classes_of(table: str) -> Collection[str]:
 
 def on_device(batch: Batch, device: Any, dtype: Any = None) -> Batch:
     """Return a batch on a device; what is no whole number in it in a dtype, if one is given."""
-    return {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in batch.items()
-    }
+    return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in batch.items()}
 
 
 TASKS: Registry[Task] = Registry("task", __name__)

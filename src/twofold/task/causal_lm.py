@@ -12,6 +12,7 @@ from torch import Tensor
 from twofold.errors import TwofoldError
 from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line
+from twofold.model.blocks import has_two_stacks
 from twofold.model.frozen import no_cache
 from twofold.model.load import check_ids, need_tokenizer, window_limit
 from twofold.settings.base import Settings
@@ -91,11 +92,6 @@ class CausalLM(Task):
     def labels(self, batch: Batch) -> Tensor:  # (positions,), the next token; −1 at the end of a window
         ids = batch["input_ids"]
         return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], 1).flatten()
-
-
-def has_two_stacks(model: Any) -> bool:
-    """Say whether a model has an encoder and a decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def writes_text(model: Any) -> bool:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from twofold.errors import TwofoldError
+from twofold.model.blocks import has_two_stacks
 from twofold.model.load import need_tokenizer
 from twofold.model.processor import image_processor_of
 from twofold.task import Batch, Data, Samples, task
+from twofold.task.data.columns import Kind, Record
 from twofold.task.data.examples import Example, ExampleTask
 from twofold.task.data.images import load_image
 from twofold.task.data.pooling import is_text, pooled, sees
-from twofold.task.data.columns import Kind, Record
 from twofold.task.data.scores import rank_correlation
 from twofold.task.data.words import ids_of
 from twofold.task.output.gaussian import GAUSSIAN
@@ -34,8 +36,7 @@ class Embedding(ExampleTask):
 
     def fits(self, model: Any) -> bool:
         two_towers = type(model).__name__.endswith(("ModelWithProjection", "CLIPModel"))
-        stacks = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        return not stacks and (two_towers or super().fits(model))
+        return not has_two_stacks(model) and (two_towers or super().fits(model))
 
     def kind_of(self, loaded: Any) -> Kind:
         return "image" if sees(loaded.model) else "text"
@@ -44,7 +45,10 @@ class Embedding(ExampleTask):
         model, about = loaded.model, record.fields.get("label")
         if not sees(model):
             second = record.fields.get("target")
-            for text in [record.need("text"), *([second] if second else [])]:  # a pair is two samples, one after the other
+            for text in [
+                record.need("text"),
+                *([second] if second else []),
+            ]:  # a pair is two samples, one after the other
                 yield Example(ids_of(need_tokenizer(loaded), loaded, text), 1, about if second else None)
             return
         pixels = dict(image_processor_of(loaded)(images=load_image(record.need("image")), return_tensors="pt"))
@@ -57,16 +61,18 @@ class Embedding(ExampleTask):
         with torch.no_grad():
             features = torch.cat([self.outputs(loaded.model, batch) for batch in batches])
         if len(features) > 1 and float(torch.cosine_similarity(features, features[:1]).min()) > 1 - SAME:
-            raise TwofoldError("the model gives the same features for all samples, so there is nothing to keep; look at its weights")
+            raise TwofoldError(
+                "the model gives the same features for all samples, so there is nothing to keep; look at its weights"
+            )
         return data
 
     def read(self, result: Any, batch: Batch, model: Any) -> Tensor:  # (vectors, k)
         features = pooled(result, model)
-        return nn.functional.normalize(features, dim=-1) * features.shape[-1] ** 0.5
+        return torch.nn.functional.normalize(features, dim=-1) * math.sqrt(features.shape[-1])
 
     @torch.no_grad()
     def score(self, loaded: Any, samples: Samples) -> dict[str, float]:
-        """Return Spearman's correlation of cosines with the labels of pairs, or the accuracy of the nearest other image's class."""
+        """Return Spearman's correlation of cosines with the labels of pairs, or how often the nearest image is of its class."""
         abouts = [example.about for example in samples.examples]  # type: ignore[attr-defined]
         if None in abouts:
             return {}

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from twofold.model.processor import image_processor_of
 from twofold.task import Batch, Samples, task
+from twofold.task.data.columns import Record
 from twofold.task.data.examples import Example, ExampleTask
 from twofold.task.data.images import load_image
 from twofold.task.data.logits import accuracy, class_label, logits_of
-from twofold.task.data.columns import Record
 from twofold.task.output.categorical import CATEGORICAL
 
 

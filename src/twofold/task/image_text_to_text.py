@@ -35,8 +35,14 @@ class ImageTextToText(ExampleTask):
         processor = processor_of(loaded)
         mark = getattr(processor, "image_token", None)
         if mark is None:
-            raise TwofoldError(f"{type(processor).__name__} has no token for a picture, so pictures can't be put into a text; use `task=causal-lm`")
-        batch = {k: v for k, v in processor(images=[image], text=f"{mark}{text}", return_tensors="pt").items() if k != "attention_mask"}
+            raise TwofoldError(
+                f"{type(processor).__name__} has no token for pictures, so none can be put into a text; use `task=causal-lm`"
+            )
+        batch = {
+            k: v
+            for k, v in processor(images=[image], text=f"{mark}{text}", return_tensors="pt").items()
+            if k != "attention_mask"
+        }
         ids = batch["input_ids"]
         right = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], 1)
         right[right == loaded.tokenizer.convert_tokens_to_ids(mark)] = -1  # a picture is not written

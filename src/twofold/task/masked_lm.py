@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
+from twofold.model.blocks import has_two_stacks
 from twofold.model.load import need_tokenizer
 from twofold.settings.base import Settings
 from twofold.task import LABELS, TASKS, Batch, Data, S, Samples, Task, task
-from twofold.task.causal_lm import has_two_stacks
 from twofold.task.data.example import example_of
 from twofold.task.data.logits import at_labels, logits_of
 from twofold.task.output.categorical import CATEGORICAL
@@ -22,7 +22,7 @@ from twofold.task.text.settings import Texts
 from twofold.task.text.texts import TokenWindows
 from twofold.task.text.windows import fit_window
 
-SHARE = 0.15  # of the tokens that are hidden (Devlin et al. 2019); each by the mask, since it is the model's predictions that count
+SHARE = 0.15  # of the tokens that are hidden (Devlin et al. 2019), each by the mask
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,14 @@ def hide(windows: Samples, loaded: Any, seed: int) -> MaskedWindows:
     assert isinstance(windows, TokenWindows)
     mask = getattr(need_tokenizer(loaded), "mask_token_id", None)
     if mask is None:
-        raise TwofoldError(f"the tokenizer of {loaded.name} has no mask token, so nothing can be hidden; use another task")
+        raise TwofoldError(
+            f"the tokenizer of {loaded.name} has no mask token, so nothing can be hidden; use another task"
+        )
     count, length = windows.ids.shape
     drawn = torch.rand(count, length, generator=torch.Generator().manual_seed(seed))
     skipped = 1 if windows.begin else 0  # the first token, where windows begin with a special one
     drawn[:, :skipped] = 2.0
-    hidden = drawn <= drawn.kthvalue(max(round(SHARE * length), 1), dim=1, keepdim=True).values if count else drawn.bool()
+    hidden = (
+        drawn <= drawn.kthvalue(max(round(SHARE * length), 1), dim=1, keepdim=True).values if count else drawn.bool()
+    )
     return MaskedWindows(windows.ids, windows.source, windows.begin, hidden, int(mask))

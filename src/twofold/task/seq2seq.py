@@ -11,9 +11,9 @@ from torch import Tensor
 from twofold.errors import TwofoldError
 from twofold.model.load import check_ids, need_tokenizer
 from twofold.task import LABELS, Batch, Samples, task
+from twofold.task.data.columns import Record
 from twofold.task.data.examples import Example, ExampleTask, labelled
 from twofold.task.data.logits import at_labels, logits_of
-from twofold.task.data.columns import Record
 from twofold.task.data.scores import translation_scores
 from twofold.task.data.words import ids_of
 from twofold.task.output.categorical import CATEGORICAL
@@ -48,7 +48,10 @@ class Seq2Seq(ExampleTask):
         written = []
         for batch in samples:
             ids = loaded.model.generate(
-                batch["input_ids"].to(loaded.model.device), do_sample=False, num_beams=1, max_new_tokens=2 * batch[LABELS].numel() + 16
+                batch["input_ids"].to(loaded.model.device),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=2 * batch[LABELS].numel() + 16,
             )
             written.append(need_tokenizer(loaded).decode(ids[0], skip_special_tokens=True))
         return translation_scores(written, [example.about for example in samples.examples])  # type: ignore[attr-defined]
@@ -63,5 +66,7 @@ def after_start(ids: Tensor, model: Any) -> Tensor:  # (1, length) to (1, length
     settings = (model.config, getattr(model, "generation_config", None))
     start = next((s for c in settings if (s := getattr(c, "decoder_start_token_id", None)) is not None), None)
     if start is None:
-        raise TwofoldError("the model's configuration has no decoder_start_token_id, so what its decoder begins with is not known")
+        raise TwofoldError(
+            "the model's configuration has no decoder_start_token_id, so what its decoder begins with is not known"
+        )
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)

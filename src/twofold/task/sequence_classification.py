@@ -10,9 +10,9 @@ from torch import Tensor
 
 from twofold.model.load import need_tokenizer
 from twofold.task import Batch, Samples, task
+from twofold.task.data.columns import Record
 from twofold.task.data.examples import Example, ExampleTask
 from twofold.task.data.logits import accuracy, class_label, logits_of
-from twofold.task.data.columns import Record
 from twofold.task.data.words import ids_of
 from twofold.task.output.categorical import CATEGORICAL
 

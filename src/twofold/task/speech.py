@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twofold.model.blocks import has_two_stacks
 from twofold.model.load import need_tokenizer
 from twofold.model.processor import feature_extractor_of
 from twofold.task import Batch, Samples, classes_of, task
-from twofold.task.causal_lm import has_two_stacks
 from twofold.task.data.audio import load_audio
+from twofold.task.data.columns import Record
 from twofold.task.data.examples import Example, ExampleTask, labelled
 from twofold.task.data.logits import at_labels, logits_of
-from twofold.task.data.columns import Record
 from twofold.task.data.scores import word_error_rate
 from twofold.task.data.transcript import transcript_of, words_of
 from twofold.task.output.categorical import CATEGORICAL

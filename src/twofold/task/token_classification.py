@@ -9,9 +9,9 @@ from torch import Tensor
 
 from twofold.model.load import need_tokenizer
 from twofold.task import Batch, Samples, task
+from twofold.task.data.columns import Record
 from twofold.task.data.examples import Example, ExampleTask, labelled
 from twofold.task.data.logits import accuracy, at_labels, class_of, logits_of
-from twofold.task.data.columns import Record
 from twofold.task.data.words import ids_of
 from twofold.task.output.categorical import CATEGORICAL
 from twofold.task.text.row import BadRowError

@@ -21,7 +21,15 @@ from twofold.run.estimate.memory import memory_of, price_of, states_of
 from twofold.run.estimate.probe import probe
 from twofold.run.estimate.seconds import read_speed, seconds_of
 
-OF_SAMPLES = ("calibrate", "recalibrate", "sensitivities", "refine", "texts", "measure", "samples")  # stages that run the model
+OF_SAMPLES = (
+    "calibrate",
+    "recalibrate",
+    "sensitivities",
+    "refine",
+    "texts",
+    "measure",
+    "samples",
+)  # stages that run the model
 
 
 def estimate_run(opened: Opened, recipe: Recipe, output_bytes: int) -> Estimate:
@@ -37,7 +45,9 @@ def estimate_run(opened: Opened, recipe: Recipe, output_bytes: int) -> Estimate:
     loaded, limit, task = opened.loaded, memory_limit(recipe), opened.task
     windows = task is None or task.streams
     if not windows:  # a sample has as many positions as the model has, where it says how many
-        recipe = recipe.model_copy(update={"window": getattr(loaded.model.config, "max_source_positions", recipe.window)})
+        recipe = recipe.model_copy(
+            update={"window": getattr(loaded.model.config, "max_source_positions", recipe.window)}
+        )
     blocks = fit_of(opened, recipe, limit).blocks
     targets = list_weights(loaded.model, recipe.include, recipe.exclude).targets
     groups: dict[str, str] = {}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twofold.model.blocks import has_two_stacks
+
 IDS = 8  # token ids in it
 SAMPLES = 4000  # of a wave, a quarter of a second
 
@@ -28,7 +30,7 @@ def example_of(model: Any, count: int = IDS) -> dict[str, Tensor]:
         batch["pixel_values"] = torch.randn(1, *_picture(config), generator=generator)
     if main == "input_ids":
         batch[main] = _ids(model, count, generator)
-    if getattr(config, "is_encoder_decoder", False):
+    if has_two_stacks(model):
         batch["decoder_input_ids"] = _ids(model, count, generator)
     return batch
 
@@ -52,4 +54,4 @@ def _ids(model: Any, count: int, generator: torch.Generator) -> Tensor:
     with suppress(NotImplementedError, AttributeError):  # a model of several inputs
         table = model.get_input_embeddings()
     size = getattr(table, "num_embeddings", None) or getattr(model.config.get_text_config(), "vocab_size", 256)
-    return torch.randint(int(size), (1, count), generator=generator)
+    return torch.randint(int(size or 256), (1, count), generator=generator)

@@ -15,8 +15,8 @@ from twofold.errors import TwofoldError
 from twofold.host.progress import progress
 from twofold.settings.base import Settings
 from twofold.task import LABELS, Batch, Data, Samples, Task
-from twofold.task.data.example import example_of
 from twofold.task.data.columns import Kind, Record
+from twofold.task.data.example import example_of
 from twofold.task.data.records import given_records, made_of, read_records
 from twofold.task.data.settings import Columns, Records
 from twofold.task.text.row import Tally
@@ -147,8 +147,14 @@ class ExampleTask(Task):
             )
         tally, aside = Tally(), held_out * self.each
         how = settings.part(Columns)
-        records = self._records(names, loaded, settings, tally) if given is None else given_records(given, settings.part(Columns), kind=self.kind_of(loaded), tally=tally)
-        source = "given samples" if given is not None else ", ".join(name.rstrip("/").rpartition("/")[2] for name in names)
+        records = (
+            self._records(names, loaded, settings, tally)
+            if given is None
+            else given_records(given, settings.part(Columns), kind=self.kind_of(loaded), tally=tally)
+        )
+        source = (
+            "given samples" if given is not None else ", ".join(name.rstrip("/").rpartition("/")[2] for name in names)
+        )
         examples = self._encoded(records, loaded, count + aside, tally, source, skip_bad=how.skip_bad, quiet=quiet)
         tally.tell()
         return set_aside(examples, count, aside, tuple(tally.sentences), self.each)
@@ -219,5 +225,3 @@ class ExampleTask(Task):
 def labelled(labels: Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what is right for each prediction of a sample, as a part of its batch."""
     return {LABELS: torch.as_tensor(labels, dtype=torch.int64).reshape(1, -1)}
-
-

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.settings.base import Settings
-from twofold.task import Batch, Data, Samples, Task, on_device
+from twofold.task import Batch, Data, Task
 from twofold.task.data.example import example_of
 from twofold.task.data.examples import Example, Examples, set_aside
 from twofold.task.output import Output
@@ -62,7 +62,9 @@ class OwnTask(Task):
         found = []
         for number, batch in enumerate(given or (), 1):
             if not isinstance(batch, Mapping) or not all(isinstance(each, Tensor) for each in batch.values()):
-                raise TwofoldError(f"sample {number} must be a dictionary of tensors, the arguments of the model's forward")
+                raise TwofoldError(
+                    f"sample {number} must be a dictionary of tensors, the arguments of the model's forward"
+                )
             with torch.no_grad():
                 found.append(Example(dict(batch), len(self.outputs(loaded.model, batch))))
         if not found:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
+from twofold.model.blocks import has_two_stacks
 
 PROJECTED = ("text_embeds", "image_embeds")  # what models of two towers give
 
@@ -54,9 +55,8 @@ def _writes(model: Any) -> bool:
     """Say whether a model looks back alone, so that the last state has seen all."""
     from twofold.task import classes_of
 
-    config = model.config
     base = type(model).__name__.removesuffix("Model")
-    return not getattr(config, "is_encoder_decoder", False) and f"{base}ForCausalLM" in classes_of("CAUSAL_LM")
+    return not has_two_stacks(model) and f"{base}ForCausalLM" in classes_of("CAUSAL_LM")
 
 
 @lru_cache
@@ -68,10 +68,14 @@ def _mode(folder: str) -> str:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         named = settings.get("pooling_mode")
-        modes = [key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on]
+        modes = [
+            key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on
+        ]
     except (OSError, ValueError, AttributeError) as error:
         raise TwofoldError(f"{path} can't be read ({error}); mend it, or take it away") from error
     mode = str(named or (modes[0] if len(modes) == 1 else "")).removesuffix("_tokens").removesuffix("_token")
     if mode not in ("mean", "cls", "max", "lasttoken"):
-        raise TwofoldError(f"{path} asks for pooling by {mode or 'several ways'}, which is not known here; use mean, cls or max")
+        raise TwofoldError(
+            f"{path} asks for pooling by {mode or 'several ways'}, which is not known here; use mean, cls or max"
+        )
     return mode

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line, quiet_bars
+from twofold.model.blocks import has_two_stacks
 from twofold.task import LABELS, Batch
 
 OF_DECODER = (LABELS, "decoder_input_ids")
@@ -39,7 +40,7 @@ def transcript_of(model: Any, batch: Batch) -> tuple[Tensor, int]:  # (1, length
 @torch.no_grad()
 def words_of(model: Any, tokenizer: Any, batch: Batch) -> str:
     """Return the words that a model hears in one clip."""
-    if getattr(model.config, "is_encoder_decoder", False):
+    if has_two_stacks(model):
         return str(tokenizer.decode(_generate(model, batch)[0], skip_special_tokens=True))
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in OF_DECODER}
     return str(tokenizer.decode(model(**inputs).logits.argmax(-1)[0]))

@@ -40,9 +40,7 @@ def fit_window(recipe: S, loaded: LoadedModel, *, quiet: bool = False) -> S:
     if longest is None or window <= longest:
         return recipe
     if "window" in recipe.model_fields_set:
-        raise TwofoldError(
-            f"`window={window}` is longer than this model's {longest} positions; use `window={longest}`"
-        )
+        raise TwofoldError(f"`window={window}` is longer than this model's {longest} positions; use `window={longest}`")
     if not quiet:
         say(f"windows of {longest} tokens: this model has no more positions")
     return recipe.model_copy(update={"window": longest})
