@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -61,8 +61,8 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Measure a model on a text (perplexity, with --against divergence from the original), on tasks of lm-eval, or on data."""
-    shown: Any = print_tasks if tasks is not None else print_data if data is not None else print_evaluation
-    run_command(twofold.evaluate, {**locals()}, shown)
+    flags = {**locals()}
+    run_command(twofold.evaluate, flags, print_tasks if tasks else print_data if data else print_evaluation)
 
 
 def print_evaluation(result: Evaluation) -> None:

@@ -65,6 +65,11 @@ def evaluate_text(
             put_adapter(model, adapter)
     longest = min((p for p in (window_limit(model.model) for model in loaded) if p is not None), default=window)
     task = Opened(loaded[-1]).need_task("evaluated on a text")
+    if not task.streams:
+        raise TwofoldError(
+            f"{type(loaded[-1].model).__name__} is for {task.name}, which is not measured on a text; name what it reads with "
+            "`data=FOLDER` in the place of `text`"
+        )
     if len({getattr(model.model.config.get_text_config(), "vocab_size", None) for model in loaded}) > 1:
         raise TwofoldError(
             f"{models[0][0]} and {models[-1][0]} have different vocabularies, so their predictions can't be compared"
@@ -74,11 +79,12 @@ def evaluate_text(
         raise TwofoldError(f"`window={window}` is longer than this model's {longest} positions; use `window={longest}`")
     for model in loaded:
         check_ids(samples.ids, model)
+    windows = task.of_windows(samples, loaded[-1])
 
     def predict(model: LoadedModel) -> Predict:
-        return lambda i: task.outputs(model.model, samples.batch(i, i + 1))
+        return lambda i: task.outputs(model.model, windows.batch(i, i + 1))
 
-    qualities = measure_quality([predict(model) for model in loaded], samples, task, quiet=quiet)
+    qualities = measure_quality([predict(model) for model in loaded], windows, task, quiet=quiet)
     return Evaluation(
         text=", ".join(Path(name).name for name in ([text] if isinstance(text, str) else text)),
         windows=samples.shape[0],

@@ -159,6 +159,11 @@ class Task(ABC):
             TwofoldError: if they can't be used.
         """
 
+    def of_windows(self, windows: Any, loaded: Any, seed: int = 0) -> Samples:
+        """Return the samples that windows of text make, for a task that reads such."""
+        found: Samples = windows
+        return found
+
     @abstractmethod
     def example(self, model: Any) -> Batch:
         """Return a small batch to run a model on, always the same."""

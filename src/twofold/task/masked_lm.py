@@ -78,14 +78,31 @@ class MaskedLM(Task):
         texts = settings.part(Texts)
         if given is None and texts.calibration == ["self"]:
             raise TwofoldError("masked-lm needs texts to calibrate on: name some with `calibration=FILE`")
-        data = TASKS.get("causal-lm").data(loaded, settings, hashed, given, **how)
-        return replace(
-            data, samples=hide(data.samples, loaded, texts.seed), held_out=hide(data.held_out, loaded, texts.seed + 1)
-        )
+        data, seed = TASKS.get("causal-lm").data(loaded, settings, hashed, given, **how), texts.seed
+        held_out = self.of_windows(data.held_out, loaded, seed + 1)
+        return replace(data, samples=self.of_windows(data.samples, loaded, seed), held_out=held_out)
 
     def measured(self, loaded: Any, settings: Settings) -> Samples | None:
         windows = TASKS.get("causal-lm").measured(loaded, settings)
-        return None if windows is None else hide(windows, loaded, settings.part(Texts).seed)
+        return None if windows is None else self.of_windows(windows, loaded, settings.part(Texts).seed)
+
+    def of_windows(self, windows: Any, loaded: Any, seed: int = 0) -> MaskedWindows:
+        """Hide a share of the tokens of each window, at least one, drawn by a seed.
+
+        Raises:
+            TwofoldError: if the tokenizer has no mask.
+        """
+        mask = getattr(need_tokenizer(loaded), "mask_token_id", None)
+        if mask is None:
+            raise TwofoldError(
+                f"the tokenizer of {loaded.name} has no mask token, so nothing can be hidden; use another task"
+            )
+        drawn = torch.rand(windows.ids.shape, generator=torch.Generator().manual_seed(seed))
+        if windows.begin:
+            drawn[:, 0] = 2.0  # windows begin with a special token
+        count = max(round(SHARE * drawn.shape[1]), 1)
+        hidden = drawn <= drawn.kthvalue(count, dim=1, keepdim=True).values if len(drawn) else drawn.bool()
+        return MaskedWindows(windows.ids, windows.source, windows.begin, hidden, int(mask))
 
     def example(self, model: Any) -> Batch:
         ids = example_of(model)["input_ids"]
@@ -93,25 +110,3 @@ class MaskedLM(Task):
 
     def read(self, result: Any, batch: Batch, model: Any) -> Tensor:  # (hidden tokens, vocabulary)
         return at_labels(logits_of(result, model, 3), batch)
-
-
-def hide(windows: Samples, loaded: Any, seed: int) -> MaskedWindows:
-    """Hide a share of the tokens of each window, at least one, drawn by a seed.
-
-    Raises:
-        TwofoldError: if the tokenizer has no mask.
-    """
-    assert isinstance(windows, TokenWindows)
-    mask = getattr(need_tokenizer(loaded), "mask_token_id", None)
-    if mask is None:
-        raise TwofoldError(
-            f"the tokenizer of {loaded.name} has no mask token, so nothing can be hidden; use another task"
-        )
-    count, length = windows.ids.shape
-    drawn = torch.rand(count, length, generator=torch.Generator().manual_seed(seed))
-    skipped = 1 if windows.begin else 0  # the first token, where windows begin with a special one
-    drawn[:, :skipped] = 2.0
-    hidden = (
-        drawn <= drawn.kthvalue(max(round(SHARE * length), 1), dim=1, keepdim=True).values if count else drawn.bool()
-    )
-    return MaskedWindows(windows.ids, windows.source, windows.begin, hidden, int(mask))
