@@ -38,7 +38,8 @@ from twofold.task.text.special import prompt_ids
 pytestmark = pytest.mark.long
 CARRIED = {
     "LICENSE": "all rights", "NOTICE.txt": "notice", "USE_POLICY.md": "policy", "COPYING": "copying", "licence.pdf": "%PDF",
-    "modules.json": json.dumps([{"path": "", "type": "T"}, {"path": "1_Pooling", "type": "P"}]),
+    "modules.json": json.dumps([{"path": place, "type": "T"} for place in ("", "1_Pooling", "2_Dense", "3_Normalize")]),
+    "2_Dense/config.json": "{}", "2_Dense/model.safetensors": "weights",
     "1_Pooling/config.json": '{"pooling": "mean"}', "config_sentence_transformers.json": "{}", "sentence_bert_config.json": "{}",
     "preprocessor_config.json": '{"size":  3}', "processor_config.json": "{}", "video_preprocessor_config.json": "{}",
     "chat_template.jinja": "{{ messages[0]['content'] }}", "additional_chat_templates/tool.jinja": "{{ 1 }}",
@@ -87,7 +88,7 @@ def compress(folder: Path | str, out: Path, text_file: Path, **settings: Any) ->
 def beside_of(folder: Path) -> dict[str, bytes]:
     """Return the files of a result without its weights and what describes the run."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {n: p.read_bytes() for n, p in files.items() if n not in OF_A_RUN and ".safetensors" not in n}
+    return {n: p.read_bytes() for n, p in files.items() if n not in OF_A_RUN and ("/" in n or ".safetensors" not in n)}
 
 
 def cut_and_padded(folder: Path) -> None:
