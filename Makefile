@@ -23,13 +23,13 @@ check: $(INSTALLED) lint  ## for the inner loop: lint, types and the tests that 
 	$(BIN)/python -m pytest -q -m "not slow and not long" -n auto --dist worksteal
 
 lint: $(INSTALLED)  ## lint and types
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
 format: $(INSTALLED)
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples
 
 check-slow: $(INSTALLED)  ## the longer checks on the real model
 	$(BIN)/python -m pytest -m slow

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from twofold.checkpoint.configuration import check_depth, read_config
 from twofold.checkpoint.headers import INDEX, read_index
@@ -49,13 +49,13 @@ def config_and_class(source: str | Path, where: dict[str, Any]) -> tuple[Any, An
 
 
 def model_class_of(config: Any, trust_remote_code: bool) -> Any:
-    """Return the class that the checkpoint names, so that any kind of head loads; else the causal language model."""
+    """Return the class that the checkpoint names, so that any kind of head loads; else the language model of its stacks."""
     names = getattr(config, "architectures", None) or []
     if names and not (trust_remote_code and getattr(config, "auto_map", None)):
         named = getattr(transformers, str(names[0]), None)
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             return named
-    return AutoModelForCausalLM
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
 def open_shards(folder: Path | None, name: str) -> Shards | None:
