@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForNextSentencePrediction
 
+import tiny
 import twofold
 import twofold.extend
 from conftest import make_model, make_tokenizer
@@ -23,7 +24,7 @@ from twofold.nn.places import replace_module
 from twofold.objectives import OBJECTIVES
 from twofold.recipe import make_recipe
 from twofold.refine import REFINEMENTS
-from twofold.task import TASKS
+from twofold.task import TASKS, find_task
 
 FILE = Path(__file__).parent / "outside" / "addition.py"
 REGISTRIES = (OBJECTIVES, ALLOCATIONS, REFINEMENTS, FORMATS, LAYERS, TASKS, KINDS)
@@ -127,6 +128,19 @@ def test_a_task(addition, checkpoint, tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(checkpoint)
     ids = torch.arange(12)[None]
     torch.testing.assert_close(whole(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_task_whose_samples_are_made_of_records(addition, tmp_path):
+    model = tiny.made(BertForNextSentencePrediction, BertConfig(**tiny.BERT))
+    assert find_task(model).name == "next-sentence"
+    small = twofold.factorize(model, tiny.tokenizer(), keep=0.6, samples=tiny.pairs(), eval_windows=2, quiet=True)
+    assert any(entry.rank for entry in small.twofold_plan.entries)
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps({"text": a, "target": b}) + "\n" for a, b in tiny.pairs()))
+    model.save_pretrained(tmp_path / "small")
+    tiny.tokenizer().save_pretrained(tmp_path / "small")
+    found = twofold.evaluate(str(tmp_path / "small"), data=str(rows), against=str(tmp_path / "small"), quiet=True)
+    assert found.task == "next-sentence" and found.samples == 12 and found.models[1].divergence == 0
 
 
 def test_a_kind_of_weight(addition, text_file):

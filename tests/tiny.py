@@ -13,7 +13,7 @@ import transformers as hf
 from conftest import VOCABULARY, make_tokenizer
 
 _TEXT = {"vocab_size": VOCABULARY + 1, "pad_token_id": 258, "bos_token_id": 256, "eos_token_id": 257}
-_BERT = {
+BERT = {
     **_TEXT, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
     "max_position_embeddings": 128,
 }  # fmt: skip
@@ -38,19 +38,19 @@ def made(model: Callable[[Any], Any], config: Any, seed: int = 0) -> Any:
 
 
 def bert() -> Any:
-    return made(hf.BertModel, hf.BertConfig(**_BERT))
+    return made(hf.BertModel, hf.BertConfig(**BERT))
 
 
 def bert_masked() -> Any:
-    return made(hf.BertForMaskedLM, hf.BertConfig(**_BERT))
+    return made(hf.BertForMaskedLM, hf.BertConfig(**BERT))
 
 
 def bert_classes() -> Any:
-    return made(hf.BertForSequenceClassification, hf.BertConfig(**_BERT, num_labels=3))
+    return made(hf.BertForSequenceClassification, hf.BertConfig(**BERT, num_labels=3))
 
 
 def bert_tokens() -> Any:
-    return made(hf.BertForTokenClassification, hf.BertConfig(**_BERT, num_labels=3))
+    return made(hf.BertForTokenClassification, hf.BertConfig(**BERT, num_labels=3))
 
 
 def bart() -> Any:

@@ -144,6 +144,23 @@ class LastToken(tf.Task):
         return torch.zeros(len(batch["input_ids"]), dtype=torch.int64)
 
 
+@tf.task
+class NextSentence(tf.ExampleTask):
+    """Whether a sentence follows another."""
+
+    name = "next-sentence"
+    output = tf.CATEGORICAL
+    reads, unit = "text", "pairs"
+    mappings = ("NEXT_SENTENCE_PREDICTION",)
+
+    def encode(self, record: Any, loaded: Any) -> Iterable[Any]:
+        batch = loaded.tokenizer(record.need("text"), record.need("target"), return_tensors="pt")
+        yield tf.Example(dict(batch))
+
+    def read(self, result: Any, batch: Any, model: Any) -> Tensor:
+        return result.logits  # type: ignore[no-any-return]
+
+
 class Scaled(nn.Module):
     """y = (s W) x, which no kind of Twofold's own knows."""
 

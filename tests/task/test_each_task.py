@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import tiny
 import twofold
+import twofold.task
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.calibrate.accumulate import Accumulator
 from twofold.calibrate.request import request_statistics
@@ -56,6 +58,12 @@ ROWS = {
     "sequence-classification": Row(tiny.bert_classes, tiny.tokenizer, {"samples": tiny.sentences()}),
     "token-classification": Row(tiny.bert_tokens, tiny.tokenizer, {"samples": tiny.sentences()}),
 }
+
+
+def test_a_task_is_one_short_file():
+    for name in TASKS.names():
+        path = Path(twofold.task.__file__).parent / f"{name.replace('-', '_')}.py"
+        assert name == "causal-lm" or len(path.read_text(encoding="utf-8").splitlines()) <= 100
 
 
 def test_every_task_has_its_row():

@@ -43,7 +43,12 @@ if TYPE_CHECKING:
     from twofold.task import Samples as Samples
     from twofold.task import Task as Task
     from twofold.task import task as task
+    from twofold.task.data.columns import Record as Record
+    from twofold.task.data.examples import Example as Example
+    from twofold.task.data.examples import ExampleTask as ExampleTask
+    from twofold.task.data.examples import labelled as labelled
     from twofold.task.output import Output as Output
     from twofold.task.output.categorical import CATEGORICAL as CATEGORICAL
+    from twofold.task.output.gaussian import GAUSSIAN as GAUSSIAN
 
 __getattr__, __dir__ = lazily(__name__)
