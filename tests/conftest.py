@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from short import shorten
+
 pytest.register_assert_rewrite("conformance")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 logging.disable_progress_bar()
@@ -108,6 +110,13 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.
     """No test reads or leaves anything in the user's cache, but those that need the built-in model fetch it once."""
     if "real" not in request.keywords:
         monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """No run draws figures or writes long answers, three quarters of the time of a tiny one, but those of ``whole``."""
+    if "whole" not in request.keywords:
+        shorten(monkeypatch.setattr)
 
 
 @pytest.fixture

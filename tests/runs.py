@@ -15,9 +15,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from short import shorten
 from twofold.cli import main
 from twofold.planning.plan import Plan
 from twofold.recipe import Recipe, make_recipe
@@ -85,6 +87,7 @@ def _run(arguments: list[str], environment: dict[str, str], folder: Path, dies_a
         if fnmatch(str(target), str(dies_at)):
             os.kill(os.getpid(), signal.SIGKILL)
 
+    shorten(pytest.MonkeyPatch().setattr)
     torch.set_num_threads(1)  # as OMP_NUM_THREADS does for a program that begins
     if dies_at:
         training.SAVE_SECONDS = -1.0  # in every step

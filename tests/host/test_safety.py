@@ -73,6 +73,7 @@ def left_behind(folder: Path) -> list[str]:
 # --- Escaping
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("text", HOSTILE)
 def test_the_page_and_the_card_say_hostile_words_and_obey_none(text, tmp_path):
     names = [(f"model.layers.{i}.{text}", i) for i in range(2)]
@@ -126,6 +127,7 @@ def test_the_terminal_shows_hostile_words_and_obeys_none(tmp_path, monkeypatch):
 # --- Secrets
 
 
+@pytest.mark.whole
 @pytest.mark.long
 def test_no_secret_is_told(command, capsys, monkeypatch, tmp_path):
     """Tokens of the environment stand in no file and no line, whether the run succeeds, is refused or fails."""
@@ -158,6 +160,7 @@ def test_no_secret_is_told(command, capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.whole  # some of the sizes are reached by the page with its figures
 @pytest.mark.parametrize("size", [1_000, 20_000, 60_000, 100_000])
 def test_a_write_that_breaks_off_leaves_nothing(size, command, capsys, monkeypatch, tmp_path):
     """No file may grow beyond this size: the write of the weights breaks off in the middle, as on a full disk."""

@@ -19,6 +19,7 @@ from twofold.report.kinds import by_kind, kind_labels, loss_at_share
 from twofold.report.names import base_model, public_name, without_paths
 from twofold.report.record import Sample
 
+pytestmark = pytest.mark.whole
 ATTACK = "<script>alert(1)</script>"
 
 

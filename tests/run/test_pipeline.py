@@ -60,6 +60,7 @@ def test_every_objective_with_every_allocation(name, allocate):
 
 
 @pytest.mark.long
+@pytest.mark.whole
 def test_what_is_written(checkpoint, text_file, tmp_path):
     out = tmp_path / "deep" / "small"
     recipe = small_recipe(checkpoint, text_file)
@@ -68,6 +69,7 @@ def test_what_is_written(checkpoint, text_file, tmp_path):
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "plan.json", "recipe.yaml",
             "run.json", "spectra.safetensors", "README.md", "report.html"} <= names  # fmt: skip
     assert [p.name for p in out.parent.iterdir()] == ["small"]
+    assert (out / "report.html").read_text(encoding="utf-8").count("<svg") > 7 and len(run.samples) == 2
     plan = Plan.load(out / "plan.json")
     assert Run.model_validate_json((out / "run.json").read_text()) == run
     assert Recipe.model_validate(yaml.safe_load((out / "recipe.yaml").read_text())) == recipe

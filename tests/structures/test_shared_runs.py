@@ -54,6 +54,7 @@ def test_a_plan_without_calibration(checkpoint):
         Plan.model_validate_json(text)
 
 
+@pytest.mark.whole
 @pytest.mark.long
 def test_compress_writes_what_it_says(checkpoint, text_file, tmp_path):
     recipe = make_recipe(

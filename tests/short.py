@@ -1,0 +1,19 @@
+"""What takes most of the time of a tiny run, and is of no interest to most tests, left out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+NO_FIGURES = dict.fromkeys(("heatmap", "spectra", "sizes", "scatter", "by_kind", "by_layer"))
+
+
+def shorten(put: Callable[[str, Any], object]) -> None:
+    """Leave the figures out of the page, and the sample answers at two tokens.
+
+    Args:
+        put: gives a name, with its module, another value.
+    """
+    put("twofold.report.page._figures", lambda *_: NO_FIGURES | {"spectra": ()})
+    put("twofold.run.ways.SAMPLE_TOKENS", 2)
+    put("twofold.tuning.samples.TOKENS", 2)
