@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path, PurePath
 from typing import Any
@@ -56,12 +56,18 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         command: Any
         _, command, rest = super().resolve_command(ctx, args)
-        single = typer.Typer(add_completion=False, context_settings=HELP)
-        function = import_module(f"{__name__}.{command.name}").command
-        single.command(name=command.name, no_args_is_help=True)(_guarded(function))
-        return command.name, typer.main.get_command(single), rest
+        return command.name, _made(command.name), rest
 
 
+@cache
+def _made(name: str) -> Any:
+    """Make a command of the function in its file; once in a process that runs several."""
+    single = typer.Typer(add_completion=False, context_settings=HELP)
+    single.command(name=name, no_args_is_help=True)(_guarded(import_module(f"{__name__}.{name}").command))
+    return typer.main.get_command(single)
+
+
+@cache
 def _docstring(name: str) -> str:
     tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
     command = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "command")
