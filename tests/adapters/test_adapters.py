@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,23 +73,6 @@ def test_an_adapter_is_saved_loaded_and_merged_exactly(architecture: str, tmp_pa
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(logits(again), logits(merged))
     assert ranks(again) == {6 + 3}
-
-
-@pytest.mark.long
-def test_a_fresh_process_needs_only_import_twofold(tmp_path: Path) -> None:
-    model = factored_model()
-    model.save_pretrained(tmp_path / "small")
-    with_lora(model).save_pretrained(tmp_path / "adapter")
-    code = (
-        "import sys, twofold\nfrom transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'small')!r})\n"
-        "from peft import PeftModel\n"
-        f"adapted = PeftModel.from_pretrained(model, {str(tmp_path / 'adapter')!r})\n"
-        "print(sum(type(m).__name__ == 'CompactLora' for m in adapted.modules()))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == len(whole_layers(factored_model()))
 
 
 def test_training_changes_the_adapter_alone() -> None:
