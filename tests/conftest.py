@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -141,13 +142,18 @@ def model() -> Any:
     return make_model()
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A tiny Llama on disk."""
-    folder = tmp_path / "tiny"
+@pytest.fixture(scope="session")
+def _tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
     make_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, _tiny: Path) -> Path:
+    """A tiny Llama on disk, for this test alone."""
+    return shutil.copytree(_tiny, tmp_path / "tiny")
 
 
 @pytest.fixture

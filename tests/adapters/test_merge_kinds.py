@@ -147,22 +147,33 @@ def adapter(folder: Path, base: Path, auto: Any, config: Any, seed: int = 1) -> 
     adapted.save_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each model on the disk."""
+    place = tmp_path_factory.mktemp("bases")
+    for name, make in MODELS.items():
+        make().save_pretrained(place / name)
+    return {name: place / name for name in MODELS}
+
+
 @pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_what_is_merged_computes_what_the_adapter_does(name: str, kind: str, tmp_path: Path) -> None:
+def test_what_is_merged_computes_what_the_adapter_does(
+    name: str, kind: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
     auto = AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
-    MODELS[name]().save_pretrained(tmp_path / "base")
-    adapter(tmp_path / "adapter", tmp_path / "base", auto, configs(name)[kind])
+    base = bases[name]
+    adapter(tmp_path / "adapter", base, auto, configs(name)[kind])
     refused = REFUSED.get((name, kind)) or (REFUSED.get(kind) if name != "gpt2" else None)
     if refused is not None:
         with pytest.raises(TwofoldError, match=refused):
-            merge(str(tmp_path / "base"), str(tmp_path / "adapter"), tmp_path / "merged")
+            merge(str(base), str(tmp_path / "adapter"), tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
         return
-    merge(str(tmp_path / "base"), str(tmp_path / "adapter"), tmp_path / "merged")
-    meant = logits(PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "adapter"))
+    merge(str(base), str(tmp_path / "adapter"), tmp_path / "merged")
+    meant = logits(PeftModel.from_pretrained(auto.from_pretrained(base), tmp_path / "adapter"))
     written = auto.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(written), meant, rtol=1e-4, atol=1e-4)
-    assert float((meant - logits(auto.from_pretrained(tmp_path / "base"))).abs().max()) > 1e-3  # it changes something
+    assert float((meant - logits(auto.from_pretrained(base))).abs().max()) > 1e-3  # it changes something
 
 
 def test_several_adapters_add_up_with_what_each_has_saved(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
@@ -53,13 +54,22 @@ def factorized(architecture="qwen2", **settings):
     return twofold.factorize(make_model(architecture), make_tokenizer(), **settings)
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A tiny model whose greedy text is no repetition, and a factored checkpoint of it."""
+    place = tmp_path_factory.mktemp("pair")
+    make_model("qwen2").save_pretrained(place / "original")
+    factorized().save_pretrained(place / "small")
+    make_tokenizer().save_pretrained(place / "small")
+    return place
+
+
 @pytest.fixture
-def small(tmp_path):
-    """A factored checkpoint of a tiny model whose greedy text is no repetition, and its original beside it."""
-    make_model("qwen2").save_pretrained(tmp_path / "original")
+def small(pair, tmp_path):
+    """The factored checkpoint, and its original beside it, for this test alone."""
+    for name in ("original", "small"):
+        shutil.copytree(pair / name, tmp_path / name)
     folder = tmp_path / "small"
-    factorized().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
     record = {"recipe": {"model": str(tmp_path / "original")}}
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     return folder
