@@ -85,7 +85,7 @@ DRAWN = st.builds(
 def drawn(test: Any) -> Any:
     """Run a test of the suite on layers of many sizes; the classes that inherit it do so one by one."""
     check = [HealthCheck.differing_executors]
-    return settings(max_examples=15, deadline=None, suppress_health_check=check)(given(draw=DRAWN)(test))
+    return settings(max_examples=6, deadline=None, suppress_health_check=check)(given(draw=DRAWN)(test))
 
 
 class Made(NamedTuple):
