@@ -32,6 +32,13 @@ NO_TORCHAO = "torchao is not installed: pip install 'twofold[quantize]'"
 FILES = ("compare.csv", "compare.json", "compare.md", "compare.png", "compare.svg")
 
 
+@pytest.fixture(autouse=True)
+def _no_figure(monkeypatch, request):
+    """Leave the figure's files empty, but in the tests marked ``whole``: it takes as long as several cells."""
+    if "whole" not in request.keywords:
+        monkeypatch.setattr("twofold.comparison.arena.draw_front", lambda _, paths: [path.touch() for path in paths])
+
+
 @pytest.fixture
 def other_text(tmp_path):
     path = tmp_path / "stories.txt"
@@ -315,6 +322,7 @@ def test_modules_are_put_back_however_the_block_ends(model):
     assert all(model.get_submodule(name) is module for name, module in zip(names, before, strict=True))
 
 
+@pytest.mark.whole
 @pytest.mark.long
 def test_the_files_agree(settings, tmp_path):
     grid = {**settings, "objectives": ["svd", "two-sided"], "keep": [0.8, 0.6], "refine": ["none", "anchored"]}
