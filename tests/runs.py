@@ -66,6 +66,17 @@ class Program:
         self.process = SERVER.Process(target=_run, args=given, daemon=True)  # type: ignore[attr-defined]
         self.process.start()
 
+    @property
+    def told(self) -> str:
+        """What it has printed to standard error so far."""
+        path = self.folder / "err"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def send(self, sent: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, sent)
+
     def wait(self) -> subprocess.CompletedProcess[str]:
         """Wait for its end; return its exit code and what it printed."""
         self.process.join(300)
@@ -88,6 +99,7 @@ def _run(arguments: list[str], environment: dict[str, str], folder: Path, dies_a
             os.kill(os.getpid(), signal.SIGKILL)
 
     shorten(pytest.MonkeyPatch().setattr)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a server ignores it
     torch.set_num_threads(1)  # as OMP_NUM_THREADS does for a program that begins
     if dies_at:
         training.SAVE_SECONDS = -1.0  # in every step

@@ -20,8 +20,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import twofold.cli
-from conftest import TEXT, interruptible
+from conftest import TEXT
 from pages import front_matter, make_plan, make_run, page
+from runs import Program
 from twofold.cli import compress, plan, tables
 from twofold.host.cache import cache_folder
 from twofold.host.folders import staged_folder
@@ -192,7 +193,7 @@ def small_disk(size: str, folder: Path, rest: list[str]) -> list[str]:
     return ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh", *rest]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_disk_that_fills_while_the_checkpoint_is_written(command, tmp_path):
     size = "80k"  # less than the weights
     disk = tmp_path / "disk"
@@ -241,28 +242,18 @@ def test_ctrl_c_ends_in_one_sentence_and_leaves_nothing(moment, command, tmp_pat
     cache = tmp_path / "cache"
     long = [*command, "--tokens", 400_000] if moment == "calibrating" else command
     (tmp_path / "texts.txt").write_text(TEXT * 300, encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "twofold", *map(str, long)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "TWOFOLD_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        preexec_fn=interruptible,
-    )  # fmt: skip
-    assert process.stderr is not None
-    told = ""
+    program = Program(long, cache)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if moment == "calibrating":
-            told += process.stderr.readline()
-            if "Calibrating" in told:
-                break
-        elif list(tmp_path.glob(".small.*.partial")):
+    while time.monotonic() < deadline and program.process.is_alive():
+        if "Calibrating" in program.told if moment == "calibrating" else list(tmp_path.glob(".small.*.partial")):
             break
         time.sleep(0.002)
-    assert process.poll() is None, told
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    told += err
-    assert process.returncode == 130, told
-    assert out == ""
+    assert program.process.is_alive(), program.told
+    program.send(signal.SIGINT)
+    done = program.wait()
+    told = done.stderr
+    assert done.returncode == 130, told
+    assert done.stdout == ""
     assert "Traceback" not in told
     sentences = [line for line in told.splitlines() if line.startswith("twofold: ")]
     assert sentences == ["twofold: stopped; the same command goes on from what was done"]

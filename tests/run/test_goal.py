@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import twofold
 from conftest import TEXT, make_model, make_tokenizer
+from runs import SERVER
 from twofold.evaluation.reference import DenseReference
 from twofold.host.unfinished import work_folder
 from twofold.planning.plan import Plan
@@ -49,7 +50,7 @@ def probes_of(least, threshold, estimate):
     return probes
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     least=st.floats(0.001, 0.6).map(lambda x: round(x, 4)),
     threshold=st.floats(0.0, 1.0),
@@ -279,21 +280,21 @@ def test_a_plan_without_a_calibration_is_refused(checkpoint):
         plan_of(make_recipe({"model": str(checkpoint), "kl_at_most": 0.1}), quiet=True)
 
 
-KILLED = """
-import os, signal, sys
-import twofold.run.sizing as sizing
-from twofold.run.compress import compress
-from twofold.recipe import make_recipe
-measure, count = sizing.Sizing._measure, []
-def stop(self, plan):
-    if len(count) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    count.append(1)
-    return measure(self, plan)
-sizing.Sizing._measure = stop
-compress(make_recipe({"model": sys.argv[1], "calibration": [sys.argv[2]], "tokens": 256, "window": 32, "eval_windows": 4,
-    "allocate": "svd-llm-v2", "kl_at_most": 0.05}), sys.argv[3], quiet=True)
-"""
+def killed_search(recipe: Recipe, out: Path, cache: Path) -> None:
+    """Run a search that is killed when it is to measure a third model."""
+    from twofold.run.sizing import Sizing
+
+    os.environ["TWOFOLD_CACHE"] = str(cache)
+    measure, count = Sizing._measure, []
+
+    def stop(self: Sizing, plan: Plan) -> Probe:
+        if len(count) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count.append(1)
+        return measure(self, plan)
+
+    Sizing._measure = stop
+    compress(recipe, out, quiet=True)
 
 
 @pytest.mark.long
@@ -301,15 +302,15 @@ def test_a_killed_search_measures_nothing_twice(checkpoint, text_file, tmp_path,
     from twofold.run.sizing import Sizing
 
     out = tmp_path / "small"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, checkpoint, text_file, out], capture_output=True, text=True, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    recipe = goal_recipe(checkpoint, text_file, allocate="svd-llm-v2", kl_at_most=0.05)
+    killed = SERVER.Process(target=killed_search, args=(recipe, out, tmp_path / "cache"))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert status(out).measured == 2
     measured = []
     measure = Sizing._measure
     monkeypatch.setattr(Sizing, "_measure", lambda self, plan: measured.append(1) or measure(self, plan))
-    recipe = goal_recipe(checkpoint, text_file, allocate="svd-llm-v2", kl_at_most=0.05)
     run = compress(recipe, out, quiet=True)
     distinct = len({one.kept for one in run.probes})
     assert len(measured) == distinct - 2 > 0 and not work_folder(out).exists()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import twofold.cli
 from conftest import TEXT, make_model, make_tokenizer
 from factored import factored_model, with_lora
+from runs import Program
 from twofold.errors import TwofoldError
 from twofold.host.folders import check_output
 from twofold.nn.int_matrix import IntLinear
@@ -44,6 +44,13 @@ from twofold.tuning.trainer import RowTrainer, as_dataset, disk_errors, last_who
 ROWS = [{"prompt": f"Say {i}: ", "completion": f"it is {3 * i}."} for i in range(24)]
 QUICK: dict[str, object] = {"steps": 6, "batch": 4, "rank": 4, "length": 128, "learning_rate": 1e-2, "held_out": 4,
     "evaluate_every": 3, "save_every": 3}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_curve(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Leave the file of the curve empty, but in the tests marked ``whole``."""
+    if "whole" not in request.keywords:
+        monkeypatch.setattr("twofold.tuning.run.draw_curve", lambda _, path: path.touch())
 
 
 @pytest.fixture(scope="module")
@@ -157,25 +164,14 @@ COMMAND = ["--steps", "9", "--batch", "4", "--micro-batch", "2", "--rank", "4", 
 
 @pytest.mark.long
 def test_a_killed_run_ends_with_the_same_weights(place: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "twofold",
-        "tune",
-        str(place / "dense"),
-        "--data",
-        str(place / "rows.jsonl"),
-        *COMMAND,
-    ]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out")], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    command = ["tune", place / "dense", "--data", place / "rows.jsonl", *COMMAND, "--out", tmp_path / "out"]
+    program = Program(command, tmp_path / "cache")
     seen = tmp_path / "out.partial" / "tune" / "checkpoint-4"  # killed while it is written, or just after
-    while not seen.exists() and process.poll() is None:
+    while not seen.exists() and program.process.is_alive():
         time.sleep(0.001)
-    process.kill()
-    assert process.wait() == -9, process.communicate()[1]
+    program.send(signal.SIGKILL)
+    killed = program.wait()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     kept = {path.parent.name for path in (tmp_path / "out.partial" / "tune").glob("*/whole.json")}
     assert not (tmp_path / "out").exists() and "checkpoint-2" in kept
     resumed, whole = (
@@ -296,11 +292,13 @@ def test_half_written_checkpoints_are_not_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.whole
 def test_it_stops_early_and_keeps_the_best(place: Path, tmp_path: Path) -> None:
     record = run(
         place, tmp_path / "out", steps=40, patience=2, evaluate_every=2, save_every=2, learning_rate=0.3, method="full"
     )
     assert record.steps < 40 == record.steps_planned
+    assert "held-out rows" in (tmp_path / "out" / "loss.svg").read_text() and record.samples[0].factored
     assert record.held_out_after == pytest.approx(min(p.loss for p in record.held_out_curve[1:]), abs=1e-5)
     with pytest.raises(TwofoldError, match="`patience` needs held-out rows"):
         run(place, tmp_path / "x", patience=1, held_out=0)
