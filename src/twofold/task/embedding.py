@@ -15,7 +15,7 @@ from twofold.model.load import need_tokenizer
 from twofold.model.processor import image_processor_of
 from twofold.task import Batch, Data, Samples, task
 from twofold.task.data.columns import Kind, Record
-from twofold.task.data.examples import Example, ExampleTask
+from twofold.task.data.examples import Example, Examples, ExampleTask
 from twofold.task.data.images import load_image
 from twofold.task.data.pooling import is_text, pooled, sees
 from twofold.task.data.scores import rank_correlation
@@ -73,10 +73,14 @@ class Embedding(ExampleTask):
     @torch.no_grad()
     def score(self, loaded: Any, samples: Samples) -> dict[str, float]:
         """Return Spearman's correlation of cosines with the labels of pairs, or how often the nearest image is of its class."""
-        abouts = [example.about for example in samples.examples]  # type: ignore[attr-defined]
+        assert isinstance(samples, Examples)
+        abouts = [example.about for example in samples.examples]
         if None in abouts:
             return {}
-        features = torch.cat([self.outputs(loaded.model, batch).cpu() for batch in samples])
+        found = {}
+        for places, batch in samples.alike():
+            found |= dict(zip(places, self.outputs(loaded.model, batch).cpu(), strict=True))
+        features = torch.stack([found[i] for i in range(len(samples))])
         if not sees(loaded.model):
             cosines = torch.cosine_similarity(features[::2], features[1::2])
             return rank_correlation(cosines.tolist(), [float(label) for label in abouts[::2]])

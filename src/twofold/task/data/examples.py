@@ -72,6 +72,16 @@ class Examples(Samples):
                 spans.append((i, i + 1))
         return spans
 
+    def alike(self, size: int = 32) -> Iterator[tuple[list[int], Batch]]:
+        """Yield batches of samples of one shape, wherever they stand, with their places."""
+        places: dict[tuple[Any, ...], list[int]] = {}
+        for i, example in enumerate(self.examples):
+            places.setdefault(example.shape, []).append(i)
+        for same in places.values():
+            for first in range(0, len(same), size):
+                some = same[first : first + size]
+                yield some, self.take(some).batch(0, len(some))
+
     @property
     def predictions(self) -> int:
         return sum(example.predictions for example in self.examples)
