@@ -34,7 +34,7 @@ def pooled(result: Any, model: Any) -> Tensor:  # (vectors, width)
     """
     embeds = [found for name in PROJECTED if isinstance(found := getattr(result, name, None), Tensor)]
     if embeds:
-        return torch.cat(embeds)
+        return torch.stack(embeds, 1).flatten(0, 1)  # those of one sample together
     states = getattr(result, "last_hidden_state", None)
     own = getattr(result, "pooler_output", None)
     if isinstance(own, Tensor) and own.dim() == 2 and not is_text(model):
