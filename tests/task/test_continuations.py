@@ -60,7 +60,7 @@ def test_the_same_seed_writes_the_same_and_it_is_kept(checkpoint, text_file, mon
     made = calibration_windows(loaded, recipe, "mark", quiet=True)
     other = calibration_windows(loaded, asked(checkpoint, text_file, seed=1), "mark", quiet=True)
     assert not torch.equal(made.samples.ids[5:], other.samples.ids[5:])
-    monkeypatch.setattr(places, "_sampled_before", lambda path: None)
+    monkeypatch.setattr("twofold.task.text.kept._before", lambda path: None)
     assert torch.equal(calibration_windows(loaded, recipe, "mark", quiet=True).samples.ids, made.samples.ids)
     monkeypatch.undo()
     monkeypatch.setenv("TWOFOLD_CACHE", str(text_file.parent / "cache"))

@@ -60,6 +60,7 @@ class LoadedModel:
     )  # of weights, by name, that are not stored as most are
     dequantized: str = ""  # how the checkpoint's weights are quantized, if they are ordinary ones in this model alone
     fetch: Callable[[], Path] | None = None  # of a model on the hub: fetches the files beside its weights to a folder
+    hashed: str = ""  # the hash of its weights, where it is known
     trusted: bool = False  # whether code that comes with it may run
     processors: dict[str, Any] = field(default_factory=dict)  # of images and of clips, once they were asked for
 

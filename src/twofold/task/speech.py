@@ -47,7 +47,7 @@ class Speech(ExampleTask):
             return
         # Nothing is right or wrong: what the model itself hears is what it goes on from.
         start = time.perf_counter()
-        ids, prompt = transcript_of(model, batch)
+        ids, prompt = transcript_of(model, batch, loaded.hashed)
         about |= {"by": loaded.name, "took": time.perf_counter() - start, "ids": ids[0, prompt:]}
         right = ids[:, 1:].clone()
         right[:, : prompt - 1] = -1  # given, not predicted

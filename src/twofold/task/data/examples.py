@@ -155,7 +155,7 @@ class ExampleTask(Task):
                 f"{self.name} needs {self.unit} to calibrate on: name a folder, files or a data set with `calibration`, or use "
                 "an objective that needs none (`objective=svd`)"
             )
-        tally, aside = Tally(), held_out * self.each
+        tally, aside, loaded.hashed = Tally(), held_out * self.each, hashed
         how = settings.part(Columns)
         records = (
             self._records(names, loaded, settings, tally)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -11,13 +12,35 @@ from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line, quiet_bars
 from twofold.model.blocks import has_two_stacks
 from twofold.task import LABELS, Batch
+from twofold.task.text.kept import kept_ids
 
 OF_DECODER = (LABELS, "decoder_input_ids")
 
 
+def transcript_of(model: Any, batch: Batch, hashed: str = "") -> tuple[Tensor, int]:  # (1, length), those given
+    """Return all ids of the decoder, from its start to the end, and how many of them it was given to begin with.
+
+    Args:
+        hashed: the hash of the model, by which its transcripts are kept for another run; empty keeps none.
+    """
+    if not hashed:
+        ids, given = _transcribed(model, batch)
+    else:
+        digest = hashlib.sha256()
+        for _, tensor in sorted(batch.items()):
+            digest.update(tensor.contiguous().numpy().data)
+
+        def write() -> Tensor:  # (1, 1 + length), how many are given first
+            written, count = _transcribed(model, batch)
+            return torch.cat([torch.full_like(written[:, :1], count), written], 1)
+
+        both = kept_ids(f"{hashed} transcript {digest.hexdigest()}", write, "the transcripts")
+        ids, given = both[:, 1:], int(both[0, 0])
+    return ids, given
+
+
 @torch.no_grad()
-def transcript_of(model: Any, batch: Batch) -> tuple[Tensor, int]:  # (1, length), the number that are given
-    """Return all ids of the decoder, from its start to the end, and how many of them it was given to begin with."""
+def _transcribed(model: Any, batch: Batch) -> tuple[Tensor, int]:
     given: list[Tensor] = []
 
     def first(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

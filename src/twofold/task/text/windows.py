@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.host.cache import cache_folder
-from twofold.host.files import write_whole
 from twofold.host.progress import say
 from twofold.model.load import LoadedModel, check_ids, need_tokenizer, vocabulary_size, window_limit
 from twofold.settings.base import Settings
 from twofold.task import Data
+from twofold.task.text.kept import kept_ids
 from twofold.task.text.row import Tally
 from twofold.task.text.sampled import beginnings, sample_texts
 from twofold.task.text.settings import HELD_OUT, Reading, Texts
@@ -152,27 +148,10 @@ def _sampled(
     shuffled: bool,
     quiet: bool,
 ) -> Tensor:  # (count, length)
-    """Return the samples that a mark stands for: those of an earlier run, or new ones, which are kept for another.
+    """Return the samples that a mark stands for: those of an earlier run, or new ones, which are kept for another."""
 
-    If the disk does not take them, this run goes on without.
-    """
-    path = cache_folder() / "samples" / f"{hashlib.sha256(mark.encode()).hexdigest()[:24]}.safetensors"
-    ids = _sampled_before(path)
-    if ids is None:
+    def sample() -> Tensor:
         ids = sample_texts(loaded.model, begin, sequences=count, length=length, seed=seed, quiet=quiet)
-        if shuffled:
-            ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
-        try:
-            write_whole(path, lambda temporary: save_file({"ids": ids}, temporary))
-        except TwofoldError as error:
-            say(f"the sampled texts are not kept for another run: {error}")
-    return ids
+        return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))] if shuffled else ids
 
-
-def _sampled_before(path: Path) -> Tensor | None:
-    """Return the samples of an earlier run; None if there are none that can be read."""
-    try:
-        ids: Tensor = load_file(path)["ids"]
-        return ids
-    except (SafetensorError, OSError, KeyError):
-        return None
+    return kept_ids(mark, sample, "the sampled texts")
