@@ -67,7 +67,7 @@ def calibrate(
     mark = fingerprint(hashed, samples, request, recipe, residence.dtype)
     path = moments_folder or moments_path(mark)
     if work is not None:
-        work.belongs_to(spectra_mark(hashed, mark, recipe))
+        work.belongs_to(spectra_mark(hashed, mark, recipe, targets))
         work.update(stage="calibrating", moments=str(path))
     with _alone(path, quiet), watch.stage("calibrate"):
         moments = reuse(path, mark, request, named=moments_folder is not None)

@@ -17,6 +17,7 @@ from twofold.checkpoint.shards import Shards
 from twofold.host import processes
 from twofold.host.cache import cache_folder
 from twofold.host.parts import FORMAT
+from twofold.model.target import Targets
 from twofold.task import Samples
 from twofold.version import __version__
 
@@ -62,6 +63,7 @@ def moments_path(mark: str) -> Path:
     return cache_folder() / "moments" / mark[:24]
 
 
-def spectra_mark(hashed: str, moments: str, recipe: Calibrating) -> str:
+def spectra_mark(hashed: str, moments: str, recipe: Calibrating, targets: Targets) -> str:
     """Return what the spectra of a run belong to."""
-    return json.dumps([FORMAT, __version__, hashed, moments, recipe.objective, recipe.damping, recipe.dtype])
+    centred = ["centred"] if any(target.centred for target in targets.targets) else []
+    return json.dumps([FORMAT, __version__, hashed, moments, recipe.objective, recipe.damping, recipe.dtype, *centred])

@@ -3,6 +3,7 @@
 For each target either side of a pair suffices, and the smaller one is collected (section 1 of docs/design.md):
     input/LEADER           C = E[x xᵀ] (n, n), once for a group of targets with one input
     input_mean/LEADER      E[x] (n,)
+    output_mean/TARGET     W E[x] = E[y] (m,), where W C Wᵀ is to be centred
     output/TARGET          W C Wᵀ = E[y yᵀ] (m, m), y without the bias
     gradient/TARGET        G = E[g gᵀ] (m, m), g the gradient of the loss at the output
     input_gradient/TARGET  Wᵀ G W = E[z zᵀ] (n, n), z = Wᵀ g
@@ -32,6 +33,7 @@ from twofold.calibrate.statistics import FORWARD, STATISTICS
 from twofold.errors import TwofoldError
 from twofold.host.files import write_text
 from twofold.host.parts import FORMAT, Parts, read_names, subset
+from twofold.linalg.metric import working_dtype
 from twofold.model.target import Target
 from twofold.objectives import LayerMoments
 
@@ -48,16 +50,24 @@ class Moments:
     fingerprint: str
     about: dict[str, str] = field(default_factory=dict)  # model, source, settings: for a reader
 
-    def layer(self, name: str) -> LayerMoments:
-        """Return the moments of one target: of inputs averaged over the rows it was given, of gradients over the predictions."""
+    def layer(self, name: str, *, centred: bool = False) -> LayerMoments:
+        """Return the moments of one target: of inputs averaged over the rows it was given, of gradients over the predictions.
+
+        Args:
+            centred: take those of x − E[x] in the place of x.
+        """
         leader, rows = self.groups.get(name, name), max(self.rows(name), 1.0)
         moments: dict[str, Any] = {}
         for kind, statistic in STATISTICS.items():
             key = f"{kind}/{leader if statistic.feed == 'inputs' else name}"
             if kind != "rows" and key in self.sums:
-                moment = self.sums[key] / (rows if kind in FORWARD else self.predictions)
+                total = self.sums[key]
+                if centred:
+                    total = total.to(working_dtype(total.device))
+                moment = total / (rows if kind in FORWARD else self.predictions)
                 moments[kind] = float(moment) if statistic.shape == "number" else moment
-        return LayerMoments(**moments)
+        layer = LayerMoments(**moments)
+        return _centred(layer) if centred else layer
 
     def only(self, request: Request) -> Moments:
         """Return what a request asks for, as if nothing else had been collected."""
@@ -117,3 +127,18 @@ class Moments:
             raise TwofoldError(
                 f"the moments in {folder} can't be read ({error}); delete the folder and run again"
             ) from error
+
+
+def _centred(layer: LayerMoments) -> LayerMoments:
+    """Return the moments of x − E[x]: what is taken off those of x is the square of the mean of the very rows that were summed."""
+    mean, outputs = layer.input_mean, layer.output_mean
+    assert mean is not None
+    more: dict[str, Any] = {"input_trace": max(layer.input_trace - float(mean.square().sum()), 0.0)}
+    if layer.input is not None:
+        more["input"] = layer.input - torch.outer(mean, mean)
+    if layer.output is not None:
+        assert outputs is not None
+        more["output"] = layer.output - torch.outer(outputs, outputs)
+    if layer.input_square is not None:
+        more["input_square"] = (layer.input_square - mean.square()).clamp_min(0)
+    return replace(layer, **more)

@@ -43,12 +43,15 @@ def request_statistics(
 ) -> Request:
     """Choose the cheapest moments that serve the objectives.
 
+    Where inputs are to be centred, or may be ("bias_mean"), the mean of what is collected of them stands beside it.
+
     Args:
         groups: target → the first target with the same input.
         needs: what the objectives ask for.
         both_sides: collect C and G themselves for every target, whatever their size (to check the others against).
     """
-    needs = set(needs)
+    targets, needs = list(targets), set(needs)
+    means = "bias_mean" in needs or any(target.centred for target in targets)
     sizes: dict[str, dict[str, int]] = {}
 
     def ask(kind: str, name: str, size: int) -> None:
@@ -66,9 +69,13 @@ def request_statistics(
             else:
                 for target in group:
                     ask("output", target.name, target.out_features)
+                    if means and target.bias:
+                        ask("output_mean", target.name, target.out_features)
             ask("input_trace", leader, 1)
         if "whole_input" in needs:
             ask("input", leader, n)
+        if means and any(target.bias for target in group):
+            ask("input_mean", leader, n)
         for kind in ("input_mean", "input_abs", "input_square"):
             if kind in needs:
                 ask(kind, leader, n)

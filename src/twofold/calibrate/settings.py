@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,13 @@ class Moment(Settings):
     curvature: Annotated[
         Curvature, Field(description="how the gradients' moments are estimated: sampled, gauss-newton, empirical")
     ] = "sampled"
+    centre: Annotated[
+        Literal["auto", "always", "never"],
+        Field(
+            description="take the mean off the inputs of layers with a bias, and put it into the bias: auto (but for decoders), "
+            "always, never"
+        ),
+    ] = "auto"
 
 
 class Calibrating(Loading, Tasked, Texts, Records, Measuring, Method, Moment):

@@ -34,6 +34,10 @@ def _trace(total: Tensor, rows: Tensor) -> None:
     total += rows.square().sum()
 
 
+def _rows(total: Tensor, rows: Tensor) -> None:
+    total += rows.sum(0)
+
+
 def _squares(total: Tensor, rows: Tensor) -> None:
     total += rows.square().sum(0)
 
@@ -41,11 +45,12 @@ def _squares(total: Tensor, rows: Tensor) -> None:
 STATISTICS = {
     "rows": RunningSum("inputs", "number", lambda total, rows: total.add_(len(rows))),
     "input": RunningSum("inputs", "matrix", _products),
-    "input_mean": RunningSum("inputs", "vector", lambda total, rows: total.add_(rows.sum(0))),
+    "input_mean": RunningSum("inputs", "vector", _rows),
     "input_abs": RunningSum("inputs", "vector", lambda total, rows: total.add_(rows.abs().sum(0))),
     "input_square": RunningSum("inputs", "vector", _squares),
     "input_trace": RunningSum("inputs", "number", _trace),
     "output": RunningSum("outputs", "matrix", _products),
+    "output_mean": RunningSum("outputs", "vector", _rows),
     "gradient": RunningSum("gradients", "matrix", _products),
     "gradient_trace": RunningSum("gradients", "number", _trace),
     "gradient_square": RunningSum("gradients", "vector", _squares),

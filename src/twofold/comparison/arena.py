@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,10 @@ def _check_sizes(setup: GridSetup, impossible: Mapping[Cell, str]) -> dict[Cell,
     """
     reasons: dict[Cell, str] = {}
     cells = list(setup.grid.cells())
-    for keep in setup.grid.keep:  # the shapes alone say it, whatever the rest of the cell is
-        same = [cell for cell in cells if cell.keep == keep]
+    for keep, objective in product(
+        setup.grid.keep, setup.grid.kernels
+    ):  # the shapes alone say it, whatever the rest is
+        same = [cell for cell in cells if cell.keep == keep and cell.objective == objective]
         try:
             plan_of_shapes(setup.loaded, setup.targets, setup.recipe_of(same[0]))
         except TwofoldError as error:

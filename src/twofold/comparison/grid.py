@@ -154,10 +154,15 @@ class Grid(Settings):
             Cell(objective, allocate, keep, (*first, *(step for step in chain if step not in first)))
             for objective in self.kernels
             for first in [first for kernel, first in methods if kernel == objective]
-            for allocate in self.allocate
+            for allocate in self.allocations(objective)
             for keep in self.keep
             for chain in self.refine
         )
+
+    def allocations(self, objective: str) -> list[str]:
+        """Return the allocations of an objective: its source's own, where none are named."""
+        own = OBJECTIVES.get(objective).defaults.get("allocate")
+        return self.allocate if own is None or "allocate" in self.model_fields_set else [own]
 
     @property
     def kernels(self) -> list[str]:
@@ -182,7 +187,9 @@ class Grid(Settings):
         """Return the command that repeats the comparison, with no folder of this machine in it."""
         refine = ",".join("+".join(chain) or "none" for chain in self.refine)
         words = ["twofold", "compare", public_name(str(self.settings["model"]))]
-        words += ["--objectives", ",".join(self.objectives), "--allocate", ",".join(self.allocate)]
+        words += ["--objectives", ",".join(self.objectives)]
+        if all(self.allocations(objective) == self.allocate for objective in self.kernels):
+            words += ["--allocate", ",".join(self.allocate)]
         words += ["--keep", ",".join(f"{keep:g}" for keep in self.keep), "--refine", refine]
         if self.baselines is not None:
             words += ["--baselines", ",".join(self.baselines) or "none"]

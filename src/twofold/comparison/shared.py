@@ -26,6 +26,7 @@ from twofold.host.progress import say
 from twofold.model.load import LoadedModel, check_ids, need_tokenizer, targets_of, window_limit
 from twofold.model.target import Targets
 from twofold.objectives import OBJECTIVES, Objective, Statistic
+from twofold.planning.centre import centring_needs, mark_centred
 from twofold.recipe import Recipe
 from twofold.run.check import check_methods
 from twofold.run.open import open_for
@@ -88,8 +89,11 @@ class GridSetup:
     def belongs(self) -> dict[str, Any]:
         """Return what every row depends on, by names that a reader knows."""
         residence = self.loaded.residence
+        # What an objective sets for itself is no setting of all.
+        own = {name for kernel in self.grid.kernels for name in OBJECTIVES.get(kernel).defaults} - UNRELATED
         return {
             **self.recipe.model_dump(mode="json", exclude=UNRELATED),
+            **{name: self.grid.settings.get(name, Recipe.model_fields[name].default) for name in sorted(own)},
             "version": __version__,
             "libraries": [torch.__version__, transformers.__version__],
             "model": self.hashed,
@@ -104,7 +108,9 @@ class GridSetup:
         """Return the moments for the union of what all objectives need, collected in one pass or taken from the cache."""
         if self._moments is None:
             assert self.data is not None
-            needs, samples = union_of_needs(self.grid), self.data.samples
+            recipes = [self.recipe.model_copy(update={"objective": name}) for name in self.grid.kernels]
+            needs = union_of_needs(self.grid).union(*(centring_needs(recipe, self.opened.task) for recipe in recipes))
+            samples = self.data.samples
             self.targets, self._moments, _ = calibrate(
                 self.recipe, self.opened, self.targets, needs, samples, self.hashed, self.watch, quiet=self.quiet
             )
@@ -116,14 +122,16 @@ class GridSetup:
         recipe = self.recipe.model_copy(update={"objective": objective.name})
         if objective.needs:
             everything = self.moments()
-            targets = self.targets  # now with the groups that share an input
+            targets = mark_centred(self.targets, recipe, self.opened.task)  # now with the groups that share an input
             moments = everything.only(request_statistics(targets.targets, targets.groups, objective.needs))
             targets = used_targets(with_structures(self.opened, targets, recipe), moments)
         watch = Stopwatch()
         if objective.needs and "calibrate" in self.watch.seconds:
             watch.seconds["calibrate"] = self.watch.seconds["calibrate"]
         with watch.stage("decompose"):
-            mark = spectra_mark(self.hashed, self._moments.fingerprint if self._moments is not None else "", recipe)
+            mark = spectra_mark(
+                self.hashed, self._moments.fingerprint if self._moments is not None else "", recipe, targets
+            )
             decomposition = decompose_under(self.opened, targets, recipe, moments, mark, quiet=self.quiet)
         return SharedDecomposition(targets, decomposition, watch.seconds)
 
@@ -173,7 +181,7 @@ def set_up(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False
     with watch.stage("hash"):
         hashed = model_hash(loaded.model, loaded.shards)
     data: Data | None = None
-    measuring = any(ALLOCATIONS.get(name).measure is not None for name in grid.allocate)
+    measuring = any(ALLOCATIONS.get(cell.allocate).measure is not None for cell in grid.cells())
     # Texts that need no sampling are read all the same, so that a cell that is added later finds the same ones.
     named = recipe.calibration != ["self"] and not recipe.continuations
     calibrated = bool(union_of_needs(grid)) or any(grid.chains) or measuring

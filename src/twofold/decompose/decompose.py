@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twofold.calibrate.moments import Moments
 from twofold.decompose.spectra import Spectra
@@ -36,15 +36,21 @@ class Decomposition:
     damping: float
     spectra: Spectra
 
-    def layer(self, name: str) -> LayerMoments:
-        """Return the moments of one target."""
-        return self.moments.layer(name) if self.moments is not None else LayerMoments()
+    def layer(self, name: str, *, centred: bool = False) -> LayerMoments:
+        """Return the moments of one target, or those of its centred inputs."""
+        return self.moments.layer(name, centred=centred) if self.moments is not None else LayerMoments()
+
+    def mean(self, target: Target) -> Tensor | None:  # (n,)
+        """Return the mean of the inputs of a target; None if they are not centred."""
+        return self.layer(target.name, centred=True).input_mean if target.centred else None
 
     def problem(self, model: nn.Module, target: Target) -> Problem:
         """Return the metric and the Gram matrix of one target under the objective."""
         weight = dense_weight(model.get_submodule(target.name)).detach()
         assert self.objective.build is not None  # those without cut structures
-        return self.objective.build(weight.to(working_dtype(weight.device)), self.layer(target.name), self.damping)
+        layer = self.layer(target.name, centred=target.centred)
+        problem = self.objective.build(weight.to(working_dtype(weight.device)), layer, self.damping)
+        return replace(problem, mean=layer.input_mean) if target.centred else problem
 
     def spectrum(self, target: Target, problem: Problem) -> Spectrum:
         """Return the spectrum of one target, in the precision of its problem."""

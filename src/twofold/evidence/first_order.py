@@ -60,7 +60,8 @@ def _gradient_products(work: Measurement) -> dict[str, Tensor]:  # K (k, k) of e
     for target in work.targets:
         k = min(target.out_features, target.in_features)
         sums[target.name] = torch.zeros(k, k, dtype=wide, device=model.device)
-        hooks += watch(model.get_submodule(target.name), _adding(sums[target.name], target, model))
+        mean = work.decomposition.mean(target)
+        hooks += watch(model.get_submodule(target.name), _adding(sums[target.name], target, model, mean))
     labels = [task.labels(batch) for batch in samples]
     labelled = sum(int((own >= 0).sum()) for own in labels if own is not None)
     with (
@@ -77,16 +78,24 @@ def _gradient_products(work: Measurement) -> dict[str, Tensor]:  # K (k, k) of e
     return sums
 
 
-def _adding(total: Tensor, target: Target, model: nn.Module) -> Sink:
+def _adding(
+    total: Tensor,
+    target: Target,
+    model: nn.Module,
+    mean: Tensor | None,  # (n,), of inputs that are centred
+) -> Sink:
     """Add y gᵀ, or x zᵀ, of every row to K when the gradient g reaches the output."""
     rows = smaller_side(target.out_features, target.in_features) == "rows"
 
     def called(x: Tensor, product: Callable[[], Tensor]) -> Taker | None:
         left = rows_of(product() if rows else x).to(total)
+        weight = dense_weight(model.get_submodule(target.name)).detach()
+        if mean is not None:
+            taken = mean.to(total)
+            left = left - (weight.to(total) @ taken if rows else taken)
 
         def add(gradient: Tensor) -> None:
             g = rows_of(gradient).to(total)
-            weight = dense_weight(model.get_submodule(target.name)).detach()
             total.addmm_(left.T, g if rows else g @ weight.to(total))
 
         return add

@@ -39,7 +39,8 @@ def rank_losses(work: Measurement) -> dict[str, NDArray[np.float64]]:  # (k + 1,
         else:
             left, right = weight.to(basis) @ weighed, basis
         total = sums[target.name] = torch.zeros(basis.shape[1] + 1, dtype=torch.float64, device=weight.device)
-        hooks += watch(model.get_submodule(target.name), _adding(total, left.to(weight), right.to(weight)))
+        mean = None if problem.mean is None else problem.mean.to(weight)
+        hooks += watch(model.get_submodule(target.name), _adding(total, left.to(weight), right.to(weight), mean))
     with (
         frozen(model, hooks),
         torch.enable_grad(),
@@ -57,11 +58,13 @@ def _adding(
     total: Tensor,  # (k + 1,)
     left: Tensor,  # (out, k)
     right: Tensor,  # (in, k)
+    mean: Tensor | None,  # (in,), of inputs that are centred
 ) -> Sink:
     """Add (gᵀ ΔW x)² of every row for every rank when the gradient g reaches the output."""
 
     def called(x: Tensor, product: Callable[[], Tensor]) -> Taker:
-        along = rows_of(x) @ right
+        rows = rows_of(x)
+        along = (rows if mean is None else rows - mean) @ right
 
         def add(gradient: Tensor) -> None:
             parts = along * (rows_of(gradient) @ left)  # (rows, k)

@@ -88,7 +88,10 @@ def perplexities(
             for rank in [_rank_within(target, share, work.settings.form) for share in grid]:
                 left, right = truncate(weight, spectrum, problem.metric, rank)
                 truncated = (left @ right).to(weight)
-                row.append(_perplexity(module, truncated, target.transposed, predict, samples, task))
+                values = {"weight": (truncated.T if target.transposed else truncated).contiguous()}
+                if problem.mean is not None:
+                    values["bias"] = module.bias + (weight - truncated) @ problem.mean.to(weight)
+                row.append(_perplexity(module, values, predict, samples, task))
                 tick()
             known[target.name] = row
             writable = writable and table.keep()
@@ -102,16 +105,14 @@ def _rank_within(target: Target, share: float, form: str) -> int:
     return max(int(allowed / (m + n)) if form == "plain" else gauge_rank(m, n, allowed), 1)
 
 
-def _perplexity(
-    module: nn.Module, weight: Tensor, transposed: bool, predict: Predict, samples: Samples, task: Task
-) -> float:
-    """Return the perplexity with another weight (out, in) in a layer, which then gets its own back."""
-    parameter = module.weight
-    assert isinstance(parameter, Tensor)
-    own = parameter.data
-    parameter.data = (weight.T if transposed else weight).contiguous()
+def _perplexity(module: nn.Module, values: dict[str, Tensor], predict: Predict, samples: Samples, task: Task) -> float:
+    """Return the perplexity with other values in a layer's parameters, which then get their own back."""
+    own = {name: module.get_parameter(name).data for name in values}
+    for name, value in values.items():
+        module.get_parameter(name).data = value
     try:
         quality = measure_quality([predict], samples, task, quiet=True)[0]
     finally:
-        parameter.data = own
+        for name, value in own.items():
+            module.get_parameter(name).data = value
     return math.inf if math.isnan(quality.loss) else quality.perplexity

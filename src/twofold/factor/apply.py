@@ -17,6 +17,7 @@ from twofold.linalg.spectrum import Spectrum, truncate, truncation_loss
 from twofold.model.kinds import dense_weight, kind_of
 from twofold.model.structure import Structure
 from twofold.model.target import Target
+from twofold.nn.compact import CompactLinear
 from twofold.nn.places import hold_bases, replace_module
 from twofold.objectives import Problem
 from twofold.planning.plan import Plan, PlanEntry
@@ -30,14 +31,17 @@ def factor_layer(
     spectrum: Spectrum,
     problem: Problem,
     stored_dtype: torch.dtype,
+    outputs: torch.Tensor | None = None,  # (out,)
 ) -> Outcome:
     """Return the factored layer of a plan's entry; its loss is measured.
 
-    The numbers are rounded to the dtype that will be stored, and computed with in the dtype of the weight.
+    The numbers are rounded to the dtype that will be stored, and computed with in the dtype of the weight. If the problem is of
+    centred inputs, the layer's bias takes up what the product changes of the mean output.
 
     Args:
         module: the dense layer.
         weight: that is factored, the layer's or another one.
+        outputs: the mean output without a bias that is to be kept; that of the weight by default.
     """
     kind = kind_of(module)
     assert entry.rank is not None and kind is not None
@@ -51,8 +55,24 @@ def factor_layer(
         layer = kind.layer(module, left, right, "plain", stored_dtype)
     layer = layer.to(weight.dtype)
     product = layer.to_dense(spectrum.values.dtype)
+    if problem.mean is not None:
+        mean = problem.mean.to(product)
+        kept = weight.to(product) @ mean if outputs is None else outputs.to(product)
+        _fold(layer, module, kept - product @ mean, stored_dtype)
     update["measured_loss"] = truncation_loss(weight, product, problem.metric, problem.gram)
     return carried_out(layer, entry, update)
+
+
+@torch.no_grad()
+def _fold(
+    layer: CompactLinear,
+    module: nn.Module,
+    missing: torch.Tensor,  # (out,)
+    stored_dtype: torch.dtype,
+) -> None:
+    """Put the dense layer's bias and what is missing of the mean output into a layer's bias."""
+    assert layer.bias is not None and isinstance(module.bias, torch.Tensor)
+    layer.bias.copy_((module.bias.to(missing) + missing).to(stored_dtype))
 
 
 def factor_entries(
@@ -73,7 +93,8 @@ def _factor_entry(
     if decomposition.objective.correct is not None:
         outcome = corrected_layer(module, entry, decomposition, stored_dtype)
     else:
-        target = Target(entry.name, entry.out_features, entry.in_features, entry.bias, entry.transposed)
+        shape = entry.out_features, entry.in_features
+        target = Target(entry.name, *shape, entry.bias, entry.transposed, centred=entry.centred)
         problem = decomposition.problem(model, target)
         spectrum = decomposition.spectrum(target, problem)
         weight = dense_weight(module).detach()

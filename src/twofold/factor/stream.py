@@ -85,10 +85,14 @@ def _write_unit(
     for layer, entry, note in outcomes:
         key = residence.keys[f"{entry.name}.weight"]
         stem = residence.written.get(key, key).removesuffix("weight")
+        replaced.add(key)
         for name, tensor in layer.state_dict().items():
             if name != "bias":
                 tensors[stem + name] = tensor.to(stored) if tensor.is_floating_point() else tensor
-        replaced.add(key)
+            elif entry.centred:
+                bias = residence.keys[f"{entry.name}.bias"]
+                tensors[residence.written.get(bias, bias)] = tensor.to(residence.shards.headers[bias].torch_dtype)
+                replaced.add(bias)
         record["entries"].append(entry.model_dump(mode="json"))
         record["notes"] += [note] if note is not None else []
         record["layers"][entry.name] = layer.settings()

@@ -26,6 +26,7 @@ class Target:
     transposed: bool  # the module keeps its weight as (in, out)
     element_bytes: int | None = None  # of a stored number; None: as of most of the model's
     stack: str | None = None  # that it stands in, "" outside of all; None: the model has one
+    centred: bool = False  # the mean of its inputs is taken off, and goes into the bias
 
     @property
     def size(self) -> int:

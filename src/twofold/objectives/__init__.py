@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Statistic: TypeAlias = Literal[
-    "input", "whole_input", "input_mean", "input_abs", "input_square", "gradient", "gradient_square", "fisher_rows"
+    "input", "whole_input", "input_mean", "input_abs", "input_square", "gradient", "gradient_square", "fisher_rows",
+    "bias_mean",  # what centring takes: the means of what layers with a bias are given
 ]  # fmt: skip
 Side: TypeAlias = Literal["rows", "columns"]  # that a problem is decomposed on: the smaller one
 Loss: TypeAlias = Literal["nats", "output", "weight"]
@@ -26,7 +28,7 @@ class LayerMoments:
     """The moments of one layer, averaged over the calibration tokens; what was not asked for is None.
 
     For W (m, n) and C = E[x xᵀ], G = E[g gᵀ]; of each pair one side suffices (section 1 of docs/design.md). C itself is there
-    whatever its size if "whole_input" was asked for.
+    whatever its size if "whole_input" was asked for. Those of centred inputs are of x − E[x] in the place of x.
     """
 
     input: Tensor | None = None  # C (n, n)
@@ -34,6 +36,7 @@ class LayerMoments:
     gradient: Tensor | None = None  # G (m, m)
     input_gradient: Tensor | None = None  # Wᵀ G W (n, n)
     input_mean: Tensor | None = None  # E[x] (n,)
+    output_mean: Tensor | None = None  # E[W x] (m,)
     input_trace: float = 0.0  # tr C
     gradient_trace: float = 0.0  # tr G
     input_abs: Tensor | None = None  # E|x| (n,)
@@ -44,11 +47,15 @@ class LayerMoments:
 
 @dataclass(frozen=True)
 class Problem:
-    """What the kernel decomposes: a metric over the smaller side, and the weight's Gram matrix in the other metric."""
+    """What the kernel decomposes: a metric over the smaller side, and the weight's Gram matrix in the other metric.
+
+    With a ``mean`` both are of centred inputs, and the layer that is made of them has (W − W′) E[x] in its bias.
+    """
 
     metric: Tensor | None  # (k, k) or (k,)
     gram: Tensor  # (k, k)
     side: Side
+    mean: Tensor | None = None  # E[x] (n,)
 
 
 Build: TypeAlias = "Callable[[Tensor, LayerMoments, float], Problem]"
@@ -64,6 +71,9 @@ class Objective:
 
     An objective without ``build`` has no problem of this kind: it cuts the structures of the kinds that it names
     (twofold.structures), or corrects the error of a weight that is rounded to integers, by ``correct``.
+
+    ``centred``: it is of centred inputs by definition, whatever ``centre`` says. ``defaults`` are the settings that its source
+    has beside it, for who names none.
     """
 
     name: str
@@ -76,6 +86,13 @@ class Objective:
     settings: type[Settings] | None = None  # its own, beside those that all objectives have
     full: frozenset[Literal["input", "gradient"]] | None = None  # its metrics that are whole moments; None: others
     together: Callable[[Settings], int] = lambda settings: 1  # weights that are decomposed as one, at the most
+    centred: bool = False
+    defaults: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def centres(self) -> bool:
+        """Whether its metric of the inputs is of second moments, so that it has a form for centred ones."""
+        return self.build is not None and not self.needs.isdisjoint({"input", "whole_input", "input_square"})
 
 
 OBJECTIVES: Registry[Objective] = Registry(
@@ -87,7 +104,7 @@ OBJECTIVES: Registry[Objective] = Registry(
 
 def without_gradients() -> str:
     """Say which objectives that look at data need no gradient."""
-    able = next((method.name for method in OBJECTIVES.all() if method.needs == {"input"}), None)
+    able = next((method.name for method in OBJECTIVES.all() if method.needs == {"input"} and not method.defaults), None)
     return f"use `objective={able}`" if able else "use another objective"
 
 
@@ -122,17 +139,22 @@ def objective(
     loss: Loss,
     settings: type[Settings] | None = None,
     full: set[Literal["input", "gradient"]] | None = None,
+    centred: bool = False,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[Build], Build]:
     """Register a function (weight (m, n) in float64, moments, damping) → Problem as an objective.
 
     Args:
         full: the sides whose metric is a whole moment, damped, where all others are the identity: then what rounding loses is
             known too.
+        centred: whether it is of centred inputs by definition.
+        defaults: settings that its source has beside it, for who names none.
     """
 
     def register(build: Build) -> Build:
         whole = None if full is None else frozenset(full)
-        OBJECTIVES.add(name, Objective(name, source, frozenset(needs), loss, build, settings=settings, full=whole))
+        own: dict[str, Any] = {"settings": settings, "full": whole, "centred": centred, "defaults": defaults}
+        OBJECTIVES.add(name, Objective(name, source, frozenset(needs), loss, build, **own))
         return build
 
     return register

@@ -16,6 +16,7 @@ from twofold.model.weights import matches
 from twofold.objectives import OBJECTIVES
 from twofold.objectives._correction import Correction
 from twofold.planning.bits import bit_menu
+from twofold.planning.centre import centre_notes
 from twofold.planning.evidence import Evidence
 from twofold.planning.menu import Menu, PlanRequest
 from twofold.planning.plan import Plan, PlanEntry, UnusedEntry
@@ -58,7 +59,7 @@ def make_plan(
         entries=entries,
         dense=request.dense,
         unused=[UnusedEntry(name=t.name, shape=list(t.shape), reason=t.reason) for t in targets.unused],
-        notes=alone_notes(targets.structures) + notes,
+        notes=centre_notes(targets, recipe) + alone_notes(targets.structures) + notes,
     )
 
 

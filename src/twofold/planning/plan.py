@@ -34,6 +34,7 @@ class PlanEntry(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     quantized_bytes: PositiveInt | None = None  # of codes and scales
     transposed: bool
     bias: bool
+    centred: bool = False  # its losses are those of inputs without their mean, which goes into the bias with the rank
     element_bytes: PositiveInt | None = None  # of a number of the dense weight as it is stored; None: the plan's
     numbers_before: PositiveInt  # m · n
     numbers_after: NonNegativeInt

@@ -25,6 +25,14 @@ class _Recipe(Stages):
     """How a model is factorized. The description of each field is also the help of its flag."""
 
     @pydantic.model_validator(mode="after")
+    def _as_published(self) -> _Recipe:
+        """Give a published method the settings that its source has, where none are named."""
+        for name, value in OBJECTIVES.get(self.objective).defaults.items():
+            if name not in self.model_fields_set:
+                setattr(self, name, value)
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _sized(self) -> _Recipe:
         """Refuse no size, more than one, and what a size does not go with."""
         sizes = sum(getattr(self, name) is not None for name in SIZES)

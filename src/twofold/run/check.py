@@ -118,7 +118,11 @@ def _instead(methods: Registry[Any], setting: str, missing: Missing, otherwise: 
     able = [
         name
         for name in methods.names()
-        if not _lacks(methods.get(name), missing) and (not takes or takes in methods.get(name).takes)
+        if not _lacks(methods.get(name), missing)
+        and (not takes or takes in methods.get(name).takes)
+        and not getattr(
+            methods.get(name), "defaults", None
+        )  # a method with settings of its own is a baseline, no advice
     ]
     return f"use {' or '.join(f'`{setting}={name}`' for name in able[:3])}" if able else otherwise
 
@@ -153,6 +157,8 @@ def check_methods(recipe: Recipe) -> None:
             f"`rank` is that of a correction ({', '.join(corrections)}); force one with `override=PATTERN=rank:64`"
         )
     refuse(recipe, missing)
+    if objective.centred:
+        _check_centred(recipe)
     kind = candidates_of(recipe)
     if kind not in allocation.takes:
         why = f"looks at the spectrum of each weight alone, and `objective={recipe.objective}` has none"
@@ -164,6 +170,16 @@ def check_methods(recipe: Recipe) -> None:
         from twofold.quantize.rounding import need_torchao
 
         need_torchao(setting, str(getattr(recipe, setting)))
+
+
+def _check_centred(recipe: Recipe) -> None:
+    """Refuse settings that leave the means where they are, for an objective that is of centred inputs."""
+    setting = "centre" if recipe.centre == "never" else _rounding(recipe)
+    if setting:
+        raise TwofoldError(
+            f"`objective={recipe.objective}` puts the means of the inputs into the biases, which "
+            f"`{setting}={getattr(recipe, setting)}` does not; leave `{setting}` out, or use another objective"
+        )
 
 
 def _check_correction(recipe: Recipe) -> None:

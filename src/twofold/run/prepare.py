@@ -33,6 +33,7 @@ from twofold.model.streamed import Streamed
 from twofold.model.target import Targets
 from twofold.objectives import OBJECTIVES
 from twofold.planning.bits import with_fewest_bits
+from twofold.planning.centre import centring_needs, mark_centred
 from twofold.planning.evidence import Evidence, gather
 from twofold.planning.make import make_plan
 from twofold.planning.plan import Plan
@@ -69,7 +70,8 @@ def prepare(
     loaded, model = opened.loaded, opened.loaded.model
     objective, allocation = OBJECTIVES.get(recipe.objective), ALLOCATIONS.get(recipe.allocate)
     measured = allocation.measure is not None
-    targets = with_structures(opened, targets_of(loaded, recipe.include, recipe.exclude), recipe)
+    targets = mark_centred(targets_of(loaded, recipe.include, recipe.exclude), recipe, opened.task)
+    targets = with_structures(opened, targets, recipe)
     times = layer_times(loaded, targets, recipe, quiet=quiet)
     plan_of_shapes(loaded, targets, recipe, times)  # an impossible budget or override is refused before any work
     if isinstance(loaded.residence, Streamed):
@@ -83,13 +85,14 @@ def prepare(
             processes.same(partial(sizing.begin, data, hashed, work))
     if objective.needs:
         assert data is not None
-        needs = objective.needs | (rounding_needs(objective) if recipe.bits is not None or recipe.kept_bits else set())
+        needs = objective.needs | centring_needs(recipe, opened.task)
+        needs |= rounding_needs(objective) if recipe.bits is not None or recipe.kept_bits else set()
         targets, moments, reused = calibrate(
             recipe, opened, targets, needs, data.samples, hashed, watch,
             moments_folder=moments_folder, work=work, quiet=quiet,
         )  # fmt: skip
         targets = used_targets(targets, moments)
-    mark = spectra_mark(hashed, moments.fingerprint if moments is not None else "", recipe)
+    mark = spectra_mark(hashed, moments.fingerprint if moments is not None else "", recipe, targets)
     with watch.stage("decompose"):
         bases = bases or sizing is not None or measured or allocation.again or recipe.bits == "auto"
         decomposition = decompose_under(opened, targets, recipe, moments, mark, work, bases=bases, quiet=quiet)

@@ -116,6 +116,7 @@ class Task(ABC):
     streams: ClassVar[bool] = False  # samples are windows of text, all of one shape, and can go block by block
     fallback: ClassVar[bool] = False  # takes what no other does
     mappings: ClassVar[tuple[str, ...]] = ()  # transformers' tables of the classes that it is for, as "MASKED_LM"
+    centred: ClassVar[bool] = True  # whether taking the mean off the inputs of layers with a bias pays, as measured
 
     def fits(self, model: Any) -> bool:
         """Say whether a model is of this kind: by transformers' own tables, unless a task knows better."""

@@ -6,6 +6,7 @@ import hashlib
 import time
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,19 +102,27 @@ def _solve(job: Job, streams: Streams, entries: list[PlanEntry], mix: float) -> 
         if moments is None:
             layers.entries += group
             continue
-        inputs, cross = moments
         for entry in group:
             module = job.replaced[entry.name]
             weight = dense_weight(module).detach()
             own, damping = job.moments.layer(entry.name), job.recipe.damping
+            inputs, cross, outputs = moments.inputs, moments.cross, None
+            if entry.centred:
+                inputs, cross = (
+                    inputs - torch.outer(moments.mean, moments.mean),
+                    cross - torch.outer(moments.dense, moments.mean),
+                )
+                outputs = weight.to(inputs) @ (mix * moments.dense + (1 - mix) * moments.mean)
             aim, problem = anchored_problem(weight.to(inputs), own, inputs, cross, job.objective, damping, mix)
+            problem = replace(problem, mean=moments.mean if entry.centred else None)
             if not torch.isfinite(problem.gram).all():
                 raise TwofoldError(
                     f"the inputs of {entry.name} in the factored model are NaN or infinite; keep more of it"
                 )
             spectrum = spectrum_of(problem.metric, problem.gram, problem.side, torch.finfo(torch.float32).eps)
             wanted = entry.model_copy(update={"form": "plain" if entry.form == "plain" else "gauge"})
-            layer, solved_entry, note = factor_layer(module, aim, wanted, spectrum, problem, job.loaded.stored_dtype)
+            stored = job.loaded.stored_dtype
+            layer, solved_entry, note = factor_layer(module, aim, wanted, spectrum, problem, stored, outputs)
             layers.notes += [note] if note is not None else []
             old = replace_module(job.model, entry.name, layer.to(weight.device, weight.dtype))
             layer.requires_grad_(any(p.requires_grad for p in old.parameters()))
@@ -122,9 +131,19 @@ def _solve(job: Job, streams: Streams, entries: list[PlanEntry], mix: float) -> 
     return layers
 
 
-def _input_moments(job: Job, streams: Streams, name: str) -> tuple[Tensor, Tensor] | None:
-    """Return E[x̂ x̂ᵀ] and E[x x̂ᵀ] (n, n) of a layer over all samples; None if both models never call it alike."""
+class _Inputs(NamedTuple):
+    """The moments of the inputs x̂ of a layer, and of x, those that the dense model gives it."""
+
+    inputs: Tensor  # E[x̂ x̂ᵀ] (n, n)
+    cross: Tensor  # E[x x̂ᵀ] (n, n)
+    mean: Tensor  # E[x̂] (n,)
+    dense: Tensor  # E[x] (n,)
+
+
+def _input_moments(job: Job, streams: Streams, name: str) -> _Inputs | None:
+    """Return the moments of the inputs of a layer over all samples; None if both models never call it alike."""
     sums: Tensor | None = None  # (2, n, n)
+    means: Tensor | None = None  # (2, n)
     rows = 0
     for i in range(len(job.samples)):
         own, dense = streams.input_of(name, "factored", i), streams.input_of(name, "dense", i)
@@ -132,11 +151,13 @@ def _input_moments(job: Job, streams: Streams, name: str) -> tuple[Tensor, Tenso
             continue
         own, dense = (x if x.dtype == torch.float64 else x.float() for x in (own, dense))
         if sums is None:
-            sums = own.new_zeros(2, own.shape[1], own.shape[1])
+            sums, means = own.new_zeros(2, own.shape[1], own.shape[1]), own.new_zeros(2, own.shape[1])
+        assert means is not None
+        means += torch.stack([own.sum(0), dense.sum(0)])
         sums[0].addmm_(own.T, own)
         sums[1].addmm_(dense.T, own)
         rows += len(own)
-    if sums is None:
+    if sums is None or means is None:
         return None
-    inputs, cross = sums.to(working_dtype(job.model.device)) / rows
-    return inputs, cross
+    wide = working_dtype(job.model.device)
+    return _Inputs(*(sums.to(wide) / rows), *(means.to(wide) / rows))
