@@ -130,7 +130,7 @@ class Moments:
 
 
 def _centred(layer: LayerMoments) -> LayerMoments:
-    """Return the moments of x − E[x]: what is taken off those of x is the square of the mean of the very rows that were summed."""
+    """Return the moments of x − E[x]: what is taken off is the square of the mean of the very rows that were summed."""
     mean, outputs = layer.input_mean, layer.output_mean
     assert mean is not None
     more: dict[str, Any] = {"input_trace": max(layer.input_trace - float(mean.square().sum()), 0.0)}

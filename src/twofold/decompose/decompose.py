@@ -42,7 +42,7 @@ class Decomposition:
 
     def mean(self, target: Target) -> Tensor | None:  # (n,)
         """Return the mean of the inputs of a target; None if they are not centred."""
-        return self.layer(target.name, centred=True).input_mean if target.centred else None
+        return self.layer(target.name).input_mean if target.centred else None
 
     def problem(self, model: nn.Module, target: Target) -> Problem:
         """Return the metric and the Gram matrix of one target under the objective."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -87,7 +87,7 @@ class Objective:
     full: frozenset[Literal["input", "gradient"]] | None = None  # its metrics that are whole moments; None: others
     together: Callable[[Settings], int] = lambda settings: 1  # weights that are decomposed as one, at the most
     centred: bool = False
-    defaults: Mapping[str, Any] = MappingProxyType({})
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def centres(self) -> bool:

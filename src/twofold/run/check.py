@@ -115,14 +115,13 @@ def _rounding(recipe: Recipe) -> str:
 
 def _instead(methods: Registry[Any], setting: str, missing: Missing, otherwise: str, *, takes: str = "") -> str:
     """Name the methods that need nothing of what is missing, or say what to do where there is none."""
+    # An objective with settings of its own is a whole published method: something to compare with, and no advice.
     able = [
         name
         for name in methods.names()
         if not _lacks(methods.get(name), missing)
+        and not getattr(methods.get(name), "defaults", None)
         and (not takes or takes in methods.get(name).takes)
-        and not getattr(
-            methods.get(name), "defaults", None
-        )  # a method with settings of its own is a baseline, no advice
     ]
     return f"use {' or '.join(f'`{setting}={name}`' for name in able[:3])}" if able else otherwise
 

@@ -10,15 +10,14 @@ from twofold.calibrate.opened import Opened
 from twofold.errors import TwofoldError
 from twofold.host.clock import Stopwatch
 from twofold.host.folders import check_place
-from twofold.model.load import load_skeleton, targets_of
+from twofold.model.load import load_skeleton
 from twofold.objectives import OBJECTIVES
-from twofold.planning.centre import mark_centred
 from twofold.planning.plan import Plan
 from twofold.recipe import Recipe, make_recipe
 from twofold.run.check import check_methods
 from twofold.run.estimate.estimate import estimate_run
 from twofold.run.open import open_for
-from twofold.run.prepare import layer_times, plan_of_shapes, prepare, with_structures
+from twofold.run.prepare import layer_times, plan_of_shapes, prepare, targets_for
 from twofold.run.sizing import Sizing
 from twofold.settings.base import from_call
 
@@ -97,8 +96,7 @@ def _by_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
     loaded = load_skeleton(recipe.model, **how)
     opened = Opened(loaded, named=recipe.task)
     recipe = opened.fitted(recipe, quiet=True)
-    targets = mark_centred(targets_of(loaded, recipe.include, recipe.exclude), recipe, opened.task)
-    targets = with_structures(opened, targets, recipe)
+    targets = targets_for(opened, recipe)
     uniform = plan_of_shapes(loaded, targets, recipe, layer_times(loaded, targets, recipe, quiet=quiet))
     note = (
         f"no calibration was named, so no weight was read, no loss is predicted and the ranks are uniform; "

@@ -70,8 +70,7 @@ def prepare(
     loaded, model = opened.loaded, opened.loaded.model
     objective, allocation = OBJECTIVES.get(recipe.objective), ALLOCATIONS.get(recipe.allocate)
     measured = allocation.measure is not None
-    targets = mark_centred(targets_of(loaded, recipe.include, recipe.exclude), recipe, opened.task)
-    targets = with_structures(opened, targets, recipe)
+    targets = targets_for(opened, recipe)
     times = layer_times(loaded, targets, recipe, quiet=quiet)
     plan_of_shapes(loaded, targets, recipe, times)  # an impossible budget or override is refused before any work
     if isinstance(loaded.residence, Streamed):
@@ -164,6 +163,12 @@ def decompose_under(
     chain, blocks = opened.chain or plain_chain(opened.loaded.model), opened.blocks or RESIDENT_BLOCKS
     decompose_targets(opened.loaded.residence, targets, decomposition, chain=chain, blocks=blocks, quiet=quiet)
     return decomposition
+
+
+def targets_for(opened: Opened, recipe: Recipe) -> Targets:
+    """Find the targets of a recipe: those whose inputs are centred are marked, and those that are cut together are known."""
+    targets = targets_of(opened.loaded, recipe.include, recipe.exclude)
+    return with_structures(opened, mark_centred(targets, recipe, opened.task), recipe)
 
 
 def with_structures(opened: Opened, targets: Targets, recipe: Recipe) -> Targets:

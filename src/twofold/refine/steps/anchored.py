@@ -106,15 +106,11 @@ def _solve(job: Job, streams: Streams, entries: list[PlanEntry], mix: float) -> 
             module = job.replaced[entry.name]
             weight = dense_weight(module).detach()
             own, damping = job.moments.layer(entry.name), job.recipe.damping
-            inputs, cross, outputs = moments.inputs, moments.cross, None
-            if entry.centred:
-                inputs, cross = (
-                    inputs - torch.outer(moments.mean, moments.mean),
-                    cross - torch.outer(moments.dense, moments.mean),
-                )
-                outputs = weight.to(inputs) @ (mix * moments.dense + (1 - mix) * moments.mean)
+            inputs, cross, mean, dense = moments.centred() if entry.centred else moments
             aim, problem = anchored_problem(weight.to(inputs), own, inputs, cross, job.objective, damping, mix)
-            problem = replace(problem, mean=moments.mean if entry.centred else None)
+            outputs = None
+            if entry.centred:
+                problem, outputs = replace(problem, mean=mean), weight.to(mean) @ (mix * dense + (1 - mix) * mean)
             if not torch.isfinite(problem.gram).all():
                 raise TwofoldError(
                     f"the inputs of {entry.name} in the factored model are NaN or infinite; keep more of it"
@@ -138,6 +134,13 @@ class _Inputs(NamedTuple):
     cross: Tensor  # E[x x̂ᵀ] (n, n)
     mean: Tensor  # E[x̂] (n,)
     dense: Tensor  # E[x] (n,)
+
+    def centred(self) -> _Inputs:
+        """Return those of inputs without their means, and the means."""
+        inputs, cross = (
+            outer - torch.outer(x, self.mean) for outer, x in ((self.inputs, self.mean), (self.cross, self.dense))
+        )
+        return self._replace(inputs=inputs, cross=cross)
 
 
 def _input_moments(job: Job, streams: Streams, name: str) -> _Inputs | None:
