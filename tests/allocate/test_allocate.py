@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from twofold.allocate import ALLOCATIONS, Candidate, cheapest
 from twofold.allocate.effective_rank import entropy_rank
+from twofold.allocate.lite_asr import is_attention, keeping
 from twofold.allocate.sensitivity import GRID
 from twofold.allocate.svd_llm_v2 import removal_factors
 from twofold.errors import TwofoldError
@@ -121,7 +122,7 @@ def test_full_budget_keeps_all_dense():
 def test_names():
     assert set(ALLOCATIONS.names()) == {
         "uniform", "global", "energy", "effective-rank", "svd-llm-v2", "sensitivity", "zero-sum", "measured",
-        "global-iterated",
+        "global-iterated", "lite-asr",
     }  # fmt: skip
     with pytest.raises(TwofoldError, match="no allocation 'even'"):
         ALLOCATIONS.get("even")
@@ -316,3 +317,42 @@ def test_zero_sum_takes_the_components_that_a_slow_search_takes(seed, keep):
     choices = ALLOCATIONS.get("zero-sum")(candidates, budget)
     for candidate, choice, rank in zip(candidates, choices, left, strict=True):
         assert choice.cost(candidate) == stored(candidate, rank)
+
+
+def by_published_loop(values, threshold, width, dense_above, step=16):
+    """The rank that LiteASR's released code chooses, None for dense; an unmet threshold, which its code mistakes, is dense."""
+    for k in range(0, len(values), step):
+        if values[:k].sum() / values.sum() > threshold:
+            return None if k > dense_above * width else k
+    return None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lite_asr_is_the_published_rule_at_its_own_size(seed):
+    generator, made, expected = np.random.default_rng(seed), [], []
+    layers = [("self_attn.q_proj", 96, 96), ("self_attn.out_proj", 96, 96), ("fc1", 384, 96), ("fc2", 96, 384)]
+    for i, (name, m, n) in enumerate([(f"layers.{i}.{name}", m, n) for i in range(8) for name, m, n in layers]):
+        values = np.exp(-np.arange(96) * generator.uniform(0.02, 0.6)) * 10 ** generator.uniform(-2, 2)
+        tails = np.append(np.cumsum(values[::-1])[::-1], 0.0)
+        ranks = np.arange(16, (m * n - 1) // (m + n) + 1, 16)
+        costs = ranks * float(m + n)
+        made.append(Candidate(name, ranks, costs, tails[ranks], float(m * n), float(m * n), values))
+        attention = i % 4 < 2
+        rank = by_published_loop(values, 0.99 if attention else 0.999, 96, 0.5 if attention else 0.8)
+        # Two factors of half the width store what a square weight does; then it stays dense here, and loses nothing.
+        expected.append(None if rank is not None and rank * (m + n) >= m * n else rank)
+    assert {rank is None for rank in expected} == {True, False}
+    assert [keeping(candidate, 1.0).rank(candidate) for candidate in made] == expected
+    budget = sum(keeping(candidate, 1.0).cost(candidate) for candidate in made)
+    chosen = ALLOCATIONS.get("lite-asr")(made, budget)
+    assert [choice.rank(candidate) for choice, candidate in zip(chosen, made, strict=True)] == expected
+    less, _ = totals(made, ALLOCATIONS.get("lite-asr")(made, 0.8 * budget))
+    assert 0.6 * budget < less <= 0.8 * budget
+    assert all(choice.index is None for choice in ALLOCATIONS.get("lite-asr")(made, sum(c.full_cost for c in made)))
+
+
+def test_lite_asr_knows_attention_by_its_path():
+    names = ["model.encoder.layers.0.self_attn.k_proj", "bert.encoder.layer.1.attention.output.dense",
+             "encoder.block.0.layer.0.SelfAttention.q"]  # fmt: skip
+    assert all(map(is_attention, names))
+    assert not any(map(is_attention, ["model.encoder.layers.0.fc1", "bert.encoder.layer.1.output.dense"]))

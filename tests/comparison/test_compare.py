@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import twofold.cli
-from conftest import TEXT, make_model
+from conftest import TEXT, make_model, make_tokenizer
 from runs import kill_program, run_program
 from twofold.comparison.arena import compare
 from twofold.comparison.cells import only_run
@@ -108,6 +108,45 @@ def test_a_published_method_is_an_objective_and_a_closed_form(settings):
     alone = make_grid({**settings, "objectives": ["aa-svd"], "keep": ["0.8"]})
     assert [cell.words for cell in alone.cells()] == ["svd-llm, global, keep 0.8, anchored"]
     assert alone.chains == [("anchored",)] and alone.kernels == ["svd-llm"]
+
+
+def test_a_published_rule_brings_its_ranks_and_its_form(settings):
+    named = {**settings, "objectives": ["two-sided,lite-asr"], "keep": ["0.8"]}
+    grid = make_grid(named)
+    two_sided, lite = grid.cells()
+    assert [cell.words for cell in (two_sided, lite)] == ["two-sided, global, keep 0.8", "lite-asr, lite-asr, keep 0.8"]
+    assert (grid.recipe(lite).form, grid.recipe(lite).rank_multiple) == ("plain", 16)
+    assert (grid.recipe(two_sided).form, grid.recipe(two_sided).rank_multiple) == ("gauge", None)
+    assert (
+        "--allocate" not in grid.command() and "--allocate global" in make_grid({**settings, "keep": ["0.8"]}).command()
+    )
+    own = make_grid({**named, "allocate": ["uniform", "global"], "form": "gauge"})
+    assert [cell.allocate for cell in own.cells()] == ["uniform", "global"] * 2
+    assert {own.recipe(cell).form for cell in own.cells()} == {"gauge"}
+    assert "--allocate uniform,global" in own.command()
+
+
+@pytest.mark.long
+def test_lite_asr_is_a_row_like_the_others(settings, tmp_path):
+    """Its moments are collected with the others', which stay as they were; it joins rows that are measured already."""
+    settings = {
+        **settings,
+        "model": str(tmp_path / "gpt2"),
+        "rank_multiple": 4,
+        "other_text": [],
+        "objectives": ["two-sided"],
+    }
+    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    first = compare(settings, tmp_path / "arena", quiet=True)
+    made = compare({**settings, "objectives": ["two-sided", "lite-asr"]}, tmp_path / "arena", quiet=True)
+    assert figures(made)[:2] == figures(first)
+    own = {name: value for name, value in settings.items() if name not in ("objectives", "other_text", "baselines")}
+    alone = compress({**own, "keep": 0.7, "objective": "lite-asr"}, tmp_path / "alone", quiet=True)
+    row = made.rows[2]
+    assert row.name == "lite-asr, lite-asr, keep 0.7" and any("mean of the inputs" in note for note in row.notes)
+    assert row.parameters == alone.parameters_after and 0.6 < row.keep <= 0.7
+    assert row.perplexity[0] == pytest.approx(alone.quality.factored["perplexity"], rel=1e-4)
 
 
 @pytest.mark.long

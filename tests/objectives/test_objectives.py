@@ -30,6 +30,7 @@ ROWS = {
     ),
     "asvd": lambda x, g: (torch.eye(g.shape[1], dtype=x.dtype), diagonal(x.abs().mean(0))),
     "svd-llm": lambda x, g: (torch.eye(g.shape[1], dtype=x.dtype), damped(x.T @ x / len(x))),
+    "lite-asr": lambda x, g: (torch.eye(g.shape[1], dtype=x.dtype), x.T @ x / len(x)),  # centred: test_centred.py
     "two-sided": lambda x, g: (damped(g.T @ g / len(g)), damped(x.T @ x / len(x))),
 }
 INPUTS = {
