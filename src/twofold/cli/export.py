@@ -10,6 +10,7 @@ import typer
 import twofold
 from twofold.cli.flags import Dequantize, Json, Quiet, Trust
 from twofold.cli.tables import run_command
+from twofold.cli.words import with_flags
 from twofold.exports.formats import FORMATS
 
 
@@ -28,4 +29,4 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Write a model for another program, and compare what that program will compute with the model."""
-    run_command(twofold.export, {**locals()}, lambda exported: print("\n".join(exported.words())))
+    run_command(twofold.export, {**locals()}, lambda exported: print(with_flags("\n".join(exported.words()))))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.exports.decoding import Decoder, ModelDecoder, greedy
+from twofold.exports.decoding import Decoder, ModelDecoder, encoder_input, greedy
 from twofold.host.faults import models_errors
 from twofold.host.quiet import first_line
 from twofold.model.blocks import has_two_stacks
@@ -68,14 +68,16 @@ def refer(loaded: LoadedModel, count: int) -> Reference:
     """Record what the model says, for the comparison.
 
     Raises:
-        TwofoldError: if it does not run on token ids alone, or gives no logits.
+        TwofoldError: if it does not run on inputs that can be drawn, or gives no logits.
     """
-    why = f"{loaded.name} can't be exported: its logits can't be compared, since it does not run on token ids alone"
-    if has_two_stacks(loaded.model):  # some run so all the same, and decode from what they read, turned by a place
-        raise TwofoldError(f"{why} ({type(loaded.model).__name__} has an encoder and a decoder)")
-    decoder = ModelDecoder(loaded.model)
+    two = has_two_stacks(loaded.model)
+    inputs = "token ids or Whisper's log-mel features" if two else "token ids alone"
+    why = f"{loaded.name} can't be exported: its logits can't be compared, since it does not run on {inputs}"
+    if two and encoder_input(loaded.model) is None:
+        raise TwofoldError(f"{why} ({type(loaded.model).__name__} reads {loaded.model.main_input_name})")
     asked = prompts(loaded)
     with models_errors(lambda error: f"{why} ({first_line(error)})"):
+        decoder = ModelDecoder(loaded.model)
         logits = []
         for ids in asked:
             decoder.start()

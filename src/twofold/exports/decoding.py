@@ -28,10 +28,20 @@ class GraphDecoder(Decoder, Protocol):
 
 
 class ModelDecoder:
-    """A causal language model of transformers, with its own cache; without one, everything is read again."""
+    """A model of transformers that decodes, with its own cache; without one, everything is read again.
 
+    The decoder of one that has an encoder writes behind what that one makes of ``encoder_input``.
+    """
+
+    @torch.inference_mode()
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._ids, self._encoded = "input_ids", {}
+        if getattr(model.config, "is_encoder_decoder", False):
+            inputs = encoder_input(model)
+            assert inputs is not None
+            states = model.get_encoder()(inputs.to(model.device))
+            self._ids, self._encoded = "decoder_input_ids", {"encoder_outputs": states}
         self.start()
 
     def start(self) -> None:
@@ -43,10 +53,24 @@ class ModelDecoder:
         ids = ids.to(self.model.device)
         whole = ids if self._read is None else torch.cat([self._read, ids], 1)
         past = {} if self._past is None else {"past_key_values": self._past}
-        out = self.model(input_ids=ids if past else whole, **past)
+        out = self.model(**{self._ids: ids if past else whole}, **past, **self._encoded)
         self._past, self._read = getattr(out, "past_key_values", None), whole
         logits: Tensor = out.logits[:, -ids.shape[1] :]
         return logits
+
+
+def encoder_input(model: Any) -> Tensor | None:
+    """Draw what the encoder of a model reads, the same each time.
+
+    Returns:
+        Token ids (1, 16), or log-mel features (1, bins, frames) as Whisper has them; None if it reads anything else.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    if model.main_input_name == "input_ids" and hasattr(config, "vocab_size"):
+        return torch.randint(config.vocab_size, (1, 16), generator=generator)
+    if model.main_input_name == "input_features" and hasattr(config, "num_mel_bins"):
+        return torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+    return None
 
 
 def greedy(

@@ -72,7 +72,7 @@ def export(
     """Write a model in another form, read it again, and compare the two.
 
     Args:
-        to: the name of the format: dense, portable, lora, onnx, openvino, gguf, or one of another package.
+        to: the name of the format: dense, portable, lora, onnx, openvino, gguf, lite-whisper, or one of another package.
         out: a folder, which appears whole or not at all.
         rank: of the adapter, for ``lora``; by default what is exact.
         base: the original model, for ``lora`` (by default the one that the checkpoint was made from), or its .gguf file, for
@@ -108,15 +108,16 @@ def export(
                 companions.write(staged)
                 tick()
             with progress("Comparing", 1, quiet=quiet) as tick:
-                comparison = compare(reference, written.decoder())
+                comparisons = [compare(reference, decoder()) for decoder in (written.decoder, *written.also)]
                 tick()
             narrower = min(stored, getattr(torch, written.dtype), key=lambda dtype: dtype.itemsize)
-            check(comparison, narrower, rank is None, str(folder))
+            for each in comparisons:
+                check(each, narrower, rank is None, str(folder))
             result = Exported(
                 format=to, model=model, out=str(folder), dtype=str(stored).removeprefix("torch."),
                 weight_bytes=weight_bytes,
                 file_bytes=sum(p.stat().st_size for p in staged.iterdir() if p.name.endswith(kind.weights)),
-                compared_in=written.dtype, comparison=comparison,
+                compared_in=written.dtype, comparison=max(comparisons, key=lambda each: each.relative),
                 notes=[*loaded.notes, *written.notes, *companions.notes], work=work, **companions.record,
             )  # fmt: skip
             (staged / EXPORTED).write_text(json.dumps(result.model_dump(), indent=1) + "\n", encoding="utf-8")
@@ -140,6 +141,8 @@ def _check_kind(kind: Format, loaded: LoadedModel) -> None:
             f"`to={kind.name}` takes a factored model, and {loaded.name} has no factored layer; "
             f"name the `out` of twofold compress, or use one of {others}"
         )
+    if kind.refuse is not None:
+        kind.refuse(loaded)
 
 
 def _check_place(kind: Format, loaded: LoadedModel, base: str | None, folder: Path) -> None:

@@ -43,21 +43,14 @@ def trace(kind: str, exporter: Any, config: Any, model: Any, name: str) -> Any:
     samples = torch.tensor([[3, 4, 5, 6, 7], [7, 6, 5, 4, 3]])  # rows and tokens, so that both sizes stay open
     from transformers.exporters.utils import decompose_for_generation
 
-    try:
-        with _quiet():
-            stages = decompose_for_generation(
-                model, {"input_ids": samples, "attention_mask": torch.ones_like(samples)}, multi_token_decode=True
-            )
-            inputs = stages["decode"][1]
-            if "logits_to_keep" in inspect.signature(model.forward).parameters:
-                inputs["logits_to_keep"] = 1
-            return exporter.export(model, inputs, config)
-    except Exception as error:  # torch, onnxscript and openvino raise errors of their own
-        deepest = error
-        while isinstance(deepest.__cause__, Exception):
-            deepest = deepest.__cause__
-        refused = f"{name} ({type(model).__name__}) can't be exported to {kind}: {first_line(deepest)}"
-        raise TwofoldError(f"{refused}; use `to=dense` or `to=portable`") from error
+    with exporting(kind, model, name):
+        stages = decompose_for_generation(
+            model, {"input_ids": samples, "attention_mask": torch.ones_like(samples)}, multi_token_decode=True
+        )
+        inputs = stages["decode"][1]
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            inputs["logits_to_keep"] = 1
+        return exporter.export(model, inputs, config)
 
 
 def need_exporters(kind: str) -> None:
@@ -75,13 +68,23 @@ def need_exporters(kind: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the exporters say of themselves out of our output; what they can't do they raise."""
+def exporting(kind: str, model: Any, name: str) -> Iterator[None]:
+    """Keep what an exporter says of itself out of our output, and tell in a sentence what it can't do.
+
+    Raises:
+        TwofoldError: for any error of its own.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
             yield
+    except Exception as error:  # torch, onnxscript and openvino raise errors of their own
+        deepest = error
+        while isinstance(deepest.__cause__, Exception):
+            deepest = deepest.__cause__
+        refused = f"{name} ({type(model).__name__}) can't be exported to {kind}: {first_line(deepest)}"
+        raise TwofoldError(f"{refused}; use `to=dense` or `to=portable`") from error
     finally:
         logging.disable(before)
 

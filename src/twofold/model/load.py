@@ -270,8 +270,12 @@ def targets_of(loaded: LoadedModel, include: Iterable[str] = (), exclude: Iterab
 
 def window_limit(model: Any) -> int | None:
     """Return the longest window that a model can read, None if its configuration sets no limit."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(longest, int):
+    names = (
+        "max_position_embeddings",
+        "max_target_positions",
+    )  # the latter, of the text that a decoder of speech writes
+    longest = next((value for name in names if isinstance(value := getattr(model.config, name, None), int)), None)
+    if longest is None:
         return None
     # RoBERTa's positions begin after the padding index.
     table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)

@@ -48,6 +48,7 @@ class Written:
     decoder: Callable[[], Decoder]
     notes: list[str] = field(default_factory=list)
     dtype: str = "float32"  # of the computation that the logits are compared in
+    also: tuple[Callable[[], Decoder], ...] = ()  # of what else was written that computes the same
 
 
 Write: TypeAlias = Callable[[Source, Path], Written]
@@ -61,6 +62,7 @@ class Format:
     write: Write
     factored: bool = False  # it takes only models with factored layers
     integers: bool = False  # it takes layers of integers, which it merges
+    refuse: Callable[[LoadedModel], None] | None = None  # raises for a model that it can't hold, before any work
     needs: tuple[str, ...] = ()  # modules of packages that Twofold does not depend on
     takes: Collection[str] = ()  # the settings beside the format, "rank" and "base", that it reads
     original: bool = False  # it also reads the model that the checkpoint was made from

@@ -23,6 +23,7 @@ from twofold.linalg.metric import working_dtype
 from twofold.nn.compact import CompactLinear
 from twofold.nn.layers._basis import SharedBasis
 from twofold.nn.places import cast_weights
+from twofold.task.causal_lm import writes_text
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _adapt(model: Any, residuals: dict[str, Residual], name: str) -> Any:
         alpha_pattern=ranks,
         target_modules=list(residuals),
         fan_in_fan_out=transposed.pop(),
-        task_type="CAUSAL_LM" if model.can_generate() else None,
+        task_type="CAUSAL_LM" if writes_text(model) else None,
     )
     adapted: Any = get_peft_model(model, config).eval()
     adapted.peft_config["default"].base_model_name_or_path = name

@@ -24,10 +24,7 @@ class OnnxDecoder:
     def __init__(self, path: Path, threads: int | None = None) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = open_session(path, threads)
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self._inputs = {node.name: node for node in self._session.get_inputs()}
         self._outputs = [node.name for node in self._session.get_outputs()]
@@ -55,6 +52,16 @@ class OnnxDecoder:
         if shape:
             shape[0] = batch
         return np.zeros(shape, dtype=INTEGERS.get(node.type, np.float32))
+
+
+def open_session(path: Path, threads: int | None = None) -> Any:
+    """Open a graph in ONNX Runtime, on the processor."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 @export_format(

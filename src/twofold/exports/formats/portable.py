@@ -28,7 +28,8 @@ from twofold.nn.places import cast_weights
 FILE = "modeling_twofold"
 OWN = ("model_type", "quantization_config", "architectures", "auto_map", "transformers_version", "dtype")
 HEADS = (
-    "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification",
+    "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq",
+    "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification", "AutoModelForQuestionAnswering", "AutoModelForMultipleChoice",
     "AutoModelForImageClassification", "AutoModelForImageTextToText",
 )  # fmt: skip
