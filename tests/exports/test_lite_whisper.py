@@ -28,7 +28,7 @@ from conftest import make_tokenizer
 from twofold import TwofoldError
 from twofold.checkpoint.plugin import attach
 from twofold.exports import speech_graphs
-from twofold.exports.decoding import ModelDecoder, encoder_input, greedy
+from twofold.exports.decoding import encoder_input, greedy
 from twofold.exports.export import export
 from twofold.exports.formats import lite_whisper
 from twofold.exports.layers import compact_layers

@@ -77,7 +77,7 @@ class Embedding(ExampleTask):
         abouts = [example.about for example in samples.examples]
         if None in abouts or samples.predictions > len(samples):
             return {}
-        found = {}
+        found: dict[int, Tensor] = {}
         for places, batch in samples.alike():
             found |= dict(zip(places, self.outputs(loaded.model, batch).cpu(), strict=True))
         features = torch.stack([found[i] for i in range(len(samples))])
