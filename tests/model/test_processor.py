@@ -23,6 +23,7 @@ from conftest import make_tokenizer
 from twofold.errors import TwofoldError
 from twofold.model.load import LoadedModel, load_model
 from twofold.model.processor import feature_extractor_of, image_processor_of, parts_of
+from twofold.model.written import Companions
 from twofold.recipe import make_recipe
 from twofold.run.open import open_loaded
 
@@ -47,6 +48,8 @@ def test_they_are_those_of_the_folder_and_read_once(tmp_path):
     assert pixels["pixel_values"].shape == (1, 3, 16, 16)
     with torch.no_grad():
         assert torch.isfinite(loaded.model(**pixels).logits).all()
+    found = Companions.of(loaded)
+    assert found.record["carried"] == ["preprocessor_config.json"] and not found.notes
 
 
 @pytest.mark.parametrize("extractor", [WhisperFeatureExtractor(feature_size=20), Wav2Vec2FeatureExtractor()])
@@ -115,8 +118,7 @@ def test_a_feature_extractor_without_a_rate_is_refused(rate, tmp_path):
 @pytest.mark.parametrize(
     ("of", "auto"), [(image_processor_of, "AutoImageProcessor"), (feature_extractor_of, "AutoFeatureExtractor")]
 )
-def test_code_of_a_checkpoint_is_not_run_unless_it_is_trusted(of, auto, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+def test_code_of_a_checkpoint_is_not_run_unless_it_is_trusted(of, auto, tmp_path, modules_cache):
     mark = tmp_path / "ran"
     code = f"open({str(mark)!r}, 'w')\nfrom transformers import Wav2Vec2FeatureExtractor, ViTImageProcessorPil\n"
     code += (

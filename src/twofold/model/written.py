@@ -102,7 +102,8 @@ class Companions:
             found.beside = files_beside(folder, kinds)
             found.licence, notes = base_licence(folder)
             found.notes += [*found.beside.notes, *notes]
-        if TOKENIZER in kinds and loaded.tokenizer is None and TOKENIZER not in _kinds(found.beside):
+        lacks = TOKENIZER in kinds and loaded.tokenizer is None and TOKENIZER not in _kinds(found.beside)
+        if lacks and getattr(loaded.model, "main_input_name", "") != "pixel_values":  # one of images alone needs none
             found.notes.append(f"no tokenizer was written: {loaded.no_tokenizer or 'the model has none'}")
         return found
 
