@@ -23,7 +23,7 @@ WORDS = {
     "The": "Der", "dog": "Hund", "man": "Mann", "boy": "Junge", "fish": "Fisch", "bear": "Bär",
     "eats": "isst", "sees": "sieht", "swims": "schwimmt", "today": "heute", "alone": "allein", "here": "hier",
 }  # fmt: skip
-EPOCHS = 3
+EPOCHS = 2
 SMALL = f"--width 32 --layers 1 --vocabulary 320 --batch-tokens 100 --lr 1e-2 --threads 1 --epochs {EPOCHS}".split()
 
 
@@ -69,7 +69,7 @@ def test_the_example_learns_and_goes_on_after_a_stop(
 
     factored = ("--keep", "0.5")
     for curve in (losses(dense), losses(scratch, *factored)):
-        assert len(curve) == EPOCHS and curve[-1] < 0.9 * curve[0]
+        assert len(curve) == EPOCHS and curve[-1] < 0.95 * curve[0]
 
     def save_and_stop(*args: object, **state: object) -> None:
         save(*args, **state)

@@ -130,8 +130,8 @@ def _hidden(output: Any) -> Tensor | None:
 
 
 def has_two_stacks(model: Any) -> bool:
-    """Say whether a model has an encoder and a decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    """Say whether a model, or what a configuration describes, has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", model), "is_encoder_decoder", False))
 
 
 def body_of(model: Any) -> Any:

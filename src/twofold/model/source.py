@@ -15,6 +15,7 @@ from twofold.checkpoint.recognize import check_checkpoint
 from twofold.checkpoint.shards import Shards
 from twofold.errors import TwofoldError
 from twofold.model import builtin
+from twofold.model.blocks import has_two_stacks
 from twofold.model.place import find_model
 from twofold.model.stored import Stored
 
@@ -55,7 +56,7 @@ def model_class_of(config: Any, trust_remote_code: bool) -> Any:
         named = getattr(transformers, str(names[0]), None)
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             return named
-    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    return AutoModelForSeq2SeqLM if has_two_stacks(config) else AutoModelForCausalLM
 
 
 def open_shards(folder: Path | None, name: str) -> Shards | None:
