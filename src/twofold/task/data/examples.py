@@ -14,7 +14,7 @@ import torch
 from twofold.errors import TwofoldError
 from twofold.host.progress import progress
 from twofold.settings.base import Settings
-from twofold.task import LABELS, Batch, Data, Samples, Task
+from twofold.task import LABELS, Batch, Data, S, Samples, Task
 from twofold.task.data.columns import Kind, Record
 from twofold.task.data.example import example_of
 from twofold.task.data.records import given_records, made_of, read_records
@@ -126,6 +126,12 @@ class ExampleTask(Task):
     def kind_of(self, loaded: Any) -> Kind:
         """Return what a file of a folder holds for a model."""
         return self.reads
+
+    def fitted(self, settings: S, loaded: Any, *, quiet: bool = False) -> S:
+        for name in ("tokens", "window", "continuations", "self_texts", "bos", "chat"):
+            if name in settings.model_fields_set:
+                raise TwofoldError(f"`{name}` is for windows of text, and {self.name} reads {self.unit}; leave it out")
+        return settings
 
     @abstractmethod
     def encode(self, record: Record, loaded: Any) -> Iterable[Example]:

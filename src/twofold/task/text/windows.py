@@ -30,8 +30,10 @@ def fit_window(recipe: S, loaded: LoadedModel, *, quiet: bool = False) -> S:
     """Return the settings with a window that the model has positions for.
 
     Raises:
-        TwofoldError: if the window was given and is too long.
+        TwofoldError: if the window was given and is too long, or something was that has no windows.
     """
+    if "samples" in recipe.model_fields_set:
+        raise TwofoldError("`samples` counts clips, images and sentences, and this model reads windows of text; give `tokens`")
     longest, window = window_limit(loaded.model), recipe.part(Texts).window
     if longest is None or window <= longest:
         return recipe
