@@ -89,7 +89,7 @@ class Pooled(_Other):
 
     name, output = "pooled", GAUSSIAN
 
-    def read(self, result: Any, model: Any) -> Tensor:
+    def read(self, result: Any, batch: Any, model: Any) -> Tensor:
         return result.logits.mean(1)  # type: ignore[no-any-return]
 
 
@@ -98,7 +98,7 @@ class Tagged(_Other):
 
     name, output = "tagged", tf.CATEGORICAL
 
-    def read(self, result: Any, model: Any) -> Tensor:
+    def read(self, result: Any, batch: Any, model: Any) -> Tensor:
         return result.logits[..., :40].flatten(0, 1)  # type: ignore[no-any-return]
 
 

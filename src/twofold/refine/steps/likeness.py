@@ -17,7 +17,7 @@ from twofold.model.blocks import input_before
 from twofold.model.head import find_head
 from twofold.refine.steps.job import Job
 from twofold.refine.steps.teacher import Teacher
-from twofold.task import Batch, on_device
+from twofold.task import LABELS, Batch, on_device
 from twofold.task.output import need_labels
 
 TOGETHER = 1024  # rows that go through a layer at once: enough to keep two threads busy
@@ -45,8 +45,6 @@ class Likeness:
         """Return how many samples go through the model together, by the rows that its layers get of the largest."""
         if self.job.task.streams:  # windows of one size
             return max(TOGETHER // self.samples.units(0, 1), 1)
-        batches = (self.samples.batch(i, i + 1) for i in range(len(self.samples)))
-        largest = max(batches, key=lambda batch: sum(tensor.numel() for tensor in batch.values()))
         rows: list[int] = []
 
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -58,22 +56,31 @@ class Likeness:
             for name in self.job.replaced:
                 layer = self.job.model.get_submodule(name)
                 hooks.enter_context(layer.register_forward_pre_hook(count, with_kwargs=True))
-            self._call(largest)
+            self._call(self.largest)
         return max(TOGETHER // max(rows, default=TOGETHER), 1)
+
+    @cached_property
+    def largest(self) -> Batch:
+        """The first sample of those with the most numbers."""
+        return max(self.samples, key=lambda batch: sum(tensor.numel() for tensor in batch.values()))
 
     @cached_property
     @torch.no_grad()
     def head(self) -> nn.Linear | None:
-        """The layer that makes the outputs, if nothing comes after it; to be asked for where it gets no gradient."""
-        batch = self.samples.batch(0, 1)
-        return find_head(self.job.model, lambda: self._call(batch), self.job.outputs(batch))
+        """The layer that makes the outputs, if nothing comes after it; to be asked for where it gets no gradient.
+
+        It serves only where every place that it is given is a prediction.
+        """
+        if any(bool((batch[LABELS] < 0).any()) for batch in self.samples if LABELS in batch):
+            return None
+        return find_head(self.job.model, lambda: self._call(self.largest), self.job.outputs(self.largest))
 
     def _call(self, batch: Batch) -> Any:
         return self.job.task.call(self.job.model, on_device(batch, self.job.model.device, self.job.model.dtype))
 
     def weigh(self, indices: Sequence[int]) -> float:
         """Return how many predictions some samples have, in those of the first sample."""
-        return self.samples.take(indices).predictions / self.samples[:1].predictions
+        return self.samples.take(indices).predictions / max(self.samples[:1].predictions, 1)
 
     def __call__(self, indices: Sequence[int]) -> Tensor:  # ()
         """Return the mean loss of a prediction of some samples."""

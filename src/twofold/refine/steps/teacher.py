@@ -41,8 +41,8 @@ class Teacher:
                 answers: dict[str, Tensor] = {}
                 some = samples[i : i + PART]
                 for first, last in some.spans(together):
-                    rows = outputs(some.batch(first, last))  # they have one shape, and so as many predictions each
-                    each = rows.reshape(last - first, -1, rows.shape[-1])
+                    counts = [some[k : k + 1].predictions for k in range(first, last)]
+                    each = torch.split(outputs(some.batch(first, last)), counts)  # type: ignore[no-untyped-call]
                     for number, own in zip(range(first, last), each, strict=True):
                         answers |= {f"{key}/{number}": tensor for key, tensor in self.output.keep(own).items()}
                         tick()
