@@ -17,7 +17,7 @@ from twofold.report.card import write_card
 from twofold.report.formats import megabytes, number, percent
 from twofold.report.kinds import by_kind, kind_labels, loss_at_share
 from twofold.report.names import base_model, public_name, without_paths
-from twofold.report.record import Sample
+from twofold.report.record import Run, Sample
 
 pytestmark = pytest.mark.whole
 ATTACK = "<script>alert(1)</script>"
@@ -56,6 +56,15 @@ def test_all_that_comes_from_outside_is_escaped(tmp_path: Path) -> None:
     assert sum(tag == "style" for tag, _ in read.tags) == 1
     write_card(tmp_path, run, plan)
     assert "<script" not in front_matter(tmp_path)[1].split("```yaml")[0]
+
+
+def test_records_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    plan, _ = make_plan()
+    run = make_run(plan)
+    new = {"task": ..., "unit": ..., "quality": {"size", "prediction", "agreement", "scores"}}
+    old = run.model_dump(mode="json", exclude=new)
+    assert Run.model_validate(old) == run and run.quality is not None
+    assert run.quality.words == "8 windows of 512 tokens" and "prediction" not in json.loads(plan.model_dump_json())
 
 
 @pytest.mark.long

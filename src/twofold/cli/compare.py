@@ -17,7 +17,7 @@ from twofold.comparison.grid import Grid, grid_fields, make_grid
 from twofold.recipe import Recipe
 
 if TYPE_CHECKING:
-    from twofold.comparison.record import Comparison
+    from twofold.comparison.record import Comparison, ComparisonRow
 
 
 @settings_flags(make_grid, Grid, Recipe, names=grid_fields())
@@ -37,15 +37,25 @@ def command(
 def print_comparison(comparison: Comparison, out: Path) -> None:
     """Print every row that was measured, those that were not with the reason, and where the files are."""
     texts = comparison.texts
+    last = ["divergence"] if comparison.measure == "perplexity" else []
+
+    def shown(row: ComparisonRow, text: int) -> str:
+        first, *others = comparison.figures(row, text)
+        if last:
+            return f"{first:.4g}, {others[0]:.3f} ×"
+        names = comparison.measures(text)[1:]
+        named = (f"{name.replace('_', ' ')} {score:.4g}" for name, score in zip(names, others, strict=True))
+        return ", ".join([f"{first:.4g}", *named])
+
     table(
-        f"{comparison.model}: perplexity on {', '.join(text.words for text in texts)}",
-        ["", "MB", *(text.name for text in texts), "divergence"],
+        f"{comparison.model}: {comparison.measure} on {', '.join(text.words for text in texts)}",
+        ["", "MB", *(text.name for text in texts), *last],
         (
             [
                 row.name,
                 f"{row.megabytes_16:,.1f}",
-                *(f"{now:.4g}, {ratio:.3f} ×" for now, ratio in zip(row.perplexity, row.ratio, strict=True)),
-                number(row.divergence, ".4f"),
+                *(shown(row, text) for text in range(len(texts))),
+                *([number(row.divergence, ".4f")] if last else []),
             ]
             for row in comparison.measured
         ),
@@ -53,7 +63,9 @@ def print_comparison(comparison: Comparison, out: Path) -> None:
     for reason, names in comparison.skipped.items():
         tell(f"Not measured: {plain('; '.join(names))}: {plain(with_flags(reason))}", wrap=False)
     tell(
-        "MB: the whole model, numbers in 16 bits; ×: over the dense model's; divergence: on the first text, nats per token.",
+        "MB: the whole model, numbers in 16 bits; ×: over the dense model's; divergence: on the first text, nats per token."
+        if last
+        else f"MB: the whole model, numbers in 16 bits; divergence: nats per {comparison.prediction}.",
     )
     print_notes(comparison.notes)
     print_place("Tables and figure", out / "compare.md")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import twofold
 from twofold.cli.flags import Json, Moments, Out, Overwrite, Quiet
 from twofold.cli.settings import settings_flags
-from twofold.cli.tables import print_end, print_record, print_samples, print_sizes, table
+from twofold.cli.tables import number, print_end, print_record, print_samples, print_sizes, table
 from twofold.recipe import Recipe, make_recipe
 
 if TYPE_CHECKING:
@@ -56,13 +56,22 @@ def print_run(run: Run, plan: Plan, out: Path) -> None:
     print_sizes(plan)
     if run.quality is not None:
         q = run.quality
+        known = [] if q.original["perplexity"] is None else ["perplexity"]
         table(
-            f"Quality on {q.text} ({q.windows} windows of {q.window} tokens)",
+            f"Quality on {q.text} ({q.size or f'{q.windows} windows of {q.window} tokens'})",
             ["", "original", "factored"],
             [
-                ["perplexity", f"{q.original['perplexity']:.2f}", f"{q.factored['perplexity']:.2f}"],
-                ["divergence from the original, nats per token", "–", f"{q.factored['divergence']:.4f}"],
-                ["same most likely token", "–", f"{q.factored['agreement']:.1%}"],
+                *([name, number(q.original[name], ".2f"), number(q.factored[name], ".2f")] for name in known),
+                *(
+                    [name.replace("_", " "), *(number(score, ".4f") for score in both)]
+                    for name, both in q.scores.items()
+                ),
+                [
+                    f"divergence from the original, nats per {q.prediction}",
+                    "–",
+                    number(q.factored["divergence"], ".4f"),
+                ],
+                [q.agreement, "–", number(q.factored["agreement"], ".1%")],
             ],
         )
     print_samples(run.samples, "original", "factored")

@@ -58,7 +58,7 @@ def print_plan(plan: Plan) -> None:
     print_sizes(plan)
     if plan.predicted_divergence is not None:
         tell(
-            f"Predicted divergence from the original: {plan.predicted_divergence:.4f} nats per token (second order).",
+            f"Predicted divergence from the original: {plan.predicted_divergence:.4f} nats per {plan.prediction} (second order).",
         )
     if plan.estimate is not None:
         print_estimate(plan.estimate)

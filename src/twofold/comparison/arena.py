@@ -122,6 +122,8 @@ def _record(setup: GridSetup, rows: list[ComparisonRow]) -> Comparison:
         seed=setup.recipe.seed,
         calibration=without_paths(data.samples.source) if data is not None else "none: the weights alone are used",
         calibration_tokens=data.units if data is not None else 0,
+        unit=data.samples.unit if data is not None else "tokens",
+        prediction=setup.opened.need_task().prediction,
         calibration_sha256=data.samples.sha256 if data is not None else "",
         fingerprint=next((row.fingerprint for row in rows if row.fingerprint), ""),
         texts=[text for text, _ in setup.texts],

@@ -1,4 +1,4 @@
-"""Perplexity against stored size, one panel a text: a line a method, and the front that no other row beats."""
+"""Perplexity, or divergence, against stored size, one panel a text: a line a method, and the front that no other row beats."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def draw_front(comparison: Comparison, paths: list[Path]) -> None:
 
 def _panel(axes: Any, comparison: Comparison, text: int, names: dict[str, list[str]]) -> None:
     def place(rows: list[ComparisonRow]) -> tuple[list[float], list[float]]:
-        return [row.megabytes_16 for row in rows], [row.perplexity[text] for row in rows]
+        shown = [row for row in rows if row.on(text) > 0]  # the divergence of the dense model from itself is not
+        return [row.megabytes_16 for row in shown], [row.on(text) for row in shown]
 
     axes.plot(*place(comparison.front(text)), **FRONT, solid_capstyle="round", zorder=1)
     methods: dict[str, list[ComparisonRow]] = {}
@@ -78,18 +79,21 @@ def _panel(axes: Any, comparison: Comparison, text: int, names: dict[str, list[s
         axes.plot(*place(ordered), **style, linewidth=1.3, markersize=5.5, zorder=2)
     for row in comparison.measured:
         if row.kind != "factored":
-            (x,), (y,) = place([row])
-            axes.plot(x, y, marker="*" if row.kind == "dense" else "X", color=INK_ON_PAPER, markersize=10, zorder=3)
-            axes.annotate(row.name, (x, y), textcoords="offset points", xytext=(7, 5), fontsize=9)
+            for x, y in zip(*place([row]), strict=True):
+                axes.plot(x, y, marker="*" if row.kind == "dense" else "X", color=INK_ON_PAPER, markersize=10, zorder=3)
+                axes.annotate(row.name, (x, y), textcoords="offset points", xytext=(7, 5), fontsize=9)
     axes.set_yscale("log")
-    values = [row.perplexity[text] for row in comparison.measured]
-    wide = max(values) > 10 * min(values)
+    _, values = place(comparison.measured)
+    wide = max(values, default=1) > 10 * min(values, default=1)
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if wide else tuple(range(1, 10)), numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 2 if value < 10 else 3)))
     axes.yaxis.set_minor_formatter(NullFormatter())
+    measure = comparison.measure
+    if measure == "divergence":
+        measure += f", nats per {comparison.prediction}"
     axes.grid(True)
     axes.margins(x=0.08)
-    axes.set(xlabel="the whole model, numbers in 16 bits (MB)", ylabel="perplexity")
+    axes.set(xlabel="the whole model, numbers in 16 bits (MB)", ylabel=measure)
     axes.set_title(label_of(comparison.texts[text].words, 48))
 
 

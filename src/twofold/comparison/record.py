@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import pydantic
@@ -18,12 +19,18 @@ class Text(pydantic.BaseModel, extra="forbid"):
     domain: Literal["in", "out"]  # of the calibration's kind, or of another
     windows: int
     window: int  # tokens
-    sha256: str  # of the token ids
+    size: str = ""  # in words, where it is no windows
+    sha256: str  # of what the model is given
     begin: str = ""  # the special tokens that each window begins with
 
     @property
     def words(self) -> str:
         return f"{self.name} ({self.place})"
+
+    @property
+    def measured(self) -> str:
+        """How much was measured on, in words."""
+        return self.size or f"{self.windows} windows of {self.window:,} tokens"
 
     @property
     def place(self) -> str:
@@ -46,7 +53,9 @@ class ComparisonRow(pydantic.BaseModel, extra="forbid"):
     bytes_16: int | None = None  # the same, were its floating-point numbers of 16 bits
     perplexity: list[float] = []  # on each text, in their order
     ratio: list[float] = []  # to the dense model's
-    divergence: float | None = None  # on the first text, KL(dense ‖ this) in nats per token
+    divergence: float | None = None  # on the first text, KL(dense ‖ this) in nats a prediction
+    divergences: list[float] = []  # on each text, of tasks without a perplexity
+    scores: list[dict[str, float]] = []  # the task's own measures on each text, those that are finite
     predicted_divergence: float | None = None  # before refinement
     seconds: dict[str, float] = {}  # factorize, refine, measure; decompose and calibrate of all rows that share them
     refinement: list[Refined] = []
@@ -58,6 +67,10 @@ class ComparisonRow(pydantic.BaseModel, extra="forbid"):
     def method(self) -> str:
         """What a line of the figure joins: all but the keep ratio."""
         return self.name if self.kind != "factored" else f"{self.objective}, {self.allocate}, {self.refine}"
+
+    def on(self, text: int) -> float:
+        """Return the number that rows are compared by on a text, the lower the better."""
+        return self.perplexity[text] if self.perplexity else self.divergences[text]
 
     @property
     def megabytes_16(self) -> float:
@@ -75,6 +88,8 @@ class Comparison(pydantic.BaseModel, extra="forbid"):
     seed: int
     calibration: str  # in words
     calibration_tokens: int
+    unit: str = "tokens"  # that it is counted in
+    prediction: str = "token"  # what one is called
     calibration_sha256: str
     fingerprint: str  # of the moments; empty if no objective needs any
     texts: list[Text]
@@ -86,6 +101,21 @@ class Comparison(pydantic.BaseModel, extra="forbid"):
     def dense(self) -> ComparisonRow:
         """The row of the model before factorization."""
         return self.rows[0]
+
+    @property
+    def measure(self) -> str:
+        """What rows are compared by."""
+        return "perplexity" if self.dense.perplexity else "divergence"
+
+    def measures(self, text: int) -> list[str]:
+        """Return the names of what is measured on a text."""
+        return ["perplexity", "ratio"] if self.dense.perplexity else ["divergence", *self.dense.scores[text]]
+
+    def figures(self, row: ComparisonRow, text: int) -> list[float]:
+        """Return what was measured of a row on a text, in the order of ``measures``; NaN for a score that it lacks."""
+        if self.dense.perplexity:
+            return [row.perplexity[text], row.ratio[text]]
+        return [row.divergences[text], *(row.scores[text].get(name, math.nan) for name in self.dense.scores[text])]
 
     @property
     def skipped(self) -> dict[str, list[str]]:
@@ -101,9 +131,9 @@ class Comparison(pydantic.BaseModel, extra="forbid"):
         return [row for row in self.rows if row.skipped is None]
 
     def front(self, text: int) -> list[ComparisonRow]:
-        """Find the rows that no other beats in both size and perplexity on a text, from the smallest on."""
+        """Find the rows that no other beats in both size and quality on a text, from the smallest on."""
         best: list[ComparisonRow] = []
-        for row in sorted(self.measured, key=lambda row: (row.bytes_16 or 0, row.perplexity[text])):
-            if not best or row.perplexity[text] < best[-1].perplexity[text]:
+        for row in sorted(self.measured, key=lambda row: (row.bytes_16 or 0, row.on(text))):
+            if not best or row.on(text) < best[-1].on(text):
                 best.append(row)
         return best

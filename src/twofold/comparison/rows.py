@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from twofold.allocate import ALLOCATIONS
 from twofold.comparison.cells import CellStore
@@ -179,41 +179,57 @@ class GridRunner:
         )
 
     def _measure(self, replaced: dict[str, nn.Module] | None, watch: Stopwatch) -> dict[str, Any]:
-        """Measure perplexity on each text of the model as it is, and on the first its divergence from the dense one.
+        """Measure the model as it is on each text, by perplexity or else by its divergence from the dense one and by its task.
+
+        Where it is by perplexity, the divergence is measured on the first text alone.
 
         Args:
             replaced: the dense modules whose places have others now; None for the dense model itself.
 
         Raises:
-            TwofoldError: if a perplexity is no number.
+            TwofoldError: if what it is measured by is no number.
         """
         model, task, quiet = self.setup.model, self.setup.opened.need_task(), self.setup.quiet
 
         def predict(samples: Samples) -> Predict:
             return lambda i: task.outputs(model, samples.batch(i, i + 1))
 
-        def dense(i: int) -> Tensor:
-            with dense_again(model, replaced or {}):
-                return predict(first)(i)
+        def dense_of(samples: Samples) -> Predict:
+            return dense_again(model, replaced or {})(predict(samples))
 
         (_, first), *others = self.setup.texts
+        dense = dense_of(first)
         with watch.stage("measure"):
             if self._reference is None:
                 folder = self.out / "work" / "dense"
                 self._reference = DenseReference(dense, first, task, folder, self.store.mark, quiet=quiet)
             reference = self._reference
             quality = reference.quality if replaced is None else reference.measure(predict(first), dense, quiet=quiet)
-            further = [measure_quality([predict(text)], text, task, quiet=quiet)[0].perplexity for _, text in others]
-        perplexity = [quality.perplexity, *further]
-        if not all(map(math.isfinite, perplexity)):
+            further = []
+            for _, text in others:
+                pair = [predict(text)] if task.perplexity else [dense_of(text), predict(text)]
+                further.append(measure_quality(pair, text, task, quiet=quiet)[-1])
+            scores = []
+            for _, text in self.setup.texts if not task.perplexity else []:
+                own = task.score(self.setup.loaded, text)
+                scores.append({name: score for name, score in own.items() if math.isfinite(score)})
+        qualities = [quality, *further]
+        measured = [each.perplexity if task.perplexity else each.divergence for each in qualities]
+        if not task.perplexity and replaced is None:
+            measured = [0.0 for _ in qualities]
+        figures = [figure for figure in measured if figure is not None and math.isfinite(figure)]
+        if len(figures) < len(measured):
+            said, what = ("logits", "perplexity") if task.perplexity else ("outputs", "divergence")
             raise TwofoldError(
-                f"the perplexity of {self.setup.loaded.name} itself is not a number on these texts"
+                f"the {what} of {self.setup.loaded.name} itself is not a number on these texts"
                 if replaced is None
-                else "its logits hold NaN or infinity, so it has no perplexity; keep more of it"
+                else f"its {said} hold NaN or infinity, so it has no {what}; keep more of it"
             )
-        original = perplexity if self.dense is None else self.dense.perplexity
-        ratio = [now / dense for now, dense in zip(perplexity, original, strict=True)]
-        return {"perplexity": perplexity, "ratio": ratio, "divergence": quality.divergence}
+        if not task.perplexity:
+            return {"divergences": figures, "scores": scores, "divergence": quality.divergence}
+        original = figures if self.dense is None else self.dense.perplexity
+        ratio = [now / dense for now, dense in zip(figures, original, strict=True)]
+        return {"perplexity": figures, "ratio": ratio, "divergence": quality.divergence}
 
     def _evidence_of(self, cell: Cell, shared: SharedDecomposition, recipe: Recipe) -> Evidence:
         """Return what an allocation measures, once for all cells of an objective."""

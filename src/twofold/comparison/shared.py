@@ -31,12 +31,12 @@ from twofold.recipe import Recipe
 from twofold.run.check import check_methods
 from twofold.run.open import open_for
 from twofold.run.prepare import decompose_under, with_structures
-from twofold.task import Data, Samples
+from twofold.task import Data, Samples, Task
 from twofold.task.text.held_out import evaluation_windows
 from twofold.task.text.settings import HELD_OUT, OF_ROWS
-from twofold.task.text.windows import fit_window
 from twofold.version import __version__
 
+EVERY = 1_000_000  # windows, where all are measured on
 UNRELATED = {  # settings that a row does not depend on, or whose tokens and weights are hashed in their place
     "model", "keep", "budget", "objective", "allocate", "refine", "calibration", "dataset_config", "dataset_split",
     "text_column", "audio_column", "image_column", "target_column", "label_column", "chat", "skip_bad", "eval_text", "memory",
@@ -84,7 +84,7 @@ class GridSetup:
 
     def recipe_of(self, cell: Cell) -> Recipe:
         """Return the recipe of a cell, in the window that the model has positions for."""
-        return fit_window(self.grid.recipe(cell), self.loaded, quiet=True)
+        return self.opened.fitted(self.grid.recipe(cell), quiet=True)
 
     def belongs(self) -> dict[str, Any]:
         """Return what every row depends on, by names that a reader knows."""
@@ -173,10 +173,10 @@ def set_up(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False
             "give it more with `memory`, or compress it to one size at a time: twofold compress"
         )
     task = opened.need_task("compared on a text")
-    recipe = fit_window(recipe, loaded, quiet=quiet)
+    recipe = opened.fitted(recipe, quiet=quiet)
     notes: list[str] = []
     with watch.stage("texts"):
-        texts = _texts(grid, loaded)
+        texts = _texts(grid, recipe, loaded, task)
     targets = targets_of(loaded, recipe.include, recipe.exclude)
     with watch.stage("hash"):
         hashed = model_hash(loaded.model, loaded.shards)
@@ -190,8 +190,11 @@ def set_up(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False
             # Windows to stop on are set aside for all cells.
             aside = HELD_OUT + (recipe.eval_windows if recipe.eval_text is None else 0)
             data = task.data(loaded, recipe, hashed, held_out=aside, quiet=quiet)
-        if data.units < data.asked - recipe.window:
-            notes.append(f"the calibration text gives {data.units:,} tokens of the {data.asked:,} asked for")
+        if data.units < data.asked - (recipe.window if task.streams else 0):
+            what = "text" if task.streams else "data"
+            notes.append(
+                f"the calibration {what} gives {data.units:,} {data.samples.unit} of the {data.asked:,} asked for"
+            )
             if not quiet:
                 say(notes[-1])
     if recipe.eval_text is None:
@@ -203,25 +206,41 @@ def set_up(grid: Grid, impossible: Collection[Cell] = (), *, quiet: bool = False
             )
         texts.insert(0, _described(f"held-out {data.samples.source}", "in", held_out))
     if not task.predicts(loaded.model, texts[0][1]):
-        raise TwofoldError(f"{loaded.name} gives no token logits, so it has no perplexity to compare")
+        what = (
+            "token logits, so it has no perplexity"
+            if task.fallback
+            else f"outputs of the task {task.name}, so there is nothing"
+        )
+        raise TwofoldError(f"{loaded.name} gives no {what} to compare")
     return GridSetup(grid, recipe, opened, targets, hashed, data, calibrated, texts, watch, quiet, notes)
 
 
-def _texts(grid: Grid, loaded: LoadedModel) -> list[tuple[Text, Samples]]:
-    """Read the texts that are named to measure on; the one of the calibration's kind first."""
+def _texts(grid: Grid, recipe: Recipe, loaded: LoadedModel, task: Task) -> list[tuple[Text, Samples]]:
+    """Read the texts, or other data, that are named to measure on; the one of the calibration's kind first."""
     window, windows = min(1024, window_limit(loaded.model) or 1024), grid.eval_windows or None
     sources = [grid.settings.get("eval_text"), *grid.other_text]
     how: dict[str, Any] = {name: grid.settings[name] for name in OF_ROWS if name in grid.settings}
     texts = []
     for i, source in enumerate(sources):
-        if source is not None:
-            samples = evaluation_windows(str(source), need_tokenizer(loaded), window=window, windows=windows, **how)
-            check_ids(samples.ids, loaded)
-            texts.append(_described(Path(str(source)).name, "out" if i else "in", samples))
+        if source is None:
+            continue
+        samples: Samples | None
+        if task.streams:
+            read = evaluation_windows(str(source), need_tokenizer(loaded), window=window, windows=windows, **how)
+            check_ids(read.ids, loaded)
+            samples = task.of_windows(read, loaded)
+        else:
+            named = {"eval_text": str(source), "eval_windows": windows or EVERY}
+            samples = task.measured(loaded, recipe.model_copy(update=named))
+            assert samples is not None
+        texts.append(_described(Path(str(source)).name, "out" if i else "in", samples))
     return texts
 
 
 def _described(name: str, domain: Literal["in", "out"], samples: Samples) -> tuple[Text, Samples]:
     windows, window = samples.shape
-    text = Text(name=name, domain=domain, windows=windows, window=window, sha256=samples.sha256, begin=samples.begin)
-    return text, samples
+    size = "" if samples.each == "windows" else samples.words
+    sha256, begin = samples.sha256, samples.begin
+    return Text(
+        name=name, domain=domain, windows=windows, window=window, size=size, sha256=sha256, begin=begin
+    ), samples

@@ -1,4 +1,4 @@
-"""What the original says on the evaluation windows, computed once, for models that are compared with it one after another."""
+"""What the original says of the samples, computed once, for models that are compared with it one after another."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from twofold.host.folders import free_space
 from twofold.host.parts import read_names, write_part
 from twofold.host.progress import progress, say
 from twofold.task import Samples, Task
-from twofold.task.output.quality import Predict, Quality
+from twofold.task.output.quality import Predict, Quality, Totals
 
 LIMIT = 16e9  # bytes that may be kept; beyond, the original is run again for every model
 
 
 class DenseReference:
-    """The log-probabilities of the original at every position, in a folder: four bytes a token of the vocabulary.
+    """What is compared of the original's predictions, in a folder: of logits four bytes a class.
 
     Where they would take more than ``LIMIT``, or half of what is free on the disk, they are not kept.
     """
@@ -38,24 +38,24 @@ class DenseReference:
         self.mark = hashlib.sha256(f"{mark} {samples.sha256}".encode()).hexdigest()
         count = len(samples)
         self._stored = {i for i in range(count) if self._is_whole(i)}
-        losses = {i: float(self._read(i, "loss")) for i in self._stored}
+        sums = {i: self._read(i, "sums") for i in self._stored}
         missing = [i for i in range(count) if i not in self._stored]
         fits = True
-        with progress("Measuring the original", count, done=len(losses), unit="windows", quiet=quiet) as tick:
+        with progress("Measuring the original", count, done=len(sums), unit=samples.each, quiet=quiet) as tick:
             for i in missing:
-                losses[i], values = self._score(original, i)
+                totals = Totals(task)
+                values = totals.score(original(i), self._labels(i))
+                sums[i] = torch.tensor([totals.loss, totals.known, totals.predictions], dtype=torch.float64)
                 if i == missing[0]:
                     fits = len(missing) * values.nbytes <= min(LIMIT, free_space(folder) / 2)
                 if fits:
-                    part = {"values": values, "loss": torch.tensor(losses[i], dtype=torch.float64)}
-                    write_part(self._path(i), part, self.mark)
+                    write_part(self._path(i), {"values": values, "sums": sums[i]}, self.mark)
                     self._stored.add(i)
                 tick()
         if not fits and not quiet:
             say("what the original says takes too much of the disk to be kept, so it is run again for every model")
-        labels = [task.labels(batch) for batch in samples]
-        self.predictions = sum(int((label >= 0).sum()) for label in labels if label is not None)
-        self.quality = Quality.of(sum(losses[i] for i in range(count)), self.predictions)
+        loss, known, predictions = (sum(sums[i][k].item() for i in range(count)) for k in range(3))
+        self.quality = Totals(task, loss, int(known), int(predictions)).quality
 
     @torch.no_grad()
     def measure(self, model: Predict, original: Predict, *, quiet: bool = False) -> Quality:
@@ -64,25 +64,26 @@ class DenseReference:
         Args:
             original: is asked where nothing was kept, so it must still give what the original does.
         """
-        total, divergence, agreed = 0.0, 0.0, 0.0
-        with progress("Measuring", len(self.samples), unit="windows", quiet=quiet) as tick:
+        totals = Totals(self.task)
+        with progress("Measuring", len(self.samples), unit=self.samples.each, quiet=quiet) as tick:
             for i in range(len(self.samples)):
-                loss, values = self._score(model, i)
-                dense = self._read(i, "values") if i in self._stored else self._score(original, i)[1]
-                further, same = self.task.output.divergence(dense.to(values.device), values)
-                total, divergence, agreed = total + loss, divergence + further, agreed + same
+                labels = self._labels(i)
+                values = totals.score(model(i), labels)
+                stored = i in self._stored
+                dense = self._read(i, "values") if stored else self.task.output.score(original(i), labels)[1]
+                totals.compare(dense.to(values.device), values)
                 tick()
-        return Quality.of(total, self.predictions, divergence, agreed)
+        return totals.quality
 
-    def _score(self, model: Predict, i: int) -> tuple[float, Tensor]:
-        return self.task.output.score(model(i), self.task.labels(self.samples.batch(i, i + 1)))
+    def _labels(self, i: int) -> Tensor | None:
+        return self.task.labels(self.samples.batch(i, i + 1))
 
     def _path(self, i: int) -> Path:
         return self.folder / f"reference-{i:04d}.safetensors"
 
     def _is_whole(self, i: int) -> bool:
         try:
-            return set(read_names(self._path(i), self.mark)[0]) == {"values", "loss"}
+            return set(read_names(self._path(i), self.mark)[0]) == {"values", "sums"}
         except TwofoldError:
             return False
 

@@ -63,7 +63,7 @@ def _gradient_products(work: Measurement) -> dict[str, Tensor]:  # K (k, k) of e
         mean = work.decomposition.mean(target)
         hooks += watch(model.get_submodule(target.name), _adding(sums[target.name], target, model, mean))
     labels = [task.labels(batch) for batch in samples]
-    labelled = sum(int((own >= 0).sum()) for own in labels if own is not None)
+    labelled = sum(map(task.output.known, labels))
     with (
         frozen(model, hooks),
         torch.enable_grad(),

@@ -115,4 +115,5 @@ def _perplexity(module: nn.Module, values: dict[str, Tensor], predict: Predict, 
     finally:
         for name, value in own.items():
             module.get_parameter(name).data = value
-    return math.inf if math.isnan(quality.loss) else quality.perplexity
+    perplexity = quality.perplexity
+    return math.inf if perplexity is None or math.isnan(perplexity) else perplexity

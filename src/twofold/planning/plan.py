@@ -151,12 +151,19 @@ class Plan(pydantic.BaseModel, extra="forbid"):
     objective: str
     allocate: str
     loss_unit: str
+    prediction: str = "token"  # what the model predicts one of
     element_bytes: PositiveInt
     entries: list[PlanEntry]
     dense: list[DenseEntry]
     unused: list[UnusedEntry] = []
     notes: list[str] = []
     estimate: Estimate | None = None  # what a run will take, in a plan that was asked for alone
+
+    @pydantic.model_serializer(mode="wrap")
+    def _named(self, write: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Say what a prediction is only where it is no token."""
+        fields: dict[str, Any] = write(self)
+        return {key: value for key, value in fields.items() if (key, value) != ("prediction", "token")}
 
     @property
     def target_before(self) -> int:
@@ -233,7 +240,7 @@ class Plan(pydantic.BaseModel, extra="forbid"):
 
     @property
     def predicted_divergence(self) -> float | None:
-        """Half of the loss left out, in nats per token: a second-order estimate of the divergence from the original."""
+        """Half of the loss left out, in nats a prediction: a second-order estimate of the divergence from the original."""
         losses = [entry.predicted_loss for entry in self.entries]
         if self.loss_unit != "nats" or any(loss is None for loss in losses):
             return None

@@ -72,4 +72,4 @@ def _heights(groups: list[Group], loss: LossScale) -> list[float]:
 
 
 def _unit(loss: LossScale) -> str:
-    return "10⁻³ nats per token" if loss.additive else "Σσ² left out, % of its own total"
+    return f"10⁻³ {loss.unit}" if loss.additive else "Σσ² left out, % of its own total"

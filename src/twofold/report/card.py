@@ -63,7 +63,11 @@ def write_card(folder: Path, run: Run, plan: Plan) -> None:
         f"- machine: {_words(m.system)}, {_words(m.device)}, {m.threads} threads, {m.dtype}\n"
         f"- seed: {run.recipe.seed}\n"
         f"- calibration: {_words(without_paths(run.calibration))}, {count(run.calibration_tokens)} {run.unit}"
-        + (f", SHA-256 of the token ids `{run.calibration_sha256}`" if run.calibration_sha256 else "")
+        + (
+            f", SHA-256 of the {'token ids' if run.unit == 'tokens' else run.unit} `{run.calibration_sha256}`"
+            if run.calibration_sha256
+            else ""
+        )
         + (f"; each window begins with `{run.windows_begin}`" if run.windows_begin else ""),
         *(["\n".join(f"- {_words(step.words)}" for step in run.refinement)] if run.refinement else []),
         *(["Paths in the recipe are shortened to their last part."] if shown != run.recipe else []),
@@ -79,8 +83,7 @@ def _quality(run: Run) -> list[str]:
         return ["It was not measured in this run."]
     q = run.quality
     return [
-        f"Measured on {_words(without_paths(q.text))}, {count(q.windows)} windows of {count(q.window)} tokens, each "
-        "scored alone:",
+        f"Measured on {_words(without_paths(q.text))}, {q.words}, each scored alone:",
         _markdown(quality_table(run, q)),
         "The predicted divergence is a second-order, Kronecker-factored estimate from the calibration moments: it "
         "compares ranks, and does not foretell quality.",
@@ -88,11 +91,12 @@ def _quality(run: Run) -> list[str]:
 
 
 def _limits(run: Run) -> list[str]:
-    words = ["A factored model answers worse than its original; the table above says by how much, on one text."]
+    data, yours = ("text", "text of your own") if run.unit == "tokens" else ("data set", "data of your own")
+    words = [f"A factored model answers worse than its original; the table above says by how much, on one {data}."]
     if run.calibration_tokens:
         words.append(
-            "The ranks and factors fit the calibration text. What is calibrated on one domain loses more in another: "
-            "measure on text of your own before use, or factorize anew with it as the calibration."
+            f"The ranks and factors fit the calibration {data}. What is calibrated on one domain loses more in another: "
+            f"measure on {yours} before use, or factorize anew with it as the calibration."
         )
     words.append("The limits and the licence of the original model hold for this one too.")
     return ["\n".join(f"- {sentence}" for sentence in words)]

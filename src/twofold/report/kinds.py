@@ -30,14 +30,15 @@ class LossScale:
     unit: str
 
 
-UNITS = {"nats": "nats per token", "output": "energy of the output", "weight": "energy of the weight"}
+UNITS = {"output": "energy of the output", "weight": "energy of the weight"}
 
 
 def loss_of(plan: Plan) -> LossScale:
-    """Return how losses are shown: half of Σσ² is in nats per token where the objective says so; others have no common scale."""
+    """Return how losses are shown: half of Σσ² is in nats where the objective says so; others have no common scale."""
     known = bool(plan.entries) and all(e.predicted_loss is not None and e.total_loss is not None for e in plan.entries)
     nats = plan.loss_unit == "nats"
-    return LossScale(known, nats, 0.5 if nats else 1.0, UNITS.get(plan.loss_unit, plan.loss_unit))
+    unit = f"nats per {plan.prediction}" if nats else UNITS.get(plan.loss_unit, plan.loss_unit)
+    return LossScale(known, nats, 0.5 if nats else 1.0, unit)
 
 
 @dataclass(frozen=True)

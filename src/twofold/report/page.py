@@ -86,11 +86,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("machine", f"{m.system}, {m.device}, {m.threads} threads, computed in {m.dtype}"),
         ("peak memory", megabytes(run.peak_memory) if run.peak_memory else "not measured"),
         ("seed", str(run.recipe.seed)),
-        ("calibration text", without_paths(run.calibration)),
+        ("calibration text" if run.unit == "tokens" else "calibration data", without_paths(run.calibration)),
         (f"calibration {run.unit}", count(run.calibration_tokens)),
     ]
     if run.calibration_sha256:
-        facts.append(("SHA-256 of the token ids", run.calibration_sha256))
+        facts.append((f"SHA-256 of the {'token ids' if run.unit == 'tokens' else run.unit}", run.calibration_sha256))
     if run.fingerprint:
         origin = "used again from an earlier run" if run.moments_reused else "collected in this run"
         facts.append(("moments", f"{run.fingerprint}, {origin}"))

@@ -8,22 +8,36 @@ from twofold.checkpoint.beside import Licence
 from twofold.host.clock import Machine
 from twofold.recipe import Recipe
 from twofold.refine import Refined
+from twofold.task import Samples, Task
 from twofold.task.output.quality import Quality
 
 
 class Measured(pydantic.BaseModel, extra="forbid"):
-    """The quality of the original and of the factored model on the same windows."""
+    """The quality of the original and of the factored model on the same samples."""
 
     text: str
     windows: int
     window: int
+    size: str = ""  # in words, where the samples are no windows
+    prediction: str = "token"  # what one is called
+    agreement: str = "same most likely token"  # what is told by it
     original: dict[str, float | int | None]
     factored: dict[str, float | int | None]
+    scores: dict[str, tuple[float | None, float | None]] = {}  # the task's own measures of both, by name
 
     @classmethod
-    def of(cls, text: str, shape: tuple[int, int], original: Quality, factored: Quality) -> Measured:
-        windows, window = shape
-        return cls(text=text, windows=windows, window=window, original=vars(original), factored=vars(factored))
+    def of(cls, text: str, samples: Samples, task: Task, original: Quality, factored: Quality) -> Measured:
+        windows, window = samples.shape
+        told = {} if task.fallback else {"agreement": task.output.agreement, "prediction": task.prediction}
+        if samples.each != "windows":
+            told["size"] = samples.words
+        both = {"original": vars(original), "factored": vars(factored)}
+        return cls(text=text, windows=windows, window=window, **both, **told)  # type: ignore[arg-type]
+
+    @property
+    def words(self) -> str:
+        """What was measured on, in words."""
+        return self.size or f"{self.windows:,} windows of {self.window:,} tokens"
 
     @property
     def ratio(self) -> float | None:
@@ -78,6 +92,6 @@ class Probe(pydantic.BaseModel, extra="forbid"):
 
     keep: float  # the share of the factorized weights that was asked for
     kept: float  # and the one that its plan keeps
-    perplexity: float | None  # None if the model's numbers overflow
-    divergence: float | None  # nats per token
+    perplexity: float | None  # None if the model's numbers overflow, or its task has none
+    divergence: float | None  # nats a prediction
     met: bool  # whether it meets the goal

@@ -36,7 +36,7 @@ def loss_scatter(plan: Plan, loss: LossScale) -> tuple[Any, str]:
     )  # fmt: skip
     log_scale(axes, "x", low, high)
     log_scale(axes, "y", low, high)
-    unit = "½ Σσ², nats per token" if loss.additive else "Σσ²"
+    unit = f"½ Σσ², {loss.unit}" if loss.additive else "Σσ²"
     axes.set(xlabel=f"predicted from the spectrum\n{unit}", ylabel=f"from the stored factors\n{unit}")
     axes.set(xlim=(low, high), ylim=(low, high))
     axes.grid(True)

@@ -32,7 +32,7 @@ def spectra_panels(plan: Plan, spectra: SpectraValues, loss: LossScale) -> list[
         limits = [(min(low for low, _ in limits), max(high for _, high in limits))] * len(limits)
     deep = depths(plan.entries)
     points = int(np.clip(POINTS // max(len(lines), 1), 24, 160))
-    unit = "½ σ², nats per token" if loss.additive else "σ²"
+    unit = f"½ σ², {loss.unit}" if loss.additive else "σ²"
     return [
         _panel(label, entries, lines, limit, deep, points, unit)
         for (label, entries), limit in zip(kinds.items(), limits, strict=True)

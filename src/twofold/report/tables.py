@@ -37,19 +37,22 @@ def size_table(plan: Plan) -> TextTable:
 
 
 def quality_table(run: Run, quality: Measured) -> TextTable:
-    """Show the original beside the factored model on the same tokens."""
+    """Show the original beside the factored model on the same predictions."""
     old, new = quality.original, quality.factored
-    return TextTable(
-        ["", "original", "factored"],
-        [
-            ["perplexity", number(old.get("perplexity"), 4), number(new.get("perplexity"), 4)],
-            ["perplexity, times the original", "1", number(quality.ratio)],
-            ["loss, nats per token", number(old.get("loss"), 4), number(new.get("loss"), 4)],
-            ["divergence from the original, nats per token: measured", NONE, number(new.get("divergence"))],
-            ["divergence from the original, nats per token: predicted", NONE, number(run.predicted_divergence)],
-            ["same most likely token", NONE, percent(new.get("agreement"))],
-        ],
-    )
+    nats = f"nats per {quality.prediction}"
+    rows = []
+    if old.get("perplexity") is not None:
+        rows.append(["perplexity", number(old.get("perplexity"), 4), number(new.get("perplexity"), 4)])
+        rows.append(["perplexity, times the original", "1", number(quality.ratio)])
+    if old.get("loss") is not None:
+        rows.append([f"loss, {nats}", number(old.get("loss"), 4), number(new.get("loss"), 4)])
+    rows += [
+        *([name.replace("_", " "), *(number(score, 4) for score in both)] for name, both in quality.scores.items()),
+        [f"divergence from the original, {nats}: measured", NONE, number(new.get("divergence"))],
+        [f"divergence from the original, {nats}: predicted", NONE, number(run.predicted_divergence)],
+        [quality.agreement, NONE, percent(new.get("agreement"))],
+    ]
+    return TextTable(["", "original", "factored"], rows)
 
 
 def kind_table(plan: Plan, loss: LossScale) -> TextTable:

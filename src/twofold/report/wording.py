@@ -34,9 +34,17 @@ def summary_text(run: Run, plan: Plan) -> str:
     )
     if run.quality is None:
         return f"{words} Its quality was not measured."
-    before, after = run.quality.original.get("perplexity"), run.quality.factored.get("perplexity")
-    times = f" ({number(run.quality.ratio)}\u00a0×)" if run.quality.ratio is not None else ""
-    text = without_paths(run.quality.text)
+    q = run.quality
+    before, after = q.original.get("perplexity"), q.factored.get("perplexity")
+    text = without_paths(q.text)
+    if before is None:
+        scores = ((name.replace("_", " "), *both) for name, both in q.scores.items())
+        measured = "".join(
+            f"its {name} goes from {number(old, 4)} to {number(new, 4)}, and " for name, old, new in scores
+        )
+        apart = f"{number(q.factored.get('divergence'))} nats per {q.prediction}"
+        return f"{words} On {text} {measured}it is {apart} from the original."
+    times = f" ({number(q.ratio)}\u00a0×)" if q.ratio is not None else ""
     return f"{words} On {text} its perplexity goes from {number(before, 4)} to {number(after, 4)}{times}."
 
 
@@ -45,10 +53,13 @@ def quality_text(run: Run) -> str:
     if run.quality is None:
         return "The quality was not measured in this run."
     q = run.quality
+    read, said, predicted = "same tokens", "next-token distribution", "predicted tokens"
+    if q.prediction != "token":
+        read, said, predicted = "same samples", "predictions", f"{q.prediction}s"
     return (
-        f"Both models read the same tokens of {without_paths(q.text)}: {count(q.windows)} windows of {count(q.window)} "
-        f"tokens, each scored alone, {count(int(q.factored.get('tokens') or 0))} predicted tokens. Divergence is the "
-        "Kullback–Leibler divergence of the factored model's next-token distribution from the original's."
+        f"Both models read the {read} of {without_paths(q.text)}: {q.words}, each scored alone, "
+        f"{count(int(q.factored.get('tokens') or 0))} {predicted}. Divergence is the Kullback–Leibler divergence of the factored "
+        f"model's {said} from the original's."
     )
 
 
@@ -110,7 +121,7 @@ def reasons_text(run: Run, plan: Plan, spectra: SpectraValues) -> list[str]:
         if even is not None and run.predicted_divergence is not None:
             words.append(
                 f"Had every weight kept the same {percent(plan.keep)}, the predicted divergence would be {number(even)} "
-                f"nats per token; as allocated it is {number(run.predicted_divergence)}."
+                f"nats per {plan.prediction}; as allocated it is {number(run.predicted_divergence)}."
             )
     layers = sorted((g for g in by_layer(plan) if g.entries[0].layer is not None), key=attrgetter("keep"))
     if layers and layers[-1].keep - layers[0].keep > EVEN:
@@ -166,5 +177,5 @@ def _kind_reason(group: Group, run: Run, plan: Plan, spectra: SpectraValues) -> 
     return (
         f"{words} Against the average share of {percent(plan.keep)} this {'takes' if more >= 0 else 'frees'} "
         f"{millions(abs(more))} parameters and {'saves' if saved >= 0 else 'costs'} {number(abs(saved))} nats per "
-        "token."
+        f"{plan.prediction}."
     )

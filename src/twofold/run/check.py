@@ -16,6 +16,7 @@ NEEDS = {  # capability → what a method that needs it does
     "whole model": "works on a model that is whole in memory",
     "token logits": "is measured by what the model predicts",
     "next token": "measures how well the next token is predicted",
+    "perplexity": "goes by the perplexity",
     "chain": "goes from block to block",
     "whole inputs": "looks at whole inputs",
     "two factors": "works on weights that are products of two of their own",
@@ -103,6 +104,8 @@ def _needs_of(recipe: Recipe, missing: Missing) -> Iterator[tuple[str, Set[str],
         setting = f"`continuations={recipe.continuations}`"
         yield (setting, {"whole model"}, "leave `continuations` out")
     if recipe.goal is not None:
+        if recipe.goal.kind != "divergence":
+            yield (recipe.goal.setting, {"perplexity"}, "give `kl_at_most`, `keep` or `budget`")
         yield (recipe.goal.setting, {"whole model", "token logits"}, "give `keep` or `budget`")
 
 

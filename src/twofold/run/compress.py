@@ -21,7 +21,7 @@ from twofold.refine import Refined
 from twofold.report.record import Measured, Run, Sample
 from twofold.run.open import open_for
 from twofold.run.prepare import prepare
-from twofold.run.sizing import Sizing, samples_to_measure
+from twofold.run.sizing import Sizing, finite, gives_nothing, samples_to_measure
 from twofold.run.ways import InMemory, OnDisk
 from twofold.settings.base import from_call
 from twofold.task import Samples
@@ -186,9 +186,9 @@ def _measure(way: InMemory | OnDisk, evaluation: Samples | None, sizing: Sizing 
     if samples is None or recipe.eval_windows == 0:
         return None
     if task is None or not way.predicts(samples, task):
-        prepared.plan.notes.append("no quality was measured: this model gives no logits over its vocabulary")
+        prepared.plan.notes.append(f"no quality was measured: {gives_nothing(task)}")
         return None
-    if not prepared.loaded.model.can_generate():
+    if task.fallback and not prepared.loaded.model.can_generate():
         prepared.plan.notes.append(
             "this model does not predict the next token, so its perplexity says little; its divergence is what counts"
         )
@@ -197,4 +197,8 @@ def _measure(way: InMemory | OnDisk, evaluation: Samples | None, sizing: Sizing 
         qualities = [sizing.dense, sizing.reference.measure(factored, dense, quiet=way.quiet)]
     else:
         qualities = measure_quality([dense, factored], samples, task, quiet=way.quiet)
-    return Measured.of(source, (samples.shape[0], samples.shape[1]), *qualities)
+    measured = Measured.of(source, samples, task, *qualities)
+    with decorating(f"measures of {task.name}", prepared.plan.notes):
+        before, after = way.scores(samples, task)
+        measured.scores = {name: (finite(before.get(name)), finite(score)) for name, score in after.items()}
+    return measured

@@ -98,6 +98,9 @@ def _missing_of(opened: Opened, recipe: Recipe) -> dict[str, str]:
     name, missing = type(loaded.model).__name__, {}
     if not writes_text(loaded.model):
         missing["next token"] = f"which {name} does not do"
+    if task is not None and not task.perplexity:
+        missing["next token"] = f"which the task {task.name} is not about"
+        missing["perplexity"] = f"which the task {task.name} does not have"
     if not recipe.refine:
         return missing
     try:

@@ -114,6 +114,7 @@ def prepare(
     if sizing is not None:
         with watch.stage("search"):
             processes.same(partial(sizing.find, prepared))
+    prepared.plan.prediction = "token" if opened.task is None else opened.task.prediction
     prepared.plan.notes.extend([*loaded.notes, *(data.notes if data is not None else ())])
     return prepared
 

@@ -25,7 +25,7 @@ from twofold.planning.plan import Plan
 from twofold.recipe import Recipe
 from twofold.report.record import Probe
 from twofold.run.search import TOLERANCE, smallest
-from twofold.task import Data, Samples
+from twofold.task import Data, Samples, Task
 from twofold.task.output.quality import Quality
 
 STEPS = 9  # halvings of the share when the plan's prediction is inverted; they measure nothing
@@ -36,6 +36,13 @@ def samples_to_measure(evaluation: Samples | None, data: Data | None, recipe: Re
     if evaluation is None and data is not None and len(data.held_out):
         return data.to_measure(recipe.eval_windows), f"held-out {data.samples.source}"
     return evaluation, Path(recipe.eval_text or "").name
+
+
+def gives_nothing(task: Task | None) -> str:
+    """Say that a model gives no outputs of its task."""
+    if task is None or task.fallback:
+        return "this model gives no logits over its vocabulary"
+    return f"this model gives no outputs of the task {task.name}"
 
 
 class Sizing:
@@ -62,13 +69,14 @@ class Sizing:
         """
         samples, self.source = samples_to_measure(self.evaluation, data, self.recipe)
         if samples is None:
+            text, a, one = ("text", "a text", "one") if self.task.streams else ("data", "data", "some")
             raise TwofoldError(
-                f"{self.goal.setting} needs a text to measure on, and no calibration text is left over for it; "
-                "give more text, or name one with `eval_text=FILE`"
+                f"{self.goal.setting} needs {a} to measure on, and no calibration {text} is left over for it; "
+                f"give more {text}, or name {one} with `eval_text=FILE`"
             )
         if not self.task.predicts(self.loaded.model, samples):
             raise TwofoldError(
-                f"{self.goal.setting} can't be measured: this model gives no logits over its vocabulary; give `keep` or `budget`"
+                f"{self.goal.setting} can't be measured: {gives_nothing(self.task)}; give `keep` or `budget`"
             )
         self.samples, self.work = samples, work
         self._known: dict[str, dict[str, float | int | None]] = {}
@@ -110,18 +118,17 @@ class Sizing:
             best = max(self.probes, key=lambda probe: probe.keep)
             raise TwofoldError(
                 f"no model that is smaller by more than {TOLERANCE:.1%} meets {self.goal.setting}: keep {best.keep:.4g} gives "
-                f"{_numbers(best)}; allow more"
+                f"{self._numbers(best)}; allow more"
             )
         keep = min(probe.keep for probe in met)
         prepared.plan = self._plan(keep)
         prepared.plan.notes += self._notes(keep)
 
     def _notes(self, keep: float) -> list[str]:
-        count, window = self.samples.shape
-        measured = "; ".join(f"keep {p.keep:.4f}: {_numbers(p)}{', met' if p.met else ''}" for p in self.probes)
+        measured = "; ".join(f"keep {p.keep:.4f}: {self._numbers(p)}{', met' if p.met else ''}" for p in self.probes)
         notes = [
-            f"the size was searched for {self.goal.words(self.dense)}, measured on {self.source}, {count} windows of {window} "
-            f"tokens: keep {keep:.4f} is the smallest that meets it, to {TOLERANCE:g}",
+            f"the size was searched for {self._wanted}, measured on {self.source}, {self.samples.words}: keep {keep:.4f} is the "
+            f"smallest that meets it, to {TOLERANCE:g}",
             f"measured in the search: {measured}",
         ]
         if keep == self._least:
@@ -149,11 +156,11 @@ class Sizing:
             if self.work is not None:
                 self.work.update(measured=self._known)
         quality = Quality(**self._known[key])  # type: ignore[arg-type]
-        perplexity, divergence = _finite(quality.perplexity), _finite(quality.divergence)
+        perplexity, divergence = finite(quality.perplexity), finite(quality.divergence)
         met = self.goal.met(self.dense, quality)
         probe = Probe(keep=keep, kept=plan.keep, perplexity=perplexity, divergence=divergence, met=met)
         if not self.quiet:
-            say(f"keep {keep:.4f}: {_numbers(probe)}: {'met' if met else 'not met'} ({self.goal.words(self.dense)})")
+            say(f"keep {keep:.4f}: {self._numbers(probe)}: {'met' if met else 'not met'} ({self._wanted})")
         return probe
 
     def _measure(self, plan: Plan) -> Quality:
@@ -174,9 +181,10 @@ class Sizing:
         if probes:
             last = probes[-1]
             predicted = self._predicted(last.keep) or 0.0
-            if last.perplexity is None or last.divergence is None or predicted <= 0:
+            measured = self.goal.of(last)
+            if measured is None or predicted <= 0:
                 return None
-            distance = self.goal.distance(self.dense, last.perplexity, last.divergence)
+            distance = self.goal.distance(self.dense, measured)
             if distance <= 0:
                 return None
             scale = distance / predicted
@@ -195,6 +203,19 @@ class Sizing:
                 high = middle
         return high
 
+    @property
+    def _wanted(self) -> str:
+        """What the goal asks of the measured numbers, in words."""
+        return self.goal.words(self.dense, self.task.prediction)
+
+    def _numbers(self, probe: Probe) -> str:
+        """Say what was measured."""
+        numbers = {"perplexity": probe.perplexity} if self.task.perplexity else {}
+        numbers["divergence"] = probe.divergence
+        if None in numbers.values():
+            return f"no finite {next(iter(numbers))}"
+        return ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
+
     def _predicted(self, keep: float) -> float | None:
         return self._plan(keep).predicted_divergence
 
@@ -202,13 +223,6 @@ class Sizing:
         return self.task.outputs(self.loaded.model, self.samples.batch(i, i + 1))
 
 
-def _finite(number: float | None) -> float | None:
+def finite(number: float | None) -> float | None:
     """Return None in the place of a number that is not finite."""
     return number if number is not None and math.isfinite(number) else None
-
-
-def _numbers(probe: Probe) -> str:
-    """Say what was measured."""
-    if probe.perplexity is None or probe.divergence is None:
-        return "no finite perplexity"
-    return f"perplexity {probe.perplexity:.4g}, divergence {probe.divergence:.4g}"

@@ -73,6 +73,14 @@ class InMemory(_Way):
 
         return [dense_again(model, self.replaced)(factored), factored]
 
+    @torch.no_grad()
+    def scores(self, samples: Samples, task: Task) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the task's own measures of the original and of the factored model."""
+        loaded = self.prepared.loaded
+        with dense_again(loaded.model, self.replaced):
+            before = task.score(loaded, samples)
+        return before, task.score(loaded, samples)
+
     def answers(self) -> list[Sample]:
         """Return what both models answer greedily to two prompts, for a reader of the report; nothing without a tokenizer."""
         model, tokenizer = self.prepared.loaded.model, self.prepared.loaded.tokenizer
@@ -134,6 +142,9 @@ class OnDisk(_Way):
         factored = load_streamed(settings, self.residence.chain).residence
         assert isinstance(factored, Streamed)
         return [LastStates(model, samples, task, quiet=self.quiet).outputs for model in (self.residence, factored)]
+
+    def scores(self, samples: Samples, task: Task) -> tuple[dict[str, float], dict[str, float]]:
+        return {}, {}  # a task that can go block by block has none
 
     def answers(self) -> list[Sample]:
         self.prepared.plan.notes.append(

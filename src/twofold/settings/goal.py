@@ -12,14 +12,14 @@ class Quality(Protocol):
     """What was measured of a model."""
 
     @property
-    def perplexity(self) -> float: ...
+    def perplexity(self) -> float | None: ...
     @property
     def divergence(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The worst that is allowed: a perplexity, a multiple of the dense model's, or a divergence in nats per token."""
+    """The worst that is allowed: a perplexity, a multiple of the dense model's, or a divergence in nats a prediction."""
 
     kind: Literal["perplexity", "times", "divergence"]
     limit: float
@@ -33,28 +33,44 @@ class Goal:
 
     def most(self, dense: Quality) -> float:
         """Return the largest perplexity (or divergence) that meets the goal."""
-        return self.limit * dense.perplexity if self.kind == "times" else self.limit
+        return self.limit * _perplexity(dense) if self.kind == "times" else self.limit
+
+    def of(self, measured: Quality) -> float | None:
+        """Return the measured number that it is about."""
+        return measured.divergence if self.kind == "divergence" else measured.perplexity
 
     def met(self, dense: Quality, factored: Quality) -> bool:
         """Say whether a model meets the goal; NaN never does."""
-        measured = factored.divergence if self.kind == "divergence" else factored.perplexity
+        measured = self.of(factored)
         return measured is not None and measured <= self.most(dense)
 
     def room(self, dense: Quality) -> float:
-        """Return how far a model may be from the dense one, in nats per token; above zero only if the goal leaves room."""
-        return self.limit if self.kind == "divergence" else math.log(self.most(dense) / dense.perplexity)
+        """Return how far a model may be from the dense one, in nats a prediction; above zero only if the goal leaves room."""
+        return self.limit if self.kind == "divergence" else math.log(self.most(dense) / _perplexity(dense))
 
-    def distance(self, dense: Quality, perplexity: float, divergence: float) -> float:
-        """Return how far a model is from the dense one, in the measure of ``room``."""
-        return divergence if self.kind == "divergence" else math.log(perplexity / dense.perplexity)
+    def distance(self, dense: Quality, measured: float) -> float:
+        """Return how far a model is from the dense one by the number that ``of`` gives, in the measure of ``room``."""
+        return measured if self.kind == "divergence" else math.log(measured / _perplexity(dense))
 
-    def words(self, dense: Quality) -> str:
-        """Say what it asks of the measured numbers."""
+    def words(self, dense: Quality, prediction: str = "token") -> str:
+        """Say what it asks of the measured numbers.
+
+        Args:
+            prediction: what one is called.
+        """
         if self.kind == "divergence":
-            return f"a divergence of at most {self.limit:g} nats per token"
+            return f"a divergence of at most {self.limit:g} nats per {prediction}"
+        perplexity = _perplexity(dense)
         if self.kind == "perplexity":
-            return f"a perplexity of at most {self.limit:g} (the dense model has {dense.perplexity:.4g})"
-        return f"a perplexity of at most {self.most(dense):.4g}, {self.limit:g} times the dense model's {dense.perplexity:.4g}"
+            return f"a perplexity of at most {self.limit:g} (the dense model has {perplexity:.4g})"
+        return (
+            f"a perplexity of at most {self.most(dense):.4g}, {self.limit:g} times the dense model's {perplexity:.4g}"
+        )
+
+
+def _perplexity(dense: Quality) -> float:
+    assert dense.perplexity is not None  # else the goal was refused before any work
+    return dense.perplexity
 
 
 def parse_perplexity(text: str) -> tuple[float, Literal["perplexity", "times"]]:

@@ -71,6 +71,13 @@ class Samples(ABC):
         """How many predictions the model makes for all of them."""
         return self.units(0, len(self))
 
+    @property
+    def words(self) -> str:
+        """How many there are, in words."""
+        predictions = self.predictions
+        further = f" with {predictions:,} predictions" if predictions != len(self) else ""
+        return f"{len(self):,} {self.unit}{further}"
+
     def spans(self, size: int) -> list[tuple[int, int]]:
         """Return the batches, as first and last: up to ``size`` samples that follow one another and have one shape."""
         return [(first, min(first + size, len(self))) for first in range(0, len(self), size)]
@@ -114,6 +121,7 @@ class Task(ABC):
     settings: ClassVar[type[Settings]]
     perplexity: ClassVar[bool] = False  # whether exp(loss) is a word of it
     streams: ClassVar[bool] = False  # samples are windows of text, all of one shape, and can go block by block
+    prediction: ClassVar[str] = "prediction"  # what one is called
     fallback: ClassVar[bool] = False  # takes what no other does
     mappings: ClassVar[tuple[str, ...]] = ()  # transformers' tables of the classes that it is for, as "MASKED_LM"
     centred: ClassVar[bool] = True  # whether taking the mean off the inputs of layers with a bias pays, as measured

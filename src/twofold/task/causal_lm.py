@@ -32,6 +32,7 @@ class CausalLM(Task):
     output = CATEGORICAL
     settings = Texts
     perplexity = streams = fallback = True
+    prediction = "token"
     centred = False  # no gain: docs/design.md, section 1
 
     def fits(self, model: Any) -> bool:

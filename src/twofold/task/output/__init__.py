@@ -46,6 +46,10 @@ class Output(ABC):
     ) -> Tensor:  # ()
         """Return the loss of the labels, summed over the predictions that have one, with its graph."""
 
+    def known(self, labels: Tensor | None) -> int:
+        """Return how many predictions have a label."""
+        return 0 if labels is None else int((labels >= 0).sum())
+
     @abstractmethod
     def score(
         self,

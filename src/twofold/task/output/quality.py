@@ -20,18 +20,47 @@ Predict: TypeAlias = Callable[[int], Tensor]  # the number of a sample → outpu
 class Quality:
     """What was measured of one model; the last two against the first model, None for that one itself."""
 
-    perplexity: float  # exp(loss), of language models
-    loss: float  # nats a prediction
+    perplexity: float | None  # exp(loss), of tasks that go by it
+    loss: float | None  # nats a prediction, where it is known what is right
     tokens: int  # predictions
     divergence: float | None = None  # of this model from the first, nats a prediction
-    agreement: float | None = None  # share of predictions in which both agree
+    agreement: float | None = None  # of both, a prediction: the share of the same ones, or the mean cosine
 
-    @classmethod
-    def of(cls, loss: float, predictions: int, apart: float | None = None, agreed: float | None = None) -> Quality:
-        """Take the means of what was summed over predictions."""
-        mean = loss / predictions
-        further = (None if total is None else total / predictions for total in (apart, agreed))
-        return cls(math.exp(min(mean, 700.0)), mean, predictions, *further)
+
+@dataclass
+class Totals:
+    """Sums over the predictions of a model."""
+
+    task: Task
+    loss: float = 0.0
+    known: int = 0  # predictions with a label
+    predictions: int = 0
+    apart: float | None = None  # divergence from the first model
+    agreed: float | None = None
+
+    def score(
+        self,
+        outputs: Tensor,  # (predictions, k)
+        labels: Tensor | None,
+    ) -> Tensor:
+        """Add the loss of a sample; return what ``compare`` takes of the first model."""
+        loss, compared = self.task.output.score(outputs, labels)
+        self.loss, self.known = self.loss + loss, self.known + self.task.output.known(labels)
+        self.predictions += len(compared)
+        return compared
+
+    def compare(self, first: Tensor, own: Tensor) -> None:
+        """Add how far a sample is from that of the first model."""
+        apart, agreed = self.task.output.divergence(first, own)
+        self.apart, self.agreed = (self.apart or 0.0) + apart, (self.agreed or 0.0) + agreed
+
+    @property
+    def quality(self) -> Quality:
+        """The means."""
+        loss = self.loss / self.known if self.known else None
+        perplexity = None if loss is None or not self.task.perplexity else math.exp(min(loss, 700.0))
+        further = (None if total is None else total / self.predictions for total in (self.apart, self.agreed))
+        return Quality(perplexity, loss, self.predictions, *further)
 
 
 @torch.no_grad()
@@ -41,26 +70,16 @@ def measure_quality(models: Sequence[Predict], samples: Samples, task: Task, *, 
     Args:
         models: give the outputs of a sample; the first is the one that the others are compared with.
     """
-    losses, divergences, agreed = ([0.0] * len(models) for _ in range(3))
-    predictions = 0
-    with progress("Measuring", len(samples) * len(models), unit="windows", quiet=quiet) as tick:
+    sums = [Totals(task) for _ in models]
+    with progress("Measuring", len(samples) * len(models), unit=samples.each, quiet=quiet) as tick:
         for number, batch in enumerate(samples):
             labels = task.labels(batch)
             reference: Tensor | None = None
-            for i, model in enumerate(models):
-                loss, compared = task.output.score(model(number), labels)
-                losses[i] += loss
-                if i == 0:
-                    predictions += len(compared)
-                    reference = compared if len(models) > 1 else None
-                else:
-                    assert reference is not None
-                    apart, same = task.output.divergence(reference, compared)
-                    divergences[i] += apart
-                    agreed[i] += same
+            for model, totals in zip(models, sums, strict=True):
+                compared = totals.score(model(number), labels)
+                if reference is not None:
+                    totals.compare(reference, compared)
+                elif len(models) > 1:
+                    reference = compared
                 tick()
-    first, *others = zip(losses, divergences, agreed, strict=True)
-    return [
-        Quality.of(first[0], predictions),
-        *(Quality.of(loss, predictions, apart, same) for loss, apart, same in others),
-    ]
+    return [totals.quality for totals in sums]

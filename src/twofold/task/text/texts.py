@@ -52,6 +52,11 @@ class TokenWindows(Samples):
         return {"input_ids": self.ids[:1, :16]}
 
     @property
+    def words(self) -> str:
+        windows, window = self.ids.shape
+        return f"{windows} windows of {window} tokens"
+
+    @property
     def shape(self) -> list[int]:
         return list(self.ids.shape)
 
