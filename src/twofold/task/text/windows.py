@@ -33,7 +33,9 @@ def fit_window(recipe: S, loaded: LoadedModel, *, quiet: bool = False) -> S:
         TwofoldError: if the window was given and is too long, or something was that has no windows.
     """
     if "samples" in recipe.model_fields_set:
-        raise TwofoldError("`samples` counts clips, images and sentences, and this model reads windows of text; give `tokens`")
+        raise TwofoldError(
+            "`samples` counts clips, images and sentences, and this model reads windows of text; give `tokens`"
+        )
     longest, window = window_limit(loaded.model), recipe.part(Texts).window
     if longest is None or window <= longest:
         return recipe
