@@ -67,10 +67,9 @@ def prepare(
         bases: whether factors will be made, or only the plan.
         sizing: the search for the size, which may refuse the dense model before the calibration.
     """
-    loaded, model = opened.loaded, opened.loaded.model
+    loaded, model, targets = opened.loaded, opened.loaded.model, targets_for(opened, recipe)
     objective, allocation = OBJECTIVES.get(recipe.objective), ALLOCATIONS.get(recipe.allocate)
     measured = allocation.measure is not None
-    targets = targets_for(opened, recipe)
     times = layer_times(loaded, targets, recipe, quiet=quiet)
     plan_of_shapes(loaded, targets, recipe, times)  # an impossible budget or override is refused before any work
     if isinstance(loaded.residence, Streamed):
@@ -97,14 +96,14 @@ def prepare(
         decomposition = decompose_under(opened, targets, recipe, moments, mark, work, bases=bases, quiet=quiet)
     if measured and work is not None:
         work.update(stage=f"measuring for the allocation {recipe.allocate}")
-    samples = data.samples if data is not None else None
+    samples = None if data is None else data.samples
     measurement = Measurement(model, opened.task, targets.targets, samples, decomposition, recipe, quiet)
     with watch.stage("sensitivities" if measured else "plan"):
-        evidence = processes.same(lambda: gather(measurement, recipe.allocate))
-    evidence = replace(evidence, times=times.times, times_of=times.times_of)
+        gathered = processes.same(lambda: gather(measurement, recipe.allocate))
+    evidence = replace(gathered, times=times.times, times_of=times.times_of)
     with watch.stage("plan"):
-        values, element = decomposition.spectra.values, loaded.stored_dtype.itemsize
-        plan = make_plan(loaded.name, targets, values, recipe.at(1.0), element, evidence)
+        element = loaded.stored_dtype.itemsize
+        plan = make_plan(loaded.name, targets, decomposition.spectra.values, recipe.at(1.0), element, evidence)
     prepared = Prepared(opened, targets, data, reused, decomposition, evidence, plan)
     if allocation.again:
         if work is not None:
