@@ -117,14 +117,15 @@ def cache_names(layers: int) -> list[str]:
 
 
 def _decoder_inputs(config: Any, batch: Dim) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return samples for the tracing of ``Decoder``, and which of their sizes stay open."""
-    heads, width = config.decoder_attention_heads, config.d_model
-    tokens, states = Dim("decoder_sequence_length"), Dim("encoder_sequence_length")
-    before = Dim("past_decoder_sequence_length"), Dim("past_encoder_sequence_length")
-    past = [torch.zeros(2, heads, 4 + of, width // heads) for _ in range(config.decoder_layers) for of in (0, 0, 1, 1)]
-    open_past = [{0: batch, 2: before[of]} for _ in range(config.decoder_layers) for of in (0, 0, 1, 1)]
-    inputs = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 9, width), past
-    return inputs, ({0: batch, 1: tokens}, {0: batch, 1: states}, open_past)
+    """Return samples for the tracing of ``Decoder``, and which of their sizes stay open; the encoder's states are always as many."""
+    heads, width, states = config.decoder_attention_heads, config.d_model, config.max_source_positions
+    tokens, of_text = Dim("decoder_sequence_length"), Dim("past_decoder_sequence_length")
+    of_speech = Dim("past_encoder_sequence_length", max=states)
+    layers = range(config.decoder_layers)
+    past = [torch.zeros(2, heads, length, width // heads) for _ in layers for length in (4, 4, 5, 5)]
+    lengths = [{0: batch, 2: length} for _ in layers for length in (of_text, of_text, of_speech, of_speech)]
+    inputs = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, states, width), past
+    return inputs, ({0: batch, 1: tokens}, {0: batch}, lengths)
 
 
 def _save(file: Path, module: nn.Module, inputs: Any, shapes: Any, given: list[str], returned: list[str]) -> bool:
