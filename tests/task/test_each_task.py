@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,6 @@ import twofold.task
 from conftest import TEXT, make_model, make_tokenizer
 from twofold.calibrate.accumulate import Accumulator
 from twofold.calibrate.request import request_statistics
-from twofold.model.load import LoadedModel
-from twofold.model.processor import parts_of
 from twofold.model.streamed import Resident
 from twofold.model.weights import find_targets
 from twofold.recipe import make_recipe
@@ -28,35 +24,16 @@ from twofold.task import TASKS, find_task
 from twofold.task.output.quality import measure_quality
 
 
-@dataclass(frozen=True)
-class Row:
-    """One task: a model and a processor of its family, and what factorize is called with to have samples that both can read."""
-
-    model: Callable[[], Any]
-    processor: Callable[[], Any]
-    given: dict[str, Any]
-
-    def samples(self, task: Any) -> Any:
-        """The samples of a model of this row."""
-        given = self.given.get("samples", self.given.get("texts"))
-        settings = {name: value for name, value in self.given.items() if name not in ("samples", "texts")}
-        recipe = make_recipe({"model": "m", "keep": 0.5, **settings})
-        parts = parts_of(self.processor())
-        tokenizer = parts.pop("tokenizer", None)
-        loaded = LoadedModel(self.model(), tokenizer, "m", None, torch.float32, processors=parts)
-        return task.data(loaded, recipe, "", given, held_out=1, quiet=True).samples
-
-
 ROWS = {
-    "causal-lm": Row(make_model, make_tokenizer, {"texts": [TEXT], "tokens": 256, "window": 32}),
-    "masked-lm": Row(tiny.bert_masked, tiny.tokenizer, {"texts": [TEXT], "tokens": 256, "window": 32}),
-    "seq2seq": Row(tiny.bart, tiny.tokenizer, {"samples": tiny.pairs()}),
-    "speech": Row(tiny.whisper, tiny.listener, {"samples": tiny.clips()}),
-    "image-classification": Row(tiny.vit, tiny.viewer, {"samples": tiny.pictures()}),
-    "image-text-to-text": Row(tiny.llava, tiny.reader, {"samples": tiny.described()}),
-    "embedding": Row(tiny.bert, tiny.tokenizer, {"samples": tiny.sentences()}),
-    "sequence-classification": Row(tiny.bert_classes, tiny.tokenizer, {"samples": tiny.sentences()}),
-    "token-classification": Row(tiny.bert_tokens, tiny.tokenizer, {"samples": tiny.sentences()}),
+    "causal-lm": tiny.Row(make_model, make_tokenizer, {"texts": [TEXT], "tokens": 256, "window": 32}),
+    "masked-lm": tiny.Row(tiny.bert_masked, tiny.tokenizer, {"texts": [TEXT], "tokens": 256, "window": 32}),
+    "seq2seq": tiny.Row(tiny.bart, tiny.tokenizer, {"samples": tiny.pairs()}),
+    "speech": tiny.Row(tiny.whisper, tiny.listener, {"samples": tiny.clips()}),
+    "image-classification": tiny.Row(tiny.vit, tiny.viewer, {"samples": tiny.pictures()}),
+    "image-text-to-text": tiny.Row(tiny.llava, tiny.reader, {"samples": tiny.described()}),
+    "embedding": tiny.Row(tiny.bert, tiny.tokenizer, {"samples": tiny.sentences()}),
+    "sequence-classification": tiny.Row(tiny.bert_classes, tiny.tokenizer, {"samples": tiny.sentences()}),
+    "token-classification": tiny.Row(tiny.bert_tokens, tiny.tokenizer, {"samples": tiny.sentences()}),
 }
 
 
