@@ -18,8 +18,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
-    T5Config,
-    T5ForConditionalGeneration,
+    Speech2TextConfig,
+    Speech2TextForConditionalGeneration,
 )
 from transformers.utils import logging
 
@@ -426,18 +426,23 @@ def test_what_a_format_can_not_express_is_refused():
         trace("onnx", OnnxExporter(), OnnxConfig(dynamic=True), model, "m")
 
 
-@pytest.mark.parametrize("kind", ["bart", "t5"])
-def test_an_encoder_decoder_is_refused_before_it_is_written(kind, tmp_path):
-    """One of them runs on token ids alone: its decoder reads them too, turned by a place."""
+@pytest.mark.parametrize(
+    ("kind", "to", "message"),
+    [
+        ("bart", "onnx", r"does not write text token by token, and `to=onnx` takes models that do"),
+        ("speech_to_text", "dense", r"can't be compared.*Speech2TextForConditionalGeneration reads input_features"),
+    ],
+)
+def test_an_encoder_decoder_is_refused_where_it_can_not_be_read(kind, to, message, tmp_path):
     sizes = {"vocab_size": VOCABULARY, "d_model": 32, "pad_token_id": 258, "decoder_start_token_id": 257}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 1, "decoder_layers": 1}
-    if kind == "bart":
-        model = BartForConditionalGeneration(BartConfig(**sizes, **heads, encoder_ffn_dim=48, decoder_ffn_dim=48))
-    else:
-        model = T5ForConditionalGeneration(T5Config(**sizes, d_ff=48, num_layers=1, num_heads=4, d_kv=8))
-    model.save_pretrained(tmp_path / "model")
-    with pytest.raises(TwofoldError, match=r"can't be compared.*ForConditionalGeneration has an encoder and a decoder"):
-        export(str(tmp_path / "model"), "dense", tmp_path / "out", quiet=True)
+    config, make = {
+        "bart": (BartConfig, BartForConditionalGeneration),
+        "speech_to_text": (Speech2TextConfig, Speech2TextForConditionalGeneration),
+    }[kind]
+    make(config(**sizes, **heads, encoder_ffn_dim=48, decoder_ffn_dim=48)).save_pretrained(tmp_path / "model")
+    with pytest.raises(TwofoldError, match=message):
+        export(str(tmp_path / "model"), to, tmp_path / "out", quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -459,7 +464,7 @@ def test_what_does_not_say_the_same_is_not_kept(small, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "tflite"], "there is no export format 'tflite'; choose one of dense, gguf, lora"),
+        (["--to", "tflite"], "there is no export format 'tflite'; choose one of dense, gguf, lite-whisper"),
         (["--to", "dense", "--rank", "4"], "--rank is of --to lora"),
         (["--to", "dense", "--dtype", "int8"], "--dtype must be auto, float32, bfloat16 or float16"),
         (["--to", "onnx", "--dtype", "float16"], "--to onnx writes float32"),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from twofold.exports.formats.onnx import forget_trace, open_session
 from twofold.exports.graph import exporting
@@ -69,6 +70,16 @@ class Encoder(nn.Module):
         return states
 
 
+class SpeechLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer of a cache that remembers what was added last."""
+
+    added: tuple[Tensor, Tensor]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.added = key_states, value_states
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
 class Decoder(nn.Module):
     """Tokens, the encoder's states and the cache → logits, and what the cache is to have next.
 
@@ -86,12 +97,12 @@ class Decoder(nn.Module):
         encoder_hidden_states: Tensor,  # (batch, states, width)
         past: list[Tensor],  # (batch, heads, length, width of a head): four a layer, by ``cache_names``
     ) -> tuple[Tensor, ...]:  # (batch, tokens, vocabulary), and as ``past``
-        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-
-        starts = range(0, len(past), 4)
-        text = DynamicCache([(past[at], past[at + 1]) for at in starts])
-        speech = DynamicCache([(past[at + 2], past[at + 3]) for at in starts])
-        cache = EncoderDecoderCache(text, speech)
+        layers = range(0, len(past), 4)
+        text, speech = [DynamicLayer() for _ in layers], [SpeechLayer() for _ in layers]
+        for at, mine, heard in zip(layers, text, speech, strict=True):
+            mine.update(past[at], past[at + 1])
+            heard.update(past[at + 2], past[at + 3])
+        cache = EncoderDecoderCache(Cache(layers=text), Cache(layers=speech))
         cache.is_updated = {}  # so that the states that are given are added to those in the cache
         known = past[2].shape[2]
         states = self.model.get_decoder()(
@@ -101,8 +112,8 @@ class Decoder(nn.Module):
             use_cache=True,
         ).last_hidden_state
         present: list[Tensor] = []
-        for mine, heard in zip(text.layers, speech.layers, strict=True):
-            present += [mine.keys, mine.values, heard.keys[:, :, known:], heard.values[:, :, known:]]
+        for mine, heard in zip(text, speech, strict=True):
+            present += [mine.keys, mine.values, *heard.added]
         return self.model.get_output_embeddings()(states), *present
 
 
@@ -117,7 +128,7 @@ def cache_names(layers: int) -> list[str]:
 
 
 def _decoder_inputs(config: Any, batch: Dim) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return samples for the tracing of ``Decoder``, and which of their sizes stay open; the encoder's states are always as many."""
+    """Return samples for the tracing of ``Decoder``, and which of their sizes stay open: not that of the encoder's states."""
     heads, width, states = config.decoder_attention_heads, config.d_model, config.max_source_positions
     tokens, of_text = Dim("decoder_sequence_length"), Dim("past_decoder_sequence_length")
     of_speech = Dim("past_encoder_sequence_length", max=states)
