@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from tiny import Row, made
 from PIL import Image
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -18,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import tiny
 import twofold
 from conftest import TEXT
+from tiny import Row, made
 from twofold.model.kinds.linear import READ_AS_IT_IS
 from twofold.task import TASKS, find_task
 
@@ -107,7 +106,9 @@ def hearing() -> Any:
 def clip() -> Any:
     text = hf.CLIPTextConfig(**WORDS, **SIZE, projection_dim=16)
     vision = hf.CLIPVisionConfig(**PICTURE, **SIZE, projection_dim=16)
-    return made(hf.CLIPModel, hf.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16))
+    return made(
+        hf.CLIPModel, hf.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    )
 
 
 def two_eyes() -> Any:
@@ -149,33 +150,94 @@ def image_model(name: str, task: str, pipeline: str, **settings: Any) -> Family:
 
 FAMILIES: dict[str, Family] = {
     "bert": text_model("BertForMaskedLM", "masked-lm", "fill-mask", WINDOWS),
-    "roberta": text_model("RobertaForSequenceClassification", "sequence-classification", "text-classification", SENTENCES,
-                          num_labels=9, max_position_embeddings=400),  # fmt: skip
-    "deberta-v2": text_model("DebertaV2ForTokenClassification", "token-classification", "token-classification", SENTENCES,
-                             num_labels=9, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
-                             share_att_key=False, conv_kernel_size=3),  # fmt: skip
-    "modernbert": text_model("ModernBertForMaskedLM", "masked-lm", "fill-mask", WINDOWS, global_attn_every_n_layers=2,
-                             local_attention=8, cls_token_id=256, sep_token_id=257),  # fmt: skip
-    "distilbert": text_model("DistilBertModel", "embedding", "feature-extraction", SENTENCES, dim=32, hidden_dim=48,
-                             n_layers=2, n_heads=2),  # fmt: skip
+    "roberta": text_model(
+        "RobertaForSequenceClassification",
+        "sequence-classification",
+        "text-classification",
+        SENTENCES,
+        num_labels=9,
+        max_position_embeddings=400,
+    ),
+    "deberta-v2": text_model(
+        "DebertaV2ForTokenClassification",
+        "token-classification",
+        "token-classification",
+        SENTENCES,
+        num_labels=9,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        share_att_key=False,
+        conv_kernel_size=3,
+    ),
+    "modernbert": text_model(
+        "ModernBertForMaskedLM",
+        "masked-lm",
+        "fill-mask",
+        WINDOWS,
+        global_attn_every_n_layers=2,
+        local_attention=8,
+        cls_token_id=256,
+        sep_token_id=257,
+    ),
+    "distilbert": text_model(
+        "DistilBertModel", "embedding", "feature-extraction", SENTENCES, dim=32, hidden_dim=48, n_layers=2, n_heads=2
+    ),
     "t5": Family(t5, tiny.tokenizer, PAIRS, "seq2seq", writes=("input_ids",)),
     "bart": Family(tiny.bart, tiny.tokenizer, PAIRS, "seq2seq", writes=("input_ids",)),
     "marian": Family(marian, tiny.tokenizer, PAIRS, "seq2seq", writes=("input_ids",)),
-    "whisper": Family(tiny.whisper, tiny.listener, CLIPS, "speech", {"conv1.weight": "convolution"},
-                      ("input_features",), ("automatic-speech-recognition", tiny.clips()[0], {"generate_kwargs": {"max_new_tokens": 8}})),
-    "wav2vec2": Family(wav2vec2, hearing, CLIPS, "speech", {"conv_layers.0.conv.weight": "convolution"},
-                       pipeline=("automatic-speech-recognition", tiny.clips()[0])),
+    "whisper": Family(
+        tiny.whisper,
+        tiny.listener,
+        CLIPS,
+        "speech",
+        {"conv1.weight": "convolution"},
+        ("input_features",),
+        ("automatic-speech-recognition", tiny.clips()[0], {"generate_kwargs": {"max_new_tokens": 8}}),
+    ),
+    "wav2vec2": Family(
+        wav2vec2,
+        hearing,
+        CLIPS,
+        "speech",
+        {"conv_layers.0.conv.weight": "convolution"},
+        pipeline=("automatic-speech-recognition", tiny.clips()[0]),
+    ),
     "vit": image_model("ViTForImageClassification", "image-classification", "image-classification", num_labels=9),
     "dinov2": image_model("Dinov2Model", "embedding", "image-feature-extraction", mlp_ratio=2),
-    "clip": Family(clip, two_eyes, {"samples": tiny.described(4)}, "embedding", {"patch_embedding.weight": "convolution"},
-                   pipeline=("zero-shot-image-classification", tiny.pictures()[0], {"candidate_labels": ["a cat", "a bridge"]})),
-    "swin": Family(swin, lambda: hf.ViTImageProcessor(size={"height": 32, "width": 32}), PICTURES, "image-classification",
-                   {"projection.weight": "convolution"}, pipeline=("image-classification", tiny.pictures()[0])),
-    "llava": Family(tiny.llava, tiny.reader, {"samples": tiny.described(4)}, "image-text-to-text",
-                    {"patch_embedding.weight": "convolution"}, ("input_ids", "pixel_values")),
-    "timm": Family(timm_vit, lambda: hf.ViTImageProcessor(size={"height": 32, "width": 32}), PICTURES, "image-classification",
-                   {"patch_embed.proj.weight": "convolution"}, needs=("timm", "torchvision")),
-}  # fmt: skip
+    "clip": Family(
+        clip,
+        two_eyes,
+        {"samples": tiny.described(4)},
+        "embedding",
+        {"patch_embedding.weight": "convolution"},
+        pipeline=("zero-shot-image-classification", tiny.pictures()[0], {"candidate_labels": ["a cat", "a bridge"]}),
+    ),
+    "swin": Family(
+        swin,
+        lambda: hf.ViTImageProcessor(size={"height": 32, "width": 32}),
+        PICTURES,
+        "image-classification",
+        {"projection.weight": "convolution"},
+        pipeline=("image-classification", tiny.pictures()[0]),
+    ),
+    "llava": Family(
+        tiny.llava,
+        tiny.reader,
+        {"samples": tiny.described(4)},
+        "image-text-to-text",
+        {"patch_embedding.weight": "convolution"},
+        ("input_ids", "pixel_values"),
+    ),
+    "timm": Family(
+        timm_vit,
+        lambda: hf.ViTImageProcessor(size={"height": 32, "width": 32}),
+        PICTURES,
+        "image-classification",
+        {"patch_embed.proj.weight": "convolution"},
+        needs=("timm", "torchvision"),
+    ),
+}
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -23,7 +23,6 @@ from twofold.recipe import make_recipe
 from twofold.task import TASKS, find_task
 from twofold.task.output.quality import measure_quality
 
-
 ROWS = {
     "causal-lm": tiny.Row(make_model, make_tokenizer, {"texts": [TEXT], "tokens": 256, "window": 32}),
     "masked-lm": tiny.Row(tiny.bert_masked, tiny.tokenizer, {"texts": [TEXT], "tokens": 256, "window": 32}),

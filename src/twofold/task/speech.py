@@ -47,7 +47,7 @@ class Speech(ExampleTask):
             return
         # Nothing is right or wrong: what the model itself hears is what it goes on from.
         start = time.perf_counter()
-        ids, prompt = transcript_of(model, batch, loaded.hashed)
+        ids, prompt = transcript_of(model, batch, about["seconds"], loaded.hashed)
         about |= {"by": loaded.name, "took": time.perf_counter() - start, "ids": ids[0, prompt:]}
         right = ids[:, 1:].clone()
         right[:, : prompt - 1] = -1  # given, not predicted
@@ -58,7 +58,7 @@ class Speech(ExampleTask):
         return at_labels(logits_of(result, model, 3), batch)
 
     def score(self, loaded: Any, samples: Samples) -> dict[str, float]:
-        """Return the word error rate of what the model hears, and its time over that of the speech."""
+        """Return the word error rate of what the model hears greedily, and its time over that of the speech."""
         assert isinstance(samples, Examples)
         abouts, tokenizer = [example.about for example in samples.examples], need_tokenizer(loaded)
         heard, took = [], 0.0
@@ -68,7 +68,7 @@ class Speech(ExampleTask):
                 took += about["took"]
                 continue
             start = time.perf_counter()
-            heard.append(words_of(loaded.model, tokenizer, batch))
+            heard.append(words_of(loaded.model, tokenizer, batch, about["seconds"]))
             took += time.perf_counter() - start
         known = [(words, about["words"]) for words, about in zip(heard, abouts, strict=True) if about["words"]]
         rate = word_error_rate([w for w, _ in known], [r for _, r in known], tokenizer) if known else {}
