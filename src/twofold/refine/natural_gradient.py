@@ -3,8 +3,8 @@
 The closed form treats each layer alone, and by moments of some ten thousand tokens. Here the factored model is run over the
 tokens once more, with the gradient D = E[g x̂ᵀ] of the divergence (dense ‖ factored) by every whole weight W' of its own, with
 C = E[x̂ x̂ᵀ] and G = E[g gᵀ]. In K-FAC's coordinates W̃ = G^½ W' C^½ the natural gradient is the plain one, D̃ = G^-½ D C^-½
-(Martens & Grosse 2015); G is that of the very gradients that are followed, not of sampled labels: it measured as well, and needs no
-pass of its own. Of it is taken:
+(Martens & Grosse 2015); G is that of the very gradients that are followed, not of sampled labels: it measured as well, and
+needs no pass of its own. Of it is taken:
 
 1. What two halves of the tokens agree on. The rest is scatter of the text. In the eigenbases of G and C, cut into eight parts by
    rank, each of the 64 blocks is multiplied by Σ D̃₁D̃₂ / Σ ((D̃₁ + D̃₂)/2)², between 0 and 1: Wiener's filter, with the spectra
