@@ -18,6 +18,7 @@ from transformers import (
     pipeline,
 )
 
+import tiny
 import twofold
 from conftest import ARCHITECTURES, TEXT, make_model, make_tokenizer
 from twofold import FactoredLinear
@@ -175,12 +176,12 @@ def test_a_plan_that_does_not_fit_is_refused(tmp_path):
 def test_an_encoder_with_a_masked_head(allocate, tmp_path):
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=264, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        vocab_size=265, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=64,
     )  # fmt: skip
     model = BertForMaskedLM(config).eval()
     settings = {"keep": 0.7, "texts": [TEXT], "tokens": 64, "window": 32, "quiet": True, "allocate": allocate}
-    factored = twofold.factorize(model, make_tokenizer(), **settings)
+    factored = twofold.factorize(model, tiny.tokenizer(), **settings)
     factored.save_pretrained(tmp_path)
     loaded = BertForMaskedLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(factored))

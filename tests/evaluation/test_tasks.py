@@ -144,8 +144,8 @@ def test_an_adapter_is_measured_on_a_text_too(model: Path, tmp_path: Path, text_
 @pytest.mark.long
 def test_faults_are_told_in_a_sentence(tasks: Path, model: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     for given, words in (
-        ([], "give either --text FILE to measure perplexity, or --tasks NAMES"),
-        (["--tasks", "parity", "--text", "a.txt"], "give either --text FILE to measure perplexity, or --tasks NAMES"),
+        ([], "give either --text FILE to measure perplexity, --tasks NAMES"),
+        (["--tasks", "parity", "--text", "a.txt"], "give either --text FILE to measure perplexity, --tasks NAMES"),
         (["--tasks", " , "], "names no task"),
         (["--tasks", "parity", "--window", 64], "--window goes with --text and not with --tasks"),
         (["--text", "a.txt", "--limit", 5], "--limit goes with --tasks and not with --text"),

@@ -496,7 +496,7 @@ def test_a_model_that_gives_no_logits_is_refused_before_any_work(tmp_path, token
     with pytest.raises(
         TwofoldError, match=r"`refine=distill` .* and BertModel gives no token logits; leave `refine` out"
     ):
-        compress(recipe_of(tmp_path / "bert", text_file), tmp_path / "o", quiet=True)
+        compress(recipe_of(tmp_path / "bert", text_file, task="causal-lm"), tmp_path / "o", quiet=True)
     assert not (cache_folder() / "moments").exists() and not (tmp_path / "o").exists()
 
 

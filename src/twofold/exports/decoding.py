@@ -7,8 +7,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from twofold.model.blocks import has_two_stacks
-
 
 class Decoder(Protocol):
     """Reads token ids piece by piece and remembers what it has read."""
@@ -39,7 +37,7 @@ class ModelDecoder:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._ids, self._encoded = "input_ids", {}
-        if has_two_stacks(model):
+        if getattr(model.config, "is_encoder_decoder", False):  # this file is read where there is no twofold
             inputs = encoder_input(model)
             assert inputs is not None
             states = model.get_encoder()(inputs.to(model.device))

@@ -24,6 +24,11 @@ class Settings(pydantic.BaseModel, extra="forbid", defer_build=True):
 
     TITLE: ClassVar[str] = "More"  # of the panel that holds their flags
 
+    def chosen(self, name: str) -> bool:
+        """Say whether a setting was given, and is not what it would be without."""
+        field = type(self).model_fields.get(name)
+        return field is not None and name in self.model_fields_set and getattr(self, name) != field.default
+
     def part(self, kind: type[S]) -> S:
         """Return the settings of one kind that stand among these; what is missing has its default."""
         if isinstance(self, kind):

@@ -129,7 +129,7 @@ class ExampleTask(Task):
 
     def fitted(self, settings: S, loaded: Any, *, quiet: bool = False) -> S:
         for name in ("tokens", "window", "continuations", "self_texts", "bos", "chat"):
-            if name in settings.model_fields_set:
+            if settings.chosen(name):
                 raise TwofoldError(f"`{name}` is for windows of text, and {self.name} reads {self.unit}; leave it out")
         return settings
 

@@ -32,7 +32,7 @@ def fit_window(recipe: S, loaded: LoadedModel, *, quiet: bool = False) -> S:
     Raises:
         TwofoldError: if the window was given and is too long, or something was that has no windows.
     """
-    if "samples" in recipe.model_fields_set:
+    if recipe.chosen("samples"):
         raise TwofoldError(
             "`samples` counts clips, images and sentences, and this model reads windows of text; give `tokens`"
         )
