@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEECH = {"include": ["model.encoder.*"], "samples": 100}
-SENTENCES = {"samples": 2000}
-IMAGES = {"samples": 1000}
+SENTENCES = {"samples": 2000, "batch_size": 32}
+IMAGES = {"samples": 1000, "batch_size": 16}
 PAIRS = {"text_column": "source", "target_column": "target"}
-TRANSLATION = {**PAIRS, "samples": 1000}
+TRANSLATION = {**PAIRS, "samples": 1000, "batch_size": 16}
 # What LiteASR's rule and SVD-LLM are in their papers; ours is the default of Twofold.
 NEIGHBOURS: dict[str, dict[str, Any]] = {
     "LiteASR's rule": {"objective": "lite-asr"},
