@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     clock = time.perf_counter if args.wall else time.process_time
     tokenizer = AutoTokenizer.from_pretrained(args.dense)
-    sides = zip(*read_pairs(args.data / "train.jsonl"), strict=True)
+    sides = zip(*read_pairs(args.data / "train.jsonl")[:5000], strict=True)
     tokens = [tokenizer(list(side))["input_ids"] for side in sides]
     batches = make_batches(list(zip(*tokens, strict=True)), args.batch_tokens, random.Random(0))
     models = [AutoModelForSeq2SeqLM.from_pretrained(folder).train() for folder in (args.dense, args.factorized)]
