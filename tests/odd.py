@@ -27,6 +27,7 @@ from transformers import (
     LlamaConfig,
 )
 
+import tiny
 from conftest import VOCABULARY, make_tokenizer
 
 RANK = 6
@@ -376,11 +377,12 @@ add(
 # Other architectures.
 def _bert(folder: Path) -> None:
     config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, pad_token_id=258,
     )  # fmt: skip
     torch.manual_seed(0)
     save(folder, of_few_ranks(BertForMaskedLM(config)))
+    tiny.tokenizer().save_pretrained(folder)  # with a mask
 
 
 def _gpt2(folder: Path) -> None:

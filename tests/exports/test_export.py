@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+import tiny
 import twofold
 import twofold.cli
 from conftest import ARCHITECTURES, CONFIGS, TEXT, VOCABULARY, make_model, make_tokenizer
@@ -222,14 +223,14 @@ def test_portable_loads_where_twofold_can_not_be_imported(small, tmp_path, run):
 def test_portable_of_an_encoder_with_a_masked_head(tmp_path, modules_cache):
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=264, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        vocab_size=265, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=64,
     )  # fmt: skip
     settings = {"keep": 0.7, "texts": [TEXT], "tokens": 64, "window": 32, "quiet": True}
-    model = twofold.factorize(BertForMaskedLM(config).eval(), make_tokenizer(), **settings)
+    model = twofold.factorize(BertForMaskedLM(config).eval(), tiny.tokenizer(), **settings)
     expected = logits(model)
     model.save_pretrained(tmp_path / "small")
-    make_tokenizer().save_pretrained(tmp_path / "small")
+    tiny.tokenizer().save_pretrained(tmp_path / "small")
     done = export(str(tmp_path / "small"), "dense", tmp_path / "dense", quiet=True)
     assert done.comparison.tokens == 0 and done.comparison.relative < 1e-5, "nothing is decoded by an encoder"
     (tmp_path / "out").mkdir()
