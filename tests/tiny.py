@@ -101,7 +101,8 @@ def tokenizer() -> Any:
 def listener() -> Any:
     """A feature extractor with a tokenizer."""
     extractor = hf.WhisperFeatureExtractor(feature_size=16, chunk_length=1, n_fft=400, hop_length=160)
-    return hf.WhisperProcessor(extractor, tokenizer())
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<pad>"}
+    return hf.WhisperProcessor(extractor, hf.WhisperTokenizer(vocab=tokenizer().get_vocab(), merges=[], **special))
 
 
 def reader() -> Any:

@@ -50,7 +50,7 @@ def test_every_objective_with_every_allocation(name, allocate):
     )
     plan = model.twofold_plan
     assert plan.keep <= 0.6 + 1e-9
-    assert plan.keep > (0.5 if allocate == "uniform" else 0.59)
+    assert plan.keep > (0.5 if allocate == "uniform" or name == "lite-asr" else 0.59)  # the last in multiples of 16
     for entry in plan.entries:
         if entry.rank:
             assert entry.measured_loss == pytest.approx(entry.predicted_loss, rel=1e-3, abs=1e-9 * entry.total_loss)

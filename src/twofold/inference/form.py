@@ -142,7 +142,7 @@ def _runner(model: Any, done: Optimized) -> tuple[Callable[[], Tensor] | None, A
     if task is None:
         done.notes.append("the model is for no task that is known, so each layer stands alone")
         return None, None
-    batch = on_device(task.example(model), next(model.parameters()).device, model.dtype)
+    batch = on_device(task.example(model), next(model.parameters()).device, getattr(model, "dtype", None))
 
     def run() -> Tensor:
         output = task.call(model, batch)
