@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import tiny
 import twofold
-from conftest import TEXT, VOCABULARY, make_model, make_tokenizer
+from conftest import TEXT, VOCABULARY, make_model
 from twofold.model.target import Target
 from twofold.nn.layers.shared import SharedLinear
 
@@ -39,7 +40,7 @@ def shared_model(model: Any = "llama", keep: float = 0.6, **settings: Any) -> An
     settings = {"texts": [TEXT], "tokens": 256, "window": 32, "quiet": True, "objective": "basis-sharing"} | settings
     if not settings.keys() & {"budget", "kl_at_most", "perplexity_at_most"}:
         settings["keep"] = keep
-    return twofold.factorize(make_model(model) if isinstance(model, str) else model, make_tokenizer(), **settings)
+    return twofold.factorize(make_model(model) if isinstance(model, str) else model, tiny.tokenizer(), **settings)
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def test_a_plan_without_any_weight(tmp_path: Path) -> None:
     assert "no weight that could be factorized" in read.words
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_deep_model_of_many_kinds(tmp_path: Path) -> None:
     plan, spectra = make_plan(names=[(f"layers.{i}.part_{j}", i) for i in range(60) for j in range(12)])
     read = page(tmp_path, make_run(plan), plan, spectra)

@@ -100,7 +100,7 @@ def test_both_runtimes_write_the_same_tokens(models: tuple[str, str], monkeypatc
     assert all(torch.equal(written[0], other) for other in written[1:])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_of_its_own(models: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     dense, _ = models
     peak = peak_of(dense, "eager", QUIET, 4, 2, 8)

@@ -105,7 +105,7 @@ def test_heads_dtypes_shards_and_places(tmp_path):
 def test_an_encoder_with_a_masked_head(tmp_path):
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        vocab_size=VOCABULARY + 1, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=64,
     )  # fmt: skip
     model = shared_model(BertForMaskedLM(config).eval(), allocate="uniform")

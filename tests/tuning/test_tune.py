@@ -253,7 +253,7 @@ def test_a_gradient_that_is_infinite_stops_before_the_step(
         run(place, tmp_path / "out")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_no_space_for_a_checkpoint(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
