@@ -40,7 +40,7 @@ class Speech(ExampleTask):
         rate = int(extractor.sampling_rate)
         wave = load_audio(record.need("audio"), rate)
         batch = {k: v for k, v in extractor(wave, sampling_rate=rate, return_tensors="pt").items() if "mask" not in k}
-        about = {"seconds": len(wave) / rate, "words": record.fields.get("text")}
+        about: dict[str, Any] = {"seconds": len(wave) / rate, "words": record.fields.get("text")}
         if not has_two_stacks(model):
             frames = int(model._get_feat_extract_output_lengths(torch.tensor(next(iter(batch.values())).shape[-1])))
             yield Example(batch, frames, about)
