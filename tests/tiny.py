@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -90,9 +89,8 @@ def llava() -> Any:
     return made(hf.LlavaForConditionalGeneration, config)
 
 
-@lru_cache
 def tokenizer() -> Any:
-    """One token a byte, and a mask."""
+    """One token a byte, and a mask. Made anew: a processor that is saved leaves its name on the tokenizer that it holds."""
     found = make_tokenizer()
     found.add_special_tokens({"mask_token": "<mask>"})
     return found

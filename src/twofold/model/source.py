@@ -54,6 +54,10 @@ def model_class_of(config: Any, trust_remote_code: bool) -> Any:
     names = getattr(config, "architectures", None) or []
     if names and not (trust_remote_code and getattr(config, "auto_map", None)):
         named = getattr(transformers, str(names[0]), None)
+        if named is transformers.PreTrainedModel:  # what is asked of it, transformers would remember for all classes
+            raise TwofoldError(
+                "the model's config.json names PreTrainedModel, which is no architecture; name the class of the model"
+            )
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             return named
     return AutoModelForSeq2SeqLM if has_two_stacks(config) else AutoModelForCausalLM
