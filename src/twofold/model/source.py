@@ -56,7 +56,7 @@ def model_class_of(config: Any, trust_remote_code: bool) -> Any:
         named = getattr(transformers, str(names[0]), None)
         if named is transformers.PreTrainedModel:  # what is asked of it, transformers would remember for all classes
             raise TwofoldError(
-                "the model's config.json names PreTrainedModel, which is no architecture; name the class of the model"
+                "the model's config.json names PreTrainedModel, which is none; name the class of the model"
             )
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             return named
