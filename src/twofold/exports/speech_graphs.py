@@ -1,8 +1,7 @@
 """Whisper as two ONNX graphs, of its encoder and of its decoder, with the names that transformers.js knows.
 
-Its decoders have a part for the first call and one for the later ones. Here one graph serves both, since an empty cache is a
-cache too. The keys and values of the speech are made of those states of the encoder that the cache does not have yet: of all at
-the first call, of none at the later ones.
+One graph of the decoder serves the first call and the later ones, since an empty cache is a cache too. The keys and values of the
+speech are made of those states of the encoder that the cache does not have yet: of all at the first call, of none later.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ from twofold.exports.graph import exporting
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
 PAST, PRESENT = "past_key_values", "present"
-LARGEST = (
-    2**31 - 2**24
-)  # bytes of a file, with room for the graph; protobuf takes 2 GiB, and larger weights stand beside it
+LARGEST = 2**31 - 2**24  # bytes of the weights inside of a graph's file, which protobuf holds below 2 GiB
 
 
 def save_speech_graphs(model: Any, name: str, folder: Path) -> dict[str, int]:
@@ -41,7 +38,7 @@ def save_speech_graphs(model: Any, name: str, folder: Path) -> dict[str, int]:
         TwofoldError: if a layer can't be expressed in ONNX.
     """
     config, batch = model.config, Dim("batch_size")
-    encoder, decoder = Encoder(model).eval(), Decoder(model).eval()
+    encoder, decoder = SpeechEncoder(model).eval(), TextDecoder(model).eval()
     features = torch.zeros(2, config.num_mel_bins, 2 * config.max_source_positions)
     inputs, shapes = _decoder_inputs(config, batch)
     caches = cache_names(config.decoder_layers)
@@ -58,7 +55,7 @@ def save_speech_graphs(model: Any, name: str, folder: Path) -> dict[str, int]:
     return {file: 1 for file, large in zip((ENCODER, DECODER), beside, strict=True) if large}
 
 
-class Encoder(nn.Module):
+class SpeechEncoder(nn.Module):
     """Features (batch, bins, frames) → states (batch, frames / 2, width)."""
 
     def __init__(self, model: Any) -> None:
@@ -80,7 +77,7 @@ class SpeechLayer(DynamicLayer):  # type: ignore[misc]
         return super().update(key_states, value_states, *args, **kwargs)
 
 
-class Decoder(nn.Module):
+class TextDecoder(nn.Module):
     """Tokens, the encoder's states and the cache → logits, and what the cache is to have next.
 
     Of the keys and values of the speech, only those that were not in the cache are given back: none at all after the first call.
@@ -118,7 +115,7 @@ class Decoder(nn.Module):
 
 
 def cache_names(layers: int) -> list[str]:
-    """Return the names of the inputs that hold the cache, in the order of ``Decoder``."""
+    """Return the names of the inputs that hold the cache, in the order of ``TextDecoder``."""
     return [
         f"{PAST}.{layer}.{of}.{what}"
         for layer in range(layers)
@@ -128,7 +125,7 @@ def cache_names(layers: int) -> list[str]:
 
 
 def _decoder_inputs(config: Any, batch: Dim) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return samples for the tracing of ``Decoder``, and which of their sizes stay open: not that of the encoder's states."""
+    """Return samples for the tracing of ``TextDecoder``, and which of their sizes stay open: not that of the encoder's states."""
     heads, width, states = config.decoder_attention_heads, config.d_model, config.max_source_positions
     tokens, of_text = Dim("decoder_sequence_length"), Dim("past_decoder_sequence_length")
     of_speech = Dim("past_encoder_sequence_length", max=states)

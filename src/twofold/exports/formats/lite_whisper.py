@@ -33,11 +33,8 @@ TYPE, CLASS, NATIVE = "lite-whisper", "LiteWhisperForConditionalGeneration", "Wh
 NOT_WHISPERS = {"model_type", "architectures", "transformers.js_config"}  # what config.json says for other readers
 ENCODER, HEAD, TABLE = "model.encoder.layers.", "proj_out.weight", "model.decoder.embed_tokens.weight"
 ATTENTION = ("k_proj", "v_proj", "q_proj", "out_proj")
-PLACES = {
-    **{key: f"self_attn.{key}" for key in ATTENTION},
-    "fc1": "fc1",
-    "fc2": "fc2",
-}  # where a key of the table stands
+# Where a key of the table stands in a layer.
+PLACES = {key: f"self_attn.{key}" for key in ATTENTION} | {"fc1": "fc1", "fc2": "fc2"}
 GRAPHS, RUNTIME = "onnx", ("onnx", "onnxscript", "onnxruntime")
 PREPROCESSOR = "preprocessor_config.json"
 POSITIONS = 50  # of the encoder, a second of speech
