@@ -131,7 +131,11 @@ class ExampleTask(Task):
         for name in ("tokens", "window", "continuations", "self_texts", "bos", "chat"):
             if settings.chosen(name):
                 raise TwofoldError(f"`{name}` is for windows of text, and {self.name} reads {self.unit}; leave it out")
-        return settings
+        batch = type(settings).model_fields.get("refine_batch")
+        if batch is None or "refine_batch" in settings.model_fields_set:
+            return settings
+        # A sample has a prediction or some, where a window has hundreds: a step of so few would be scatter.
+        return settings.model_copy(update={"refine_batch": batch.default * self.each})
 
     @abstractmethod
     def encode(self, record: Record, loaded: Any) -> Iterable[Example]:
