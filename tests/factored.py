@@ -32,7 +32,11 @@ def factored_model(architecture: str = "llama", rank: int = 6) -> Any:
 
 def model_of_form(architecture: str, form: str = "rows", share: float = 0.4, dtype: torch.dtype = torch.float32) -> Any:
     """Return a tiny model whose layers are factored in one form, or all forms in turn, with biases where it has them."""
-    model = make_model(architecture, dtype=torch.float64)
+    return in_form(make_model(architecture, dtype=torch.float64), form, share, dtype)
+
+
+def in_form(model: Any, form: str = "rows", share: float = 0.4, dtype: torch.dtype = torch.float32) -> Any:
+    """Factorize all layers of a model of float64 in one form, or all forms in turn."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim() == 1:

@@ -47,7 +47,7 @@ def collect(model, samples, needs=NEEDS, both_sides=False, **settings):
     )
 
 
-def by_autograd(model, ids, seed):
+def by_autograd(model, ids, seed, draws=1):
     """Return C and G of every target, straight from their definition: retained activations and their gradients."""
     calls_of: dict[str, list] = {}
     targets = find_targets(model).targets
@@ -60,13 +60,14 @@ def by_autograd(model, ids, seed):
 
         handles.append(model.get_submodule(target.name).register_forward_hook(keep))
     for i, window in enumerate(ids):
-        logits = model(input_ids=window[None]).logits
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        labels = draw(torch.softmax(logits.detach(), -1)[0], generator)
-        torch.nn.functional.cross_entropy(logits[0], labels, reduction="sum").backward()
+        for _ in range(draws):
+            logits = model(input_ids=window[None]).logits
+            labels = draw(torch.softmax(logits.detach(), -1)[0], generator)
+            torch.nn.functional.cross_entropy(logits[0], labels, reduction="sum").backward()
     for handle in handles:
         handle.remove()
-    tokens = ids.numel()
+    tokens = ids.numel() * draws
     moments = {}
     for name, calls in calls_of.items():
         x = torch.cat([a.detach().flatten(0, -2) for a, _ in calls])
@@ -75,14 +76,16 @@ def by_autograd(model, ids, seed):
     return moments
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
-def test_moments_are_those_of_autograd(architecture):
+@pytest.mark.parametrize(
+    ("architecture", "draws"), [("llama", 1), ("llama", 4), ("gpt2", 1), ("opt", 1), ("gpt_neox", 1)]
+)
+def test_moments_are_those_of_autograd(architecture, draws):
     model = make_model(architecture, dtype=torch.float64)
     samples = windows()
     ids = samples.ids
-    truth = by_autograd(make_model(architecture, dtype=torch.float64), ids, seed=5)
+    truth = by_autograd(make_model(architecture, dtype=torch.float64), ids, seed=5, draws=draws)
     for both in (False, True):
-        targets, moments = collect(model, samples, both_sides=both, seed=5)
+        targets, moments = collect(model, samples, both_sides=both, seed=5, draws=draws)
         for target in targets:
             x, g, c, gg = truth[target.name]
             w = dense_weight(model.get_submodule(target.name)).detach()
@@ -102,7 +105,9 @@ def test_moments_are_those_of_autograd(architecture):
             assert layer.gradient_trace == pytest.approx(float(gg.trace()), rel=1e-6)
             torch.testing.assert_close(layer.input_abs, x.abs().mean(0), **close)
             torch.testing.assert_close(layer.input_square, x.square().mean(0), **close)
-            torch.testing.assert_close(layer.gradient_square, g.square().mean(0) * len(g) / ids.numel(), **close)
+            torch.testing.assert_close(
+                layer.gradient_square, g.square().mean(0) * len(g) / (ids.numel() * draws), **close
+            )
             rows = (g.square() * x.square().sum(1, keepdim=True)).mean(0)
             torch.testing.assert_close(layer.fisher_rows, rows, **close)
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import tiny
 import twofold
 from conftest import make_model
-from factored import model_of_form
+from factored import in_form, model_of_form
 from twofold import TwofoldError
 from twofold.inference.draft import Draft
 from twofold.inference.latency import Latencies, Table, Times
@@ -138,6 +139,32 @@ def test_slower_layers_become_dense_and_are_announced(capsys: pytest.CaptureFixt
     assert "µs" in next(iter(model.twofold_inference.merged.values()))
     kept = twofold.optimize(model_of_form("llama"), merge="never", latencies=table_of(1.5), quiet=True)
     assert not kept.twofold_inference.merged
+
+
+def test_what_is_read_at_once_is_judged_by_many_tokens_and_hidden_units_without_their_order() -> None:
+    ratios = {1: 3.0, 512: 0.5}  # a decoder's layers are slower for one token
+
+    def take(m: int, n: int, form: str, tokens: int) -> Times:
+        ratio = (
+            2.0 if form == "gauge" and m > n else ratios[tokens]
+        )  # where it is wide, putting outputs in order takes long
+        return Times(dense=10.0, ranks=[1, min(m, n)], factored=[10 * ratio, 10 * ratio])
+
+    table = Latencies(Table(about={}, by_columns=False), torch.float32, torch.device("cpu"), quiet=True, take=take)
+    model = in_form(tiny.whisper().double())
+    sound = {"input_features": torch.randn(1, 16, 100), "decoder_input_ids": torch.arange(6)[None]}
+    with torch.no_grad():
+        before = model(**sound).logits
+    twofold.optimize(model, latencies=table, quiet=True)
+    done = model.twofold_inference
+    assert all(".decoder." in name for name in done.merged) and len(done.merged) == 2 * 10
+    assert {name for name in done.folded if name.endswith("fc1")} == {f"model.encoder.layers.{i}.fc1" for i in (0, 1)}
+    with torch.no_grad():
+        assert apart(model(**sound).logits, before) < 2e-5
+
+    encoder = in_form(tiny.bert().double())  # its MLP has other names, so the order of its hidden units is kept
+    twofold.optimize(encoder, latencies=table, quiet=True)
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in encoder.twofold_inference.merged} == {"intermediate"}
 
 
 def test_gpt2_merges_to_its_own_kind_of_layer() -> None:

@@ -61,6 +61,8 @@ def test_times_between_ranks_and_what_is_slower() -> None:
     assert table.slower(64, 48, 8) is None
     words = table.slower(64, 48, 48)
     assert words is not None and "µs at rank 48" in words and "one token" in words
+    many = table.slower(64, 48, 48, counts=[512])
+    assert many is not None and "512 tokens" in many
 
 
 def test_interpolated_times_never_fall() -> None:

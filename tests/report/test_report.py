@@ -167,20 +167,26 @@ def test_the_card(tmp_path: Path, model: str, base: str | None, title: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("architecture", "expected", "tag"),
+    ("architecture", "task", "expected", "tag"),
     [
-        ("GPT2LMHeadModel", "AutoModelForCausalLM", "text-generation"),
-        ("BertForMaskedLM", "AutoModelForMaskedLM", None),
-        ("T5ForConditionalGeneration", "T5ForConditionalGeneration", None),
-        ("no name'\"", "AutoModel", None),
+        ("GPT2LMHeadModel", "causal-lm", "AutoModelForCausalLM", "text-generation"),
+        ("BertForMaskedLM", "masked-lm", "AutoModelForMaskedLM", "fill-mask"),
+        (
+            "WhisperForConditionalGeneration",
+            "speech",
+            "WhisperForConditionalGeneration",
+            "automatic-speech-recognition",
+        ),
+        ("T5ForConditionalGeneration", "seq2seq", "T5ForConditionalGeneration", None),
+        ("no name'\"", "own", "AutoModel", None),
     ],
 )
 def test_the_card_names_the_class_to_load_with(
-    tmp_path: Path, architecture: str, expected: str, tag: str | None
+    tmp_path: Path, architecture: str, task: str, expected: str, tag: str | None
 ) -> None:
     plan, _ = make_plan()
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
-    write_card(tmp_path, make_run(plan), plan)
+    write_card(tmp_path, make_run(plan).model_copy(update={"task": task}), plan)
     matter, body = front_matter(tmp_path)
     assert f"model = {expected}.from_pretrained(" in body
     assert matter.get("pipeline_tag") == tag

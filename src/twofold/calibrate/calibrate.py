@@ -64,7 +64,8 @@ def calibrate(
             groups = _groups(loaded.model, targets, samples, task)
         targets = replace(targets, groups=groups)
     request = request_statistics(targets.targets, groups, needs)
-    mark = fingerprint(hashed, samples, request, recipe, residence.dtype)
+    draws = recipe.draws or task.draws(samples)
+    mark = fingerprint(hashed, samples, request, recipe, residence.dtype, draws)
     path = moments_folder or moments_path(mark)
     if work is not None:
         work.belongs_to(spectra_mark(hashed, mark, recipe, targets))
@@ -86,6 +87,7 @@ def calibrate(
                 before=before,
                 seed=recipe.seed,
                 curvature=recipe.curvature,
+                draws=draws,
                 batch_size=recipe.batch_size,
                 folder=path,
                 on_disk=recipe.activations == "disk",

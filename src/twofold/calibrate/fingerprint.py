@@ -49,12 +49,16 @@ def model_hash(model: nn.Module, shards: Shards | None = None) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(hashed: str, samples: Samples, request: Request, recipe: Calibrating, dtype: torch.dtype) -> str:
+def fingerprint(
+    hashed: str, samples: Samples, request: Request, recipe: Calibrating, dtype: torch.dtype, draws: int = 1
+) -> str:
     """Return what moments belong to: a hash of the model's weights, the samples, the seed and the settings that change them."""
     parts: dict[str, object] = {"format": FORMAT, "model": hashed, "ids": samples.sha256, "shape": samples.shape}
     parts |= {"seed": recipe.seed, "batch": recipe.batch_size, "dtype": str(dtype), "request": request.sizes}
     if recipe.curvature != "sampled" and request.backward:
         parts["curvature"] = recipe.curvature
+    if draws > 1 and request.backward:
+        parts["draws"] = draws
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -24,6 +24,14 @@ class Moment(Settings):
     curvature: Annotated[
         Curvature, Field(description="how the gradients' moments are estimated: sampled, gauss-newton, empirical")
     ] = "sampled"
+    draws: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="backward passes for each batch, each from a random gradient of its own; 1 for windows of text, and up "
+            "to 8 where samples make few predictions",
+        ),
+    ] = None
     centre: Annotated[
         Literal["auto", "always", "never"],
         Field(

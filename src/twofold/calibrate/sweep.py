@@ -36,7 +36,7 @@ from twofold.model.frozen import frozen
 from twofold.model.streamed import Resident, units_of
 from twofold.model.target import Target
 from twofold.objectives import without_gradients
-from twofold.task import Samples, Task, on_device
+from twofold.task import Batch, Samples, Task, on_device
 from twofold.task.output import Curvature
 from twofold.task.output.curvature import stream
 
@@ -55,6 +55,7 @@ def collect_moments(
     before: frozenset[str] = frozenset(),
     seed: int = 0,
     curvature: Curvature = "sampled",
+    draws: int = 1,
     batch_size: int = 1,
     weights: Mapping[str, Tensor] | None = None,
     folder: Path | None = None,
@@ -69,6 +70,7 @@ def collect_moments(
         parts: the stretches of blocks that are in memory at once; the whole model if it is None.
         before: the modules that run before the first block.
         curvature: how it is estimated from a backward pass.
+        draws: backward passes for each batch; several only where the whole model is one stretch.
         weights: the dense weights (out, in) that the moments are of, where the model has smaller ones in their places.
         seed: of the sampled labels; batch b uses its own stream, so a resumed pass gives the same sums.
         folder: where finished parts are written, and an unfinished pass is taken up again; in memory if it is None.
@@ -83,7 +85,9 @@ def collect_moments(
     spans = spans[slice(*processes.share(len(spans)))]
     first, last = (spans[0][0], spans[-1][1]) if spans else (0, 0)
     states = States(steps, last - first, empty.fingerprint, folder, on_disk)
-    sweep = _Sweep(residence, targets, request, samples, task, states, spans, first, seed, curvature, weights or {})
+    sweep = _Sweep(
+        residence, targets, request, samples, task, states, spans, first, seed, curvature, draws, weights or {}
+    )
     sums: dict[str, Tensor] = {}
     begin, each = states.resume(), samples.units(first, last)
     done = each * begin + samples.units(first, first + states.done)
@@ -115,6 +119,7 @@ class _Sweep:
     first: int  # sample of this process
     seed: int
     curvature: Curvature
+    draws: int
     weights: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
@@ -192,11 +197,18 @@ class _Sweep:
                         f"no gradient reaches the outputs of {type(model).__name__}; {without_gradients()}"
                     )
                 _check_finite(outputs, model, partial(run, False))
-                generator = stream(self.seed, first)
-                outputs.backward(task.output.probe(outputs, task.labels(batch), generator, self.curvature))  # type: ignore[no-untyped-call]
+                self._draw(outputs, batch, stream(self.seed, first))
             else:
                 out.backward(self.states.of("gradient", stretch.last).read(here, there).to(out))
         return None if hidden is None else hidden.grad
+
+    def _draw(self, outputs: Tensor, batch: Batch, generator: torch.Generator) -> None:
+        """Go backward, once for each draw; the hooks sum what arrives, so each draw has its share of the second moment."""
+        for left in reversed(range(self.draws)):
+            probe = self.task.output.probe(outputs, self.task.labels(batch), generator, self.curvature)
+            if self.draws > 1:
+                probe = probe / self.draws**0.5
+            outputs.backward(probe, retain_graph=left > 0)  # type: ignore[no-untyped-call]
 
 
 def _check_finite(output: Tensor, model: nn.Module, run: Callable[[], Any]) -> None:

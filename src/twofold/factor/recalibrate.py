@@ -34,7 +34,7 @@ def recalibrate(prepared: Prepared, recipe: Planning, *, folder: Path | None = N
     """
     moments, data, loaded = prepared.moments, prepared.data, prepared.loaded
     assert moments is not None and data is not None
-    targets, model = prepared.targets.targets, loaded.model
+    targets, model, task = prepared.targets.targets, loaded.model, prepared.opened.need_task()
     request = request_statistics(targets, prepared.targets.groups, prepared.objective.needs)
     model_of = prepared.plan.model_dump_json(include={"entries", "dense"})  # what the plan makes of the model
     mark = hashlib.sha256(json.dumps([moments.fingerprint, recipe.damping, model_of]).encode()).hexdigest()
@@ -44,9 +44,10 @@ def recalibrate(prepared: Prepared, recipe: Planning, *, folder: Path | None = N
         with put_back(model, [*weights, *rest_names(prepared.plan, model)]):
             prepared.apply(prepared.plan, quiet=quiet)
             again = collect_moments(
-                loaded.residence, targets, request, data.samples, prepared.opened.need_task(),
+                loaded.residence, targets, request, data.samples, task,
                 empty=replace(moments, sums={}, fingerprint=mark), seed=recipe.seed, curvature=recipe.curvature,
-                batch_size=recipe.batch_size, weights=weights, folder=folder, quiet=quiet,
+                draws=recipe.draws or task.draws(data.samples), batch_size=recipe.batch_size, weights=weights, folder=folder,
+                quiet=quiet,
             )  # fmt: skip
     old, new = moments.sums, again.sums
     mixed = {name: old[name] + SHARE * (new[name].to(old[name]) - old[name]) for name in request.names()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,9 +13,10 @@ from twofold.checkpoint.plugin import METHOD, TwofoldQuantizer
 from twofold.errors import TwofoldError
 from twofold.host.progress import say
 from twofold.inference.draft import Draft, why_not
-from twofold.inference.latency import Latencies
-from twofold.inference.neighbours import called_in_turn, find_pairs, fold
+from twofold.inference.latency import DECODE, PREFILL, Latencies, StoredForm
+from twofold.inference.neighbours import Pairs, called_in_turn, find_pairs, first_on_rows, fold
 from twofold.model.bare import check_unwrapped
+from twofold.model.blocks import read_at_once
 from twofold.model.target import Target
 from twofold.model.weights import find_groups
 from twofold.nn.compact import CompactLinear
@@ -78,8 +79,9 @@ def optimize(
     """Put a factored model into the form that it runs fastest in, in place; its logits change by rounding alone.
 
     Weights that read one input get one product for their right factors, outputs are ordered once or not at all, and layers whose
-    factors are measured slower than the dense product, for one token or for many, are dense in memory. The form is for running:
-    it is not saved (``save_pretrained`` says so), not trained, and not exported.
+    factors are measured slower than the dense product, for one token or for many, are dense in memory; for many alone where a
+    layer never reads one token, as an encoder's. The form is for running: it is not saved (``save_pretrained`` says so), not
+    trained, and not exported.
 
     Args:
         model: a transformers model with ``FactoredLinear`` layers; one without any is given back as it is.
@@ -109,10 +111,17 @@ def optimize(
     if free:
         first = next(iter(free.values())).reduce.weight
         latencies = latencies or Latencies.of_this_machine(first.dtype, first.device, quiet=quiet)
-        modules = _merged(free, done, latencies) if merge == "measured" else {}
-        drafts = {name: Draft.of(layer) for name, layer in free.items() if name not in modules}
         run, before = _runner(model, done)
-        modules |= _grouped(model, drafts, run, done, latencies.by_columns)
+        drafts = {name: Draft.of(layer) for name, layer in free.items()}
+        pairs = (
+            []
+            if run is None
+            else find_pairs(model, {n: (d.out_features, d.in_features) for n, d in drafts.items()}, run)
+        )
+        modules = _merged(model, drafts, pairs, free, done, latencies) if merge == "measured" else {}
+        drafts = {name: draft for name, draft in drafts.items() if name not in modules}
+        pairs = [(makers, reader) for makers, reader in pairs if drafts.keys() >= {*makers, reader}]
+        modules |= _grouped(model, drafts, pairs, run, done, latencies.by_columns)
         _install(model, modules, run, before)
     model.twofold_inference = done
     quantizer = getattr(model, "hf_quantizer", None)
@@ -124,16 +133,38 @@ def optimize(
     return model
 
 
-def _merged(free: Mapping[str, FactoredLinear], done: Optimized, latencies: Latencies) -> dict[str, nn.Module]:
-    """Make the layers dense that are slower as they are."""
-    modules: dict[str, nn.Module] = {}
-    latencies.measure([(layer.out_features, layer.in_features) for layer in free.values()])
-    for name, layer in free.items():
-        slower = latencies.slower(layer.out_features, layer.in_features, layer.rank)
-        if slower is not None:
-            modules[name] = layer.dense_module().requires_grad_(False)
-            done.merged[name] = slower
-    return modules
+def _merged(
+    model: Any,
+    drafts: Mapping[str, Draft],
+    pairs: Pairs,
+    free: Mapping[str, FactoredLinear],
+    done: Optimized,
+    latencies: Latencies,
+) -> dict[str, nn.Module]:
+    """Make the layers dense that are slower as they are, for what they are called with.
+
+    Args:
+        pairs: the makers of hidden units, and their readers; one maker of each has no order to keep.
+    """
+    at_once = read_at_once(model)
+    slower: dict[str, str] = {}
+
+    def judge(names: Iterable[str], tokens: int, form: StoredForm = "gauge") -> None:
+        shapes = {name: (drafts[name].out_features, drafts[name].in_features) for name in names if name not in slower}
+        latencies.measure(shapes.values(), form, [tokens])
+        for name, (m, n) in shapes.items():
+            words = latencies.slower(m, n, len(drafts[name].reduce), form, [tokens])
+            if words is not None:
+                slower[name] = words
+
+    judge([name for name in drafts if not name.startswith(at_once)], DECODE)
+    unordered = {first: reader for makers, reader in pairs if (first := first_on_rows(drafts, makers)) is not None}
+    unordered = {first: reader for first, reader in unordered.items() if first.startswith(at_once)}
+    judge([name for name in drafts if name not in unordered], PREFILL)
+    judge(unordered, PREFILL, "unordered")
+    judge([first for first, reader in unordered.items() if reader in slower], PREFILL)
+    done.merged |= {name: slower[name] for name in drafts if name in slower}
+    return {name: free[name].dense_module().requires_grad_(False) for name in done.merged}
 
 
 def _runner(model: Any, done: Optimized) -> tuple[Callable[[], Tensor] | None, Any]:
@@ -158,7 +189,12 @@ def _runner(model: Any, done: Optimized) -> tuple[Callable[[], Tensor] | None, A
 
 
 def _grouped(
-    model: nn.Module, drafts: dict[str, Draft], run: Callable[[], object] | None, done: Optimized, by_columns: bool
+    model: nn.Module,
+    drafts: dict[str, Draft],
+    pairs: Pairs,
+    run: Callable[[], object] | None,
+    done: Optimized,
+    by_columns: bool,
 ) -> dict[str, nn.Module]:
     """Make groups of the layers that read one input, and give hidden units an order that costs nothing."""
     if run is not None:
@@ -173,8 +209,6 @@ def _grouped(
             if len(members) > 1:
                 drafts.update(members)
                 done.groups.append(list(members))
-        shapes = {name: (draft.out_features, draft.in_features) for name, draft in drafts.items()}
-        pairs = find_pairs(model, shapes, run)
         done.folded = [first for pair in pairs if (first := fold(drafts, *pair)) is not None]
     done.alone = [name for name in drafts if not any(name in group for group in done.groups)]
     modules: dict[str, nn.Module] = {}

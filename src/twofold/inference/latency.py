@@ -42,7 +42,9 @@ MARGIN = 1.02  # what is slower by less is not told from noise
 REPEATS = {DECODE: 7, PREFILL: 5}
 TALL = (2048, 512)  # the shape whose two layouts are compared
 
-StoredForm = Literal["gauge", "plain"]
+StoredForm = Literal[
+    "gauge", "plain", "unordered"
+]  # unordered: gauge, with outputs in the order that they are computed in
 
 
 class Times(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
@@ -139,9 +141,12 @@ class Latencies:
             np.interp(np.asarray(ranks, dtype=np.float64), times.ranks, np.maximum.accumulate(times.factored))
         )
 
-    def slower(self, m: int, n: int, rank: int, form: StoredForm = "gauge") -> str | None:
-        """Say the measured times if a factored layer is slower than a dense one, for one token or for many; else None."""
-        for tokens, words in ((DECODE, "one token"), (PREFILL, f"{PREFILL} tokens")):
+    def slower(
+        self, m: int, n: int, rank: int, form: StoredForm = "gauge", counts: Iterable[int] = (DECODE, PREFILL)
+    ) -> str | None:
+        """Say the measured times if a factored layer is slower than a dense one, for one of some counts of tokens; else None."""
+        for tokens in counts:
+            words = "one token" if tokens == DECODE else f"{tokens} tokens"
             factored, dense = float(self.factored(m, n, [rank], tokens, form)[0]), self.dense(m, n, tokens, form)
             if factored > MARGIN * dense:
                 return f"measured {factored:.0f} µs at rank {rank} against {dense:.0f} µs dense, {words}"
@@ -241,17 +246,17 @@ def _copies(weight: Tensor) -> int:
 
 def measured_ranks(m: int, n: int, form: StoredForm) -> list[int]:
     """Return the ranks that a shape is measured at, ascending: 1, and those of ``KEEPS``."""
-    gauge = form == "gauge"
+    gauge = form != "plain"
     largest = max(min(m, n) - (gauge and m <= n), 1)
     ranks = (gauge_rank(m, n, keep * m * n) if gauge else int(keep * m * n / (m + n)) for keep in KEEPS)
     return sorted({min(max(rank, 1), largest) for rank in ranks})
 
 
 def _layer(base: Tensor, rank: int, form: StoredForm, columns: bool) -> nn.Module:
-    m, gauge = len(base), form == "gauge"
+    m, gauge = len(base), form != "plain"
     outer = m - rank if gauge else m
     expand = base.T.reshape(-1)[: outer * rank].reshape(outer, rank).clone()
-    order = torch.randperm(m, device=base.device) if gauge else None
+    order = torch.randperm(m, device=base.device) if form == "gauge" else None
     return InputGroup([Part(base[:rank].clone(), expand, gauge, order)], columns)
 
 

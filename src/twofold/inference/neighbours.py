@@ -98,12 +98,17 @@ def _inputs(
     return seen
 
 
+def first_on_rows(drafts: Mapping[str, Draft], makers: list[str]) -> str | None:
+    """Return the first maker of hidden units that has pivots among its outputs, whose order needs not be kept."""
+    return next((name for name in makers if drafts[name].form == "rows"), None)
+
+
 def fold(drafts: dict[str, Draft], makers: list[str], reader: str) -> str | None:
     """Give the hidden units of an MLP the order in which one of its makers computes them, and return the name of that one.
 
     None where no maker has pivots among its outputs.
     """
-    first = next((name for name in makers if drafts[name].form == "rows"), None)
+    first = first_on_rows(drafts, makers)
     if first is None or (order := drafts[first].order) is None:
         return None
     take = order.argsort()

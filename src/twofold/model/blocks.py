@@ -134,6 +134,24 @@ def has_two_stacks(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", model), "is_encoder_decoder", False))
 
 
+def read_at_once(model: Any) -> tuple[str, ...]:
+    """Return what the names of layers begin with that are given a whole input at once, and never one token after another.
+
+    They are those of a model that writes nothing, of an encoder, and of a tower for images or sound.
+    """
+    if not getattr(model, "can_generate", lambda: False)():
+        return ("",)
+    if has_two_stacks(model):
+        encoder = model.get_encoder()
+        return tuple(f"{name}." for name, module in model.named_modules() if module is encoder)
+    towers = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if name and getattr(module, "main_input_name", "input_ids") != "input_ids" and not hasattr(module, "lm_head")
+    ]
+    return tuple(towers)
+
+
 def body_of(model: Any) -> Any:
     """Return the model without its head; the model itself if it has none."""
     return getattr(model, str(getattr(model, "base_model_prefix", "")) or "", model)

@@ -53,7 +53,7 @@ class Size(Settings):
         Field(
             gt=0,
             allow_inf_nan=False,
-            description="the smallest model with this divergence from the dense one at most, in nats per token",
+            description="the smallest model with this divergence from the dense one at most, in nats per prediction",
         ),
     ] = None
     rank_multiple: Annotated[

@@ -17,6 +17,7 @@ from twofold.report.kinds import made_of
 from twofold.report.names import ALIAS_LICENSE, base_model, model_title, public_recipe, without_paths
 from twofold.report.record import Run
 from twofold.report.tables import TextTable, quality_table, size_table
+from twofold.task import TASKS
 
 CAUSAL = "AutoModelForCausalLM"
 HEADS = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -34,7 +35,7 @@ def write_card(folder: Path, run: Run, plan: Plan) -> None:
         base_model=base_model(plan.model),
         **({"license": ALIAS_LICENSE} if plan.model == ALIAS else run.licence),  # type: ignore[arg-type]
         tags=["twofold", "low-rank", "factorized"],
-        pipeline_tag="text-generation" if auto_class == CAUSAL else None,
+        pipeline_tag="text-generation" if auto_class == CAUSAL else _pipeline(run),
     )
     title = model_title(plan.model)
     factored = sum(entry.rank is not None for entry in plan.entries)
@@ -115,6 +116,11 @@ def files_and_licence(carried: list[str], licence: Licence) -> list[str]:
 
 def _several(value: str | list[str]) -> str:
     return _words(value if isinstance(value, str) else ", ".join(value))
+
+
+def _pipeline(run: Run) -> str | None:
+    """Return what the model hub calls the task of a run; None where it has no word for it."""
+    return TASKS.get(run.task).pipeline if run.task in TASKS.names() else None
 
 
 def _auto_class(folder: Path, run: Run) -> str:

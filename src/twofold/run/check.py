@@ -103,6 +103,8 @@ def _needs_of(recipe: Recipe, missing: Missing) -> Iterator[tuple[str, Set[str],
     elif objective.needs and recipe.continuations:
         setting = f"`continuations={recipe.continuations}`"
         yield (setting, {"whole model"}, "leave `continuations` out")
+    if (recipe.draws or 1) > 1:
+        yield (f"`draws={recipe.draws}`", {"whole model"}, "leave `draws` out")
     if recipe.goal is not None:
         if recipe.goal.kind != "divergence":
             yield (recipe.goal.setting, {"perplexity"}, "give `kl_at_most`, `keep` or `budget`")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Arguments of the model's forward, and the labels, which it is not given; all samples of a batch have one shape.
 Batch: TypeAlias = "Mapping[str, Tensor]"
 LABELS = "labels"
+GRADIENTS = 8192  # random gradients that a calibration should see, at least
+DRAWS = 8  # of them for a batch, at the most
 S = TypeVar("S", bound=Settings)
 
 
@@ -124,6 +126,7 @@ class Task(ABC):
     prediction: ClassVar[str] = "prediction"  # what one is called
     fallback: ClassVar[bool] = False  # takes what no other does
     mappings: ClassVar[tuple[str, ...]] = ()  # transformers' tables of the classes that it is for, as "MASKED_LM"
+    pipeline: ClassVar[str | None] = None  # what the model hub calls it
     centred: ClassVar[bool] = True  # whether taking the mean off the inputs of layers with a bias pays, as measured
 
     def fits(self, model: Any) -> bool:
@@ -205,6 +208,10 @@ class Task(ABC):
         """Run a model on a batch, on the model's device, and return its outputs with their graph."""
         batch = on_device(batch, model.device, model.dtype)
         return self.read(self.call(model, batch), batch, model)
+
+    def draws(self, samples: Samples) -> int:
+        """Return how many random gradients are drawn for a batch: so many that samples with few predictions give enough."""
+        return 1 if self.streams else min(DRAWS, -(-GRADIENTS // max(samples.predictions, 1)))
 
     def predicts(self, model: Any, samples: Samples) -> bool:
         """Say whether a model gives outputs of this kind for some samples."""

@@ -29,7 +29,7 @@ SAME = 1e-5  # of a cosine; features that are no further apart say nothing
 class Embedding(ExampleTask):
     """Features on a sphere of radius √k, so that a nat is k times what their cosine lacks to 1; the noise has variance 1."""
 
-    name = "embedding"
+    name, pipeline = "embedding", "feature-extraction"
     output = GAUSSIAN
     unit = "samples"
     mappings = ("",)

@@ -20,7 +20,7 @@ from twofold.task.output.categorical import CATEGORICAL
 class ImageClassification(ExampleTask):
     """The class of an image. A folder of folders gives the classes by their names."""
 
-    name = "image-classification"
+    name = pipeline = "image-classification"
     output = CATEGORICAL
     reads, unit = "image", "images"
     mappings = ("IMAGE_CLASSIFICATION",)

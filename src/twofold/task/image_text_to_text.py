@@ -23,7 +23,7 @@ from twofold.task.output.categorical import CATEGORICAL
 class ImageTextToText(ExampleTask):
     """The next token of a text that begins with a picture. For text alone there is causal-lm."""
 
-    name = "image-text-to-text"
+    name = pipeline = "image-text-to-text"
     output = CATEGORICAL
     perplexity = True
     reads, unit = "image", "pictures with text"

@@ -28,7 +28,7 @@ SHARE = 0.15  # of the tokens that are hidden (Devlin et al. 2019), each by the 
 class MaskedLM(Task):
     """The tokens that are hidden in a window of text."""
 
-    name = "masked-lm"
+    name, pipeline = "masked-lm", "fill-mask"
     output = CATEGORICAL
     settings = Texts
     perplexity = streams = True

@@ -21,7 +21,7 @@ from twofold.task.output.categorical import CATEGORICAL
 class SequenceClassification(ExampleTask):
     """The class of a sentence, or of a pair; one number is taken for the log-odds of yes, as rerankers give it."""
 
-    name = "sequence-classification"
+    name, pipeline = "sequence-classification", "text-classification"
     output = CATEGORICAL
     reads, unit = "text", "sentences"
     mappings = ("SEQUENCE_CLASSIFICATION",)

@@ -26,7 +26,7 @@ from twofold.task.output.categorical import CATEGORICAL
 class Speech(ExampleTask):
     """The next token of the model's own transcript, or the class of each frame."""
 
-    name = "speech"
+    name, pipeline = "speech", "automatic-speech-recognition"
     output = CATEGORICAL
     reads, unit = "audio", "clips"
     each = 2

@@ -21,7 +21,7 @@ from twofold.task.text.row import BadRowError
 class TokenClassification(ExampleTask):
     """The class of each token. A list of words with a list of labels gives the classes, of the first token of each word."""
 
-    name = "token-classification"
+    name = pipeline = "token-classification"
     output = CATEGORICAL
     reads, unit = "text", "texts"
     mappings = ("TOKEN_CLASSIFICATION",)

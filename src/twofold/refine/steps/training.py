@@ -259,7 +259,7 @@ def _end(about: dict[str, Any], now: float, step: int, every: int, rate: float, 
     if not now <= DIVERGED * about["before"]:
         return f"it diverged at step {step} of {total} (rate {rate:g}); the best state was restored"
     if about["since"] >= PATIENCE and step < total:
-        return f"no gain on held-out {data} since step {step - PATIENCE * every} of {total}"
+        return f"no gain on held-out {data} since step {max(step - PATIENCE * every, 0)} of {total}"
     if late and step < total:
         return f"the time was over at step {step} of {total}"
     return None

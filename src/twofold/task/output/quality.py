@@ -59,8 +59,10 @@ class Totals:
         """The means."""
         loss = self.loss / self.known if self.known else None
         perplexity = None if loss is None or not self.task.perplexity else math.exp(min(loss, 700.0))
-        further = (None if total is None else total / self.predictions for total in (self.apart, self.agreed))
-        return Quality(perplexity, loss, self.predictions, *further)
+        apart, agreed = (None if total is None else total / self.predictions for total in (self.apart, self.agreed))
+        if apart is not None:
+            apart = max(apart, 0.0)  # less is rounding
+        return Quality(perplexity, loss, self.predictions, apart, agreed)
 
 
 @torch.no_grad()
