@@ -135,7 +135,7 @@ def optimize(
 
 def _merged(
     model: Any,
-    drafts: Mapping[str, Draft],
+    drafts: dict[str, Draft],
     pairs: Pairs,
     free: Mapping[str, FactoredLinear],
     done: Optimized,
@@ -147,6 +147,15 @@ def _merged(
         pairs: the makers of hidden units, and their readers; one maker of each has no order to keep.
     """
     at_once = read_at_once(model)
+    for name, draft in drafts.items():  # the narrower side is put in order
+        if draft.form == "columns" and draft.in_features > draft.out_features and name.startswith(at_once):
+            drafts[name] = draft.on_rows() or draft
+    unordered = {
+        first: reader
+        for makers, reader in pairs
+        if (first := first_on_rows(drafts, makers)) is not None and first.startswith(at_once)
+    }
+    columns = [name for name, draft in drafts.items() if draft.form == "columns" and name.startswith(at_once)]
     slower: dict[str, str] = {}
 
     def judge(names: Iterable[str], tokens: int, form: StoredForm = "gauge") -> None:
@@ -158,9 +167,8 @@ def _merged(
                 slower[name] = words
 
     judge([name for name in drafts if not name.startswith(at_once)], DECODE)
-    unordered = {first: reader for makers, reader in pairs if (first := first_on_rows(drafts, makers)) is not None}
-    unordered = {first: reader for first, reader in unordered.items() if first.startswith(at_once)}
-    judge([name for name in drafts if name not in unordered], PREFILL)
+    judge([name for name in drafts if name not in unordered and name not in columns], PREFILL)
+    judge(columns, PREFILL, "columns")
     judge(unordered, PREFILL, "unordered")
     judge([first for first, reader in unordered.items() if reader in slower], PREFILL)
     done.merged |= {name: slower[name] for name in drafts if name in slower}

@@ -31,7 +31,7 @@ from twofold.host.progress import progress
 from twofold.inference.timing import in_turn
 from twofold.linalg.gauge import gauge_rank
 from twofold.model.target import Target
-from twofold.nn.grouped_linear import InputGroup, Part, fixed, laid_out
+from twofold.nn.grouped_linear import ColumnsLinear, InputGroup, Part, fixed, laid_out
 
 FORMAT = 1
 KEEPS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)  # shares of the dense numbers at which ranks are measured
@@ -42,9 +42,9 @@ MARGIN = 1.02  # what is slower by less is not told from noise
 REPEATS = {DECODE: 7, PREFILL: 5}
 TALL = (2048, 512)  # the shape whose two layouts are compared
 
-StoredForm = Literal[
-    "gauge", "plain", "unordered"
-]  # unordered: gauge, with outputs in the order that they are computed in
+# gauge has its pivots among the outputs, which are put in order; unordered leaves them as they are computed; columns has them
+# among the inputs.
+StoredForm = Literal["gauge", "plain", "unordered", "columns"]
 
 
 class Times(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
@@ -253,7 +253,10 @@ def measured_ranks(m: int, n: int, form: StoredForm) -> list[int]:
 
 
 def _layer(base: Tensor, rank: int, form: StoredForm, columns: bool) -> nn.Module:
-    m, gauge = len(base), form != "plain"
+    (m, n), gauge = base.shape, form != "plain"
+    if form == "columns":
+        rest = base.reshape(-1)[: rank * (n - rank)].reshape(rank, n - rank).clone()
+        return ColumnsLinear(rest, base[:, :rank].clone(), torch.randperm(n, device=base.device), None, columns)
     outer = m - rank if gauge else m
     expand = base.T.reshape(-1)[: outer * rank].reshape(outer, rank).clone()
     order = torch.randperm(m, device=base.device) if form == "gauge" else None
