@@ -276,7 +276,7 @@ def test_a_smaller_model_is_saved_loaded_and_used_as_any_other(family, tmp_path)
     assert small.twofold_plan.keep <= 0.6
     small.save_pretrained(tmp_path)
     family.processor().save_pretrained(tmp_path)
-    again = type(small).from_pretrained(tmp_path)
+    again = tiny.aligned(type(small).from_pretrained(tmp_path))
     assert {n: b.tolist() for n, b in again.named_buffers()} == {n: b.tolist() for n, b in small.named_buffers()}
     samples = family.samples(task)
     for batch in samples:
@@ -303,7 +303,7 @@ def test_blocks_of_pytorch_in_a_class_of_ones_own(tmp_path):
     assert reasons.count(READ_AS_IT_IS) == 2 * 4 + 2
     assert {entry.name for entry in small.twofold_plan.entries} == {"before", "head.0", "head.2"}
     small.save_pretrained(tmp_path)
-    again = PlainModel.from_pretrained(tmp_path)
+    again = tiny.aligned(PlainModel.from_pretrained(tmp_path))
     for batch in plain_batches():
         torch.testing.assert_close(logits(whole, batch), logits(dense, batch), rtol=1e-3, atol=1e-3)
         assert torch.equal(logits(again, batch), logits(small, batch))
