@@ -220,7 +220,7 @@ def test_minutes_are_kept(checkpoint, text_file, tmp_path):
     assert run.refinement[0].steps > 1
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_killed_refinement_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path, monkeypatch):
     rest = [*command(checkpoint, text_file, tmp_path / "out"), "--refine", "distill", "--refine-passes", "3"]
     whole = [*command(checkpoint, text_file, tmp_path / "whole"), "--refine", "distill", "--refine-passes", "3"]
