@@ -145,9 +145,8 @@ def test_what_is_read_at_once_is_judged_by_many_tokens_and_hidden_units_without_
     ratios = {1: 3.0, 512: 0.5}  # a decoder's layers are slower for one token
 
     def take(m: int, n: int, form: str, tokens: int) -> Times:
-        ratio = (
-            2.0 if form == "gauge" and m > n else ratios[tokens]
-        )  # where it is wide, putting outputs in order takes long
+        # Where there are many outputs, putting them in order takes long.
+        ratio = 2.0 if form == "gauge" and m > n else ratios[tokens]
         return Times(dense=10.0, ranks=[1, min(m, n)], factored=[10 * ratio, 10 * ratio])
 
     table = Latencies(Table(about={}, by_columns=False), torch.float32, torch.device("cpu"), quiet=True, take=take)

@@ -64,7 +64,7 @@ def calibrate(
             groups = _groups(loaded.model, targets, samples, task)
         targets = replace(targets, groups=groups)
     request = request_statistics(targets.targets, groups, needs)
-    draws = recipe.draws or task.draws(samples)
+    draws = task.draws(samples, recipe.draws)
     mark = fingerprint(hashed, samples, request, recipe, residence.dtype, draws)
     path = moments_folder or moments_path(mark)
     if work is not None:

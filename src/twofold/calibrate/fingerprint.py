@@ -50,7 +50,7 @@ def model_hash(model: nn.Module, shards: Shards | None = None) -> str:
 
 
 def fingerprint(
-    hashed: str, samples: Samples, request: Request, recipe: Calibrating, dtype: torch.dtype, draws: int = 1
+    hashed: str, samples: Samples, request: Request, recipe: Calibrating, dtype: torch.dtype, draws: int
 ) -> str:
     """Return what moments belong to: a hash of the model's weights, the samples, the seed and the settings that change them."""
     parts: dict[str, object] = {"format": FORMAT, "model": hashed, "ids": samples.sha256, "shape": samples.shape}

@@ -46,7 +46,7 @@ def recalibrate(prepared: Prepared, recipe: Planning, *, folder: Path | None = N
             again = collect_moments(
                 loaded.residence, targets, request, data.samples, task,
                 empty=replace(moments, sums={}, fingerprint=mark), seed=recipe.seed, curvature=recipe.curvature,
-                draws=recipe.draws or task.draws(data.samples), batch_size=recipe.batch_size, weights=weights, folder=folder,
+                draws=task.draws(data.samples, recipe.draws), batch_size=recipe.batch_size, weights=weights, folder=folder,
                 quiet=quiet,
             )  # fmt: skip
     old, new = moments.sums, again.sums

@@ -31,6 +31,11 @@ class Draft:
         matrices = layer.reduce.weight.detach(), layer.expand.weight.detach()
         return cls(layer.form, *matrices, order, bias, layer.in_features, layer.out_features)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape (out, in) of the weight."""
+        return self.out_features, self.in_features
+
     def on_rows(self) -> Draft | None:
         """Return the same product with pivots among its outputs, so that its right factor reads the input as it is.
 

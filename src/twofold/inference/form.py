@@ -112,13 +112,11 @@ def optimize(
         first = next(iter(free.values())).reduce.weight
         latencies = latencies or Latencies.of_this_machine(first.dtype, first.device, quiet=quiet)
         run, before = _runner(model, done)
-        drafts = {name: Draft.of(layer) for name, layer in free.items()}
-        pairs = (
-            []
-            if run is None
-            else find_pairs(model, {n: (d.out_features, d.in_features) for n, d in drafts.items()}, run)
-        )
-        modules = _merged(model, drafts, pairs, free, done, latencies) if merge == "measured" else {}
+        at_once = read_at_once(model)
+        drafts = {name: _draft(layer, name.startswith(at_once)) for name, layer in free.items()}
+        shapes = {name: draft.shape for name, draft in drafts.items()}
+        pairs = [] if run is None else find_pairs(model, shapes, run)
+        modules = _merged(free, drafts, pairs, at_once, done, latencies) if merge == "measured" else {}
         drafts = {name: draft for name, draft in drafts.items() if name not in modules}
         pairs = [(makers, reader) for makers, reader in pairs if drafts.keys() >= {*makers, reader}]
         modules |= _grouped(model, drafts, pairs, run, done, latencies.by_columns)
@@ -133,11 +131,19 @@ def optimize(
     return model
 
 
+def _draft(layer: FactoredLinear, at_once: bool) -> Draft:
+    """Return the draft of a layer; for many tokens, with the pivots on the narrower side, which is put in order."""
+    draft = Draft.of(layer)
+    if at_once and draft.form == "columns" and draft.in_features > draft.out_features:
+        return draft.on_rows() or draft
+    return draft
+
+
 def _merged(
-    model: Any,
-    drafts: dict[str, Draft],
-    pairs: Pairs,
     free: Mapping[str, FactoredLinear],
+    drafts: Mapping[str, Draft],
+    pairs: Pairs,
+    at_once: tuple[str, ...],
     done: Optimized,
     latencies: Latencies,
 ) -> dict[str, nn.Module]:
@@ -145,13 +151,10 @@ def _merged(
 
     Args:
         pairs: the makers of hidden units, and their readers; one maker of each has no order to keep.
+        at_once: what the names of layers begin with that never read one token.
     """
-    at_once = read_at_once(model)
-    for name, draft in drafts.items():  # the narrower side is put in order
-        if draft.form == "columns" and draft.in_features > draft.out_features and name.startswith(at_once):
-            drafts[name] = draft.on_rows() or draft
-    unordered = {
-        first: reader
+    unordered = {  # each with the others that must agree to its order
+        first: {*makers, reader} - {first}
         for makers, reader in pairs
         if (first := first_on_rows(drafts, makers)) is not None and first.startswith(at_once)
     }
@@ -159,7 +162,7 @@ def _merged(
     slower: dict[str, str] = {}
 
     def judge(names: Iterable[str], tokens: int, form: StoredForm = "gauge") -> None:
-        shapes = {name: (drafts[name].out_features, drafts[name].in_features) for name in names if name not in slower}
+        shapes = {name: drafts[name].shape for name in names if name not in slower}
         latencies.measure(shapes.values(), form, [tokens])
         for name, (m, n) in shapes.items():
             words = latencies.slower(m, n, len(drafts[name].reduce), form, [tokens])
@@ -170,7 +173,7 @@ def _merged(
     judge([name for name in drafts if name not in unordered and name not in columns], PREFILL)
     judge(columns, PREFILL, "columns")
     judge(unordered, PREFILL, "unordered")
-    judge([first for first, reader in unordered.items() if reader in slower], PREFILL)
+    judge([first for first, others in unordered.items() if others & slower.keys()], PREFILL)
     done.merged |= {name: slower[name] for name in drafts if name in slower}
     return {name: free[name].dense_module().requires_grad_(False) for name in done.merged}
 
@@ -206,7 +209,7 @@ def _grouped(
 ) -> dict[str, nn.Module]:
     """Make groups of the layers that read one input, and give hidden units an order that costs nothing."""
     if run is not None:
-        targets = [Target(name, d.out_features, d.in_features, d.bias is not None, False) for name, d in drafts.items()]
+        targets = [Target(name, *d.shape, d.bias is not None, False) for name, d in drafts.items()]
         leaders = find_groups(model, targets, run)
         together: dict[str, list[str]] = {}
         for name in called_in_turn(model, list(drafts), run):

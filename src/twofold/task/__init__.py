@@ -209,9 +209,15 @@ class Task(ABC):
         batch = on_device(batch, model.device, model.dtype)
         return self.read(self.call(model, batch), batch, model)
 
-    def draws(self, samples: Samples) -> int:
-        """Return how many random gradients are drawn for a batch: so many that samples with few predictions give enough."""
-        return 1 if self.streams else min(DRAWS, -(-GRADIENTS // max(samples.predictions, 1)))
+    def draws(self, samples: Samples, asked: int | None) -> int:
+        """Return how many random gradients are drawn for a batch.
+
+        Args:
+            asked: so many; None for as many as samples with few predictions need.
+        """
+        if asked is not None or self.streams:
+            return asked or 1
+        return min(DRAWS, -(-GRADIENTS // max(samples.predictions, 1)))
 
     def predicts(self, model: Any, samples: Samples) -> bool:
         """Say whether a model gives outputs of this kind for some samples."""
