@@ -8,6 +8,7 @@ save most loss for their cost. The result never loses more than the uniform rank
 from __future__ import annotations
 
 import heapq
+import math
 from typing import TYPE_CHECKING
 
 from twofold.allocate import Candidate, Choice, allocation
@@ -68,7 +69,7 @@ def lagrangian(candidates: list[Candidate], budget: float) -> list[Choice]:
         while _total(costs, at(high)) > budget and high < 1e30:
             high *= 10.0
         for _ in range(BISECTIONS):
-            middle = (low * high) ** 0.5 if low > 0 else high / 2
+            middle = math.sqrt(low * high) if low > 0 else high / 2
             if _total(costs, at(middle)) > budget:
                 low = middle
             else:
@@ -84,7 +85,10 @@ def lagrangian(candidates: list[Candidate], budget: float) -> list[Choice]:
 
 
 def _total(rows: list[NDArray[np.float64]], positions: list[int]) -> float:
-    return sum(float(row[position]) for row, position in zip(rows, positions, strict=True))
+    total = 0.0  # in this order, and not by ``sum``, which rounds otherwise from Python 3.12 on: web/src/allocate.ts does the same
+    for row, position in zip(rows, positions, strict=True):
+        total += float(row[position])
+    return total
 
 
 def _spend(options: list[_Options], positions: list[int], room: float) -> list[int]:

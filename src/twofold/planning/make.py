@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.allocate import ALLOCATIONS, cheapest, total_cost
+from twofold.allocate import ALLOCATIONS, Candidate, cheapest, total_cost
 from twofold.errors import TwofoldError
 from twofold.linalg.gauge import rank_numbers
 from twofold.model.target import Targets
@@ -76,9 +77,52 @@ def _menu(request: PlanRequest) -> Menu:
     return structure_menu(request) if request.targets.structures else rank_menu(request)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What an allocation decides: the candidates, and what may be spent on those of them that no override has decided."""
+
+    menu: Menu
+    candidates: list[Candidate]  # all of them
+    free: list[Candidate]
+    amount: float  # that may be spent on all
+    fixed: float  # of which this much is decided
+    notes: list[str]
+
+    @classmethod
+    def of(cls, request: PlanRequest) -> Problem:
+        """Pose the problem of a request.
+
+        Raises:
+            TwofoldError: if the budget can't be met, or an override fits no target.
+        """
+        targets, recipe, evidence, notes = request.targets, request.recipe, request.evidence, list[str]()
+        menu = _menu(request)
+        candidates = menu.candidates
+        if recipe.latency is not None:
+            candidates = [in_time(candidate, evidence) for candidate in candidates]
+        for pattern in recipe.overrides:
+            if not any(matches(name, [pattern]) for name in request.by_name):
+                raise TwofoldError(
+                    f"the override {pattern!r} matches no weight that is factorized; list them with: twofold inspect"
+                )
+        free = [candidate for candidate in candidates if candidate.name not in menu.forced]
+        fixed = sum(menu.forced[c.name].cost(c) for c in candidates if c.name in menu.forced)
+        least = fixed + total_cost(free, [cheapest(candidate) for candidate in free])
+        if recipe.latency is not None:
+            amount, note = time_budget(recipe.latency, candidates, least, evidence)
+            notes.append(note)
+        else:
+            numbers, element = targets.target_numbers, request.element
+            dense_bytes = sum(entry.weight_bytes(element) for entry in request.dense)
+            target_bytes = sum(target.bytes(element) for target in targets.targets)
+            size = ModelSize(numbers, targets.total_numbers - numbers, target_bytes, dense_bytes, least)
+            amount = target_budget(recipe.keep, recipe.budget, size)
+        return cls(menu, candidates, free, amount, fixed, notes)
+
+
 def _allocated(request: PlanRequest) -> tuple[list[PlanEntry], list[str]]:
     """Return the entries that an allocation chooses within the budget, and notes on what it goes by."""
-    targets, recipe, evidence, notes = request.targets, request.recipe, request.evidence, []
+    recipe, evidence, notes = request.recipe, request.evidence, []
     allocation = ALLOCATIONS.get(recipe.allocate)
     if request.spectra is None and not allocation.blind:
         raise TwofoldError(f"the allocation {recipe.allocate!r} needs spectra; give a calibration text")
@@ -87,35 +131,16 @@ def _allocated(request: PlanRequest) -> tuple[list[PlanEntry], list[str]]:
             f"the losses of {recipe.objective} differ in scale from layer to layer, so the {recipe.allocate} allocation "
             "compares the share of each layer's own total that is left out"
         )
-    menu = _menu(request)
-    candidates = menu.candidates
-    if recipe.latency is not None:
-        candidates = [in_time(candidate, evidence) for candidate in candidates]
-    for pattern in recipe.overrides:
-        if not any(matches(name, [pattern]) for name in request.by_name):
-            raise TwofoldError(
-                f"the override {pattern!r} matches no weight that is factorized; list them with: twofold inspect"
-            )
-    free = [candidate for candidate in candidates if candidate.name not in menu.forced]
-    fixed = sum(menu.forced[c.name].cost(c) for c in candidates if c.name in menu.forced)
-    least = fixed + total_cost(free, [cheapest(candidate) for candidate in free])
-    if recipe.latency is not None:
-        amount, note = time_budget(recipe.latency, candidates, least, evidence)
-        notes.append(note)
-    else:
-        numbers, element = targets.target_numbers, request.element
-        dense_bytes = sum(entry.weight_bytes(element) for entry in request.dense)
-        target_bytes = sum(target.bytes(element) for target in targets.targets)
-        size = ModelSize(numbers, targets.total_numbers - numbers, target_bytes, dense_bytes, least)
-        amount = target_budget(recipe.keep, recipe.budget, size)
-    choices = dict(menu.forced)
-    if free:
-        choices |= {c.name: choice for c, choice in zip(free, allocation(free, amount - fixed), strict=True)}
+    problem = Problem.of(request)
+    choices = dict(problem.menu.forced)
+    if problem.free:
+        names = [candidate.name for candidate in problem.free]
+        choices |= zip(names, allocation(problem.free, problem.amount - problem.fixed), strict=True)
     entries: dict[str, PlanEntry] = {}
-    for candidate in candidates:
-        for entry in menu.entries(candidate, choices[candidate.name]):
+    for candidate in problem.candidates:
+        for entry in problem.menu.entries(candidate, choices[candidate.name]):
             entries[entry.name] = entry if recipe.latency is None else timed(entry, candidate, evidence)
-    return [entries[name] for name in request.by_name], notes
+    return [entries[name] for name in request.by_name], [*notes, *problem.notes]
 
 
 def _corrected(request: PlanRequest) -> list[PlanEntry]:

@@ -215,11 +215,15 @@ class Plan(pydantic.BaseModel, extra="forbid"):
         """The bytes of all that is no target."""
         return sum(entry.weight_bytes(self.element_bytes) for entry in self.dense)
 
+    def stored_bytes(self, entry: PlanEntry) -> int:
+        """Return the bytes of a weight with its order and guard; without the order of a basis that it shares."""
+        element = self.element_bytes
+        return entry.weight_bytes(element) + element * entry.replaced + 4 * entry.order_numbers
+
     @property
     def bytes_after(self) -> int:
-        guards = sum(entry.replaced for entry in self.entries) * self.element_bytes
-        numbers = sum(entry.weight_bytes(self.element_bytes) for entry in self.entries)
-        return numbers + guards + self.dense_bytes + 4 * self.order_numbers
+        orders = 4 * (self.order_numbers - sum(entry.order_numbers for entry in self.entries))
+        return sum(self.stored_bytes(entry) for entry in self.entries) + orders + self.dense_bytes
 
     @property
     def keep(self) -> float:

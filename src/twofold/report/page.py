@@ -1,4 +1,7 @@
-"""report.html: one file, without scripts or requests, that shows what was done to a model and why."""
+"""report.html: one file that makes no request and shows what was done to a model, or would be, and why.
+
+All of it can be read without scripts; with them, a part of it plans anew (web/).
+"""
 
 from __future__ import annotations
 
@@ -9,49 +12,78 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from twofold.host.files import write_text
 from twofold.planning.plan import Plan
+from twofold.recipe import Recipe
+from twofold.report.explorer import embedded
 from twofold.report.formats import count, megabytes
 from twofold.report.kinds import LossScale, SpectraValues, loss_of
 from twofold.report.names import model_title, public_recipe, without_paths
 from twofold.report.record import Run
 
 
-def write_report(folder: Path, run: Run, plan: Plan, spectra: SpectraValues) -> None:
-    """Write folder/report.html, where all that comes from a model or from data is escaped; the spectra may be empty."""
+def write_report(
+    folder: Path, run: Run, plan: Plan, spectra: SpectraValues, live: dict[str, Any] | None = None
+) -> None:
+    """Write folder/report.html.
+
+    Args:
+        spectra: those that are known; may be empty.
+        live: what the page plans anew from, as ``explorer_data`` gives it; None for a page that does not.
+    """
+    write_page(folder / "report.html", run.recipe, plan, spectra, live, run)
+
+
+def write_page(
+    path: Path,
+    recipe: Recipe,
+    plan: Plan,
+    spectra: SpectraValues,
+    live: dict[str, Any] | None = None,
+    run: Run | None = None,
+) -> None:
+    """Write the page of a run, or of a plan alone. All that comes from a model or from data is escaped."""
     here = files("twofold.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(here.joinpath("report.html.jinja").read_text(encoding="utf-8"))
-    style = Markup(here.joinpath("report.css").read_text(encoding="utf-8"))
-    page = template.render(style=style, **_content(run, plan, spectra))
-    (folder / "report.html").write_text(page, encoding="utf-8")
+
+    def read(*names: str) -> Markup:
+        return Markup("\n".join(here.joinpath(name).read_text(encoding="utf-8") for name in names))
+
+    style = read("report.css") if live is None else read("report.css", "web/explorer.css")
+    script = None if live is None else read("web/explorer.js")
+    live_data = None if live is None else embedded(live)
+    write_text(path, template.render(style=style, script=script, live=live_data, **_content(run, recipe, plan, spectra)))
 
 
-def _content(run: Run, plan: Plan, spectra: SpectraValues) -> dict[str, Any]:
+def _content(run: Run | None, recipe: Recipe, plan: Plan, spectra: SpectraValues) -> dict[str, Any]:
     """Return what the template shows."""
     from twofold.report import tables, wording  # these and the figures import matplotlib
 
     loss = loss_of(plan)
-    shown = public_recipe(run.recipe)
+    shown = public_recipe(recipe)
+    quality, notes = (None, []) if run is None else (run.quality, run.notes)
     return {
         "title": model_title(plan.model),
+        "planned": run is None,
         "summary": wording.summary_text(run, plan),
         "sizes": tables.size_table(plan),
-        "quality": None if run.quality is None else tables.quality_table(run, run.quality),
+        "quality": None if run is None or quality is None else tables.quality_table(run, quality),
         "quality_text": wording.quality_text(run),
-        "estimate": wording.estimate_text(run),
+        "estimate": wording.estimate_text(run, plan),
         "loss": loss,
         "figures": _figures(plan, spectra, loss),
         "check": wording.check_text(plan),
-        "samples": run.samples,
-        "reasons": wording.reasons_text(run, plan, spectra),
-        "kind_reasons": wording.kind_reasons(run, plan, spectra),
+        "samples": [] if run is None else run.samples,
+        "reasons": wording.reasons_text(recipe, plan, spectra),
+        "kind_reasons": wording.kind_reasons(recipe, plan, spectra),
         "kinds": tables.kind_table(plan, loss),
         "why": tables.reason_table(plan),
-        "notes": [without_paths(note) for note in dict.fromkeys([*plan.notes, *run.notes])],
+        "notes": [without_paths(note) for note in dict.fromkeys([*plan.notes, *notes])],
         "recipe": shown.to_yaml(),
-        "shortened": shown != run.recipe,
-        "facts": _facts(run),
-        "times": tables.time_table(run),
+        "shortened": shown != recipe,
+        "facts": None if run is None else _facts(run),
+        "times": None if run is None else tables.time_table(run),
         "weights": tables.weight_table(plan, loss),
     }
 
