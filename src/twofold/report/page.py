@@ -12,26 +12,51 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from twofold.errors import TwofoldError
 from twofold.host.files import write_text
+from twofold.host.folders import check_place
 from twofold.planning.plan import Plan
 from twofold.recipe import Recipe
 from twofold.report.explorer import embedded
 from twofold.report.formats import count, megabytes
 from twofold.report.kinds import LossScale, SpectraValues, loss_of
+from twofold.report.messages import Words
 from twofold.report.names import model_title, public_recipe, without_paths
 from twofold.report.record import Run
 
 
+GENERATOR = '<meta name="generator" content="Twofold">'
+
+
+def check_page(path: Path) -> None:
+    """Refuse a file that can't be written, or would take the place of something else than a page of ours.
+
+    Raises:
+        TwofoldError: if it is a folder, another file, or lies where no file can be made.
+    """
+    check_place(path)
+    if path.is_dir():
+        raise TwofoldError(f"{path} is a folder; name a file for the page, such as {path / 'plan.html'}")
+    if path.exists() and GENERATOR.encode() not in path.read_bytes()[:4096]:
+        raise TwofoldError(f"{path} exists and is no page of Twofold, so it is not replaced; name another file")
+
+
 def write_report(
-    folder: Path, run: Run, plan: Plan, spectra: SpectraValues, live: dict[str, Any] | None = None
+    folder: Path,
+    run: Run,
+    plan: Plan,
+    spectra: SpectraValues,
+    live: dict[str, Any] | None = None,
+    words: Words | None = None,
 ) -> None:
     """Write folder/report.html.
 
     Args:
         spectra: those that are known; may be empty.
         live: what the page plans anew from, as ``explorer_data`` gives it; None for a page that does not.
+        words: of the language of the page; English if it is None.
     """
-    write_page(folder / "report.html", run.recipe, plan, spectra, live, run)
+    write_page(folder / "report.html", run.recipe, plan, spectra, live, run, words=words)
 
 
 def write_page(
@@ -41,6 +66,8 @@ def write_page(
     spectra: SpectraValues,
     live: dict[str, Any] | None = None,
     run: Run | None = None,
+    *,
+    words: Words | None = None,
 ) -> None:
     """Write the page of a run, or of a plan alone. All that comes from a model or from data is escaped."""
     here = files("twofold.report")
