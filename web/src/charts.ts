@@ -1,7 +1,7 @@
 /** The figures of the page, drawn by Observable Plot in its colours, light or dark. */
 
 import * as Plot from "@observablehq/plot";
-import type { Data, Weight } from "./data";
+import type { Data, Spectrum, Weight } from "./data";
 import type { Words } from "./messages";
 import type { Planned } from "./planner";
 
@@ -97,25 +97,63 @@ function shade(share: number): string {
 }
 
 export interface Point {
+  /** MB of the whole model. */
   readonly size: number;
   readonly lost: number;
 }
 
-export function curve(points: readonly Point[], here: Point, bytes: boolean, words: Words, room: number): Figure {
+export interface Labelled extends Point {
+  readonly label: string;
+}
+
+/** What each size loses, the plan of the moment, and other ways to the same bytes. */
+export function curve(points: readonly Point[], here: Point, others: readonly Labelled[], words: Words, room: number): Figure {
+  return Plot.plot({
+    width: across(room),
+    height: 260,
+    marginLeft: 64,
+    marginBottom: 40,
+    marginTop: 28,
+    grid: true,
+    ariaLabel: words.say("curve"),
+    x: { label: words.say("curve.x"), tickFormat: (value: number) => words.number(value), zero: true },
+    y: { label: words.say("lost"), type: "log", tickFormat: (value: number) => words.number(value, 2), ticks: 6 },
+    marks: [
+      Plot.line(points.filter((point) => point.lost > 0), { x: "size", y: "lost", stroke: AFTER, strokeWidth: 2 }),
+      Plot.dot(others, { x: "size", y: "lost", symbol: "square", r: 5, stroke: "currentColor", strokeWidth: 2 }),
+      Plot.text(others, { x: "size", y: "lost", text: "label", dy: -13, fill: "currentColor" }),
+      Plot.dot(here.lost > 0 ? [here] : [], { x: "size", y: "lost", fill: AFTER, r: 6, stroke: "var(--paper)", strokeWidth: 2 }),
+    ],
+  }) as Figure;
+}
+
+/** One weight's spectrum in some metrics; the one that is looked at is drawn strongly. */
+export function metrics(spectra: readonly (readonly [name: string, spectrum: Spectrum])[], chosen: string, words: Words, room: number): Figure {
+  const values = spectra.flatMap(([name, { places, shares, full }]) =>
+    places.map((place, i) => ({ name, place: (100 * place) / full, share: 100 * shares[i]! })).filter(({ share }) => share > 0),
+  );
+  const top = Math.max(...values.map(({ share }) => share));
   return Plot.plot({
     width: across(room),
     height: 260,
     marginLeft: 64,
     marginBottom: 40,
     grid: true,
-    ariaLabel: words.say("curve"),
-    x: { label: words.say(bytes ? "curve.x.bytes" : "curve.x") },
-    y: { label: words.say("lost"), type: "log", tickFormat: (value: number) => words.number(value, 2), ticks: 6 },
+    ariaLabel: words.say("metrics"),
+    x: { label: words.say("metrics.x"), domain: [0, 100] },
+    y: { label: words.say("metrics.y"), type: "log", domain: [top * 1e-7, top * 1.5], ticks: 6, tickFormat: (value: number) => words.number(value, 2) },
     marks: [
-      Plot.line(points.filter((point) => point.lost > 0), { x: "size", y: "lost", stroke: AFTER, strokeWidth: 2 }),
-      Plot.dot(here.lost > 0 ? [here] : [], { x: "size", y: "lost", fill: AFTER, r: 6, stroke: "var(--paper)", strokeWidth: 2 }),
+      Plot.line(values, {
+        x: "place", y: "share", z: "name", clip: true,
+        stroke: ({ name }: { name: string }) => (name === chosen ? AFTER : BEFORE),
+        strokeWidth: ({ name }: { name: string }) => (name === chosen ? 3 : 1.2),
+      }),
+      Plot.text(values, Plot.selectLast({
+        x: "place", y: "share", z: "name", text: "name", textAnchor: "end", dx: -4, dy: -8, fill: "currentColor", stroke: "var(--paper)",
+        filter: ({ share }: { share: number }) => share > top * 1e-7,
+      })),
     ],
-  }) as Figure;
+  }) as Figure; // prettier-ignore
 }
 
 interface Step {
