@@ -298,7 +298,7 @@ class Explorer {
   /** The recipe of the plan: what the program takes to come to the same ranks. */
   private recipe(): string {
     const amount = this.planned.amount;
-    const size = this.bytes ? `budget: ${Math.floor(amount + this.data.rest.bytes)}B` : `keep: ${amount / this.data.before.numbers}`;
+    const size = this.bytes ? `budget: ${((amount + this.data.rest.bytes) / 1e6).toFixed(6)}MB` : `keep: ${amount / this.data.before.numbers}`;
     return `${size}\n${this.data.recipe}\n`;
   }
 

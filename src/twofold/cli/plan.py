@@ -33,7 +33,9 @@ def command(
     With --calibration the plan is the one that compress would carry out, and the moments are kept for it.
     Without it the ranks come from the weights' shapes alone, and the plan says so.
     """
-    print_record(twofold.plan(recipe, moments=moments, out=out, html=html, lang=lang, quiet=quiet), json_output, print_plan)
+    print_record(
+        twofold.plan(recipe, moments=moments, out=out, html=html, lang=lang, quiet=quiet), json_output, print_plan
+    )
 
 
 def print_plan(plan: Plan) -> None:

@@ -31,7 +31,9 @@ MOST = 150_000  # choices of all weights: each takes some eleven bytes of the pa
 POINTS = 64  # of a spectrum that is shown and not planned from
 
 
-def explorer_data(request: PlanRequest, plan: Plan, recipe: Recipe, beside: Beside | None = None) -> dict[str, Any] | None:
+def explorer_data(
+    request: PlanRequest, plan: Plan, recipe: Recipe, beside: Beside | None = None
+) -> dict[str, Any] | None:
     """Return what the page plans from, ready for JSON; None where it can't plan as the program does.
 
     ``numbers`` is one block of float64, deflated and in base64. It has for each weight the ranks, bits (0: in the dtype of the

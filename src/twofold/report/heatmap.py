@@ -44,7 +44,9 @@ def rank_heatmap(plan: Plan, words: Words) -> tuple[Any, str]:
     axes.set_yticks(np.arange(len(kinds)) + 0.5, [label_of(kind) for kind in kinds])
     step = max(1, round(26 / width))
     places = [i for i in range(len(layers)) if i % step == 0 or layers[i] == "none"]
-    axes.set_xticks([i + 0.5 for i in places], [words.told(layers[i]) for i in places], rotation=90 if stacks_in(plan) else 0)
+    axes.set_xticks(
+        [i + 0.5 for i in places], [words.told(layers[i]) for i in places], rotation=90 if stacks_in(plan) else 0
+    )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set(xlabel=words.say("layer"), ylabel=words.say("column.kind"))

@@ -23,7 +23,6 @@ from twofold.report.messages import ENGLISH, Words
 from twofold.report.names import model_title, public_recipe, without_paths
 from twofold.report.record import Run
 
-
 GENERATOR = '<meta name="generator" content="Twofold">'
 
 

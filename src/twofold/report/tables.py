@@ -33,7 +33,10 @@ def size_table(plan: Plan, words: Words = ENGLISH) -> TextTable:
     ]
     return TextTable(
         ["", *(words.say(f"column.{name}") for name in ("before", "after", "kept"))],
-        [[name, show(before), show(after), words.percent(fraction(after, before), 2)] for name, before, after, show in rows],
+        [
+            [name, show(before), show(after), words.percent(fraction(after, before), 2)]
+            for name, before, after, show in rows
+        ],
     )
 
 
@@ -43,12 +46,23 @@ def quality_table(run: Run, quality: Measured, words: Words = ENGLISH) -> TextTa
     nats = words.nats(quality.prediction)
     rows = []
     if old.get("perplexity") is not None:
-        rows.append([words.say("row.perplexity"), words.number(old.get("perplexity"), 4), words.number(new.get("perplexity"), 4)])
+        rows.append(
+            [
+                words.say("row.perplexity"),
+                words.number(old.get("perplexity"), 4),
+                words.number(new.get("perplexity"), 4),
+            ]
+        )
         rows.append([words.say("row.times"), "1", words.number(quality.ratio)])
     if old.get("loss") is not None:
-        rows.append([words.say("row.loss", unit=nats), words.number(old.get("loss"), 4), words.number(new.get("loss"), 4)])
+        rows.append(
+            [words.say("row.loss", unit=nats), words.number(old.get("loss"), 4), words.number(new.get("loss"), 4)]
+        )
     rows += [
-        *([words.told(name.replace("_", " ")), *(words.number(score, 4) for score in both)] for name, both in quality.scores.items()),
+        *(
+            [words.told(name.replace("_", " ")), *(words.number(score, 4) for score in both)]
+            for name, both in quality.scores.items()
+        ),
         [words.say("row.measured", unit=nats), NONE, words.number(new.get("divergence"))],
         [words.say("row.predicted", unit=nats), NONE, words.number(run.predicted_divergence)],
         [words.told(quality.agreement), NONE, words.percent(new.get("agreement"))],
@@ -81,13 +95,24 @@ def reason_table(plan: Plan, words: Words = ENGLISH) -> TextTable:
         sums[what, why] = tensors + 1, old + before, new + after
 
     for entry in plan.entries:
-        add("dense" if entry.rank is None else "factorized", entry.reason.removeprefix("dense: "), entry.numbers_before, entry.numbers_after)
+        add(
+            "dense" if entry.rank is None else "factorized",
+            entry.reason.removeprefix("dense: "),
+            entry.numbers_before,
+            entry.numbers_after,
+        )
     for other in plan.dense:
         add("other", other.reason, other.numbers, other.numbers)
     return TextTable(
         [words.say(f"column.{name}") for name in ("what", "why", "tensors", "parameters", "after")],
         [
-            [words.say(f"tensor.{what}"), words.told(without_paths(why)), str(n), words.millions(old), words.millions(new)]
+            [
+                words.say(f"tensor.{what}"),
+                words.told(without_paths(why)),
+                str(n),
+                words.millions(old),
+                words.millions(new),
+            ]
             for (what, why), (n, old, new) in sums.items()
         ],
         left=2,
