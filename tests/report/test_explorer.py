@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import twofold
 from explorer_cases import ATTACK, CASES, PLANS, case, planned, request_for
+from twofold.errors import TwofoldError
 from twofold.evidence.beside import Beside
 from twofold.recipe import Recipe
 from twofold.report.explorer import MOST, embedded, explorer_data, thinned
@@ -111,3 +114,30 @@ def test_every_message_is_in_both_languages() -> None:
     with pytest.raises(ValueError, match="no language 'fr'"):
         Words("fr")
     assert Words("es").number(1234.5, 5) == "1234,5" and Words("es").count(1234567) == "1.234.567"
+
+
+@pytest.mark.whole
+@pytest.mark.long
+def test_a_plan_and_a_run_write_the_same_live_page(checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"calibration": [str(text_file)], "tokens": 320, "window": 32, "keep": 0.6, "eval_windows": 1}
+    path = tmp_path / "plan.html"
+    plan = twofold.plan(str(checkpoint), html=path, lang="es", quiet=True, **how)
+    twofold.compress(str(checkpoint), tmp_path / "out", quiet=True, **how)
+    pages = [page.read_text(encoding="utf-8") for page in (path, tmp_path / "out" / "report.html")]
+    one, other = (json.loads(page.split('id="explorer-data">')[1].split("</script>")[0]) for page in pages)
+    assert one == other
+    assert '<html lang="es">' in pages[0] and '<html lang="en">' in pages[1]
+    assert set(one["spectra"]) == {"plain", "inputs", "both"} and len(one["weights"]) == len(plan.entries)
+    for metric, some in one["spectra"].items():
+        for name, spectrum in some.items():
+            assert 0 < spectrum["most"] <= spectrum["full"], (metric, name)
+            assert spectrum["shares"] == sorted(spectrum["shares"], reverse=True)
+    eight, four = one["integers"]
+    assert 0 < eight["lost"] < four["lost"] and eight["bytes"] > four["bytes"]
+
+
+def test_a_page_is_written_of_shapes_alone(checkpoint: Path, tmp_path: Path) -> None:
+    twofold.plan(str(checkpoint), keep=0.6, html=tmp_path / "plan.html", estimate=False, quiet=True)
+    assert 'id="explorer-data"' not in (tmp_path / "plan.html").read_text(encoding="utf-8")
+    with pytest.raises(TwofoldError, match="is a folder; name a file for the page"):
+        twofold.plan(str(checkpoint), keep=0.6, html=tmp_path, quiet=True)

@@ -13,6 +13,7 @@ from torch import nn
 from twofold.decompose.decompose import Decomposition, decompose_targets
 from twofold.decompose.spectra import Spectra
 from twofold.host import processes
+from twofold.linalg import damp, smaller_side
 from twofold.model.kinds import dense_weight
 from twofold.model.streamed import Resident
 from twofold.model.target import Target, Targets
@@ -87,19 +88,24 @@ def _known(moments: LayerMoments, objective: str) -> bool:
 def _rounded(
     model: nn.Module, targets: list[Target], decomposition: Decomposition, integers: Integers
 ) -> dict[int, float]:
-    """Return what the dense weights lose in integers, where the losses are nats and there is time to measure it."""
+    """Return what the dense weights lose in integers, in the metric of both sides, if there is time to measure it."""
     size = sum(float(target.size) * min(target.shape) for target in targets)
-    if decomposition.objective.loss != "nats" or torchao_version() is None or size > MOST_ROUNDED:
+    if decomposition.objective.name != METRICS["both"] or torchao_version() is None or size > MOST_ROUNDED:
         return {}
     lost = dict.fromkeys(WIDTHS, 0.0)
     for target in targets:
-        problem, layer = decomposition.problem(model, target), decomposition.layer(target.name)
-        weight = dense_weight(model.get_submodule(target.name)).detach().to(problem.gram.dtype)
+        weight = dense_weight(model.get_submodule(target.name)).detach().float()
+        layer, side = decomposition.layer(target.name), smaller_side(*weight.shape)
+        near, trace = layer.gradient, layer.input_trace
+        if side == "columns":
+            near, trace = layer.input, layer.gradient_trace
+        if near is None:
+            return {}
+        metric = damp(near.to(weight), decomposition.damping)
         far = far_diagonal(weight, layer, decomposition.objective, decomposition.damping)
         if far is None:  # its diagonal was not collected: the mean of it, since its trace was
-            trace = layer.input_trace if problem.side == "rows" else layer.gradient_trace
             far = weight.new_full((max(weight.shape),), trace / max(weight.shape) * (1 + decomposition.damping))
         for bits in WIDTHS:
             error = weight - round_matrix(weight, bits, integers.group(bits), IntLinear).weight
-            lost[bits] += error_loss(error, problem.metric, problem.side, far)
+            lost[bits] += error_loss(error, metric, side, far)
     return lost
