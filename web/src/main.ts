@@ -9,6 +9,7 @@ import { Planner, type Planned } from "./planner";
 
 const STEPS = 200; // of the slider
 const SIZES = 24; // points of the curve
+const PAUSE = 80; // milliseconds without a new plan, after which all figures are drawn
 const METRICS: readonly Metric[] = ["plain", "inputs", "both"];
 
 /** What the page shows, and what it has been asked for. */
@@ -37,7 +38,8 @@ class Explorer {
     this.factor = data.nats ? 0.5 : 1;
     this.words = new Words(language);
     this.planned = this.planner.plan(data.amount);
-    this.chosen = Math.max(0, data.weights.findIndex((weight) => this.spectraOf(weight).length > 0));
+    const shown = data.weights.flatMap((weight, i) => (this.spectraOf(weight).length > 0 ? [i] : []));
+    this.chosen = shown[shown.length >> 1] ?? 0;
     this.build();
     void this.trace();
     new ResizeObserver(() => this.draw()).observe(root);
@@ -182,7 +184,7 @@ class Explorer {
       this.drawWeight();
       this.part("recipe").textContent = this.recipe();
       this.root.dataset["drawn"] = String(this.planned.amount);
-    });
+    }, PAUSE);
   }
 
   private drawTiles(): void {
