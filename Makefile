@@ -6,7 +6,7 @@ AUDIT := .venv-audit
 QUICK := --quiet --no-compile  # Python compiles what is imported; of all 22,000 files, that would take a minute
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test tests check lint web bench bench-scale bench-speed check-slow format audit clean
+.PHONY: demo docs test tests check lint web bench bench-scale bench-speed check-slow format audit clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,6 +51,9 @@ check-slow: $(INSTALLED)  ## the longer checks on the real model
 bench: $(INSTALLED)  ## the figures of docs/benchmarks.md
 	$(BIN)/python benchmarks/main_job.py
 
+docs: $(INSTALLED)  ## the docs site, in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # Needs PyPI itself, where the known weaknesses are: an index that has the packages only does not do. A package that can't be
 # looked up is an error, since pip-audit would else say that nothing was found.
 audit: $(INSTALLED)  ## known weaknesses of what is installed
@@ -65,4 +68,4 @@ bench-speed: $(INSTALLED)  ## tokens a second, prompts and loading against their
 	$(BIN)/python benchmarks/speed.py
 
 clean:
-	rm -rf $(VENV) $(AUDIT) web/node_modules web/test-results build dist demo-output bench-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(AUDIT) web/node_modules web/test-results build dist site demo-output bench-output .mypy_cache .pytest_cache .ruff_cache
