@@ -13,7 +13,7 @@ SOURCE = Path(twofold.__file__).parent
 ORDER = [
     "errors", "version", "registry", "host", "settings", "linalg", "objectives", "nn", "checkpoint", "model", "task", "calibrate",
     "adapters", "quantize", "structures", "inference", "decompose", "evidence", "allocate", "planning", "factor", "evaluation",
-    "refine", "recipe", "report", "scratch", "run", "exports", "speed", "comparison", "tuning", "serving", "explore",
+    "refine", "recipe", "report", "scratch", "run", "exports", "speed", "comparison", "tuning", "serving", "exploring",
     "vllm_plugin", "extend", "__init__", "cli", "__main__",
 ]  # fmt: skip
 FILES = {"__init__.py", "__main__.py", "errors.py", "version.py", "registry.py"}

@@ -3,7 +3,7 @@
 import { element, fill } from "./dom";
 import { Words, type Key, type Language } from "./messages";
 
-/** What the page is told of its server: src/twofold/explore/server.py writes it. */
+/** What the page is told of its server: src/twofold/exploring/server.py writes it. */
 export interface Server {
   readonly page: string;
   readonly original: string;
@@ -23,7 +23,7 @@ export interface Token {
   readonly best?: readonly [dense: string, factored: string];
 }
 
-/** What both models make of a text: src/twofold/explore/reading.py. */
+/** What both models make of a text: src/twofold/exploring/reading.py. */
 export interface Reading {
   readonly tokens: readonly Token[];
   readonly mean: number | null;

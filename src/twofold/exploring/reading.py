@@ -28,8 +28,8 @@ def compare_readings(
 ) -> dict[str, Any]:
     """Return what the page shows of a text, ready for JSON.
 
-    A token has the divergence of the two predictions for its place, what each gave it, and what each held for most likely; the first
-    token of all was not predicted. ``next`` has the candidates for what comes after the text, the best of either model.
+    A token has the divergence of the two predictions for its place, what each gave it, and what each held for most likely;
+    the first token of all was not predicted. ``next`` has the candidates for what comes after the text, the best of either.
     """
     apart = divergences(dense, factored).tolist()
     first, second = dense.argmax(-1).tolist(), factored.argmax(-1).tolist()

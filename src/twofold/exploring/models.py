@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from twofold.errors import TwofoldError
-from twofold.explore.reading import compare_readings
-from twofold.explore.sizes import Size
+from twofold.exploring.reading import compare_readings
+from twofold.exploring.sizes import Size
 from twofold.host.faults import is_out_of_memory
 from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel, check_ids, load_model, need_tokenizer, window_limit

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from twofold.errors import TwofoldError
-from twofold.explore.models import ANSWER, Models
-from twofold.explore.sizes import Size, find_sizes
+from twofold.exploring.models import ANSWER, Models
+from twofold.exploring.sizes import Size, find_sizes
 from twofold.host.progress import say
 from twofold.model.place import find_model
 from twofold.model.tokenizer import read_tokenizer
@@ -46,7 +46,7 @@ def explore(
     port = place.getsockname()[1]
     import uvicorn
 
-    from twofold.explore.app import build_app
+    from twofold.exploring.app import build_app
 
     token = secrets.token_urlsafe(24)
     app = build_app(sizes, models, tell_page(sizes, models), port, token)

@@ -14,9 +14,9 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 
 from twofold.errors import TwofoldError
-from twofold.explore.door import Door
-from twofold.explore.models import Models, RefusedError
-from twofold.explore.sizes import Size
+from twofold.exploring.door import Door
+from twofold.exploring.models import Models, RefusedError
+from twofold.exploring.sizes import Size
 from twofold.host.quiet import first_line
 from twofold.serving.gate import Gate
 
