@@ -48,9 +48,10 @@ interface Result {
 const MOST = 10; // tokens of the table
 const THICK = 8; // pixels of the bar under the token that changed most
 
-/** A token with its white space visible. */
+/** A token whose white space, and whatever else has no sign of its own, can be seen. */
 export function visible(text: string): string {
-  return text.replace(/ /g, "␣").replace(/\r?\n|\r/g, "↵").replace(/\t/g, "⇥") || "∅";
+  const shown = text.replace(/ /g, "␣").replace(/\r?\n|\r/g, "↵").replace(/\t/g, "⇥");
+  return shown.replace(/\p{C}/gu, (sign) => `U+${sign.codePointAt(0)!.toString(16).toUpperCase().padStart(4, "0")}`) || "∅";
 }
 
 /** The places of the tokens that changed most, the largest change first. */
@@ -63,6 +64,11 @@ export function mostChanged(tokens: readonly Token[], count: number): number[] {
 export function thickness(tokens: readonly Token[], most: number): number[] {
   const largest = Math.max(0, ...tokens.map((token) => token.divergence ?? 0));
   return tokens.map(({ divergence }) => (largest > 0 ? Math.round((most * (divergence ?? 0)) / largest) : 0));
+}
+
+/** The candidate that a model holds for the most likely. */
+export function likeliest({ next }: Reading, model: "dense" | "factored"): string {
+  return visible(next.candidates.reduce((best, one) => (one[model] > best[model] ? one : best)).text);
 }
 
 /** What went wrong, as a sentence of the table. */
@@ -191,7 +197,8 @@ class Served {
       const answer = (await this.post("answer", asked, signal)) as Answer;
       this.result = { size: asked.size, reading, answer };
       this.show();
-      this.tell("served.done");
+      const [dense, factored] = [likeliest(reading, "dense"), likeliest(reading, "factored")];
+      this.tell("served.done", { dense, factored, name: asked.size });
     } catch (error) {
       if (signal.aborted) return;
       if (error instanceof Refused) this.tell(error.key, error.values);

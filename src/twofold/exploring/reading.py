@@ -61,10 +61,16 @@ def compare_readings(
 
 
 def piece(tokenizer: Any, before: int | None, token: int) -> str:
-    """Return what a token adds to a text; a tokenizer may write a space where another token stands before it."""
-    alone = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    if before is None:
-        return alone
-    start = str(tokenizer.decode([before], clean_up_tokenization_spaces=False))
-    both = str(tokenizer.decode([before, token], clean_up_tokenization_spaces=False))
-    return both[len(start) :] if both.startswith(start) and not start.endswith("\ufffd") else alone
+    """Return what a token adds to a text; a tokenizer may write a space where another token stands before it.
+
+    A part of a character, which is no text, is told by its id.
+    """
+
+    def text(*ids: int) -> str:
+        return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    added = text(token)
+    if before is not None and not (start := text(before)).endswith("\ufffd"):
+        both = text(before, token)
+        added = both[len(start) :] if both.startswith(start) else added
+    return f"\ufffd{token}" if added == "\ufffd" else added
