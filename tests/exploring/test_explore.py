@@ -30,6 +30,7 @@ from twofold.exploring.reading import divergences, piece
 from twofold.exploring.server import explore, find_models, tell_page
 from twofold.exploring.sizes import find_sizes
 from twofold.report.explorer import embedded
+from twofold.report.messages import Words
 
 TOKEN, PORT = "t0ken", 8321
 HOW = {"dtype": "auto", "device": "auto"}
@@ -59,9 +60,9 @@ def sizes(runs):
     return find_sizes(runs / "sizes")
 
 
-def app_of(sizes, against=None):
+def app_of(sizes, against=None, lang="en"):
     models = find_models(sizes, against, HOW)
-    return build_app(sizes, models, tell_page(sizes, models), PORT, TOKEN)
+    return build_app(sizes, models, tell_page(sizes, models), PORT, TOKEN, Words(lang))
 
 
 class Client(TestClient):
@@ -100,6 +101,12 @@ def test_the_page_is_told_of_the_sizes_and_may_ask_its_server_alone(client, size
     assert told(other)["page"] == "keep-0.4"
     assert client.get("/", params={"size": "absent"}).status_code == 404
     assert "connect-src" not in (sizes[0].folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_is_in_the_language_that_is_asked_for(sizes):
+    assert '<html lang="es">' in client_of(app_of(sizes, lang="es")).get("/").text
+    with pytest.raises(TwofoldError, match="there is no language 'fr'"):
+        explore(sizes[0].folder, lang="fr")
 
 
 def test_only_data_of_the_stored_page_comes_into_the_served_one(runs, tmp_path):

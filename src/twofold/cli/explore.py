@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import twofold
-from twofold.cli.flags import Against, Device, Dtype
+from twofold.cli.flags import Against, Device, Dtype, Lang
 
 
 def command(
@@ -18,6 +18,7 @@ def command(
     against: Against = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    lang: Lang = "en",
 ) -> None:
     """Serve the page of a run on this machine, with a text to type that the original and the factored model read."""
     with suppress(KeyboardInterrupt):  # the way to end it

@@ -18,6 +18,7 @@ from twofold.exploring.door import Door
 from twofold.exploring.models import Models, RefusedError
 from twofold.exploring.sizes import Size
 from twofold.host.quiet import first_line
+from twofold.report.messages import ENGLISH, Words
 from twofold.serving.gate import Gate
 
 QUEUE = 8  # requests at once, waiting ones too
@@ -31,7 +32,9 @@ class Asked(BaseModel, extra="forbid", strict=True):
     chat: bool = False
 
 
-def build_app(sizes: list[Size], models: Models | None, told: dict[str, Any], port: int, token: str) -> Door:
+def build_app(
+    sizes: list[Size], models: Models | None, told: dict[str, Any], port: int, token: str, words: Words = ENGLISH
+) -> Door:
     """Build the application.
 
     Args:
@@ -39,10 +42,11 @@ def build_app(sizes: list[Size], models: Models | None, told: dict[str, Any], po
         told: what every page is told of the server.
         port: where it listens: an address with another one is not its own.
         token: that an address must have.
+        words: of the language of the pages.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     named, drawing = {size.name: size for size in sizes}, threading.Lock()
-    make = cache(lambda name: named[name].page({**told, "page": name}))
+    make = cache(lambda name: named[name].page({**told, "page": name}, words))
 
     def page(size: str = sizes[0].name) -> Any:
         if size not in named:

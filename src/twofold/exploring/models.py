@@ -14,7 +14,7 @@ from twofold.host.faults import is_out_of_memory
 from twofold.host.quiet import first_line
 from twofold.model.load import LoadedModel, check_ids, load_model, need_tokenizer, window_limit
 from twofold.model.tokenizer import OWN_CODE
-from twofold.report.messages import Words
+from twofold.report.messages import ENGLISH
 from twofold.task.causal_lm import CausalLM, need_writer
 from twofold.task.text.answers import answer
 from twofold.task.text.special import prompt_ids
@@ -32,7 +32,7 @@ class RefusedError(Exception):
     """
 
     def __init__(self, key: str, **values: Any) -> None:
-        super().__init__(Words().say(key, **values))
+        super().__init__(ENGLISH.say(key, **values))
         self.key, self.values = key, values
 
 

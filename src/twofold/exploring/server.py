@@ -13,6 +13,7 @@ from twofold.exploring.sizes import Size, find_sizes
 from twofold.host.progress import say
 from twofold.model.place import find_model
 from twofold.model.tokenizer import read_tokenizer
+from twofold.report.messages import Words
 from twofold.report.names import model_title
 from twofold.serving.server import SECONDS, check_installed, listen
 from twofold.task.causal_lm import CausalLM
@@ -28,6 +29,7 @@ def explore(
     against: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    lang: str = "en",
 ) -> None:
     """Serve the page of a run on this machine until the process is stopped, with both models to ask.
 
@@ -35,11 +37,13 @@ def explore(
         folder: of a compressed model, or one that holds several sizes of the same original.
         port: 0 takes any that is free.
         against: the original; by default the one that the run names.
+        lang: of the page, ``en`` or ``es``.
 
     Raises:
         TwofoldError: if there is no compressed model, its original is not there, or the port is taken.
     """
     check_installed("explore", ("fastapi", "uvicorn"))
+    words = Words(lang)
     sizes = find_sizes(Path(folder).expanduser())
     models = find_models(sizes, against, {"dtype": dtype, "device": device})
     place = listen(HOST, port, "`port`")
@@ -49,7 +53,7 @@ def explore(
     from twofold.exploring.app import build_app
 
     token = secrets.token_urlsafe(24)
-    app = build_app(sizes, models, tell_page(sizes, models), port, token)
+    app = build_app(sizes, models, tell_page(sizes, models), port, token, words)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS)
     names = ", ".join(size.name for size in sizes)

@@ -14,6 +14,7 @@ from twofold.errors import TwofoldError
 from twofold.host.folders import COMPRESSED
 from twofold.planning.plan import Plan
 from twofold.report.explorer import stored_data
+from twofold.report.messages import Words
 from twofold.report.page import page_text
 from twofold.report.record import Run
 
@@ -32,7 +33,7 @@ class Size:
         """What the page is told of it."""
         return {"name": self.name, "keep": self.run.keep, "bytes": self.run.bytes_after}
 
-    def page(self, server: Mapping[str, Any]) -> str:
+    def page(self, server: Mapping[str, Any], words: Words) -> str:
         """Make the page anew from the record: no script and no markup that lies in the folder comes into it.
 
         Args:
@@ -47,7 +48,7 @@ class Size:
         except (SafetensorError, OSError) as error:
             raise TwofoldError(f"{path} can't be read ({error}); run the compression again, or delete it") from error
         live = stored_data(self.folder / "report.html")
-        return page_text(self.run.recipe, self.plan, spectra, live, self.run, server)
+        return page_text(self.run.recipe, self.plan, spectra, live, self.run, words=words, server=server)
 
 
 def find_sizes(folder: Path) -> list[Size]:

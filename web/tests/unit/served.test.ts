@@ -1,5 +1,5 @@
 import { expect, test } from "vitest";
-import { likeliest, mostChanged, thickness, visible, type Token } from "../src/served";
+import { likeliest, mostChanged, thickness, visible, type Token } from "../../src/served";
 
 const tokens: Token[] = [
   { text: "<s>" },
