@@ -1,26 +1,18 @@
 /** The page in headless Chromium: `make web` writes the pages that are opened here (tests/explorer_cases.py --pages). */
 
-import { existsSync, readFileSync } from "node:fs";
-import { delimiter, join, resolve } from "node:path";
+import { readFileSync } from "node:fs";
+import { join, resolve } from "node:path";
 import { pathToFileURL } from "node:url";
 import AxeBuilder from "@axe-core/playwright";
-import { chromium, type Browser, type BrowserContextOptions, type Page } from "playwright-core";
+import type { Browser, BrowserContextOptions, Page } from "playwright-core";
 import { afterAll, beforeAll, expect, test } from "vitest";
+import { launch } from "./chromium";
 
 const PAGES = resolve("test-results");
-const NAMES = ["chromium", "chromium-browser", "google-chrome"];
-
-function found(): string {
-  const places = (process.env["PATH"] ?? "").split(delimiter).flatMap((folder) => NAMES.map((name) => join(folder, name)));
-  const path = process.env["CHROMIUM"] ?? places.find((place) => existsSync(place));
-  if (!path) throw new Error("no Chromium was found: install it (apt-get install chromium), or name it with CHROMIUM");
-  return path;
-}
 
 let browser: Browser;
 beforeAll(async () => {
-  const args = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"];
-  browser = await chromium.launch({ executablePath: found(), args });
+  browser = await launch();
 });
 afterAll(() => browser.close());
 
