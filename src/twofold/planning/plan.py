@@ -175,7 +175,7 @@ class Plan(pydantic.BaseModel, extra="forbid"):
     def _named(self, write: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Say what a prediction is only where it is no token, and explain only what was asked about."""
         fields: dict[str, Any] = write(self)
-        usual = (("prediction", "token"), ("explanation", []))
+        usual: tuple[tuple[str, Any], ...] = (("prediction", "token"), ("explanation", []))
         return {key: value for key, value in fields.items() if (key, value) not in usual}
 
     @property
