@@ -84,6 +84,13 @@ def lagrangian(candidates: list[Candidate], budget: float) -> list[Choice]:
     return [option.choice(position) for option, position in zip(options, best, strict=True)]
 
 
+def spend(candidates: list[Candidate], choices: list[Choice], room: float) -> list[Choice]:
+    """Spend more than some choices cost, the step first that saves most loss for what it costs."""
+    options = [_Options(candidate) for candidate in candidates]
+    positions = [option.position(choice) for option, choice in zip(options, choices, strict=True)]
+    return [option.choice(at) for option, at in zip(options, _spend(options, positions, room), strict=True)]
+
+
 def _total(rows: list[NDArray[np.float64]], positions: list[int]) -> float:
     total = (
         0.0  # not by ``sum``, which rounds otherwise from Python 3.12 on: web/src/allocate.ts adds in this order, too

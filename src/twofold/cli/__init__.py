@@ -97,8 +97,7 @@ app = typer.Typer(
     name="twofold",
     cls=_Commands,
     help="Factorize the weight matrices of Transformer models: smaller, faster, and explained.",
-    no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings=HELP,
 )
@@ -110,11 +109,23 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+FIRST = """twofold factorizes the weights of Transformer models: smaller, faster, and explained. With the built-in model:
+
+  twofold plan smollm2 --keep 0.8                           # which ranks, what size, how long it takes here
+  twofold compress smollm2 --keep 0.8 --effort fast --out small    # do it: small/report.html tells what came out
+  twofold chat small                                        # talk to the smaller model
+
+For a model of your own, name its folder or its hub id, and texts of its kind: --calibration my-texts/*.txt
+All commands: twofold --help. One command: twofold compress --help. The guides: docs/ beside the source, README.md first."""
+
+
 @app.callback()
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(FIRST)
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import twofold
-from twofold.cli.flags import Json, Lang, Moments, Out, Overwrite, Quiet
+from twofold.cli.flags import Explain, Json, Lang, Moments, Out, Overwrite, Quiet
 from twofold.cli.settings import settings_flags
-from twofold.cli.tables import number, print_end, print_record, print_samples, print_sizes, table
+from twofold.cli.tables import number, print_end, print_explanation, print_record, print_samples, print_sizes, table
 from twofold.recipe import Recipe, make_recipe
 
 if TYPE_CHECKING:
@@ -22,12 +22,13 @@ def command(
     out: Out,
     overwrite: Overwrite = False,
     moments: Moments = None,
+    explain: Explain = False,
     lang: Lang = "en",
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Factorize the weight matrices of a model and write the smaller checkpoint, with its plan, card and report."""
-    run = twofold.compress(recipe, out, overwrite=overwrite, moments=moments, lang=lang, quiet=quiet)
+    run = twofold.compress(recipe, out, overwrite=overwrite, moments=moments, explain=explain, lang=lang, quiet=quiet)
     if run is not None:  # else one of many processes; the first prints
         print_record(run, json_output, lambda run: print_run(run, twofold.Plan.load(out / "plan.json"), out))
 
@@ -55,6 +56,7 @@ def print_run(run: Run, plan: Plan, out: Path) -> None:
         ),
     )
     print_sizes(plan)
+    print_explanation(run.explanation)
     if run.quality is not None:
         q = run.quality
         known = [] if q.original["perplexity"] is None else ["perplexity"]

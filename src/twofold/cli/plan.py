@@ -8,10 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import twofold
-from twofold.cli.flags import Json, Lang, Moments, Quiet
+from twofold.cli.flags import Explain, Json, Lang, Moments, Quiet
 from twofold.cli.settings import settings_flags
-from twofold.cli.tables import megabytes, millions, number, plain, print_record, print_sizes, table, tally, tell
+from twofold.cli.tables import (
+    megabytes,
+    millions,
+    number,
+    plain,
+    print_explanation,
+    print_record,
+    print_sizes,
+    table,
+    tally,
+    tell,
+)
 from twofold.cli.words import with_flags
+from twofold.host.progress import duration
 from twofold.recipe import Recipe, make_recipe
 
 if TYPE_CHECKING:
@@ -23,6 +35,7 @@ def command(
     recipe: Recipe,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan to this JSON file too.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the plan to this page too; it plans anew.")] = None,
+    explain: Explain = False,
     lang: Lang = "en",
     moments: Moments = None,
     json_output: Json = False,
@@ -33,9 +46,8 @@ def command(
     With --calibration the plan is the one that compress would carry out, and the moments are kept for it.
     Without it the ranks come from the weights' shapes alone, and the plan says so.
     """
-    print_record(
-        twofold.plan(recipe, moments=moments, out=out, html=html, lang=lang, quiet=quiet), json_output, print_plan
-    )
+    planned = twofold.plan(recipe, moments=moments, out=out, html=html, explain=explain, lang=lang, quiet=quiet)
+    print_record(planned, json_output, print_plan)
 
 
 def print_plan(plan: Plan) -> None:
@@ -66,13 +78,14 @@ def print_plan(plan: Plan) -> None:
         )
     if plan.estimate is not None:
         print_estimate(plan.estimate)
+    print_explanation(plan.explanation)
     for note in plan.notes:
         tell(f"Note: {plain(with_flags(note))}.")
 
 
 def print_estimate(estimate: Estimate) -> None:
     """Print what a run will take."""
-    blocks, total = estimate.blocks_at_once, estimate.total_seconds
+    blocks = estimate.blocks_at_once
     how = {None: "the whole model in memory", 1: "block by block"}.get(blocks, f"{blocks} blocks at a time")
     longest = max(estimate.memory, key=lambda name: estimate.memory[name])
     rows = [
@@ -82,10 +95,16 @@ def print_estimate(estimate: Estimate) -> None:
         ["disk while it runs", megabytes(estimate.work_bytes)],
         ["disk for the moments, kept for the next budget", megabytes(estimate.moments_bytes)],
         ["disk for the checkpoint", megabytes(estimate.output_bytes)],
-        *([name, f"{seconds:.0f} s"] for name, seconds in estimate.seconds.items() if seconds >= 0.5),
-        ["time in all", f"{total / 60:.0f} min" if total > 120 else f"{total:.0f} s"],
+        *([name, duration(seconds)] for name, seconds in estimate.seconds.items() if seconds >= 0.5),
+        ["time in all", duration(estimate.total_seconds)],
     ]
     table(f"Estimate for this machine, {estimate.threads} threads", ["", ""], rows)
+    levels = [[level.effort, level.words, _time(level.seconds)] for level in estimate.efforts]
+    table("Time by effort", ["--effort", "stands for", "time in all"], levels, left=2)
+
+
+def _time(seconds: float | None) -> str:
+    return "–" if seconds is None else duration(seconds)
 
 
 def _rank(entry: PlanEntry) -> str:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from copy import copy
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel
@@ -16,9 +16,19 @@ from twofold.errors import TwofoldError
 from twofold.model.place import find_model
 from twofold.model.settings import parse_override
 from twofold.planning.settings import SIZES
+from twofold.recipe.effort import PARTS
 from twofold.settings.base import read_settings
 
-MOST_USED = ("keep", "budget", "calibration", "refine", "data", "method", "out")  # in the first panel, that of --help
+MOST_USED = (
+    "keep",
+    "budget",
+    "calibration",
+    "effort",
+    "refine",
+    "data",
+    "method",
+    "out",
+)  # in the first panel, that of --help
 PANELS = ("Size", "Calibration", "Rows", "Method", "Refinement", "Storage", "Weights", "Measuring", "Model and machine")
 
 
@@ -71,6 +81,8 @@ def _settings(given: dict[str, Any]) -> dict[str, object]:
         flags["overrides"] = dict(parse_override(text) for text in flags["overrides"])
     if flags.keys() & set(SIZES):  # then the file's size is put aside
         settings = {name: value for name, value in settings.items() if name not in SIZES}
+    if "effort" in flags:  # then what an earlier effort stood for is
+        settings = {name: value for name, value in settings.items() if name not in PARTS}
     settings |= flags
     if not settings.get("model"):
         raise TwofoldError("name a model: a folder, a hub id, a .gguf file, or smollm2")
@@ -109,10 +121,18 @@ def _field_flag(name: str, field: Any, panel: str | None) -> inspect.Parameter:
     unsaid = field.is_required() or field.default in (None, [], {}, [[]])
     shown = "" if unsaid else f"[default: {default}]"
     words = with_flags(f"{field.description} {shown}").strip().replace("[", "\\[")
-    option = typer.Option(flag, help=words, show_default=False, rich_help_panel=panel)
+    choices = _completion(field.annotation)
+    option = typer.Option(flag, help=words, show_default=False, rich_help_panel=panel, autocompletion=choices)
     if field.annotation is bool:
         return _flag(name, Annotated[bool, option], False)
     return _flag(name, Annotated[_flag_type(field.annotation), option], None)
+
+
+def _completion(annotation: Any) -> Callable[[str], list[str]] | None:
+    """Return what a shell completes the value of a field with, where there is a choice of words."""
+    kinds = [annotation, *get_args(annotation)]
+    words = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
+    return None if words is None else lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
 def _flag_type(annotation: Any) -> Any:

@@ -11,6 +11,7 @@ import typer
 import twofold
 from twofold.cli.flags import Json
 from twofold.cli.tables import megabytes, plain, print_record, table, tell
+from twofold.host.progress import duration
 
 if TYPE_CHECKING:
     from twofold.run.status import Status
@@ -31,7 +32,7 @@ def command(
 def print_status(status: Status, removed: bool) -> None:
     """Print how far a run has come."""
     if status.state == "finished":
-        tell(f"finished: {plain(status.model)}, in {status.hours:.2f} h; {plain(status.out)}", wrap=False)
+        tell(f"finished: {plain(status.model)}, in {duration(3600 * status.hours)}; {plain(status.out)}", wrap=False)
         return
     if removed:
         tell(f"removed: {plain(status.work)} ({megabytes(status.work_bytes)})", wrap=False)
@@ -40,7 +41,7 @@ def print_status(status: Status, removed: bool) -> None:
     rows: list[list[object]] = [
         ["state", f"{status.state}, at: {status.stage}"],
         ["model", status.model],
-        ["begun", f"{60 * status.hours:.0f} minutes ago"],
+        ["begun", f"{duration(3600 * status.hours)} ago"],
         ["calibration", calibration],
         ["weights decomposed", f"{status.decomposed} of {status.targets or '?'}"],
         *([["models measured to find the size", status.measured]] if status.measured else []),

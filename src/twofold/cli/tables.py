@@ -10,9 +10,11 @@ from unicodedata import category
 import pydantic
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from twofold.cli.words import with_flags
+from twofold.host.progress import duration
 
 if TYPE_CHECKING:
     from twofold.planning.plan import Plan
@@ -27,6 +29,7 @@ class _Console(Console):
 
 
 console = _Console()
+WIDEST, SENTENCE = 1000, 30  # letters of a table, and of its sentences beside the longest of their words
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -36,13 +39,20 @@ def plain(text: str) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> None:
-    """Print a table of words and numbers; the columns after the first ``left`` stand to the right."""
+    """Print a table of words and numbers; the columns after the first ``left`` stand to the right.
+
+    No name is cut: where all words fit, sentences give way first, and in a narrow terminal a name goes on in the next line.
+    What is no terminal is as wide as the words need.
+    """
     grid = Table(title=plain(title), title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i < left else "right")
+        grid.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         grid.add_row(*(plain(str(cell)) for cell in row))
-    console.print(grid)
+    needed = Measurement.get(console, console.options.update(max_width=WIDEST), grid).minimum + SENTENCE
+    grid.columns[0].no_wrap = needed <= console.width or not console.is_terminal
+    shown = console if console.is_terminal else _Console(width=max(console.width, needed))
+    shown.print(grid)
 
 
 def tell(text: str, *, wrap: bool = True) -> None:
@@ -90,6 +100,11 @@ def print_notes(notes: Iterable[str]) -> None:
         tell(f"Note: {plain(with_flags(note))}.", wrap=False)
 
 
+def print_explanation(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        tell(f"• {plain(with_flags(sentence))}", wrap=True)
+
+
 def print_place(what: str, place: Path) -> None:
     console.print(f"{what}: {plain(str(place))}", highlight=False, soft_wrap=True)
 
@@ -105,7 +120,7 @@ def print_samples(samples: Iterable[Sample], before: str, after: str) -> None:
 def print_end(run: Run | TuneRun, places: Mapping[str, Path]) -> None:
     """Print the notes of a run, what it took, and where its files are."""
     print_notes(run.notes)
-    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items() if seconds >= 0.5)
+    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in run.seconds.items() if seconds >= 0.5)
     tell(f"Time: {spent}. Peak memory: {run.peak_memory / 2**30:.2f} GiB.")
     for what, place in places.items():
         print_place(what, place)

@@ -12,6 +12,7 @@ import twofold
 from twofold.cli.flags import Json, Out, Overwrite, Quiet
 from twofold.cli.settings import settings_flags
 from twofold.cli.tables import megabytes, millions, number, print_end, print_record, print_samples, table, tell
+from twofold.host.progress import duration
 from twofold.tuning.settings import TuneSettings, make_settings
 
 if TYPE_CHECKING:
@@ -68,5 +69,5 @@ def print_estimated(estimate: TuneEstimate) -> None:
         f"{estimate.micro_batch} × {estimate.accumulation} rows a step{again}.",
     )
     tell(
-        f"Time: about {estimate.step_seconds:.1f} s a step, {estimate.seconds / 60:.1f} min for {estimate.steps:,} steps.",
+        f"Time: about {estimate.step_seconds:.1f} s a step, {duration(estimate.seconds)} for {estimate.steps:,} steps.",
     )

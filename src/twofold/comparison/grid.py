@@ -20,7 +20,7 @@ from twofold.report.names import public_name
 from twofold.settings.base import Settings, validated
 
 # Settings of a recipe that a grid has in a way of its own, or not at all.
-OWN = (*SIZES, "objective", "allocate", "refine", "eval_windows", "bits", "dense_bits", "group_size")
+OWN = (*SIZES, "objective", "allocate", "refine", "effort", "eval_windows", "bits", "dense_bits", "group_size")
 HELD_OUT_MEASURED = 4  # of the held-out windows of the calibration, at the most; refinement stops on the others
 BASELINES = {"int8": 8, "int4": 4}  # quantizations of the dense model → bits
 # Published methods that are an objective and a refinement after it, by name.

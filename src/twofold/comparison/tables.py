@@ -6,7 +6,7 @@ import csv
 import io
 
 from twofold.comparison.record import Comparison, ComparisonRow
-from twofold.report.formats import NONE, count, number
+from twofold.report.formats import NONE, count, duration, number
 
 COLUMNS = (
     "name", "kind", "objective", "allocate", "refine", "asked", "keep", "keep_model", "parameters", "bytes", "bytes_16",
@@ -139,7 +139,7 @@ def _notes(comparison: Comparison) -> list[str]:
 
 
 def _times(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items())
+    return ", ".join(f"{name} {duration(spent)}" for name, spent in seconds.items())
 
 
 def _plain(text: str) -> str:

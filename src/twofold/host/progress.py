@@ -12,8 +12,29 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-LINE_SECONDS = 15.0  # how often a log gets a line
+LINE_SECONDS = 15.0  # how often a stage that goes on gets a line in a log
+REST_SECONDS = 10.0  # for which a log takes one more line, once it has had as many as it takes at once
+AT_ONCE = 30
 PHRASE: ContextVar[Callable[[str], str]] = ContextVar("phrase", default=str)  # how sentences name settings
+
+
+class Log:
+    """Lines where no terminal is: some at once, then one in ten seconds, so that many short stages do not fill a log."""
+
+    def __init__(self) -> None:
+        self._room, self._last = float(AT_ONCE), time.monotonic()
+
+    def line(self, text: str, *, needed: bool = False) -> None:
+        """Write a line if there is room for it, or if it is needed."""
+        now = time.monotonic()
+        self._room = min(self._room + (now - self._last) / REST_SECONDS, float(AT_ONCE))
+        self._last = now
+        if self._room >= 1 or needed:
+            self._room -= 1
+            print(text, file=sys.stderr, flush=True)
+
+
+LOG: ContextVar[Log] = ContextVar("log", default=Log())  # noqa: B039 (one for a process that sets none)
 
 
 class Tick(Protocol):
@@ -45,8 +66,8 @@ def progress(title: str, total: int, *, done: int = 0, unit: str = "", quiet: bo
             task = bar.add_task(title, total=total, completed=done)
             yield lambda amount=1: bar.advance(task, amount)
         return
-    start = last = time.monotonic()
-    began = done
+    log, start = LOG.get(), time.monotonic()
+    began, last = done, start
 
     def tick(amount: int = 1) -> None:
         nonlocal done, last
@@ -55,11 +76,29 @@ def progress(title: str, total: int, *, done: int = 0, unit: str = "", quiet: bo
         if now - last >= LINE_SECONDS and done < total:
             last = now
             left = (now - start) / max(done - began, 1e-9) * (total - done)
-            print(f"{title}: {done}/{total} {unit}, {left:.0f} s left".replace(" ,", ","), file=sys.stderr, flush=True)
+            log.line(f"{title}: {done}/{total} {unit}, {duration(left)} left".replace(" ,", ","))
 
-    print(f"{title} …", file=sys.stderr, flush=True)
+    log.line(f"{title} …")
     yield tick
-    print(f"{title}: done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    seconds = time.monotonic() - start
+    log.line(f"{title}: done in {duration(seconds)}", needed=seconds >= LINE_SECONDS)
+
+
+def duration(seconds: float, gap: str = " ") -> str:
+    """Write a time span: in seconds up to two minutes, then in minutes, then in hours.
+
+    >>> duration(0.034), duration(14.49), duration(300), duration(3700)
+    ('0.03 s', '14.5 s', '5 min', '1 h 2 min')
+
+    Args:
+        gap: between a number and its unit.
+    """
+    if seconds < 1:
+        return f"{seconds:.2f}{gap}s"
+    if seconds < 119.95:
+        return f"{seconds:.1f}{gap}s"
+    minutes = round(seconds / 60)
+    return f"{minutes}{gap}min" if minutes < 60 else f"{minutes // 60}{gap}h {minutes % 60}{gap}min"
 
 
 def say(text: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import TextIOBase
+from typing import TextIO
 
 TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
@@ -23,16 +26,31 @@ def silence(*libraries: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
+class _WithoutBars(TextIOBase, TextIO):
+    """Standard error without what begins a line anew, as bars do, and the end of such a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._bar = stream, False
+
+    def write(self, text: str) -> int:
+        self._bar = text.startswith("\r") or (self._bar and text in ("\n", ""))
+        return len(text) if self._bar else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 @contextmanager
 def quiet_bars() -> Iterator[None]:
-    """Keep transformers' own bars and notes out of our output."""
+    """Keep transformers' own bars and notes out of our output; also the bar of a GGUF file, which no setting of it turns off."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(_WithoutBars(sys.stderr)):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -128,6 +128,14 @@ class UnusedEntry(pydantic.BaseModel, extra="forbid"):
     reason: str
 
 
+class EffortTime(pydantic.BaseModel, extra="forbid"):
+    """What a run at one level of effort stands for, and takes."""
+
+    effort: str
+    words: str  # tokens or samples, refinement, minutes
+    seconds: float | None  # None: not known, or not to be done in the memory that may be used
+
+
 class Estimate(pydantic.BaseModel, extra="forbid"):
     """What a run will take on this machine."""
 
@@ -141,6 +149,9 @@ class Estimate(pydantic.BaseModel, extra="forbid"):
     work_bytes: int  # on disk, while the run goes on
     output_bytes: int
     threads: int
+    others: float = 0.0  # processors that other programs took while the machine was probed
+    free_seconds: float | None = None  # where they disturbed the probe: by the processor time that it took itself
+    efforts: list[EffortTime] = []
 
 
 class Plan(pydantic.BaseModel, extra="forbid"):
@@ -158,12 +169,14 @@ class Plan(pydantic.BaseModel, extra="forbid"):
     unused: list[UnusedEntry] = []
     notes: list[str] = []
     estimate: Estimate | None = None  # what a run will take, in a plan that was asked for alone
+    explanation: list[str] = []  # if it was asked for
 
     @pydantic.model_serializer(mode="wrap")
     def _named(self, write: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Say what a prediction is only where it is no token."""
+        """Say what a prediction is only where it is no token, and explain only what was asked about."""
         fields: dict[str, Any] = write(self)
-        return {key: value for key, value in fields.items() if (key, value) != ("prediction", "token")}
+        usual: tuple[tuple[str, Any], ...] = (("prediction", "token"), ("explanation", []))
+        return {key: value for key, value in fields.items() if (key, value) not in usual}
 
     @property
     def target_before(self) -> int:

@@ -10,7 +10,8 @@ import yaml
 from twofold.allocate import ALLOCATIONS
 from twofold.objectives import OBJECTIVES
 from twofold.planning.settings import SIZES
-from twofold.refine import REFINEMENTS, Stages
+from twofold.recipe.effort import Dial, parts_of
+from twofold.refine import REFINEMENTS
 from twofold.settings.base import Settings, validated
 from twofold.task.text.settings import HELD_OUT
 
@@ -21,7 +22,7 @@ def method_settings() -> list[type[Settings]]:
     return list(dict.fromkeys(method.settings for method in methods if method.settings is not None))
 
 
-class _Recipe(Stages):
+class _Recipe(Dial):
     """How a model is factorized. The description of each field is also the help of its flag."""
 
     @pydantic.model_validator(mode="after")
@@ -30,6 +31,15 @@ class _Recipe(Stages):
         for name, value in OBJECTIVES.get(self.objective).defaults.items():
             if name not in self.model_fields_set:
                 setattr(self, name, value)
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _dialled(self) -> _Recipe:
+        """Give the parts that an effort stands for their values, where they are not named."""
+        if self.effort is not None:
+            for name, value in parts_of(self.effort, self).items():
+                if name not in self.model_fields_set and (name != "minutes" or self.refine):
+                    setattr(self, name, value)
         return self
 
     @pydantic.model_validator(mode="after")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeAlias
 import pydantic
 from pydantic import Field
 
+from twofold.host.progress import duration
 from twofold.planning.settings import Planning
 from twofold.registry import Registry
 from twofold.settings.base import Settings, split_names
@@ -36,7 +37,7 @@ class Refined(pydantic.BaseModel, extra="forbid"):
         """What the refinement did, in a sentence without its full stop."""
         return (
             f"refined by {self.method}: {self.steps:,} of {self.planned:,} steps over {self.tokens:,} {self.counted} "
-            f"in {self.seconds / 60:.1f} minutes changed {self.parameters:,} parameters; on held-out "
+            f"in {duration(self.seconds)} changed {self.parameters:,} parameters; on held-out "
             f"calibration {kind_of(self.counted)} the loss went from {self.loss_before:.4f} to {self.loss_after:.4f} {self.unit} "
             f"({self.ended})"
         )
@@ -74,6 +75,12 @@ class Refinement:
 REFINEMENTS: Registry[Refinement] = Registry("refinement", __name__)
 
 
+def _chain(value: object) -> object:
+    """Split names at commas; ``none`` stands for no refinement."""
+    names = split_names(value)
+    return [] if names == ["none"] else names
+
+
 class Refining(Settings):
     """How the factors are bettered after the closed form."""
 
@@ -81,8 +88,10 @@ class Refining(Settings):
 
     refine: Annotated[
         list[str],
-        pydantic.BeforeValidator(split_names),
-        Field(description=f"better the factors after the closed form, in turn: {', '.join(REFINEMENTS.names())}"),
+        pydantic.BeforeValidator(_chain),
+        Field(
+            description=f"better the factors after the closed form, in turn: {', '.join(REFINEMENTS.names())}; or none"
+        ),
     ] = []
     minutes: Annotated[float | None, Field(gt=0, description="that all refinements together may take")] = None
     refine_passes: Annotated[

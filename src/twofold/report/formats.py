@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from twofold.host import progress
+
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 NONE = "–"
 GAP = "\u00a0"  # keeps a number and its unit on one line
@@ -66,12 +68,7 @@ def duration(seconds: float) -> str:
     >>> duration(0.034), duration(14.49), duration(3700)
     ('0.03\xa0s', '14.5\xa0s', '1\xa0h 2\xa0min')
     """
-    if seconds < 1:
-        return f"{seconds:.2f}{GAP}s"
-    if seconds < 120:
-        return f"{seconds:.1f}{GAP}s"
-    minutes = round(seconds / 60)
-    return f"{minutes}{GAP}min" if minutes < 60 else f"{minutes // 60}{GAP}h {minutes % 60}{GAP}min"
+    return progress.duration(seconds, GAP)
 
 
 def fraction(part: float, whole: float) -> float:

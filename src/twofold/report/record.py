@@ -83,6 +83,7 @@ class Run(pydantic.BaseModel, extra="forbid"):
     seconds: dict[str, float] = {}
     peak_memory: int = 0  # bytes, resident
     notes: list[str] = []
+    explanation: list[str] = []  # of the plan, if it was asked for
     carried: list[str] = []  # files of the original that stand beside the weights as they were
     licence: Licence = {}  # of the original: what its card says, or the file that holds it
 

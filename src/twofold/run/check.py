@@ -86,7 +86,8 @@ def _needs_of(recipe: Recipe, missing: Missing) -> Iterator[tuple[str, Set[str],
     """
     objective = OBJECTIVES.get(recipe.objective)
     for name in recipe.refine:
-        others = _instead(REFINEMENTS, "refine", missing, "leave `refine` out")
+        without = "leave `refine` out" if recipe.effort is None else "give `refine=none`"
+        others = _instead(REFINEMENTS, "refine", missing, without)
         yield (f"`refine={name}`", REFINEMENTS.get(name).needs, others)
     others = _instead(ALLOCATIONS, "allocate", missing, "leave `allocate` out", takes=candidates_of(recipe))
     yield (f"`allocate={recipe.allocate}`", ALLOCATIONS.get(recipe.allocate).needs, others)

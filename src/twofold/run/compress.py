@@ -19,6 +19,7 @@ from twofold.host.unfinished import working
 from twofold.model.written import Companions
 from twofold.recipe import Recipe, make_recipe
 from twofold.refine import Refined
+from twofold.report.explain import explain as explained
 from twofold.report.messages import Words
 from twofold.report.record import Measured, Run, Sample
 from twofold.run.open import open_for
@@ -37,6 +38,7 @@ def compress(
     *,
     overwrite: bool = False,
     moments: Path | str | None = None,
+    explain: bool = False,
     lang: str = "en",
     quiet: bool = False,
     **settings: Any,
@@ -50,7 +52,9 @@ def compress(
     Args:
         recipe: a recipe, its settings, or the name of the model.
         moments: the folder of the moments; by default one in the cache.
-        lang: the language of the report, ``en`` or ``es``.
+        explain: whether the plan and the record say in words why some weights keep more than others, what a megabyte more would
+            buy, and whether integers would serve better.
+        lang: the language of the report and of the explanation, ``en`` or ``es``.
         settings: any fields of ``twofold.Recipe``, where the model is named.
 
     Returns:
@@ -84,6 +88,9 @@ def compress(
         beside = Beside()
         with watch.stage("report"), decorating("spectra of other metrics", prepared.plan.notes):
             beside = measure_beside(loaded.residence, prepared.targets, prepared.decomposition, recipe)
+        if explain:
+            request = prepared.request(recipe)
+            prepared.plan.explanation = explained(recipe, request, prepared.plan, beside.rounded, words)
         work.update(stage="factorizing")
         way = (OnDisk if loaded.residence.streamed else InMemory)(prepared, recipe, work, companions, quiet)
         with watch.stage("factorize"):
@@ -180,6 +187,7 @@ def _record(
         quality=quality,
         samples=samples,
         notes=[*plan.notes, *(refined.words for refined in refinement)],
+        explanation=plan.explanation,
         parameters_before=plan.model_before,
         parameters_after=plan.model_after,
         **way.companions.record,

@@ -8,14 +8,16 @@ from typing import Any
 
 from twofold.calibrate.opened import Opened
 from twofold.errors import TwofoldError
-from twofold.evidence.beside import measure_beside
+from twofold.evidence.beside import Beside, measure_beside
 from twofold.factor.prepared import Prepared
 from twofold.host.clock import Stopwatch
 from twofold.host.folders import check_place
+from twofold.host.progress import duration
 from twofold.model.load import load_skeleton
 from twofold.objectives import OBJECTIVES
 from twofold.planning.plan import Plan
 from twofold.recipe import Recipe, make_recipe
+from twofold.report.explain import explain as explained
 from twofold.report.messages import Words
 from twofold.run.check import check_methods
 from twofold.run.estimate.estimate import estimate_run
@@ -31,6 +33,7 @@ def plan(
     moments: Path | str | None = None,
     out: Path | str | None = None,
     html: Path | str | None = None,
+    explain: bool = False,
     lang: str = "en",
     estimate: bool = True,
     quiet: bool = False,
@@ -50,7 +53,9 @@ def plan(
         moments: the folder of the moments; by default one in the cache.
         out: a file to write the plan to, as JSON.
         html: a file to write the plan to as a page, which plans anew for other sizes where the plan is by moments.
-        lang: the language of the page, ``en`` or ``es``.
+        explain: whether the plan says in words why some weights keep more than others, what a megabyte more would buy, and
+            whether integers would serve better.
+        lang: the language of the page and of the explanation, ``en`` or ``es``.
         estimate: whether the memory and time of a run are estimated too, where no weight is read.
         settings: any fields of ``twofold.Recipe``, where the model is named.
 
@@ -74,14 +79,22 @@ def plan(
         planned = prepared.plan
     else:
         planned = _by_shapes(recipe, estimate=estimate, quiet=quiet)
+    beside = Beside()
+    if prepared is not None and (explain or html is not None):
+        beside = measure_beside(prepared.loaded.residence, prepared.targets, prepared.decomposition, recipe)
+    if explain:
+        request = None if prepared is None else prepared.request(recipe)
+        planned.explanation = explained(recipe, request, planned, beside.rounded, words)
     if out is not None:
         planned.save(out)
     if html is not None:
-        _write_page(html, recipe, planned, prepared, words)
+        _write_page(html, recipe, planned, prepared, beside, words)
     return planned
 
 
-def _write_page(html: Path, recipe: Recipe, planned: Plan, prepared: Prepared | None, words: Words) -> None:
+def _write_page(
+    html: Path, recipe: Recipe, planned: Plan, prepared: Prepared | None, beside: Beside, words: Words
+) -> None:
     """Write the page of a plan; it plans anew if there are moments."""
     from twofold.report.explorer import explorer_data
     from twofold.report.page import write_page
@@ -89,8 +102,7 @@ def _write_page(html: Path, recipe: Recipe, planned: Plan, prepared: Prepared | 
     if prepared is None:
         write_page(html, recipe, planned, {}, words=words)
         return
-    parts = (prepared.loaded.residence, prepared.targets, prepared.decomposition)
-    live = explorer_data(prepared.request(recipe), planned, recipe, measure_beside(*parts, recipe))
+    live = explorer_data(prepared.request(recipe), planned, recipe, beside)
     write_page(html, recipe, planned, prepared.spectra.values, live, words=words)
 
 
@@ -138,6 +150,12 @@ def _by_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
         if recipe.memory is not None:
             raise
         notes.append(f"no run on this machine: {error}")  # the plan itself may be for another one
+    if estimated is not None and estimated.free_seconds is not None:
+        notes.append(
+            f"other programs took {estimated.others:.1f} processors while this machine was probed, so the times are too long; by "
+            f"the processor time of the probe itself a run takes about {duration(estimated.free_seconds)}; plan again when the "
+            "machine is free"
+        )
     if estimated is not None and opened.task is not None and not opened.task.streams:
         notes.append(f"the time to run the model on its {opened.task.name} samples is not estimated")
     return uniform.model_copy(update={"notes": notes, "estimate": estimated})

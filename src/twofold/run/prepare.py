@@ -39,6 +39,7 @@ from twofold.planning.make import make_plan
 from twofold.planning.plan import Plan
 from twofold.quantize.loss import rounding_needs
 from twofold.recipe import Recipe
+from twofold.recipe.effort import effort_words
 from twofold.run.sizing import Sizing
 from twofold.structures.find import find_structures
 from twofold.task import Data, on_device
@@ -70,6 +71,8 @@ def prepare(
     loaded, model, targets = opened.loaded, opened.loaded.model, targets_for(opened, recipe)
     objective, allocation = OBJECTIVES.get(recipe.objective), ALLOCATIONS.get(recipe.allocate)
     measured = allocation.measure is not None
+    if recipe.effort is not None and not quiet:
+        say(effort_words(recipe, opened.task is None or opened.task.streams))
     times = layer_times(loaded, targets, recipe, quiet=quiet)
     plan_of_shapes(loaded, targets, recipe, times)  # an impossible budget or override is refused before any work
     if isinstance(loaded.residence, Streamed):

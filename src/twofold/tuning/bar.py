@@ -8,7 +8,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from twofold.host.progress import LINE_SECONDS
+from twofold.host.progress import LINE_SECONDS, LOG, duration
 
 
 class LossBar:
@@ -26,7 +26,7 @@ class LossBar:
         if self.quiet:
             return
         if not sys.stderr.isatty():
-            print(f"Training … step {done} of {total}", file=sys.stderr, flush=True)
+            LOG.get().line(f"Training … step {done} of {total}")
             return
         self._bar = Progress(
             TextColumn("Training"),
@@ -52,7 +52,7 @@ class LossBar:
             return
         self._last = now
         left = (now - self._start) / (step - self._began) * (self._total - step)
-        print(f"Training: {step}/{self._total} steps{words}, {left:.0f} s left", file=sys.stderr, flush=True)
+        LOG.get().line(f"Training: {step}/{self._total} steps{words}, {duration(left)} left")
 
     def end(self) -> None:
         """Take the bar off the terminal."""

@@ -12,9 +12,11 @@ from twofold.model.blocks import Chain
 from twofold.model.survey import survey
 from twofold.model.target import Target
 from twofold.model.weights import list_weights
-from twofold.planning.plan import Estimate
+from twofold.planning.plan import EffortTime, Estimate
 from twofold.recipe import Recipe
+from twofold.recipe.effort import EFFORTS, at_effort, effort_parts
 from twofold.refine import REFINEMENTS
+from twofold.run.estimate.busy import watch_processors
 from twofold.run.estimate.figures import figures_of
 from twofold.run.estimate.fit import fit_of, memory_limit
 from twofold.run.estimate.memory import memory_of, price_of, states_of
@@ -57,10 +59,24 @@ def estimate_run(opened: Opened, recipe: Recipe, output_bytes: int) -> Estimate:
         groups, chain = surveyed.groups, surveyed.chain if windows else None
     f = figures_of(loaded, chain, groups, recipe)
     memory = memory_of(f, recipe, blocks)
-    speeds = probe(opened, chain, [t for t in f.block_targets if isinstance(t, Target)], groups, recipe, f.table)
-    seconds = seconds_of(f, speeds, recipe, blocks, read_speed(loaded))
+    with watch_processors() as busy:
+        speeds = probe(opened, chain, [t for t in f.block_targets if isinstance(t, Target)], groups, recipe, f.table)
+    reading = read_speed(loaded)
+    seconds = seconds_of(f, speeds, recipe, blocks, reading)
     if not windows:  # what a sample takes is not known before the data is
         seconds = {stage: value for stage, value in seconds.items() if stage not in OF_SAMPLES}
+
+    def seconds_at(level: Recipe) -> float | None:
+        """Return the time of a run at another effort; None if it is not known, or does not fit."""
+        try:
+            at_once = fit_of(opened, level, limit).blocks
+        except TwofoldError:
+            return None
+        if not windows or (at_once is not None and level.refine):
+            return None
+        return round(sum(seconds_of(f, speeds, level, at_once, reading).values()), 1)
+
+    levels = [at_effort(recipe, name) for name in EFFORTS]
     work = 4 * sum(min(t.out_features, t.in_features) ** 2 for t in f.targets)  # the bases
     if blocks is None:
         work += int(sum(REFINEMENTS.get(name).disk(price_of(f, recipe), recipe) for name in recipe.refine))
@@ -77,4 +93,10 @@ def estimate_run(opened: Opened, recipe: Recipe, output_bytes: int) -> Estimate:
         work_bytes=work,
         output_bytes=output_bytes,
         threads=torch.get_num_threads(),
+        others=round(busy.others, 2),
+        free_seconds=round(sum(seconds.values()) * busy.shortening, 1) if busy.disturbed else None,
+        efforts=[
+            EffortTime(effort=str(level.effort), words=effort_parts(level, windows), seconds=seconds_at(level))
+            for level in levels
+        ],
     )
