@@ -76,7 +76,7 @@ def find_models(sizes: list[Size], against: str | None, how: dict[str, Any]) -> 
     only = {} if against else {"revision": recipe.revision, "dequantize": recipe.dequantize}
     original = against or recipe.model
     try:
-        find_model(original, only.get("revision"))
+        find_model(original, None if against else recipe.revision)
     except TwofoldError as error:
         raise TwofoldError(f"the original of {sizes[0].name} is not there: {error}; or give it by `against`") from error
     return Models(sizes, original, how, only)
