@@ -38,6 +38,7 @@ logging.disable_progress_bar()
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+EACH = 3  # of a long test's cases, make test runs every third
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCABULARY = 264
 
@@ -104,6 +105,17 @@ TEXT = "".join(
         for n in ("Arles", "Bruges", "Cádiz", "Derry")
     )
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave cases of long tests to make check-slow: make test runs the first and every third, but all of those marked ``each``."""
+    cases: dict[str, int] = {}
+    for item in items:
+        if "long" in item.keywords and "slow" not in item.keywords and hasattr(item, "callspec"):
+            test = item.nodeid.partition("[")[0]
+            cases[test] = cases.get(test, -1) + 1
+            if cases[test] % EACH and "each" not in item.keywords:
+                item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

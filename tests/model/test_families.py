@@ -20,7 +20,7 @@ from tiny import Row, made
 from twofold.model.kinds.linear import READ_AS_IT_IS
 from twofold.task import TASKS, find_task
 
-pytestmark = pytest.mark.long  # two factorizations, a checkpoint and a pipeline each
+pytestmark = [pytest.mark.long, pytest.mark.each]  # two factorizations, a checkpoint and a pipeline each
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 WORDS = {"vocab_size": 265, "pad_token_id": 258, "bos_token_id": 256, "eos_token_id": 257}
