@@ -6,7 +6,7 @@ AUDIT := .venv-audit
 QUICK := --quiet --no-compile  # Python compiles what is imported; of all 22,000 files, that would take a minute
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo docs test tests check lint bench bench-scale bench-speed check-slow format audit clean
+.PHONY: demo docs test tests check lint web bench bench-scale bench-speed check-slow format audit clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,16 @@ lint: $(INSTALLED)  ## lint and types
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
+
+web/node_modules: web/package-lock.json
+	cd web && npm ci --no-audit --no-fund
+	touch web/node_modules
+
+web: $(INSTALLED) web/node_modules  ## build the live page and test it in a browser; needs Node.js 20 and Chromium
+	$(BIN)/python tests/explorer_cases.py
+	cd web && npm run types && npm run unit && npm run build
+	$(BIN)/python tests/explorer_cases.py --pages web/test-results
+	cd web && npm run browser
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix src tests benchmarks examples
@@ -58,4 +68,4 @@ bench-speed: $(INSTALLED)  ## tokens a second, prompts and loading against their
 	$(BIN)/python benchmarks/speed.py
 
 clean:
-	rm -rf $(VENV) $(AUDIT) build dist site demo-output bench-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(AUDIT) web/node_modules web/test-results build dist site demo-output bench-output .mypy_cache .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
 /** The figures of the page, drawn by Observable Plot in its colours, light or dark. */
 
 import * as Plot from "@observablehq/plot";
-import type { Data, Weight } from "./data";
+import type { Data, Spectrum, Weight } from "./data";
 import type { Words } from "./messages";
 import type { Planned } from "./planner";
 
@@ -12,6 +12,15 @@ const WIDEST = 640; // pixels, of a figure that has the page's width to itself
 const across = (room: number): number => Math.max(260, Math.min(room, WIDEST));
 
 export type Figure = (SVGSVGElement | HTMLElement) & Plot.Plot;
+
+/** Draw a figure that is one image with a name: what its marks are called would be read one after another. */
+function drawn(options: Plot.PlotOptions & { readonly ariaLabel: string }): Figure {
+  const figure = Plot.plot(options) as Figure;
+  figure.querySelectorAll("g[aria-label]").forEach((mark) => mark.removeAttribute("aria-label"));
+  const images = figure instanceof SVGSVGElement ? [figure] : figure.querySelectorAll("svg");
+  images.forEach((image) => (image.getAttribute("aria-label") ? image.setAttribute("role", "img") : image.setAttribute("aria-hidden", "true")));
+  return figure;
+}
 
 export interface Cell {
   readonly index: number;
@@ -55,7 +64,7 @@ export class Heatmap {
     const rows = [...new Set(found.map((cell) => cell.row))];
     const side = Math.max(26, Math.min(44, 900 / columns.length));
     const label = 7 * Math.max(...rows.map((row) => row.length)) + 14;
-    this.figure = Plot.plot({
+    this.figure = drawn({
       width: columns.length * side + label + 20,
       height: rows.length * 30 + 56,
       marginLeft: label,
@@ -69,9 +78,9 @@ export class Heatmap {
         Plot.cell(found, { x: "column", y: "row", fill: () => "var(--low)", inset: 0.5, className: "cells" }),
         Plot.text(found, { x: "column", y: "row", text: "rank", fontSize: 11, className: "ranks" }),
       ],
-    }) as Figure;
-    this.rects = [...this.figure.querySelectorAll<SVGRectElement>("g[aria-label=cell] rect")];
-    this.texts = [...this.figure.querySelectorAll<SVGTextElement>("g[aria-label=text] text")];
+    });
+    this.rects = [...this.figure.querySelectorAll<SVGRectElement>("g.cells rect")];
+    this.texts = [...this.figure.querySelectorAll<SVGTextElement>("g.ranks text")];
     this.rects.forEach((rect, i) => rect.addEventListener("click", () => choose(i)));
     this.texts.forEach((text) => text.setAttribute("pointer-events", "none"));
     this.show(found);
@@ -97,25 +106,63 @@ function shade(share: number): string {
 }
 
 export interface Point {
+  /** MB of the whole model. */
   readonly size: number;
   readonly lost: number;
 }
 
-export function curve(points: readonly Point[], here: Point, bytes: boolean, words: Words, room: number): Figure {
-  return Plot.plot({
+export interface Labelled extends Point {
+  readonly label: string;
+}
+
+/** What each size loses, the plan of the moment, and other ways to the same bytes. */
+export function curve(points: readonly Point[], here: Point, others: readonly Labelled[], words: Words, room: number): Figure {
+  return drawn({
+    width: across(room),
+    height: 260,
+    marginLeft: 64,
+    marginBottom: 40,
+    marginTop: 28,
+    grid: true,
+    ariaLabel: words.say("curve"),
+    x: { label: words.say("curve.x"), tickFormat: (value: number) => words.number(value), zero: true },
+    y: { label: words.say("lost"), type: "log", tickFormat: (value: number) => words.number(value, 2), ticks: 6 },
+    marks: [
+      Plot.line(points.filter((point) => point.lost > 0), { x: "size", y: "lost", stroke: AFTER, strokeWidth: 2 }),
+      Plot.dot(others, { x: "size", y: "lost", symbol: "square", r: 5, stroke: "currentColor", strokeWidth: 2 }),
+      Plot.text(others, { x: "size", y: "lost", text: "label", dy: -13, fill: "currentColor" }),
+      Plot.dot(here.lost > 0 ? [here] : [], { x: "size", y: "lost", fill: AFTER, r: 6, stroke: "var(--paper)", strokeWidth: 2 }),
+    ],
+  });
+}
+
+/** One weight's spectrum in some metrics; the one that is looked at is drawn strongly. */
+export function metrics(spectra: readonly (readonly [name: string, spectrum: Spectrum])[], chosen: string, words: Words, room: number): Figure {
+  const values = spectra.flatMap(([name, { places, shares, full }]) =>
+    places.map((place, i) => ({ name, place: (100 * place) / full, share: 100 * shares[i]! })).filter(({ share }) => share > 0),
+  );
+  const top = Math.max(...values.map(({ share }) => share));
+  return drawn({
     width: across(room),
     height: 260,
     marginLeft: 64,
     marginBottom: 40,
     grid: true,
-    ariaLabel: words.say("curve"),
-    x: { label: words.say(bytes ? "curve.x.bytes" : "curve.x") },
-    y: { label: words.say("lost"), type: "log", tickFormat: (value: number) => words.number(value, 2), ticks: 6 },
+    ariaLabel: words.say("metrics"),
+    x: { label: words.say("metrics.x"), domain: [0, 100] },
+    y: { label: words.say("metrics.y"), type: "log", domain: [top * 1e-7, top * 1.5], ticks: 6, tickFormat: (value: number) => words.number(value, 2) },
     marks: [
-      Plot.line(points.filter((point) => point.lost > 0), { x: "size", y: "lost", stroke: AFTER, strokeWidth: 2 }),
-      Plot.dot(here.lost > 0 ? [here] : [], { x: "size", y: "lost", fill: AFTER, r: 6, stroke: "var(--paper)", strokeWidth: 2 }),
+      Plot.line(values, {
+        x: "place", y: "share", z: "name", clip: true,
+        stroke: ({ name }: { name: string }) => (name === chosen ? AFTER : BEFORE),
+        strokeWidth: ({ name }: { name: string }) => (name === chosen ? 3 : 1.2),
+      }),
+      Plot.text(values, Plot.selectLast({
+        x: "place", y: "share", z: "name", text: "name", textAnchor: "end", dx: -4, dy: -8, fill: "currentColor", stroke: "var(--paper)",
+        filter: ({ share }: { share: number }) => share > top * 1e-7,
+      })),
     ],
-  }) as Figure;
+  }); // prettier-ignore
 }
 
 interface Step {
@@ -142,7 +189,7 @@ export function water(weight: Weight, position: number, level: number, factor: n
   const every = Math.max(1, Math.floor(all.length / 300));
   const shown = all.filter((step, i) => i % every === 0 && step.rate >= bottom);
   const kept = (step: Step): string => words.say(step.kept ? "kept" : "cut");
-  return Plot.plot({
+  return drawn({
     width: across(room),
     height: 260,
     marginLeft: 64,
@@ -160,7 +207,7 @@ export function water(weight: Weight, position: number, level: number, factor: n
         ? Plot.text([level * factor], { y: (value: number) => value, text: () => "λ", frameAnchor: "right", dy: -8, fill: "currentColor" })
         : null,
     ],
-  }) as Figure;
+  });
 }
 
 export function storage(weight: Weight, position: number, words: Words, room: number): Figure {
@@ -172,7 +219,7 @@ export function storage(weight: Weight, position: number, words: Words, room: nu
     ...ranks.map((rank) => ({ rank, share: (100 * rank * (m + n - rank)) / (m * n), form: words.say("gauge") })),
   ];
   const rank = weight.ranks[position];
-  return Plot.plot({
+  return drawn({
     width: across(room),
     height: 260,
     marginLeft: 64,
@@ -195,5 +242,5 @@ export function storage(weight: Weight, position: number, words: Words, room: nu
         strokeWidth: 2,
       }),
     ],
-  }) as Figure;
+  });
 }

@@ -22,6 +22,24 @@ interface StoredWeight {
   readonly forced: { readonly index: number | null } | null;
 }
 
+/** A spectrum as shares of its sum, at some places (1 is the largest value). */
+export interface Spectrum {
+  readonly places: readonly number[];
+  readonly shares: readonly number[];
+  /** The rank that holds 99 % of the sum. */
+  readonly most: number;
+  readonly full: number;
+}
+
+export type Metric = "plain" | "inputs" | "both";
+
+/** The model with its dense weights in integers; what that loses, Σσ², if it is known. */
+export interface Integers {
+  readonly bits: number;
+  readonly bytes: number;
+  readonly lost: number | null;
+}
+
 export interface Stored {
   readonly version: number;
   readonly model: string;
@@ -35,6 +53,8 @@ export interface Stored {
   readonly recipe: string;
   readonly weights: readonly StoredWeight[];
   readonly numbers: string;
+  readonly spectra: Readonly<Partial<Record<Metric, Readonly<Record<string, Spectrum>>>>>;
+  readonly integers: readonly Integers[];
 }
 
 /** A weight with its choices; those of `options` begin with dense where that is allowed. */

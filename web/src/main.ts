@@ -1,14 +1,16 @@
 /** The live part of the report: a budget that is planned anew in the page. */
 
 import "./style.css";
-import { cells, curve, Heatmap, shareOf, storage, water, type Point } from "./charts";
-import { unpack, type Data, type Stored, type Weight } from "./data";
+import { cells, curve, Heatmap, metrics, shareOf, storage, water, type Labelled, type Point } from "./charts";
+import { unpack, type Data, type Metric, type Spectrum, type Stored, type Weight } from "./data";
 import { element, fill } from "./dom";
 import { Words, type Key, type Language } from "./messages";
 import { Planner, type Planned } from "./planner";
 
 const STEPS = 200; // of the slider
 const SIZES = 24; // points of the curve
+const PAUSE = 80; // milliseconds without a new plan, after which all figures are drawn
+const METRICS: readonly Metric[] = ["plain", "inputs", "both"];
 
 /** What the page shows, and what it has been asked for. */
 class Explorer {
@@ -19,6 +21,7 @@ class Explorer {
   private words: Words;
   private planned: Planned;
   private chosen = 0;
+  private metric: Metric = "plain";
   private points: Point[] = [];
   private map: Heatmap | null = null;
   private wanted = 0;
@@ -35,6 +38,8 @@ class Explorer {
     this.factor = data.nats ? 0.5 : 1;
     this.words = new Words(language);
     this.planned = this.planner.plan(data.amount);
+    const shown = data.weights.flatMap((weight, i) => (this.spectraOf(weight).length > 0 ? [i] : []));
+    this.chosen = shown[shown.length >> 1] ?? 0;
     this.build();
     void this.trace();
     new ResizeObserver(() => this.draw()).observe(root);
@@ -89,9 +94,15 @@ class Explorer {
       element("details", { "data-part": "details" }, element("summary", {}, say("table")), element("div", { class: "scroll", "data-part": "table", tabindex: 0, role: "group", "aria-label": say("table") })),
       element("h3", {}, say("curve")),
       element("figure", {}, element("div", { "data-part": "curve" }), element("figcaption", {}, say("curve.caption"))),
+      element("div", { class: "scroll", "data-part": "beside", tabindex: 0, role: "group", "aria-label": say("beside") }),
+      element("p", { "data-part": "verdict" }),
       element("h3", {}, say("weight")),
       element("p", {}, element("label", { for: "weight" }, `${say("weight.choose")} `), choose),
       element("p", { "data-part": "state" }),
+      element("h4", {}, say("metrics")),
+      element("p", {}, say("metrics.lead")),
+      element("fieldset", { "data-part": "choices" }, element("legend", {}, say("metrics.choose")), ...METRICS.map((metric) => this.choice(metric))),
+      element("figure", {}, element("div", { "data-part": "metrics" }), element("figcaption", { "data-part": "metrics-words" })),
       element(
         "div",
         { class: "pair" },
@@ -117,6 +128,26 @@ class Explorer {
     this.map.mark(this.chosen);
     fill(this.part("map"), this.map.figure);
     this.draw();
+  }
+
+  /** A button of the choice of metrics. */
+  private choice(metric: Metric): HTMLElement {
+    const input = element("input", { type: "radio", name: "metric", value: metric });
+    input.checked = metric === this.metric;
+    input.addEventListener("change", () => {
+      this.metric = metric;
+      this.drawMetrics();
+    });
+    return element("label", {}, input, ` ${this.words.say(`metric.${metric}`)}`);
+  }
+
+  /** The metrics that a weight was decomposed in, and its spectra. */
+  private spectraOf(weight: Weight): [Metric, Spectrum][] {
+    const name = weight.names[0]!;
+    return METRICS.flatMap((metric): [Metric, Spectrum][] => {
+      const spectrum = this.data.spectra[metric]?.[name];
+      return spectrum ? [[metric, spectrum]] : [];
+    });
   }
 
   /** Plan at an amount, at most once a frame. */
@@ -153,7 +184,7 @@ class Explorer {
       this.drawWeight();
       this.part("recipe").textContent = this.recipe();
       this.root.dataset["drawn"] = String(this.planned.amount);
-    });
+    }, PAUSE);
   }
 
   private drawTiles(): void {
@@ -187,9 +218,51 @@ class Explorer {
   }
 
   private drawCurve(): void {
-    const here = { size: this.shown(this.planned.amount), lost: this.factor * this.planned.lost };
+    const { words, data, planned } = this;
+    const here = this.point(planned);
+    const others = data.integers.flatMap(({ bits, bytes, lost }): Labelled[] =>
+      lost === null ? [] : [{ label: words.say("integers", { bits }), size: bytes / 1e6, lost: this.factor * lost }],
+    );
     const place = this.part("curve");
-    fill(place, curve(this.points, here, this.bytes, this.words, place.clientWidth));
+    fill(place, curve(this.points, here, others, words, place.clientWidth));
+    this.drawBeside(here);
+  }
+
+  private point({ bytes, lost }: Planned): Point {
+    return { size: (bytes + this.data.rest.bytes) / 1e6, lost: this.factor * lost };
+  }
+
+  /** Show integers of the dense weights beside the plan, and say which is the better one. */
+  private drawBeside(here: Point): void {
+    const { words, data } = this;
+    const row = (name: string, bytes: number, lost: number | null): HTMLElement =>
+      element("tr", {}, element("th", { scope: "row" }, name), element("td", { class: "n" }, words.megabytes(bytes)), element("td", { class: "n" }, lost === null ? words.say("unknown") : words.number(lost)));
+    const head = ["beside.what", "model.bytes", data.nats ? "lost" : "lost.share"] as const;
+    const rows = data.integers.map(({ bits, bytes, lost }) => row(words.say("integers.dense", { bits }), bytes, lost === null ? null : this.factor * lost));
+    fill(this.part("beside"), element("table", {}, element("thead", {}, element("tr", {}, ...head.map((key, i) => element("th", { scope: "col", class: i ? "n" : "" }, words.say(key))))), element("tbody", {}, row(words.say("beside.plan"), 1e6 * here.size, here.lost), ...rows)));
+    const better = data.integers.filter(({ bytes, lost }) => lost !== null && bytes <= 1e6 * here.size && this.factor * lost <= here.lost);
+    const known = data.integers.some(({ lost }) => lost !== null);
+    const verdict = better[0] ? words.say("beside.integers", { bits: better[0].bits }) : words.say(known ? "beside.factors" : "beside.unknown");
+    this.part("verdict").textContent = verdict;
+  }
+
+  /** Show the spectrum of the chosen weight in the metrics that it is known in. */
+  private drawMetrics(): void {
+    const { words, data } = this;
+    const known = this.spectraOf(data.weights[this.chosen]!);
+    const place = this.part("metrics");
+    this.part("choices").hidden = known.length === 0;
+    if (known.length === 0) {
+      const some = data.weights.filter((weight) => this.spectraOf(weight).length > 0).map((weight) => weight.names[0]!);
+      fill(place);
+      this.part("metrics-words").textContent = some.length ? words.say("metrics.elsewhere", { names: some.join(", ") }) : words.say("metrics.none");
+      return;
+    }
+    const [metric, spectrum] = known.find(([name]) => name === this.metric) ?? known[0]!;
+    const named = known.map(([name, values]) => [words.say(`metric.${name}`), values] as const);
+    fill(place, metrics(named, words.say(`metric.${metric}`), words, place.clientWidth));
+    const values = { metric: words.say(`metric.${metric}`), most: spectrum.most, full: spectrum.full, share: words.percent(spectrum.most / spectrum.full, 0) };
+    this.part("metrics-words").textContent = words.say("metrics.caption", values);
   }
 
   private drawWeight(): void {
@@ -203,6 +276,7 @@ class Explorer {
     if (bits) said.push(words.say("state.bits", { bits }));
     if (weight.forced) said.push(words.say("state.forced"));
     this.part("state").textContent = said.join(" ");
+    this.drawMetrics();
     const width = this.part("water").clientWidth;
     fill(this.part("water"), water(weight, position, planned.multiplier, this.factor, this.bytes, words, width));
     const alone = weight.names.length === 1; // weights that are cut together store something else than two factors
@@ -217,8 +291,7 @@ class Explorer {
     for (let i = 0; i < SIZES; i++) {
       await new Promise((resolve) => setTimeout(resolve));
       const amount = low + ((high - low) * (i + 1)) / (SIZES + 1);
-      const { lost } = this.planner.plan(amount);
-      this.points.push({ size: this.shown(amount), lost: this.factor * lost });
+      this.points.push(this.point(this.planner.plan(amount)));
     }
     this.drawCurve();
     this.root.dataset["traced"] = "yes";
@@ -227,7 +300,7 @@ class Explorer {
   /** The recipe of the plan: what the program takes to come to the same ranks. */
   private recipe(): string {
     const amount = this.planned.amount;
-    const size = this.bytes ? `budget: ${Math.floor(amount + this.data.rest.bytes)}B` : `keep: ${amount / this.data.before.numbers}`;
+    const size = this.bytes ? `budget: ${((amount + this.data.rest.bytes) / 1e6).toFixed(6)}MB` : `keep: ${amount / this.data.before.numbers}`;
     return `${size}\n${this.data.recipe}\n`;
   }
 

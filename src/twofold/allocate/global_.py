@@ -85,7 +85,9 @@ def lagrangian(candidates: list[Candidate], budget: float) -> list[Choice]:
 
 
 def _total(rows: list[NDArray[np.float64]], positions: list[int]) -> float:
-    total = 0.0  # in this order, and not by ``sum``, which rounds otherwise from Python 3.12 on: web/src/allocate.ts does the same
+    total = (
+        0.0  # not by ``sum``, which rounds otherwise from Python 3.12 on: web/src/allocate.ts adds in this order, too
+    )
     for row, position in zip(rows, positions, strict=True):
         total += float(row[position])
     return total

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import twofold
-from twofold.cli.flags import Json, Moments, Out, Overwrite, Quiet
+from twofold.cli.flags import Json, Lang, Moments, Out, Overwrite, Quiet
 from twofold.cli.settings import settings_flags
 from twofold.cli.tables import number, print_end, print_record, print_samples, print_sizes, table
 from twofold.recipe import Recipe, make_recipe
@@ -22,11 +22,12 @@ def command(
     out: Out,
     overwrite: Overwrite = False,
     moments: Moments = None,
+    lang: Lang = "en",
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Factorize the weight matrices of a model and write the smaller checkpoint, with its plan, card and report."""
-    run = twofold.compress(recipe, out, overwrite=overwrite, moments=moments, quiet=quiet)
+    run = twofold.compress(recipe, out, overwrite=overwrite, moments=moments, lang=lang, quiet=quiet)
     if run is not None:  # else one of many processes; the first prints
         print_record(run, json_output, lambda run: print_run(run, twofold.Plan.load(out / "plan.json"), out))
 

@@ -18,3 +18,4 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 Moments = Annotated[Path | None, typer.Option(help="Folder of the moments \\[default: in the cache].")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Lang = Annotated[str, typer.Option(help="The language of the page: en or es.")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import twofold
-from twofold.cli.flags import Json, Moments, Quiet
+from twofold.cli.flags import Json, Lang, Moments, Quiet
 from twofold.cli.settings import settings_flags
 from twofold.cli.tables import megabytes, millions, number, plain, print_record, print_sizes, table, tally, tell
 from twofold.cli.words import with_flags
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 def command(
     recipe: Recipe,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan to this JSON file too.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the plan to this page too; it plans anew.")] = None,
+    lang: Lang = "en",
     moments: Moments = None,
     json_output: Json = False,
     quiet: Quiet = False,
@@ -31,7 +33,9 @@ def command(
     With --calibration the plan is the one that compress would carry out, and the moments are kept for it.
     Without it the ranks come from the weights' shapes alone, and the plan says so.
     """
-    print_record(twofold.plan(recipe, moments=moments, out=out, quiet=quiet), json_output, print_plan)
+    print_record(
+        twofold.plan(recipe, moments=moments, out=out, html=html, lang=lang, quiet=quiet), json_output, print_plan
+    )
 
 
 def print_plan(plan: Plan) -> None:

@@ -15,7 +15,9 @@ from twofold.model.load import LoadedModel
 from twofold.model.target import Targets
 from twofold.objectives import Objective
 from twofold.planning.evidence import Evidence
+from twofold.planning.menu import PlanRequest
 from twofold.planning.plan import Plan
+from twofold.planning.settings import Planning
 from twofold.task import Data
 
 
@@ -46,6 +48,11 @@ class Prepared:
     @property
     def spectra(self) -> Spectra:
         return self.decomposition.spectra
+
+    def request(self, recipe: Planning) -> PlanRequest:
+        """Return what was planned, with the share that was found in the place of a goal."""
+        element = self.loaded.stored_dtype.itemsize
+        return PlanRequest(self.targets, self.spectra.values, recipe.at(self.plan.keep), element, self.evidence)
 
     def apply(self, plan: Plan, *, quiet: bool = False) -> tuple[Plan, dict[str, nn.Module]]:
         """Put the factored layers of a plan in the place of the dense ones of a model in memory.

@@ -11,13 +11,14 @@ from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.drawing import PAPER, canvas, inline, label_of, share_colour
 from twofold.report.formats import fraction
 from twofold.report.kinds import by_layer, kind_labels, stacks_in
+from twofold.report.messages import Words
 
 WIDTH, ROW = 960, 26  # pixels
 NARROW, WIDE = 9, 46  # pixels of a column
 
 
 @inline
-def rank_heatmap(plan: Plan) -> tuple[Any, str]:
+def rank_heatmap(plan: Plan, words: Words) -> tuple[Any, str]:
     """Draw a row for each kind and a column for each layer: colour is parameters after / before, the number the rank."""
     labels = kind_labels(plan)
     kinds = list(dict.fromkeys(labels.values()))
@@ -43,11 +44,13 @@ def rank_heatmap(plan: Plan) -> tuple[Any, str]:
     axes.set_yticks(np.arange(len(kinds)) + 0.5, [label_of(kind) for kind in kinds])
     step = max(1, round(26 / width))
     places = [i for i in range(len(layers)) if i % step == 0 or layers[i] == "none"]
-    axes.set_xticks([i + 0.5 for i in places], [layers[i] for i in places], rotation=90 if stacks_in(plan) else 0)
+    axes.set_xticks(
+        [i + 0.5 for i in places], [words.told(layers[i]) for i in places], rotation=90 if stacks_in(plan) else 0
+    )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set(xlabel="layer", ylabel="kind")
-    return figure, "Share of the parameters kept, and the rank, for each kind in each layer"
+    axes.set(xlabel=words.say("layer"), ylabel=words.say("column.kind"))
+    return figure, words.say("keeps.figure")
 
 
 def rank_words(entries: list[PlanEntry]) -> str:

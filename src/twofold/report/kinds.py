@@ -16,6 +16,7 @@ from twofold.nn.layers.corrected import CorrectedLinear
 from twofold.nn.layers.sliced import SlicedLinear
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.formats import fraction
+from twofold.report.messages import ENGLISH, Words
 
 SpectraValues = Mapping[str, NDArray[Any]]  # σ² (k,) by weight, largest first
 
@@ -30,14 +31,11 @@ class LossScale:
     unit: str
 
 
-UNITS = {"output": "energy of the output", "weight": "energy of the weight"}
-
-
-def loss_of(plan: Plan) -> LossScale:
+def loss_of(plan: Plan, words: Words = ENGLISH) -> LossScale:
     """Return how losses are shown: half of Σσ² is in nats where the objective says so; others have no common scale."""
     known = bool(plan.entries) and all(e.predicted_loss is not None and e.total_loss is not None for e in plan.entries)
     nats = plan.loss_unit == "nats"
-    unit = f"nats per {plan.prediction}" if nats else UNITS.get(plan.loss_unit, plan.loss_unit)
+    unit = words.nats(plan.prediction) if nats else words.say(f"unit.{plan.loss_unit}")
     return LossScale(known, nats, 0.5 if nats else 1.0, unit)
 
 
@@ -118,16 +116,16 @@ def by_kind(plan: Plan) -> list[Group]:
     return _grouped(plan, lambda entry: labels[entry.name])
 
 
-def made_of(plan: Plan) -> str:
+def made_of(plan: Plan, words: Words = ENGLISH) -> str:
     """Say what became of the weights that are smaller now."""
     forms = {entry.form for entry in plan.entries}
     if any(entry.basis is not None for entry in plan.entries):
-        return "products of two smaller ones, one of which serves several blocks"
+        return words.say("form.shared")
     if forms.intersection(CorrectedLinear.FORMS):
-        return "integers of the whole weight with a correction of low rank"
+        return words.say("form.corrected")
     if forms.intersection(SlicedLinear.FORMS):
-        return "smaller dense ones, with some of their rows or columns"
-    return "products of two smaller ones"
+        return words.say("form.sliced")
+    return words.say("form.two")
 
 
 def by_layer(plan: Plan) -> list[Group]:

@@ -41,6 +41,15 @@ class Words:
         """Return the words of a key of messages.json, with the values put where they stand in braces."""
         return re.sub(r"\{(\w+)\}", lambda hole: str(values[hole[1]]), _table()[key][self.language])
 
+    def told(self, text: str) -> str:
+        """Return what the program says in a few words, as a reason or the name of a stage, in this language if it is known."""
+        known = _table().get(f"said.{text}")
+        return text if known is None else known[self.language]
+
+    def nats(self, prediction: str) -> str:
+        """Return the unit of a divergence."""
+        return self.say("unit.nats", prediction=self.told(prediction))
+
     def _signed(self, text: str) -> str:
         """Write a number of English as the language does: 12,345.6 is 12.345,6 in Spanish."""
         if self.language == "en":
@@ -70,3 +79,6 @@ class Words:
     def duration(self, seconds: float) -> str:
         """Write a time span."""
         return self._signed(formats.duration(seconds))
+
+
+ENGLISH = Words()

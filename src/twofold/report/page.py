@@ -12,26 +12,49 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from twofold.errors import TwofoldError
 from twofold.host.files import write_text
+from twofold.host.folders import check_place
 from twofold.planning.plan import Plan
 from twofold.recipe import Recipe
 from twofold.report.explorer import embedded
-from twofold.report.formats import count, megabytes
 from twofold.report.kinds import LossScale, SpectraValues, loss_of
+from twofold.report.messages import ENGLISH, Words
 from twofold.report.names import model_title, public_recipe, without_paths
 from twofold.report.record import Run
 
+GENERATOR = '<meta name="generator" content="Twofold">'
+
+
+def check_page(path: Path) -> None:
+    """Refuse a file that can't be written, or would take the place of something else than a page of ours.
+
+    Raises:
+        TwofoldError: if it is a folder, another file, or lies where no file can be made.
+    """
+    check_place(path)
+    if path.is_dir():
+        raise TwofoldError(f"{path} is a folder; name a file for the page, such as {path / 'plan.html'}")
+    if path.exists() and GENERATOR.encode() not in path.read_bytes()[:4096]:
+        raise TwofoldError(f"{path} exists and is no page of Twofold, so it is not replaced; name another file")
+
 
 def write_report(
-    folder: Path, run: Run, plan: Plan, spectra: SpectraValues, live: dict[str, Any] | None = None
+    folder: Path,
+    run: Run,
+    plan: Plan,
+    spectra: SpectraValues,
+    live: dict[str, Any] | None = None,
+    words: Words | None = None,
 ) -> None:
     """Write folder/report.html.
 
     Args:
         spectra: those that are known; may be empty.
         live: what the page plans anew from, as ``explorer_data`` gives it; None for a page that does not.
+        words: of the language of the page; English if it is None.
     """
-    write_page(folder / "report.html", run.recipe, plan, spectra, live, run)
+    write_page(folder / "report.html", run.recipe, plan, spectra, live, run, words=words)
 
 
 def write_page(
@@ -41,6 +64,8 @@ def write_page(
     spectra: SpectraValues,
     live: dict[str, Any] | None = None,
     run: Run | None = None,
+    *,
+    words: Words | None = None,
 ) -> None:
     """Write the page of a run, or of a plan alone. All that comes from a model or from data is escaped."""
     here = files("twofold.report")
@@ -53,42 +78,45 @@ def write_page(
     style = read("report.css") if live is None else read("report.css", "web/explorer.css")
     script = None if live is None else read("web/explorer.js")
     live_data = None if live is None else embedded(live)
-    write_text(path, template.render(style=style, script=script, live=live_data, **_content(run, recipe, plan, spectra)))
+    content = _content(run, recipe, plan, spectra, words or ENGLISH)
+    write_text(path, template.render(style=style, script=script, live=live_data, **content))
 
 
-def _content(run: Run | None, recipe: Recipe, plan: Plan, spectra: SpectraValues) -> dict[str, Any]:
+def _content(run: Run | None, recipe: Recipe, plan: Plan, spectra: SpectraValues, words: Words) -> dict[str, Any]:
     """Return what the template shows."""
     from twofold.report import tables, wording  # these and the figures import matplotlib
 
-    loss = loss_of(plan)
+    loss = loss_of(plan, words)
     shown = public_recipe(recipe)
     quality, notes = (None, []) if run is None else (run.quality, run.notes)
     return {
-        "title": model_title(plan.model),
+        "say": words.say,
+        "language": words.language,
+        "title": words.say("page.title.plan" if run is None else "page.title", model=model_title(plan.model)),
         "planned": run is None,
-        "summary": wording.summary_text(run, plan),
-        "sizes": tables.size_table(plan),
-        "quality": None if run is None or quality is None else tables.quality_table(run, quality),
-        "quality_text": wording.quality_text(run),
-        "estimate": wording.estimate_text(run, plan),
+        "summary": wording.summary_text(run, plan, words),
+        "sizes": tables.size_table(plan, words),
+        "quality": None if run is None or quality is None else tables.quality_table(run, quality, words),
+        "quality_text": wording.quality_text(run, words),
+        "estimate": wording.estimate_text(run, plan, words),
         "loss": loss,
-        "figures": _figures(plan, spectra, loss),
-        "check": wording.check_text(plan),
+        "figures": _figures(plan, spectra, loss, words),
+        "check": wording.check_text(plan, words),
         "samples": [] if run is None else run.samples,
-        "reasons": wording.reasons_text(recipe, plan, spectra),
-        "kind_reasons": wording.kind_reasons(recipe, plan, spectra),
-        "kinds": tables.kind_table(plan, loss),
-        "why": tables.reason_table(plan),
+        "reasons": wording.reasons_text(recipe, plan, spectra, words),
+        "kind_reasons": wording.kind_reasons(recipe, plan, spectra, words),
+        "kinds": tables.kind_table(plan, loss, words),
+        "why": tables.reason_table(plan, words),
         "notes": [without_paths(note) for note in dict.fromkeys([*plan.notes, *notes])],
         "recipe": shown.to_yaml(),
         "shortened": shown != recipe,
-        "facts": None if run is None else _facts(run),
-        "times": None if run is None else tables.time_table(run),
-        "weights": tables.weight_table(plan, loss),
+        "facts": None if run is None else _facts(run, words),
+        "times": None if run is None else tables.time_table(run, words),
+        "weights": tables.weight_table(plan, loss, words),
     }
 
 
-def _figures(plan: Plan, spectra: SpectraValues, loss: LossScale) -> dict[str, Any]:
+def _figures(plan: Plan, spectra: SpectraValues, loss: LossScale, words: Words) -> dict[str, Any]:
     """Draw the figures that this plan has data for."""
     from twofold.report.bars import loss_by_kind, loss_by_layer, size_bars
     from twofold.report.drawing import depth_colour, gradient, share_colour
@@ -100,30 +128,33 @@ def _figures(plan: Plan, spectra: SpectraValues, loss: LossScale) -> dict[str, A
     return {
         "depth": gradient(depth_colour),
         "share": gradient(share_colour),
-        "heatmap": rank_heatmap(plan) if plan.entries else None,
-        "spectra": spectra_panels(plan, spectra, loss),
-        "sizes": size_bars(plan) if plan.entries or plan.dense else None,
-        "scatter": loss_scatter(plan, loss) if compared(plan) else None,
-        "by_kind": loss_by_kind(plan, loss) if lossy else None,
-        "by_layer": loss_by_layer(plan, loss) if lossy else None,
+        "heatmap": rank_heatmap(plan, words) if plan.entries else None,
+        "spectra": spectra_panels(plan, spectra, loss, words),
+        "sizes": size_bars(plan, words) if plan.entries or plan.dense else None,
+        "scatter": loss_scatter(plan, loss, words) if compared(plan) else None,
+        "by_kind": loss_by_kind(plan, loss, words) if lossy else None,
+        "by_layer": loss_by_layer(plan, loss, words) if lossy else None,
     }
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _facts(run: Run, words: Words) -> list[tuple[str, str]]:
     """Say where, with what and on what the run was made."""
-    m = run.machine
+    m, tokens = run.machine, run.unit == "tokens"
+    where = {"system": m.system, "device": m.device, "threads": m.threads, "dtype": m.dtype}
+    memory = words.megabytes(run.peak_memory) if run.peak_memory else words.say("fact.unmeasured")
     facts = [
         ("Twofold", m.twofold),
         ("Python, torch, transformers", f"{m.python}, {m.torch}, {m.transformers}"),
-        ("machine", f"{m.system}, {m.device}, {m.threads} threads, computed in {m.dtype}"),
-        ("peak memory", megabytes(run.peak_memory) if run.peak_memory else "not measured"),
-        ("seed", str(run.recipe.seed)),
-        ("calibration text" if run.unit == "tokens" else "calibration data", without_paths(run.calibration)),
-        (f"calibration {run.unit}", count(run.calibration_tokens)),
+        (words.say("fact.machine"), words.say("fact.machine.words", **where)),
+        (words.say("fact.memory"), memory),
+        (words.say("fact.seed"), str(run.recipe.seed)),
+        (words.say("fact.text" if tokens else "fact.data"), without_paths(run.calibration)),
+        (words.say("fact.units", unit=words.told(run.unit)), words.count(run.calibration_tokens)),
     ]
     if run.calibration_sha256:
-        facts.append((f"SHA-256 of the {'token ids' if run.unit == 'tokens' else run.unit}", run.calibration_sha256))
+        what = words.say("fact.ids") if tokens else words.told(run.unit)
+        facts.append((words.say("fact.sha", what=what), run.calibration_sha256))
     if run.fingerprint:
-        origin = "used again from an earlier run" if run.moments_reused else "collected in this run"
-        facts.append(("moments", f"{run.fingerprint}, {origin}"))
+        origin = "fact.again" if run.moments_reused else "fact.collected"
+        facts.append((words.say("fact.moments"), words.say(origin, fingerprint=run.fingerprint)))
     return facts

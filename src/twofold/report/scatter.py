@@ -8,6 +8,7 @@ from typing import Any
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.drawing import INK, PAPER, canvas, depth_colour, inline, log_scale
 from twofold.report.kinds import LossScale, depths
+from twofold.report.messages import Words
 
 NOISE = 1e-9  # of the largest loss: below it a loss is rounding
 
@@ -20,7 +21,7 @@ def compared(plan: Plan) -> list[tuple[PlanEntry, float, float]]:
 
 
 @inline
-def loss_scatter(plan: Plan, loss: LossScale) -> tuple[Any, str]:
+def loss_scatter(plan: Plan, loss: LossScale, words: Words) -> tuple[Any, str]:
     """Draw one dot a weight; on the line both are the same."""
     figure, axes = canvas(340, 300)
     pairs = compared(plan)
@@ -37,7 +38,7 @@ def loss_scatter(plan: Plan, loss: LossScale) -> tuple[Any, str]:
     log_scale(axes, "x", low, high)
     log_scale(axes, "y", low, high)
     unit = f"½ Σσ², {loss.unit}" if loss.additive else "Σσ²"
-    axes.set(xlabel=f"predicted from the spectrum\n{unit}", ylabel=f"from the stored factors\n{unit}")
+    axes.set(xlabel=f"{words.say('check.x')}\n{unit}", ylabel=f"{words.say('check.y')}\n{unit}")
     axes.set(xlim=(low, high), ylim=(low, high))
     axes.grid(True)
-    return figure, "Predicted loss against the loss of the stored factors, for each weight"
+    return figure, words.say("check.figure")

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from twofold.planning.plan import Plan, PlanEntry
 from twofold.report.drawing import PAPER, canvas, depth_colour, inline, label_of, log_scale
 from twofold.report.kinds import LossScale, SpectraValues, by_kind, depths
+from twofold.report.messages import Words
 
 POINTS = 25_000  # of all lines together, so that the page stays small
 DECADES = 9  # below the largest value nothing is shown
 Limits = tuple[float, float]
 
 
-def spectra_panels(plan: Plan, spectra: SpectraValues, loss: LossScale) -> list[Markup]:
+def spectra_panels(plan: Plan, spectra: SpectraValues, loss: LossScale, words: Words) -> list[Markup]:
     """Draw a panel for every kind whose spectra are known; with one scale for all weights, all panels share their limits."""
     lines = {}  # the values in the unit that is shown, NaN where they are not positive
     for entry in plan.entries:
@@ -34,7 +35,7 @@ def spectra_panels(plan: Plan, spectra: SpectraValues, loss: LossScale) -> list[
     points = int(np.clip(POINTS // max(len(lines), 1), 24, 160))
     unit = f"½ σ², {loss.unit}" if loss.additive else "σ²"
     return [
-        _panel(label, entries, lines, limit, deep, points, unit)
+        _panel(label, entries, lines, limit, deep, points, unit, words)
         for (label, entries), limit in zip(kinds.items(), limits, strict=True)
     ]
 
@@ -48,6 +49,7 @@ def _panel(
     deep: dict[str, float],
     points: int,
     unit: str,
+    words: Words,
 ) -> tuple[Any, str]:
     """Draw σ² against rank / full rank; the dot is the last component that is kept."""
     figure, axes = canvas(230, 150)
@@ -62,10 +64,10 @@ def _panel(
                 axes.scatter([x], [y], s=20, color=colour, edgecolors=PAPER, linewidths=0.6, zorder=3)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
     log_scale(axes, "y", *limits)
-    axes.set(xlim=(0, 1.02), ylim=(limits[0] * 0.7, limits[1] * 1.5), xlabel="rank / full rank", ylabel=unit)
+    axes.set(xlim=(0, 1.02), ylim=(limits[0] * 0.7, limits[1] * 1.5), xlabel=words.say("spectra.x"), ylabel=unit)
     axes.grid(True)
     axes.set_title(label_of(label, 28), loc="left")
-    return figure, f"Spectra of {label}: {len(entries)} weights"
+    return figure, words.say("spectra.figure", kind=label, weights=len(entries))
 
 
 def _limits(values: NDArray[np.float64]) -> Limits:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from twofold.planning.plan import Plan
-from twofold.report.formats import NONE, count, duration, fraction, megabytes, millions, number, percent
+from twofold.report.formats import NONE, fraction
 from twofold.report.kinds import LossScale, by_kind, kind_labels
+from twofold.report.messages import ENGLISH, Words
 from twofold.report.names import without_paths
 from twofold.report.record import Measured, Run
 
@@ -21,41 +22,55 @@ class TextTable:
     last_left: bool = False
 
 
-def size_table(plan: Plan) -> TextTable:
+def size_table(plan: Plan, words: Words = ENGLISH) -> TextTable:
     """Show both numbers for size: over the factorized weights and over the whole model, in parameters and in bytes."""
     bytes_after = plan.bytes_after - plan.dense_bytes
     rows = [
-        ("factorized weights, parameters", plan.target_before, plan.target_after, millions),
-        ("whole model, parameters", plan.model_before, plan.model_after, millions),
-        ("factorized weights, bytes", plan.target_bytes_before, bytes_after, megabytes),
-        ("whole model, bytes", plan.bytes_before, plan.bytes_after, megabytes),
+        (words.say("row.target.numbers"), plan.target_before, plan.target_after, words.millions),
+        (words.say("row.model.numbers"), plan.model_before, plan.model_after, words.millions),
+        (words.say("row.target.bytes"), plan.target_bytes_before, bytes_after, words.megabytes),
+        (words.say("row.model.bytes"), plan.bytes_before, plan.bytes_after, words.megabytes),
     ]
     return TextTable(
-        ["", "before", "after", "kept"],
-        [[name, show(before), show(after), percent(fraction(after, before), 2)] for name, before, after, show in rows],
+        ["", *(words.say(f"column.{name}") for name in ("before", "after", "kept"))],
+        [
+            [name, show(before), show(after), words.percent(fraction(after, before), 2)]
+            for name, before, after, show in rows
+        ],
     )
 
 
-def quality_table(run: Run, quality: Measured) -> TextTable:
+def quality_table(run: Run, quality: Measured, words: Words = ENGLISH) -> TextTable:
     """Show the original beside the factored model on the same predictions."""
     old, new = quality.original, quality.factored
-    nats = f"nats per {quality.prediction}"
+    nats = words.nats(quality.prediction)
     rows = []
     if old.get("perplexity") is not None:
-        rows.append(["perplexity", number(old.get("perplexity"), 4), number(new.get("perplexity"), 4)])
-        rows.append(["perplexity, times the original", "1", number(quality.ratio)])
+        rows.append(
+            [
+                words.say("row.perplexity"),
+                words.number(old.get("perplexity"), 4),
+                words.number(new.get("perplexity"), 4),
+            ]
+        )
+        rows.append([words.say("row.times"), "1", words.number(quality.ratio)])
     if old.get("loss") is not None:
-        rows.append([f"loss, {nats}", number(old.get("loss"), 4), number(new.get("loss"), 4)])
+        rows.append(
+            [words.say("row.loss", unit=nats), words.number(old.get("loss"), 4), words.number(new.get("loss"), 4)]
+        )
     rows += [
-        *([name.replace("_", " "), *(number(score, 4) for score in both)] for name, both in quality.scores.items()),
-        [f"divergence from the original, {nats}: measured", NONE, number(new.get("divergence"))],
-        [f"divergence from the original, {nats}: predicted", NONE, number(run.predicted_divergence)],
-        [quality.agreement, NONE, percent(new.get("agreement"))],
+        *(
+            [words.told(name.replace("_", " ")), *(words.number(score, 4) for score in both)]
+            for name, both in quality.scores.items()
+        ),
+        [words.say("row.measured", unit=nats), NONE, words.number(new.get("divergence"))],
+        [words.say("row.predicted", unit=nats), NONE, words.number(run.predicted_divergence)],
+        [words.told(quality.agreement), NONE, words.percent(new.get("agreement"))],
     ]
-    return TextTable(["", "original", "factored"], rows)
+    return TextTable(["", words.say("original"), words.say("factored")], rows)
 
 
-def kind_table(plan: Plan, loss: LossScale) -> TextTable:
+def kind_table(plan: Plan, loss: LossScale, words: Words = ENGLISH) -> TextTable:
     """Show ranks, parameters and losses of each kind."""
     rows = []
     lost = sum(entry.predicted_loss or 0.0 for entry in plan.entries)
@@ -64,13 +79,14 @@ def kind_table(plan: Plan, loss: LossScale) -> TextTable:
         part = group.lost / lost if loss.additive and lost else None if loss.additive else group.shown(loss)
         span = "–".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else NONE
         weights = [str(len(group.entries)), span, str(len(group.entries) - len(ranks))]
-        sizes = [millions(group.before), millions(group.after), percent(group.keep)]
-        rows.append([group.label, *weights, *sizes, percent(part) if loss.known else NONE])
-    last = "share of the predicted loss" if loss.additive else "of its own Σσ² left out"
-    return TextTable(["kind", "weights", "ranks", "dense", "before", "after", "kept", last], rows)
+        sizes = [words.millions(group.before), words.millions(group.after), words.percent(group.keep)]
+        rows.append([group.label, *weights, *sizes, words.percent(part) if loss.known else NONE])
+    last = "share" if loss.additive else "own"
+    columns = ["column.kind", "column.weights", "column.ranks", "dense", "column.before", "column.after", "column.kept"]
+    return TextTable([words.say(key) for key in (*columns, f"column.{last}")], rows)
 
 
-def reason_table(plan: Plan) -> TextTable:
+def reason_table(plan: Plan, words: Words = ENGLISH) -> TextTable:
     """List every parameter of the model by the reason for what became of it."""
     sums: dict[tuple[str, str], tuple[int, int, int]] = {}
 
@@ -79,50 +95,61 @@ def reason_table(plan: Plan) -> TextTable:
         sums[what, why] = tensors + 1, old + before, new + after
 
     for entry in plan.entries:
-        what = "dense" if entry.rank is None else "factorized"
-        add(what, entry.reason.removeprefix("dense: "), entry.numbers_before, entry.numbers_after)
+        add(
+            "dense" if entry.rank is None else "factorized",
+            entry.reason.removeprefix("dense: "),
+            entry.numbers_before,
+            entry.numbers_after,
+        )
     for other in plan.dense:
-        add("not considered", other.reason, other.numbers, other.numbers)
+        add("other", other.reason, other.numbers, other.numbers)
     return TextTable(
-        ["what", "why", "tensors", "parameters before", "after"],
+        [words.say(f"column.{name}") for name in ("what", "why", "tensors", "parameters", "after")],
         [
-            [what, without_paths(why), str(n), millions(old), millions(new)]
+            [
+                words.say(f"tensor.{what}"),
+                words.told(without_paths(why)),
+                str(n),
+                words.millions(old),
+                words.millions(new),
+            ]
             for (what, why), (n, old, new) in sums.items()
         ],
         left=2,
     )
 
 
-def time_table(run: Run) -> TextTable:
+def time_table(run: Run, words: Words = ENGLISH) -> TextTable:
     """Show the seconds of each stage."""
-    rows = [[name, duration(value)] for name, value in run.seconds.items()]
+    rows = [[words.told(name), words.duration(value)] for name, value in run.seconds.items()]
     if "total" not in run.seconds:
-        rows.append(["sum", duration(sum(run.seconds.values()))])
-    return TextTable(["stage", "time"], rows)
+        rows.append([words.say("row.sum"), words.duration(sum(run.seconds.values()))])
+    return TextTable([words.say("column.stage"), words.say("column.time")], rows)
 
 
-def weight_table(plan: Plan, loss: LossScale) -> TextTable:
+def weight_table(plan: Plan, loss: LossScale, words: Words = ENGLISH) -> TextTable:
     """List every weight that could be factorized."""
     labels = kind_labels(plan)
 
     def shown(value: float | None) -> str:
-        return NONE if value is None else number(loss.factor * value)
+        return NONE if value is None else words.number(loss.factor * value)
 
     rows = [
         [
             e.name,
             labels[e.name],
             f"{e.out_features} × {e.in_features}",
-            "dense" if e.rank is None else str(e.rank),
-            (e.form or NONE) if e.bits is None else f"{e.form or 'dense'}, {e.bits} bits",
-            count(e.numbers_before),
-            count(e.numbers_after),
-            percent(e.keep),
+            words.say("dense") if e.rank is None else str(e.rank),
+            (e.form or NONE) if e.bits is None else words.say("bits", form=e.form or words.say("dense"), bits=e.bits),
+            words.count(e.numbers_before),
+            words.count(e.numbers_after),
+            words.percent(e.keep),
             shown(e.predicted_loss),
             shown(e.measured_loss),
-            without_paths(e.reason),
+            words.told(without_paths(e.reason.removeprefix("dense: "))),
         ]
         for e in plan.entries
     ]
-    sizes = ["before", "after", "kept", "predicted", "from the factors"]
-    return TextTable(["weight", "kind", "shape", "rank", "form", *sizes, "why"], rows, left=2, last_left=True)
+    named = ("before", "after", "kept", "predicted", "factors", "why")
+    columns = ["table.weight", "column.kind", "column.shape", "rank", "column.form", *(f"column.{n}" for n in named)]
+    return TextTable([words.say(key) for key in columns], rows, left=2, last_left=True)

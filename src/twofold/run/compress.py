@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from twofold.evidence.beside import Beside, measure_beside
 from twofold.factor.verify import verify
 from twofold.host import processes
 from twofold.host.clock import Stopwatch, machine, peak_memory
@@ -18,6 +19,7 @@ from twofold.host.unfinished import working
 from twofold.model.written import Companions
 from twofold.recipe import Recipe, make_recipe
 from twofold.refine import Refined
+from twofold.report.messages import Words
 from twofold.report.record import Measured, Run, Sample
 from twofold.run.open import open_for
 from twofold.run.prepare import prepare
@@ -35,6 +37,7 @@ def compress(
     *,
     overwrite: bool = False,
     moments: Path | str | None = None,
+    lang: str = "en",
     quiet: bool = False,
     **settings: Any,
 ) -> Run | None:
@@ -47,6 +50,7 @@ def compress(
     Args:
         recipe: a recipe, its settings, or the name of the model.
         moments: the folder of the moments; by default one in the cache.
+        lang: the language of the report, ``en`` or ``es``.
         settings: any fields of ``twofold.Recipe``, where the model is named.
 
     Returns:
@@ -57,6 +61,7 @@ def compress(
     """
     recipe = from_call(Recipe, make_recipe, recipe, settings)
     moments = None if moments is None else Path(moments).expanduser()
+    words = Words(lang)
     processes.join()
     quiet = quiet or not processes.is_main()
     out = Path(out).expanduser().resolve()
@@ -76,6 +81,9 @@ def compress(
     with working(out, recipe.model) as work:
         prepared = prepare(recipe, opened, watch, moments_folder=moments, work=work, sizing=sizing, quiet=quiet)
         check_space(out, int(prepared.plan.bytes_after * 1.05) + 20_000_000)
+        beside = Beside()
+        with watch.stage("report"), decorating("spectra of other metrics", prepared.plan.notes):
+            beside = measure_beside(loaded.residence, prepared.targets, prepared.decomposition, recipe)
         work.update(stage="factorizing")
         way = (OnDisk if loaded.residence.streamed else InMemory)(prepared, recipe, work, companions, quiet)
         with watch.stage("factorize"):
@@ -83,7 +91,7 @@ def compress(
         if not processes.is_main():
             processes.wait()
             return None
-        run = _finish(out, way, evaluation, sizing, watch, overwrite=overwrite)
+        run = _finish(out, way, evaluation, sizing, watch, beside, words, overwrite=overwrite)
     processes.wait()
     return run
 
@@ -101,6 +109,8 @@ def _finish(
     evaluation: Samples | None,
     sizing: Sizing | None,
     watch: Stopwatch,
+    beside: Beside,
+    words: Words,
     *,
     overwrite: bool,
 ) -> Run:
@@ -134,9 +144,11 @@ def _finish(
             save_file(tensors, folder / "spectra.safetensors")
         run.seconds, run.peak_memory = {**watch.seconds}, peak_memory()
         with watch.stage("report"), decorating("report", run.notes):
+            from twofold.report.explorer import explorer_data
             from twofold.report.page import write_report
 
-            write_report(folder, run, plan, values)
+            live = explorer_data(prepared.request(recipe), plan, recipe, beside)
+            write_report(folder, run, plan, values, live, words)
         run.seconds, run.peak_memory = {**watch.seconds, "total": watch.total()}, peak_memory()
         with decorating("card", run.notes):
             from twofold.report.card import write_card

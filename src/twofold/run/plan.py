@@ -8,12 +8,15 @@ from typing import Any
 
 from twofold.calibrate.opened import Opened
 from twofold.errors import TwofoldError
+from twofold.evidence.beside import measure_beside
+from twofold.factor.prepared import Prepared
 from twofold.host.clock import Stopwatch
 from twofold.host.folders import check_place
 from twofold.model.load import load_skeleton
 from twofold.objectives import OBJECTIVES
 from twofold.planning.plan import Plan
 from twofold.recipe import Recipe, make_recipe
+from twofold.report.messages import Words
 from twofold.run.check import check_methods
 from twofold.run.estimate.estimate import estimate_run
 from twofold.run.open import open_for
@@ -27,6 +30,8 @@ def plan(
     *,
     moments: Path | str | None = None,
     out: Path | str | None = None,
+    html: Path | str | None = None,
+    lang: str = "en",
     estimate: bool = True,
     quiet: bool = False,
     **settings: Any,
@@ -44,6 +49,8 @@ def plan(
         recipe: a recipe, its settings, or the name of the model.
         moments: the folder of the moments; by default one in the cache.
         out: a file to write the plan to, as JSON.
+        html: a file to write the plan to as a page, which plans anew for other sizes where the plan is by moments.
+        lang: the language of the page, ``en`` or ``es``.
         estimate: whether the memory and time of a run are estimated too, where no weight is read.
         settings: any fields of ``twofold.Recipe``, where the model is named.
 
@@ -51,18 +58,40 @@ def plan(
         TwofoldError: for whatever the user can put right.
     """
     recipe = from_call(Recipe, make_recipe, recipe, settings)
-    out = None if out is None else Path(out).expanduser()
+    words = Words(lang)
+    out, html = (None if path is None else Path(path).expanduser() for path in (out, html))
     if out is not None:
         _check_file(out)
+    if html is not None:
+        from twofold.report.page import check_page
+
+        check_page(html)
     check_methods(recipe)
     named = "calibration" in recipe.model_fields_set or moments is not None
+    prepared = None
     if named or not OBJECTIVES.get(recipe.objective).needs:
-        planned = _by_moments(recipe, None if moments is None else Path(moments).expanduser(), quiet=quiet)
+        prepared = _by_moments(recipe, None if moments is None else Path(moments).expanduser(), quiet=quiet)
+        planned = prepared.plan
     else:
         planned = _by_shapes(recipe, estimate=estimate, quiet=quiet)
     if out is not None:
         planned.save(out)
+    if html is not None:
+        _write_page(html, recipe, planned, prepared, words)
     return planned
+
+
+def _write_page(html: Path, recipe: Recipe, planned: Plan, prepared: Prepared | None, words: Words) -> None:
+    """Write the page of a plan; it plans anew if there are moments."""
+    from twofold.report.explorer import explorer_data
+    from twofold.report.page import write_page
+
+    if prepared is None:
+        write_page(html, recipe, planned, {}, words=words)
+        return
+    parts = (prepared.loaded.residence, prepared.targets, prepared.decomposition)
+    live = explorer_data(prepared.request(recipe), planned, recipe, measure_beside(*parts, recipe))
+    write_page(html, recipe, planned, prepared.spectra.values, live, words=words)
 
 
 def _check_file(out: Path) -> None:
@@ -114,10 +143,10 @@ def _by_shapes(recipe: Recipe, *, estimate: bool, quiet: bool) -> Plan:
     return uniform.model_copy(update={"notes": notes, "estimate": estimated})
 
 
-def _by_moments(recipe: Recipe, moments: Path | None, *, quiet: bool) -> Plan:
+def _by_moments(recipe: Recipe, moments: Path | None, *, quiet: bool) -> Prepared:
     """Plan by the moments of a calibration, which are kept."""
     opened = open_for(recipe, quiet=quiet)
     recipe = opened.fitted(recipe, quiet=quiet)
     sizing = Sizing(opened, recipe, quiet=quiet) if recipe.goal is not None else None
     watch = Stopwatch()
-    return prepare(recipe, opened, watch, moments_folder=moments, bases=False, sizing=sizing, quiet=quiet).plan
+    return prepare(recipe, opened, watch, moments_folder=moments, bases=False, sizing=sizing, quiet=quiet)

@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
-import table from "../../src/twofold/report/messages.json";
-import { Words, type Key } from "../src/messages";
+import table from "../../../src/twofold/report/messages.json";
+import { Words, type Key } from "../../src/messages";
 
 const keys = Object.keys(table) as Key[];
 const holes = (text: string): string[] => [...text.matchAll(/\{(\w+)\}/g)].map((match) => match[1]!).sort();

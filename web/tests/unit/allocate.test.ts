@@ -1,7 +1,7 @@
 import { readFileSync } from "node:fs";
 import { expect, test } from "vitest";
-import { unpack, type Stored } from "../src/data";
-import { Planner } from "../src/planner";
+import { unpack, type Stored } from "../../src/data";
+import { Planner } from "../../src/planner";
 
 interface Case {
   readonly name: string;
@@ -11,7 +11,7 @@ interface Case {
 }
 
 /** Written by the program, and held to it by tests/report/test_explorer.py. */
-const cases = JSON.parse(readFileSync(new URL("plans.json", import.meta.url), "utf8")) as Case[];
+const cases = JSON.parse(readFileSync(new URL("../plans.json", import.meta.url), "utf8")) as Case[];
 
 test.each(cases)("the page plans what the program plans: $name", async ({ data, planned }) => {
   const planner = new Planner(await unpack(data));
