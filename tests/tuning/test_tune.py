@@ -808,3 +808,7 @@ def test_logits_that_are_scaled_or_bounded_keep_their_loss() -> None:
     assert row_head(model, ids) is model.lm_head
     assert row_head(model.bfloat16(), ids) is None  # trained in a narrow dtype
     assert row_head(model.requires_grad_(False), ids) is model.lm_head
+
+
+def test_one_file_of_rows_is_a_list_of_one():
+    assert make_settings({"model": "m", "data": "rows.jsonl"}).data == ["rows.jsonl"]

@@ -8,7 +8,7 @@ import pydantic
 from pydantic import Field
 
 from twofold.errors import TwofoldError
-from twofold.settings.base import Settings, validated
+from twofold.settings.base import Settings, as_list, validated
 from twofold.task.text.settings import Reading
 
 Method = Literal[
@@ -27,6 +27,7 @@ class Rows(Reading):
 
     data: Annotated[
         list[str],
+        pydantic.BeforeValidator(as_list),
         Field(
             min_length=1,
             description="files of rows (.jsonl, .json, .parquet, .csv), or data sets of the hub, to train on",
