@@ -68,7 +68,7 @@ def at_effort(settings: D, effort: str) -> D:
     """Return the same settings at another effort; the parts that were named stay as they are."""
     parts = parts_of(effort, settings)
     parts |= {name: getattr(settings, name) for name in PARTS if settings.chosen(name)}
-    if not parts["refine"]:
+    if not parts["refine"] and not settings.chosen("minutes"):
         parts["minutes"] = None
     return settings.model_copy(update={"effort": effort, **parts})
 

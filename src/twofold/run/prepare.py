@@ -71,8 +71,6 @@ def prepare(
     loaded, model, targets = opened.loaded, opened.loaded.model, targets_for(opened, recipe)
     objective, allocation = OBJECTIVES.get(recipe.objective), ALLOCATIONS.get(recipe.allocate)
     measured = allocation.measure is not None
-    if recipe.effort is not None and not quiet:
-        say(effort_words(recipe, opened.task is None or opened.task.streams))
     times = layer_times(loaded, targets, recipe, quiet=quiet)
     plan_of_shapes(loaded, targets, recipe, times)  # an impossible budget or override is refused before any work
     if isinstance(loaded.residence, Streamed):
@@ -124,7 +122,9 @@ def prepare(
 def _data(
     recipe: Recipe, opened: Opened, hashed: str, given: Iterable[Any] | None, watch: Stopwatch, *, quiet: bool
 ) -> Data | None:
-    """Read the samples of a run, if any of its stages looks at them; say if they are fewer than was asked for."""
+    """Read the samples of a run, if any stage looks at them; say what its effort is, and if they are fewer than asked for."""
+    if recipe.effort is not None and not quiet:
+        say(effort_words(recipe, opened.task is None or opened.task.streams))
     needs = OBJECTIVES.get(recipe.objective).needs
     measures = recipe.refine or ALLOCATIONS.get(recipe.allocate).measure is not None
     if not (needs or measures or (recipe.goal is not None and recipe.eval_text is None)):
