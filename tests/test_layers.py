@@ -13,8 +13,8 @@ SOURCE = Path(twofold.__file__).parent
 ORDER = [
     "errors", "version", "registry", "host", "settings", "linalg", "objectives", "nn", "checkpoint", "model", "task", "calibrate",
     "adapters", "quantize", "structures", "inference", "decompose", "evidence", "allocate", "planning", "factor", "evaluation",
-    "refine", "recipe", "report", "scratch", "run", "exports", "speed", "comparison", "tuning", "serving", "vllm_plugin",
-    "extend", "__init__", "cli", "__main__",
+    "refine", "recipe", "report", "scratch", "run", "exports", "speed", "comparison", "tuning", "serving", "exploring",
+    "vllm_plugin", "extend", "__init__", "cli", "__main__",
 ]  # fmt: skip
 FILES = {"__init__.py", "__main__.py", "errors.py", "version.py", "registry.py"}
 LINES, FUNCTION = 350, 70

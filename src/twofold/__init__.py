@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from twofold.checkpoint.plugin import TwofoldConfig as TwofoldConfig
     from twofold.comparison.arena import compare as compare
     from twofold.evaluation.evaluate import evaluate as evaluate
+    from twofold.exploring.server import explore as explore
     from twofold.exports.export import export as export
     from twofold.inference.form import optimize as optimize
     from twofold.model.load import load_model as load_model

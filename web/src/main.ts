@@ -6,6 +6,7 @@ import { unpack, type Data, type Metric, type Spectrum, type Stored, type Weight
 import { element, fill } from "./dom";
 import { Words, type Key, type Language } from "./messages";
 import { Planner, type Planned } from "./planner";
+import { startServed } from "./served";
 
 const STEPS = 200; // of the slider
 const SIZES = 24; // points of the curve
@@ -117,6 +118,7 @@ class Explorer {
     language.addEventListener("click", () => {
       this.words = new Words(words.language === "en" ? "es" : "en");
       this.build();
+      document.dispatchEvent(new CustomEvent<Language>("language", { detail: this.words.language }));
       this.part<HTMLElement>("slider").focus();
     });
     slider.addEventListener("input", () => this.ask(low + ((high - low) * Number(slider.value)) / STEPS, number));
@@ -321,10 +323,11 @@ const ceil = (value: number): number => Math.ceil(10 * value) / 10;
 const floor = (value: number): number => Math.floor(10 * value) / 10;
 
 async function start(): Promise<void> {
+  const language: Language = document.documentElement.lang === "es" ? "es" : "en";
+  startServed(language);
   const root = document.getElementById("explorer");
   const stored = document.getElementById("explorer-data");
   if (!root || !stored) return;
-  const language: Language = document.documentElement.lang === "es" ? "es" : "en";
   try {
     new Explorer(root, await unpack(JSON.parse(stored.textContent ?? "") as Stored), language);
   } catch (error) {

@@ -30,6 +30,10 @@ export class Words {
     return this.format({ maximumSignificantDigits: digits }).format(value);
   }
 
+  whole(value: number): string {
+    return this.format({ maximumFractionDigits: 0 }).format(value);
+  }
+
   millions(numbers: number): string {
     return `${this.format({ minimumFractionDigits: 1, maximumFractionDigits: 1 }).format(numbers / 1e6)} M`;
   }

@@ -26,8 +26,8 @@ from twofold.model.place import find_model
 from twofold.version import __version__
 
 COMMANDS = (
-    "compress", "plan", "inspect", "evaluate", "compare", "bench", "export", "serve", "chat", "tune", "merge", "extract",
-    "status",
+    "compress", "plan", "inspect", "evaluate", "compare", "bench", "export", "explore", "serve", "chat", "tune", "merge",
+    "extract", "status",
 )  # fmt: skip
 ALIASES = {"eval": "evaluate"}
 HELP = {"help_option_names": ["-h", "--help"]}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import zlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from twofold.report.kinds import kind_labels, loss_of
 from twofold.report.names import model_title, public_recipe
 
 VERSION = 1
+STORED = re.compile(r'<script type="application/json" id="explorer-data">(.*?)</script>', re.DOTALL)
 MOST = 150_000  # choices of all weights: each takes some eleven bytes of the page
 POINTS = 64  # of a spectrum that is shown and not planned from
 
@@ -121,12 +124,21 @@ def _integers(bits: int, plan: Plan, recipe: Recipe, beside: Beside) -> dict[str
     return {"bits": bits, "bytes": size, "lost": beside.rounded.get(bits)}
 
 
-def embedded(data: dict[str, Any]) -> Markup:
+def embedded(data: Mapping[str, Any]) -> Markup:
     """Return JSON that can stand in an element of the page: nothing in it ends the element or begins another."""
     text = json.dumps(data, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)
+
+
+def stored_data(path: Path) -> dict[str, Any] | None:
+    """Read from a page what it plans anew from; None where there is no page, or it plans nothing."""
+    try:
+        data = json.loads(STORED.search(path.read_text(encoding="utf-8"))[1])  # type: ignore[index]
+    except (OSError, ValueError, TypeError):
+        return None
+    return data if isinstance(data, dict) else None
 
 
 def thinned(length: int, step: int) -> NDArray[np.int64]:

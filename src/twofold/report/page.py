@@ -5,6 +5,7 @@ All of it can be read without scripts; with them, a part of it plans anew (web/)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,25 @@ def write_page(
     *,
     words: Words | None = None,
 ) -> None:
-    """Write the page of a run, or of a plan alone. All that comes from a model or from data is escaped."""
+    """Write the page of a run, or of a plan alone."""
+    write_text(path, page_text(recipe, plan, spectra, live, run, words=words))
+
+
+def page_text(
+    recipe: Recipe,
+    plan: Plan,
+    spectra: SpectraValues,
+    live: dict[str, Any] | None = None,
+    run: Run | None = None,
+    *,
+    words: Words | None = None,
+    server: Mapping[str, Any] | None = None,
+) -> str:
+    """Make the page of a run, or of a plan alone. All that comes from a model or from data is escaped.
+
+    Args:
+        server: what the page is told of the program that serves it, which it may then ask; None for a file.
+    """
     here = files("twofold.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(here.joinpath("report.html.jinja").read_text(encoding="utf-8"))
@@ -75,11 +94,14 @@ def write_page(
     def read(*names: str) -> Markup:
         return Markup("\n".join(here.joinpath(name).read_text(encoding="utf-8") for name in names))
 
-    style = read("report.css") if live is None else read("report.css", "web/explorer.css")
-    script = None if live is None else read("web/explorer.js")
-    live_data = None if live is None else embedded(live)
-    content = _content(run, recipe, plan, spectra, words or ENGLISH)
-    write_text(path, template.render(style=style, script=script, live=live_data, **content))
+    scripted = live is not None or server is not None
+    return template.render(
+        style=read("report.css", "web/explorer.css") if scripted else read("report.css"),
+        script=read("web/explorer.js") if scripted else None,
+        live=None if live is None else embedded(live),
+        server=None if server is None else embedded(server),
+        **_content(run, recipe, plan, spectra, words or ENGLISH),
+    )
 
 
 def _content(run: Run | None, recipe: Recipe, plan: Plan, spectra: SpectraValues, words: Words) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import socket
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,15 @@ QUEUE = 64
 SECONDS = 5  # that answers under way have when the server is stopped
 
 
-def check_installed() -> None:
-    """Refuse to serve without the packages that transformers' server needs.
+def check_installed(command: str = "serve", packages: Iterable[str] = PACKAGES) -> None:
+    """Refuse to serve without the packages that a command needs.
 
     Raises:
         TwofoldError: naming those that are missing.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise TwofoldError(f"twofold serve needs {' and '.join(missing)}, not installed here: {INSTALL}")
+        raise TwofoldError(f"twofold {command} needs {' and '.join(missing)}, not installed here: {INSTALL}")
 
 
 def build_app(loaded: LoadedModel, name: str, queue: int = QUEUE) -> Gate:
@@ -119,8 +120,11 @@ def serve(
     uvicorn.Server(config).run(sockets=[place])
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, other: str = "`port` or `host`") -> socket.socket:
     """Open a socket that listens at a place.
+
+    Args:
+        other: the settings that name another place.
 
     Raises:
         TwofoldError: if it is taken, or not this machine's.
@@ -133,5 +137,5 @@ def listen(host: str, port: int) -> socket.socket:
         place.listen(128)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise TwofoldError(f"can't listen at {host}:{port} ({reason}); name another `port` or `host`") from error
+        raise TwofoldError(f"can't listen at {host}:{port} ({reason}); name another {other}") from error
     return place
