@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from twofold.nn.layers.sliced import SlicedLinear as SlicedLinear
     from twofold.planning.plan import Plan as Plan
     from twofold.recipe import Recipe as Recipe
+    from twofold.report.several import report_runs as report_runs
     from twofold.run.compress import compress as compress
     from twofold.run.factorize import factorize as factorize
     from twofold.run.inspect import inspect as inspect

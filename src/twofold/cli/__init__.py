@@ -27,7 +27,7 @@ from twofold.version import __version__
 
 COMMANDS = (
     "compress", "plan", "inspect", "evaluate", "compare", "bench", "export", "explore", "serve", "chat", "tune", "merge",
-    "extract", "status",
+    "extract", "report", "status",
 )  # fmt: skip
 ALIASES = {"eval": "evaluate"}
 HELP = {"help_option_names": ["-h", "--help"]}

@@ -6,12 +6,8 @@ All of it can be read without scripts; with them, a part of it plans anew (web/)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from twofold.errors import TwofoldError
 from twofold.host.files import write_text
@@ -23,12 +19,16 @@ from twofold.report.kinds import LossScale, SpectraValues, loss_of
 from twofold.report.messages import ENGLISH, Words
 from twofold.report.names import model_title, public_recipe, without_paths
 from twofold.report.record import Run
+from twofold.report.templates import inlined, render
 
 GENERATOR = '<meta name="generator" content="Twofold">'
 
 
-def check_page(path: Path) -> None:
+def check_page(path: Path, generator: str = GENERATOR) -> None:
     """Refuse a file that can't be written, or would take the place of something else than a page of ours.
+
+    Args:
+        generator: what the pages hold that it may take the place of.
 
     Raises:
         TwofoldError: if it is a folder, another file, or lies where no file can be made.
@@ -36,7 +36,7 @@ def check_page(path: Path) -> None:
     check_place(path)
     if path.is_dir():
         raise TwofoldError(f"{path} is a folder; name a file for the page, such as {path / 'plan.html'}")
-    if path.exists() and GENERATOR.encode() not in path.read_bytes()[:4096]:
+    if path.exists() and generator.encode() not in path.read_bytes()[:4096]:
         raise TwofoldError(f"{path} exists and is no page of Twofold, so it is not replaced; name another file")
 
 
@@ -87,17 +87,11 @@ def page_text(
     Args:
         server: what the page is told of the program that serves it, which it may then ask; None for a file.
     """
-    here = files("twofold.report")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(here.joinpath("report.html.jinja").read_text(encoding="utf-8"))
-
-    def read(*names: str) -> Markup:
-        return Markup("\n".join(here.joinpath(name).read_text(encoding="utf-8") for name in names))
-
     scripted = live is not None or server is not None
-    return template.render(
-        style=read("report.css", "web/explorer.css") if scripted else read("report.css"),
-        script=read("web/explorer.js") if scripted else None,
+    return render(
+        "report.html.jinja",
+        style=inlined("report.css", "web/explorer.css") if scripted else inlined("report.css"),
+        script=inlined("web/explorer.js") if scripted else None,
         live=None if live is None else embedded(live),
         server=None if server is None else embedded(server),
         **_content(run, recipe, plan, spectra, words or ENGLISH),

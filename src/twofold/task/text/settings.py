@@ -35,7 +35,9 @@ class Texts(Reading):
     calibration: Annotated[
         list[str],
         pydantic.BeforeValidator(as_list),
-        Field(description="text files, or data set names; 'self' samples texts from the model"),
+        Field(
+            description="text files, or data set names; 'self' samples texts from the model, 'demo' is a few texts in the package"
+        ),
     ] = ["self"]
     self_texts: Annotated[
         Literal["both", "plain", "chat"],

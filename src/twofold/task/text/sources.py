@@ -20,6 +20,7 @@ from typing import IO, Any, TextIO
 from twofold.errors import TwofoldError
 from twofold.host.faults import errors_in_words
 from twofold.host.quiet import first_line
+from twofold.task.text.demo import DEMO, DEMO_FILE
 from twofold.task.text.formats import is_row
 from twofold.task.text.row import BadRowError, Row, Tally, from_json, parsed_if
 from twofold.task.text.turns import are_turns
@@ -42,6 +43,8 @@ FIRST_LINE = 1_000_000  # characters that tell whether a file of another name ho
 
 def data_files(source: str) -> list[Path]:
     """Return the files and folders of this machine that a source names; none if it is a data set of the hub."""
+    if source == DEMO:
+        return [DEMO_FILE]
     path = Path(source).expanduser()
     if any(sign in str(path) for sign in "*?[") and not path.exists():
         return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (patterns may be absolute)

@@ -15,6 +15,7 @@ from twofold.host.progress import say
 from twofold.model.load import LoadedModel, check_ids, need_tokenizer, vocabulary_size, window_limit
 from twofold.settings.base import Settings
 from twofold.task import Data
+from twofold.task.text.demo import DEMO
 from twofold.task.text.kept import kept_ids
 from twofold.task.text.row import Tally
 from twofold.task.text.sampled import beginnings, sample_texts
@@ -23,6 +24,7 @@ from twofold.task.text.special import in_words, text_prefix
 from twofold.task.text.texts import CHARACTERS_PER_TOKEN, TokenWindows, read_texts, token_windows, tokens_needed
 
 S = TypeVar("S", bound=Settings)
+DEMO_WORDS = "the demo's texts, which come with Twofold"
 PROMPT = 4  # a continuation goes on from so many-th part of a window of text
 
 
@@ -76,7 +78,7 @@ def calibration_windows(
         )
     source, tally = "given texts", Tally()
     if texts is None:
-        source = ", ".join(Path(name).name for name in recipe.calibration)
+        source = ", ".join(DEMO_WORDS if name == DEMO else Path(name).name for name in recipe.calibration)
         needed = tokens_needed(recipe.tokens, held_out * window) * CHARACTERS_PER_TOKEN
         how = recipe.model_dump(include={*Reading.model_fields})
         texts = read_texts(recipe.calibration, tokenizer=tokenizer, characters=needed, tally=tally, **how)
