@@ -108,7 +108,7 @@ TEXT = "".join(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave cases of long tests to make check-slow: make test runs the first and every third, but all of those marked ``each``."""
+    """Leave cases of long tests to make check-slow: make test runs every third one, and all of those marked ``each``."""
     cases: dict[str, int] = {}
     for item in items:
         if "long" in item.keywords and "slow" not in item.keywords and hasattr(item, "callspec"):
