@@ -88,9 +88,10 @@ def compress(
         beside = Beside()
         with watch.stage("report"), decorating("spectra of other metrics", prepared.plan.notes):
             beside = measure_beside(loaded.residence, prepared.targets, prepared.decomposition, recipe)
-        if explain:
-            request = prepared.request(recipe)
-            prepared.plan.explanation = explained(recipe, request, prepared.plan, beside.rounded, words)
+        with decorating("explanation", prepared.plan.notes):
+            if explain:
+                said = explained(recipe, prepared.request(recipe), prepared.plan, beside.rounded, words)
+                prepared.plan.explanation = said
         work.update(stage="factorizing")
         way = (OnDisk if loaded.residence.streamed else InMemory)(prepared, recipe, work, companions, quiet)
         with watch.stage("factorize"):
