@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 demo: $(INSTALLED)  ## the main job on the built-in model
-	$(BIN)/twofold compress smollm2 --keep 0.8 --tokens 16384 --out demo-output --overwrite
+	$(BIN)/twofold compress smollm2 --keep 0.8 --calibration demo --tokens 8192 --out demo-output --overwrite
 
 test: $(INSTALLED)  ## lint, types and the tests, side by side, since mypy takes one core
 	$(MAKE) --jobs 2 lint tests

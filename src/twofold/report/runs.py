@@ -114,8 +114,8 @@ def read_runs(folders: Sequence[Path | str]) -> list[StoredRun]:
 
 def _told_apart(places: Sequence[Path]) -> list[str]:
     """Name folders by as few of their last parts as tell them apart."""
-    deepest = max(len(place.parts) for place in places)
-    for count in range(1, deepest + 1):
+    names: list[str] = []
+    for count in range(1, max((len(place.parts) for place in places), default=0) + 1):
         names = ["/".join(part.strip("/") for part in place.parts[-count:]) for place in places]
         if len(set(names)) == len(names):
             break

@@ -79,6 +79,10 @@ def calibration_windows(
     source, tally = "given texts", Tally()
     if texts is None:
         source = ", ".join(DEMO_WORDS if name == DEMO else Path(name).name for name in recipe.calibration)
+        if DEMO in recipe.calibration and not quiet:
+            say(
+                f"calibrating on {DEMO_WORDS}: good for a first look; for use, name texts like yours with `calibration`"
+            )
         needed = tokens_needed(recipe.tokens, held_out * window) * CHARACTERS_PER_TOKEN
         how = recipe.model_dump(include={*Reading.model_fields})
         texts = read_texts(recipe.calibration, tokenizer=tokenizer, characters=needed, tally=tally, **how)
