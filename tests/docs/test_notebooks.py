@@ -25,6 +25,7 @@ def desk(tmp_path: Path, _readers_model: Path, monkeypatch: pytest.MonkeyPatch) 
     (docs / "design.md").write_text(TEXT, encoding="utf-8")
     (docs / "troubleshooting.md").write_text(TEXT.replace("river", "sea"), encoding="utf-8")
     monkeypatch.setenv("TWOFOLD_NOTEBOOK_MODEL", str(_readers_model))
+    monkeypatch.setenv("TWOFOLD_NOTEBOOK_STEPS", "2")
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(folder)
     return folder

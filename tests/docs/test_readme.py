@@ -59,12 +59,12 @@ def test_five_commands_lead_to_an_own_model(tmp_path: Path, _readers_model: Path
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks_of(text(ENGLISH))[:2] for line in commands(block.code)]
     assert len(lines) == 5 and lines[0].startswith("pip install") and lines[4].startswith("twofold explore small ")
-    assert "explore" in COMMANDS
     with Folder(tmp_path, ENGLISH) as folder:
         for line in lines[1:4]:
             folder.command(line, "README.md")
     assert {"config.json", "report.html"} <= {path.name for path in (tmp_path / "small").iterdir()}
     assert (tmp_path / "plan.html").is_file()
+    assert "explore" in COMMANDS
 
 
 def test_what_checks_a_change_is_what_the_readme_says():

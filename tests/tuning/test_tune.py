@@ -810,5 +810,5 @@ def test_logits_that_are_scaled_or_bounded_keep_their_loss() -> None:
     assert row_head(model.requires_grad_(False), ids) is model.lm_head
 
 
-def test_one_file_of_rows_is_a_list_of_one():
+def test_one_file_of_rows_is_a_list_of_one() -> None:
     assert make_settings({"model": "m", "data": "rows.jsonl"}).data == ["rows.jsonl"]
