@@ -15,8 +15,8 @@ from pages import Page, make_plan, make_run
 from twofold.errors import TwofoldError
 from twofold.report.messages import Words
 from twofold.report.record import Run, Sample
-from twofold.report.runs import RunGroup, front_of
-from twofold.report.several import HIGHER, LOWER, _differences, _table
+from twofold.report.runs import HIGHER, LOWER, RunGroup, front_of
+from twofold.report.several import _differences, _table
 
 ATTACK = '"><script>alert(1)</script><img src="http://example.org/x">&amp;'
 
@@ -110,11 +110,11 @@ def test_only_the_settings_that_differ_are_shown(tmp_path: Path) -> None:
 def test_other_data_has_a_figure_of_its_own_and_no_best(tmp_path: Path) -> None:
     first, second, third = (put(tmp_path / name, size=10 - i, apart=0.1 * i) for i, name in enumerate("abc", 1))
     record = json.loads((third / "run.json").read_text())
-    record["quality"]["original"]["perplexity"] *= 1.05  # of the same name, and not the same text
+    record["quality"]["original"]["loss"] *= 1.05  # of the same name, and not the same text
     (third / "run.json").write_text(json.dumps(record))
     compared = group(first, second, third, out=tmp_path / "runs.html")
     assert not compared.same_data and compared.perplexity is None
-    assert [sorted(panel.points) for panel in compared.panels] == [[1, 2], [3]]
+    assert [sorted(panel.points) for panel in compared.panels] == [[1, 2], [1, 2, 3]]
     measured = [row["cells"] for row in _table(compared, Words())]
     columns = [cell for cells in measured for cell, best in cells if best]
     assert columns == ["7\u00a0B"]  # the smallest; of its quality nothing is the best
@@ -124,7 +124,7 @@ def test_other_data_has_a_figure_of_its_own_and_no_best(tmp_path: Path) -> None:
 def test_another_sum_of_the_same_data_is_the_same_data(tmp_path: Path) -> None:
     first, second = put(tmp_path / "a"), put(tmp_path / "b")
     record = json.loads((second / "run.json").read_text())
-    record["quality"]["original"]["perplexity"] *= 1 + 1e-5
+    record["quality"]["original"]["loss"] *= 1 + 1e-5
     (second / "run.json").write_text(json.dumps(record))
     assert group(first, second, out=tmp_path / "runs.html").same_data
 
@@ -132,12 +132,11 @@ def test_another_sum_of_the_same_data_is_the_same_data(tmp_path: Path) -> None:
 def test_predictions_are_no_measurements(tmp_path: Path) -> None:
     measured, not_measured = put(tmp_path / "a"), put(tmp_path / "b", apart=None, size=9_000)
     compared = group(measured, not_measured, out=tmp_path / "runs.html")
-    assert [(panel.measure, sorted(panel.points)) for panel in compared.panels] == [
-        ("divergence", [1]),
-        ("predicted", [1, 2]),
-    ]
-    words = read(tmp_path / "runs.html").words
-    assert "Predicted, not measured" in words and "Not in this figure: 2." in words
+    assert [(panel.measure, sorted(panel.points)) for panel in compared.panels] == [("predicted", [1, 2])]
+    assert "Predicted, not measured" in read(tmp_path / "runs.html").words
+    compared = group(measured, not_measured, put(tmp_path / "again", size=8_000), out=tmp_path / "runs.html")
+    assert [sorted(panel.points) for panel in compared.panels] == [[1, 3], [1, 2, 3]]
+    assert "Not in this figure: 2." in read(tmp_path / "runs.html").words
     neither = [put(tmp_path / name, apart=None, predicted_divergence=None) for name in "cd"]
     assert group(*neither, out=tmp_path / "runs.html").panels == []
     assert Words().say("runs.nothing") in read(tmp_path / "runs.html").words

@@ -44,7 +44,7 @@ def print_runs(report: RunsReport) -> None:
 
 
 def _print_group(group: RunGroup) -> None:
-    front = {number for panel in group.panels for number in panel.front}
+    front = set(group.panels[0].front) if len(group.panels) == 1 else set()
     table(
         f"{group.model}: divergence in nats per {group.prediction}",
         ["run", "kept", "size", "predicted", "divergence", "× perplexity", "front"],

@@ -12,7 +12,7 @@ from twofold.report.drawing import INK, PAPER, canvas, inline
 from twofold.report.messages import Words
 from twofold.report.runs import Panel
 
-WIDTH, HEIGHT = 460, 300  # pixels
+WIDTH, HEIGHT = 370, 260  # pixels
 NEAR = 15  # pixels: points that are closer share a label
 WIDE = 5  # from so many times the least on, the measure's scale is logarithmic
 Point = tuple[int, float, float]  # the number of a run, megabytes, measure
@@ -48,14 +48,21 @@ def runs_front(panel: Panel, unit: str, words: Words) -> tuple[Any, str]:
 def _scale(axes: Any, points: Sequence[Point], words: Words) -> None:
     values = [y for _, _, y in points]
     axes.margins(x=0.12, y=0.15)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.number(value, 3 if value < 1000 else 4)))
+    for axis, held in ((axes.xaxis, [x for _, x, _ in points]), (axes.yaxis, values)):
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(FuncFormatter(lambda value, _, digits=_digits(held): words.number(value, digits)))
     if min(values) > 0 and max(values) > WIDE * min(values):
         axes.set_yscale("log")
         subs = (1, 2, 5) if max(values) < 1000 * min(values) else (1,)
         axes.yaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=9))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: words.number(value, 2)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: words.number(value, 1)))
+
+
+def _digits(values: Sequence[float]) -> int:
+    """Return how many significant digits tell the ticks of an axis apart."""
+    span = max(values) - min(values)
+    return 2 if span <= 0 else min(max(math.ceil(math.log10(max(values) / span)) + 2, 2), 6)
 
 
 def _labels(axes: Any, points: Sequence[Point]) -> list[tuple[float, float, str]]:

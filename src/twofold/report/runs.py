@@ -16,6 +16,9 @@ from twofold.planning.plan import Plan
 from twofold.report.names import is_path, model_title, without_paths
 from twofold.report.record import Measured, Run
 
+HIGHER = {"accuracy", "bleu", "chrf", "spearman", "nearest_neighbour"}  # scores of which more is better
+LOWER = {"wer"}
+SCORES = sorted(HIGHER | LOWER)  # that the same data gives again, as it does no time
 SAME = 1e-3  # figures of the original that differ by less are of the same data: other threads sum in another order
 
 
@@ -211,12 +214,12 @@ def _same_data(one: Measured, other: Measured) -> bool:
     """Say whether two runs were measured on the same data: it is called the same, and the original scores the same on it."""
     if (_told(one), one.original.get("tokens")) != (_told(other), other.original.get("tokens")):
         return False
-    figures = [
-        {**quality.original, **{name: before for name, (before, _) in quality.scores.items()}}
-        for quality in (one, other)
-    ]
-    shared = figures[0].keys() & figures[1].keys()
-    return all(_close(figures[0][name], figures[1][name]) for name in shared)
+    known = one.original.get("loss") is not None
+    return all(_close(_of_original(one, name), _of_original(other, name)) for name in (("loss",) if known else SCORES))
+
+
+def _of_original(quality: Measured, name: str) -> float | None:
+    return quality.scores[name][0] if name in quality.scores else quality.original.get(name)
 
 
 def _close(one: float | None, other: float | None) -> bool:
@@ -224,7 +227,10 @@ def _close(one: float | None, other: float | None) -> bool:
 
 
 def _panels(runs: Sequence[StoredRun]) -> list[Panel]:
-    """Return one panel for each data that runs were measured on, and one of predictions where some were measured on none."""
+    """Return one panel for each data that several runs were measured on, and one of predictions where these lack a run.
+
+    A run by itself is set against no other.
+    """
     apart: list[list[tuple[StoredRun, Measured]]] = []
     for stored in runs:
         if (quality := stored.run.quality) is not None:
@@ -233,10 +239,11 @@ def _panels(runs: Sequence[StoredRun]) -> list[Panel]:
                 apart.append(same := [])
             same.append((stored, quality))
     panels = [_measured_panel(cluster) for cluster in apart]
-    if any(stored.run.quality is None for stored in runs):
-        predicted = ((s, s.run.predicted_divergence) for s in runs)
-        panels.append(_panel("predicted", "", predicted))
-    return [panel for panel in panels if panel.points]
+    panels = [panel for panel in panels if len(panel.points) > 1]
+    if any(all(stored.number not in panel.points for panel in panels) for stored in runs):
+        predicted = _panel("predicted", "", ((stored, stored.run.predicted_divergence) for stored in runs))
+        panels += [predicted] if len(predicted.points) > 1 else []
+    return panels
 
 
 def _measured_panel(cluster: Sequence[tuple[StoredRun, Measured]]) -> Panel:

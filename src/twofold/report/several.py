@@ -17,13 +17,11 @@ from twofold.report.formats import NONE
 from twofold.report.messages import Words
 from twofold.report.names import public_recipe
 from twofold.report.page import GENERATOR, check_page, write_page
-from twofold.report.runs import RunGroup, RunRow, RunsReport, StoredRun, group_of, grouped, read_runs
+from twofold.report.runs import HIGHER, LOWER, RunGroup, RunRow, RunsReport, StoredRun, group_of, grouped, read_runs
 from twofold.report.templates import inlined, render
 
 RUNS_GENERATOR = '<meta name="generator" content="Twofold runs">'
 PAGE = "runs.html"
-HIGHER = {"accuracy", "bleu", "chrf", "spearman", "nearest_neighbour"}  # scores of which more is better
-LOWER = {"wer"}
 UNTOLD = {"model", "revision", "trust_remote_code"}  # fields that are not compared: they are the same in a group
 
 
@@ -165,6 +163,9 @@ def _score(name: str) -> Callable[[RunRow], Any]:
 
 def _table(group: RunGroup, words: Words) -> list[dict[str, Any]]:
     """Return the rows of the table: the name of a run, and of each column the value and whether it is the best."""
+    panel = (
+        group.panels[0] if len(group.panels) == 1 else None
+    )  # with several, a run may be on one front and behind another
     best = {}
     for place, (_, value, _, less) in enumerate(_columns(group, words)):
         known = [value(row) for row in group.rows if value(row) is not None]
@@ -173,7 +174,13 @@ def _table(group: RunGroup, words: Words) -> list[dict[str, Any]]:
     return [
         {
             "name": f"{row.number} · {row.name}",
-            "front": any(row.number in panel.front for panel in group.panels),
+            "mark": ""
+            if panel is None
+            else "● "
+            if row.number in panel.front
+            else "○ "
+            if row.number in panel.points
+            else "",
             "cells": [
                 (NONE if value(row) is None else show(value(row)), place in best and value(row) == best[place])
                 for place, (_, value, show, _) in enumerate(_columns(group, words))
