@@ -202,7 +202,7 @@ def test_originals_that_answer_differently_are_both_shown(tmp_path: Path) -> Non
     (folders[1] / "run.json").write_text(json.dumps(record))
     twofold.report_runs(folders, out=tmp_path / "runs.html")
     words = read(tmp_path / "runs.html").words
-    assert "original, in the runs 1" in words and "The Aegean." in words and "The Baltic." in words
+    assert "original, in runs 1" in words and "The Aegean." in words and "The Baltic." in words
 
 
 def test_a_single_run_gets_its_own_report_again(tmp_path: Path) -> None:
