@@ -73,7 +73,8 @@ def decorating(what: str, notes: list[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK:
+        cause = error.__cause__ if isinstance(error, TwofoldError) else error  # a sentence of ours for a full disk
+        if isinstance(cause, OSError) and cause.errno in DISK:
             raise
         ours = is_ours(error) and not isinstance(error, TwofoldError | OSError) and not is_out_of_memory(error)
         notes.append(f"no {what}: {first_line(error)}" + (f" ({type(error).__name__}; {REPORT})" if ours else ""))
